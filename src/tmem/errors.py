@@ -1,0 +1,51 @@
+"""The exceptions of tmem: one small tree, and one table from exception to errno.
+
+A message says in one line what is wrong and what to do; the command line prints it as it is. Not for
+programming errors, which stay ordinary Python exceptions.
+"""
+
+import errno
+
+
+class TmemError(Exception):
+    """Base of everything that tmem raises for a person to read."""
+
+
+class SegmentError(TmemError):
+    """A segment file is missing, foreign, damaged, of another version, or cannot be created."""
+
+
+class CorruptPageError(TmemError):
+    """A page of a persistent pool failed its checksum. Its bytes are lost; wrong bytes are never returned."""
+
+
+class PoolError(TmemError):
+    """A client or pool does not exist (any more), or a table of them is full."""
+
+
+class NoSpaceError(TmemError):
+    """A put that must not fail was refused: no memory is left within the client's cap."""
+
+
+class AttachError(TmemError):
+    """A swap device or a mount could not be set up or taken down."""
+
+
+class ServiceError(TmemError):
+    """The manager service cannot be reached, or refused a request."""
+
+
+ERRNO: dict[type[TmemError], int] = {
+    SegmentError: errno.ENODEV,
+    CorruptPageError: errno.EIO,
+    PoolError: errno.ENODEV,
+    NoSpaceError: errno.ENOSPC,
+    AttachError: errno.EIO,
+    ServiceError: errno.EIO,
+}
+"""What a program on the other side of NBD or FUSE sees of each exception."""
+
+
+def errno_of(error: TmemError) -> int:
+    """Return the errno that `error` is shown as; EIO for a class that has no entry of its own."""
+    return next((ERRNO[cls] for cls in type(error).__mro__ if cls in ERRNO), errno.EIO)
