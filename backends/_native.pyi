@@ -134,11 +134,12 @@ class Device:
 
     The first argument `h` of each is nbdkit's handle and ignored. A refused write raises OSError(ENOSPC), a
     corrupt page OSError(EIO), and tells nbdkit so; bytes never written read as zeros. Requests that are not
-    whole pages are read-modify-write, atomic per page. The calling thread's Python thread state is kept from
-    the first call until the thread ends, which is what makes these callbacks cheap.
+    whole pages are read-modify-write, atomic per page. With `pin_threads` the calling thread's Python thread
+    state is kept from its first call until the thread ends, which makes these callbacks cheap in nbdkit; never
+    for threads that Python itself started.
     """
 
-    def __init__(self, pool: Pool, oid: bytes, size_bytes: int) -> None: ...
+    def __init__(self, pool: Pool, oid: bytes, size_bytes: int, pin_threads: bool = False) -> None: ...
     @property
     def size_bytes(self) -> int: ...
     def pread(self, h: object, buf: Buffer, offset: int, flags: int) -> None: ...

@@ -1,0 +1,238 @@
+/* Units of memory within chunks: blocks (compressed pages) and meta units (objects, nodes, leaves).
+ *
+ * Truth is the bitmap of the chunk; the free count and the bin's list of chunks with room are derived. A block
+ * carries the stamp of its allocation, so that a repairer can tell the block that an intent names from a later
+ * one at the same place. Meta units have no header; there the order of stores under the bin's lock decides, and
+ * whoever takes the lock over from the dead resolves the one ambiguous instant (repair_bin). */
+#include "tm.h"
+
+void bin_ready(struct tm_segment *seg, uint32_t bin)
+{
+    /* A lock is initialised once in the life of a segment and never again (under the control lock). */
+    if (!atomic_load(&seg->bins[bin].ready)) {
+        lock_init(&seg->bins[bin].lock);
+        atomic_store(&seg->bins[bin].ready, 1);
+    }
+}
+
+uint32_t bin_stride(uint32_t bin)
+{
+    static const uint32_t leaf[3] = {128, 512, TM_PAGE};
+    if (bin >= BIN_LEAF)
+        return leaf[(bin - BIN_LEAF) % 3];
+    if (bin == BIN_OBJECT)
+        return (uint32_t)sizeof(struct tm_object);
+    if (bin == BIN_NODE)
+        return TM_PAGE;
+    uint32_t cls = bin < BIN_OBJECT ? bin : (bin - BIN_EPHEMERAL) % TM_NCLASSES;
+    return TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
+}
+
+struct tm_bin *bin_lock(struct tm_segment *seg, uint32_t bin)
+{
+    struct tm_bin *b = &seg->bins[bin];
+    if (lock_take(&b->lock))
+        repair_bin(seg, bin);
+    return b;
+}
+
+static void list_locked(struct tm_segment *seg, struct tm_bin *b, uint32_t c)
+{
+    struct tm_chunk *d = &seg->chunks[c];
+    d->next = b->partial;
+    d->prev = 0;
+    if (b->partial)
+        seg->chunks[b->partial - 1].prev = c + 1;
+    b->partial = c + 1;
+    d->flags |= CF_LISTED;
+}
+
+static void unlist_locked(struct tm_segment *seg, struct tm_bin *b, uint32_t c)
+{
+    struct tm_chunk *d = &seg->chunks[c];
+    if (d->prev)
+        seg->chunks[d->prev - 1].next = d->next;
+    else
+        b->partial = d->next;
+    if (d->next)
+        seg->chunks[d->next - 1].prev = d->prev;
+    d->flags &= (uint16_t)~CF_LISTED;
+}
+
+/* Make chunk `c` ours: nobody else lists it or allocates in it. The intent must stand already. */
+static void own_locked(struct tm_ctx *ctx, struct tm_bin *b, uint32_t c)
+{
+    struct tm_chunk *d = &ctx->seg->chunks[c];
+    if (d->flags & CF_LISTED)
+        unlist_locked(ctx->seg, b, c);
+    d->prev = ctx->index;
+    d->flags |= CF_OWNED;
+}
+
+bool chunk_own(struct tm_ctx *ctx, uint32_t c)
+{
+    struct tm_chunk *d = &ctx->seg->chunks[c];
+    uint32_t bin = d->bin;
+    if (!bin_is_ephemeral(bin))
+        return false;
+    struct tm_bin *b = bin_lock(ctx->seg, bin);
+    bool mine = atomic_load(&ctx->seg->states[c]) == CHUNK_USED && d->bin == bin && !(d->flags & CF_OWNED);
+    if (mine)
+        own_locked(ctx, b, c);
+    lock_drop(&b->lock);
+    return mine;
+}
+
+void chunk_settle(struct tm_ctx *ctx, uint32_t c)
+{
+    struct tm_chunk *d = &ctx->seg->chunks[c];
+    struct tm_bin *b = bin_lock(ctx->seg, d->bin);
+    bool empty = d->nfree == TM_CHUNK / bin_stride(d->bin);
+    if (!empty) {
+        d->flags &= (uint16_t)~CF_OWNED;
+        if (d->nfree)
+            list_locked(ctx->seg, b, c);
+    }
+    lock_drop(&b->lock);
+    if (empty)
+        chunk_release(ctx, c);
+}
+
+/* Find and mark a free unit of `bin`; its offset, or 0 if no memory can be had. `before` notes the intent. */
+static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve,
+                           void (*before)(struct tm_ctx *ctx, uint64_t offset))
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t stride = bin_stride(bin), units = TM_CHUNK / stride;
+    for (;;) {
+        struct tm_bin *b = bin_lock(seg, bin);
+        uint32_t c = b->partial;
+        if (c) {
+            struct tm_chunk *d = &seg->chunks[--c];
+            uint32_t bit = 0;
+            for (uint32_t w = 0;; w++)
+                if (~d->bitmap[w]) {
+                    bit = w * 64 + (uint32_t)__builtin_ctzll(~d->bitmap[w]);
+                    break;
+                }
+            if (bit >= units) /* only a damaged segment: a listed chunk has room */
+                __builtin_trap();
+            uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride;
+            before(ctx, offset);
+            KP(1);
+            d->bitmap[bit / 64] |= UINT64_C(1) << (bit % 64);
+            KP(2);
+            if (--d->nfree == 0)
+                unlist_locked(seg, b, c);
+            KP(3);
+            lock_drop(&b->lock);
+            return offset;
+        }
+        lock_drop(&b->lock);
+        c = chunk_take(ctx, bin, client, reserve);
+        if (!c)
+            return 0;
+        KP(4);
+        b = bin_lock(seg, bin);
+        seg->chunks[c - 1].flags &= (uint16_t)~CF_OWNED;
+        list_locked(seg, b, c - 1);
+        atomic_store(&ctx->rec->chunk, 0);
+        lock_drop(&b->lock);
+    }
+}
+
+/* Unmark the unit at `offset` and clear its intent; an emptied chunk is released. */
+static void unit_free(struct tm_ctx *ctx, uint64_t offset, void (*after)(struct tm_ctx *ctx))
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t c = chunk_of(seg, offset);
+    struct tm_chunk *d = &seg->chunks[c];
+    uint32_t stride = bin_stride(d->bin);
+    uint32_t bit = (uint32_t)((offset - seg->data_offset) % TM_CHUNK) / stride;
+    struct tm_bin *b = bin_lock(seg, d->bin);
+    KP(5);
+    d->bitmap[bit / 64] &= ~(UINT64_C(1) << (bit % 64));
+    KP(6);
+    after(ctx);
+    d->nfree++;
+    bool empty = d->nfree == TM_CHUNK / stride && !(d->flags & CF_OWNED);
+    if (empty) {
+        atomic_store(&ctx->rec->chunk, c + 1);
+        KP(7);
+        own_locked(ctx, b, c);
+    } else if (!(d->flags & (CF_OWNED | CF_LISTED))) {
+        list_locked(seg, b, c);
+    }
+    lock_drop(&b->lock);
+    if (empty)
+        chunk_release(ctx, c);
+}
+
+static void intend_block(struct tm_ctx *ctx, uint64_t offset)
+{
+    struct tm_block *block = at(ctx->seg, offset);
+    uint32_t stamp = ctx->index << 22 | (++ctx->rec->seq & 0x3fffff);
+    atomic_store_explicit(&ctx->rec->new_stamp, stamp, memory_order_relaxed);
+    atomic_store_explicit(&ctx->rec->new_block, offset / 16, memory_order_release);
+    atomic_store_explicit(&block->stamp, stamp, memory_order_release);
+}
+
+uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve)
+{
+    return unit_alloc(ctx, bin, client, reserve, intend_block) / 16;
+}
+
+static void old_done(struct tm_ctx *ctx) { atomic_store_explicit(&ctx->rec->old_block, 0, memory_order_release); }
+static void new_done(struct tm_ctx *ctx) { atomic_store_explicit(&ctx->rec->new_block, 0, memory_order_release); }
+
+void block_free_old(struct tm_ctx *ctx) { unit_free(ctx, atomic_load(&ctx->rec->old_block) * 16, old_done); }
+void block_free_new(struct tm_ctx *ctx) { unit_free(ctx, atomic_load(&ctx->rec->new_block) * 16, new_done); }
+
+static void intend_meta(struct tm_ctx *ctx, uint64_t offset)
+{
+    atomic_store(&ctx->rec->meta_parent, 0);
+    atomic_store(&ctx->rec->meta_new, (uint32_t)(offset / 128));
+}
+
+uint32_t meta_alloc(struct tm_ctx *ctx, uint32_t bin)
+{
+    return (uint32_t)(unit_alloc(ctx, bin, -1, false, intend_meta) / 128);
+}
+
+static void meta_old_done(struct tm_ctx *ctx) { atomic_store(&ctx->rec->meta_old, 0); }
+static void meta_new_done(struct tm_ctx *ctx) { atomic_store(&ctx->rec->meta_new, 0); }
+
+void meta_free(struct tm_ctx *ctx, uint32_t ref)
+{
+    atomic_store(&ctx->rec->meta_old, ref);
+    unit_free(ctx, (uint64_t)ref * 128, meta_old_done);
+}
+
+void meta_free_new(struct tm_ctx *ctx)
+{
+    unit_free(ctx, (uint64_t)atomic_load(&ctx->rec->meta_new) * 128, meta_new_done);
+}
+
+/* The chunk and bit of a unit of `size` bytes at `offset`, if its chunk is in use by a bin of that sort. */
+static uint64_t place(struct tm_segment *seg, uint64_t offset, bool block, uint32_t *c, uint32_t *bit)
+{
+    if (!in_data(seg, offset))
+        return 0;
+    *c = chunk_of(seg, offset);
+    if (atomic_load(&seg->states[*c]) != CHUNK_USED || bin_is_block(seg->chunks[*c].bin) != block)
+        return 0;
+    uint32_t stride = bin_stride(seg->chunks[*c].bin);
+    uint32_t within = (uint32_t)((offset - seg->data_offset) % TM_CHUNK);
+    *bit = within / stride;
+    return within % stride == 0 && *bit < TM_CHUNK / stride ? offset : 0;
+}
+
+uint64_t block_place(struct tm_segment *seg, uint64_t block, uint32_t *c, uint32_t *bit)
+{
+    return place(seg, block * 16, true, c, bit);
+}
+
+uint64_t meta_place(struct tm_segment *seg, uint32_t ref, uint32_t *c, uint32_t *bit)
+{
+    return place(seg, (uint64_t)ref * 128, false, c, bit);
+}

@@ -1,0 +1,330 @@
+/* Chunks: where the segment's memory is. FREE (a hole in the file), RET (backed, unused), USED (by a bin), BUSY
+ * (being populated or punched by one thread, whose index stands in `prev`).
+ *
+ * A hole is populated before its first use: touching a hole of a full tmpfs is SIGBUS, populating it is an error
+ * that becomes a refused put. A RET chunk is punched only after a grace period: a reader that still copies from
+ * it would otherwise allocate its pages again. The chunk lock guards states and lists; no system call is made
+ * under it. */
+#include "tm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+enum { RESERVE = 8 };  /* chunks that only the relocation of hot ephemeral pages may take */
+enum { TRIES = 200 };  /* evictions that a put waits for before it is refused */
+enum { BATCH = 16 };   /* chunks punched per grace period */
+
+void chunks_lock(struct tm_segment *seg)
+{
+    if (lock_take(&seg->super->chunk_lock))
+        repair_chunks(seg);
+}
+
+void chunks_unlock(struct tm_segment *seg) { lock_drop(&seg->super->chunk_lock); }
+
+static void push_ret(struct tm_segment *seg, uint32_t c)
+{
+    seg->chunks[c].next = seg->super->ret_head;
+    seg->super->ret_head = c + 1;
+    atomic_store(&seg->states[c], CHUNK_RET);
+    seg->super->nret++;
+}
+
+static void push_free(struct tm_segment *seg, uint32_t c)
+{
+    seg->chunks[c].next = seg->super->free_head;
+    seg->super->free_head = c + 1;
+    atomic_store(&seg->states[c], CHUNK_FREE);
+    seg->super->nfree++;
+}
+
+static uint32_t pop_ret(struct tm_segment *seg)
+{
+    uint32_t c = seg->super->ret_head;
+    if (c) {
+        seg->super->ret_head = seg->chunks[c - 1].next;
+        seg->super->nret--;
+    }
+    return c;
+}
+
+static uint32_t pop_free(struct tm_segment *seg)
+{
+    uint32_t c = seg->super->free_head;
+    if (c) {
+        seg->super->free_head = seg->chunks[c - 1].next;
+        seg->super->nfree--;
+    } else if (seg->super->fresh < seg->nchunks) {
+        c = ++seg->super->fresh;
+    }
+    return c;
+}
+
+static struct tm_queue *queue_of(struct tm_segment *seg, uint32_t bin)
+{
+    return &seg->clients[bin_client(bin)].queues[bin_queue(bin)];
+}
+
+static void enqueue_locked(struct tm_segment *seg, uint32_t c)
+{
+    struct tm_chunk *d = &seg->chunks[c];
+    struct tm_queue *q = queue_of(seg, d->bin);
+    d->queued = 1;
+    d->qnext = 0;
+    d->qprev = q->tail;
+    if (q->tail)
+        seg->chunks[q->tail - 1].qnext = c + 1;
+    else
+        q->head = c + 1;
+    q->tail = c + 1;
+    q->length++;
+}
+
+static void dequeue_locked(struct tm_segment *seg, uint32_t c)
+{
+    struct tm_chunk *d = &seg->chunks[c];
+    struct tm_queue *q = queue_of(seg, d->bin);
+    if (d->qprev)
+        seg->chunks[d->qprev - 1].qnext = d->qnext;
+    else
+        q->head = d->qnext;
+    if (d->qnext)
+        seg->chunks[d->qnext - 1].qprev = d->qprev;
+    else
+        q->tail = d->qprev;
+    d->queued = 0;
+    q->length--;
+}
+
+/* Give chunk `c`, in no list now, to `bin`; we own it and have noted the intent. */
+static void use_locked(struct tm_ctx *ctx, uint32_t c, uint32_t bin)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_chunk *d = &seg->chunks[c];
+    d->bin = (uint16_t)bin;
+    d->flags = CF_OWNED;
+    d->prev = ctx->index;
+    d->nfree = (uint16_t)(TM_CHUNK / bin_stride(bin));
+    memset(d->bitmap, 0, sizeof d->bitmap);
+    if (bin_is_ephemeral(bin))
+        enqueue_locked(seg, c);
+    KP(10);
+    atomic_store(&seg->states[c], CHUNK_USED);
+}
+
+static void busy_locked(struct tm_ctx *ctx, uint32_t c)
+{
+    ctx->seg->chunks[c].prev = ctx->index;
+    atomic_store(&ctx->seg->states[c], CHUNK_BUSY);
+}
+
+static bool populate(struct tm_segment *seg, uint32_t c)
+{
+    uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK;
+    if (madvise(at(seg, offset), TM_CHUNK, MADV_POPULATE_WRITE) == 0)
+        return true;
+    return errno == EINVAL && fallocate(seg->fd, 0, (off_t)offset, TM_CHUNK) == 0; /* before Linux 5.14 */
+}
+
+static void punch(struct tm_segment *seg, uint32_t c)
+{
+    /* Not MADV_REMOVE: that is refused on a locked mapping. */
+    (void)fallocate(seg->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                    (off_t)(seg->data_offset + (uint64_t)c * TM_CHUNK), TM_CHUNK);
+}
+
+static uint32_t available_locked(const struct tm_segment *seg)
+{
+    const struct tm_super *s = seg->super;
+    return s->nret + s->nfree + (seg->nchunks - s->fresh);
+}
+
+static uint32_t reserve_of(const struct tm_segment *seg)
+{
+    return seg->nchunks / 16 < RESERVE ? seg->nchunks / 16 : RESERVE;
+}
+
+/* Populate a FREE chunk and leave it in state BUSY, ours. 1-based; 0 if there is none or no memory. Called and
+ * returns with the chunk lock held, which is dropped in between. */
+static uint32_t back_one(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t c = pop_free(seg);
+    if (!c)
+        return 0;
+    busy_locked(ctx, c - 1);
+    seg->super->nused++;
+    chunks_unlock(seg);
+    KP(11);
+    bool backed = populate(seg, c - 1);
+    if (!backed)
+        punch(seg, c - 1);
+    chunks_lock(seg);
+    if (backed)
+        return c;
+    push_free(seg, c - 1);
+    seg->super->nused--;
+    return 0;
+}
+
+uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve)
+{
+    struct tm_segment *seg = ctx->seg;
+    for (unsigned tries = 0; tries < TRIES; tries++) {
+        uint32_t c = 0;
+        chunks_lock(seg);
+        if (available_locked(seg) > (reserve ? 0 : reserve_of(seg))) {
+            if ((c = pop_ret(seg))) {
+                seg->super->nused++;
+                busy_locked(ctx, c - 1);
+            } else {
+                c = back_one(ctx);
+            }
+            if (c) {
+                atomic_store(&ctx->rec->chunk, c);
+                KP(12);
+                use_locked(ctx, c - 1, bin);
+            }
+        }
+        chunks_unlock(seg);
+        if (c)
+            return c;
+        if (reserve || !evict_chunk(ctx, client))
+            return 0;
+    }
+    return 0;
+}
+
+void chunk_release(struct tm_ctx *ctx, uint32_t c)
+{
+    struct tm_segment *seg = ctx->seg;
+    KP(13);
+    chunks_lock(seg);
+    if (seg->chunks[c].queued)
+        dequeue_locked(seg, c);
+    KP(14);
+    push_ret(seg, c);
+    seg->super->nused--;
+    KP(15);
+    if (atomic_load(&ctx->rec->chunk) == c + 1)
+        atomic_store(&ctx->rec->chunk, 0);
+    if (atomic_load(&ctx->rec->drain) == c + 1)
+        atomic_store(&ctx->rec->drain, 0);
+    chunks_unlock(seg);
+}
+
+uint32_t queue_pop(struct tm_ctx *ctx, uint32_t client, unsigned queue)
+{
+    struct tm_segment *seg = ctx->seg;
+    chunks_lock(seg);
+    uint32_t c = seg->clients[client].queues[queue].head;
+    if (c) {
+        atomic_store(&ctx->rec->drain, c);
+        KP(16);
+        dequeue_locked(seg, c - 1);
+    }
+    chunks_unlock(seg);
+    return c;
+}
+
+void chunk_requeue(struct tm_ctx *ctx, uint32_t c)
+{
+    struct tm_segment *seg = ctx->seg;
+    chunks_lock(seg);
+    if (atomic_load(&seg->states[c]) == CHUNK_USED && bin_is_ephemeral(seg->chunks[c].bin) && !seg->chunks[c].queued)
+        enqueue_locked(seg, c);
+    atomic_store(&ctx->rec->drain, 0);
+    chunks_unlock(seg);
+}
+
+uint64_t tm_populate(struct tm_ctx *ctx, uint64_t bytes)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t added = 0;
+    for (bool more = true; more;) {
+        chunks_lock(seg);
+        more = (uint64_t)seg->super->nret * TM_CHUNK < bytes;
+        uint32_t c = more ? back_one(ctx) : 0;
+        if (c) {
+            push_ret(seg, c - 1);
+            seg->super->nused--;
+            added += TM_CHUNK;
+        }
+        more = c != 0;
+        chunks_unlock(seg);
+    }
+    return added;
+}
+
+uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t returned = 0;
+    for (;;) {
+        uint32_t batch[BATCH], n = 0;
+        chunks_lock(seg);
+        while (n < BATCH && (uint64_t)seg->super->nret * TM_CHUNK > keep_bytes) {
+            batch[n] = pop_ret(seg) - 1;
+            busy_locked(ctx, batch[n++]);
+            seg->super->nused++;
+        }
+        chunks_unlock(seg);
+        KP(17);
+        /* Whoever is stopped inside an operation may still read: then keep the memory, never punch anyway. */
+        bool safe = n && grace(ctx, 200);
+        for (uint32_t i = 0; safe && i < n; i++)
+            punch(seg, batch[i]);
+        KP(18);
+        chunks_lock(seg);
+        for (uint32_t i = 0; i < n; i++) {
+            if (safe)
+                push_free(seg, batch[i]);
+            else
+                push_ret(seg, batch[i]);
+            seg->super->nused--;
+        }
+        chunks_unlock(seg);
+        returned += safe ? (uint64_t)n * TM_CHUNK : 0;
+        if (n < BATCH || !safe)
+            return returned;
+    }
+}
+
+void chunk_maintain(struct tm_ctx *ctx)
+{
+    /* Far more than the manager's reserve: it is not running, or not keeping up. */
+    uint64_t high = 128 + atomic_load_explicit(&ctx->seg->super->nused, memory_order_relaxed) / 8;
+    if (atomic_load_explicit(&ctx->seg->super->nret, memory_order_relaxed) > high)
+        tm_trim(ctx, high / 2 * TM_CHUNK);
+}
+
+bool chunk_free_busy(struct tm_ctx *ctx, uint32_t owner)
+{
+    struct tm_segment *seg = ctx->seg;
+    for (uint32_t c = 0; c < seg->nchunks; c++) {
+        uint8_t *hit = memchr((uint8_t *)seg->states + c, CHUNK_BUSY, seg->nchunks - c);
+        if (!hit)
+            break;
+        c = (uint32_t)(hit - (uint8_t *)seg->states);
+        if (seg->chunks[c].prev != owner)
+            continue;
+        /* Perhaps backed, perhaps not: after the punch it certainly is a hole. It was in no list, and a thread
+         * that read in it before it became RET is waited for as in tm_trim. */
+        if (!grace(ctx, 200))
+            return false;
+        punch(seg, c);
+        chunks_lock(seg);
+        if (atomic_load(&seg->states[c]) == CHUNK_BUSY && seg->chunks[c].prev == owner) {
+            push_free(seg, c);
+            seg->super->nused--;
+        }
+        chunks_unlock(seg);
+    }
+    return true;
+}

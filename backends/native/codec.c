@@ -1,0 +1,88 @@
+/* From a page to what is stored: a same-filled word in the slot, an LZ4 block, or the raw page. */
+#include "tm.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <lz4.h>
+#include <string.h>
+
+/* Fill values have 36 bits: with bit 35 a 64-bit word below 2^35, without it a 32-bit pattern. */
+#define FILL_WIDE (UINT64_C(1) << 35)
+#define WORD_RAW (UINT64_C(1) << 53)
+#define WORD_LENGTH(w) ((uint32_t)((w) >> 40) & 0x1fffu)
+
+bool codec_fill(const uint8_t *page, uint64_t *value)
+{
+    uint64_t first, word;
+    memcpy(&first, page, 8);
+    memcpy(&word, page + TM_PAGE - 8, 8);
+    /* Most pages are settled by one look at the other end. */
+    if (first != word || memcmp(page, page + 8, TM_PAGE - 8) != 0)
+        return false;
+    if ((uint32_t)first == (uint32_t)(first >> 32))
+        *value = (uint32_t)first;
+    else if (first < FILL_WIDE)
+        *value = first | FILL_WIDE;
+    else
+        return false;
+    return true;
+}
+
+void codec_expand(uint64_t value, uint8_t *page)
+{
+    uint64_t word = value & FILL_WIDE ? value & (FILL_WIDE - 1) : (value & 0xffffffffu) * UINT64_C(0x100000001);
+    if (word == 0) {
+        memset(page, 0, TM_PAGE);
+        return;
+    }
+    for (uint32_t i = 0; i < TM_PAGE; i += 8)
+        memcpy(page + i, &word, 8);
+}
+
+uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page)
+{
+    /* One stride step below a raw block, or it does not pay. */
+    const int most = (int)(TM_PAGE - TM_STRIDE_STEP);
+    int n = LZ4_compress_fast_extState(ctx->lz4, (const char *)page, (char *)ctx->scratch, (int)TM_PAGE, most, 1);
+    return n > 0 ? (uint32_t)n : TM_PAGE;
+}
+
+static uint32_t checksum(const uint8_t *payload, uint32_t length, uint64_t word, uint32_t stamp)
+{
+    return (uint32_t)XXH3_64bits_withSeed(payload, length, word ^ stamp ^ (uint64_t)stamp << 32);
+}
+
+uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp)
+{
+    return checksum((const uint8_t *)(b + 1), WORD_LENGTH(word), word, stamp);
+}
+
+uint32_t block_length(uint64_t word) { return WORD_LENGTH(word); }
+
+void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8_t *payload)
+{
+    uint64_t word = slot | (uint64_t)length << 40 | (length == TM_PAGE ? WORD_RAW : 0);
+    memcpy(b + 1, payload, length);
+    /* From the source, which is warm. */
+    b->checksum = checksum(payload, length, word, atomic_load_explicit(&b->stamp, memory_order_relaxed));
+    atomic_store_explicit(&b->word, word, memory_order_release);
+}
+
+bool block_read(const struct tm_block *b, uint64_t slot, uint32_t stride, uint8_t *page)
+{
+    uint64_t word = atomic_load_explicit(&b->word, memory_order_acquire);
+    uint32_t stamp = atomic_load_explicit(&b->stamp, memory_order_relaxed);
+    uint32_t length = WORD_LENGTH(word);
+    const uint8_t *payload = (const uint8_t *)(b + 1);
+    if ((word & ((UINT64_C(1) << 40) - 1)) != slot || length > stride - TM_HEADER || length > TM_PAGE)
+        return false;
+    if (b->checksum != checksum(payload, length, word, stamp))
+        return false;
+    if (word & WORD_RAW) {
+        memcpy(page, payload, TM_PAGE);
+        return length == TM_PAGE;
+    }
+    /* No copy first: if the block is reused meanwhile, the slot has changed and the caller tries again. */
+    return LZ4_decompress_safe((const char *)payload, (char *)page, (int)length, (int)TM_PAGE) == (int)TM_PAGE;
+}

@@ -1,0 +1,298 @@
+/* Whole objects: flushing one, and giving back the memory of empty ones and of those of a dying pool.
+ *
+ * An object dies in three steps. It is CONDEMNED under its shard lock (state 2, listed in our thread record); its
+ * slots are made DEAD one by one, so that a put that had found a slot before fails its compare-and-swap and looks
+ * up again; it is unlinked, and after a grace period its units are freed. Only in a dying pool are pages dropped
+ * on the way: elsewhere the first page found means that the object is in use, and it is brought back to life. */
+#include "tm.h"
+
+#include <string.h>
+
+static bool visit_node(struct tm_segment *seg, _Atomic uint32_t *parent, unsigned level, uint32_t leaf,
+                       unit_visitor visit, void *arg)
+{
+    uint32_t ref = atomic_load(parent);
+    if (!ref)
+        return true;
+    if (level == 0)
+        return visit(arg, UNIT_FULL, ref, parent, leaf << 9);
+    _Atomic uint32_t *entries = meta_at(seg, ref);
+    for (uint32_t i = 0; i < 1024; i++)
+        if (!visit_node(seg, &entries[i], level - 1, leaf + (i << (level == 2 ? 10 : 0)), visit, arg))
+            return false;
+    return visit(arg, UNIT_NODE, ref, parent, leaf << 9);
+}
+
+bool object_visit(struct tm_segment *seg, struct tm_object *o, unit_visitor visit, void *arg)
+{
+    uint32_t ref;
+    if ((ref = atomic_load(&o->tiny)) && !visit(arg, UNIT_TINY, ref, &o->tiny, 0))
+        return false;
+    if ((ref = atomic_load(&o->small)) && !visit(arg, UNIT_SMALL, ref, &o->small, 0))
+        return false;
+    for (uint32_t i = 0; i < 8; i++)
+        if ((ref = atomic_load(&o->leaf[i])) && !visit(arg, UNIT_FULL, ref, &o->leaf[i], i << 9))
+            return false;
+    for (uint32_t i = 0; i < 8; i++)
+        if (!visit_node(seg, &o->root[i], 2, i << 20, visit, arg))
+            return false;
+    return true;
+}
+
+struct walk {
+    struct tm_ctx *ctx;
+    uint32_t pool;
+    int64_t found;
+    bool force;
+};
+
+static bool flush_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+{
+    struct walk *w = arg;
+    (void)parent;
+    (void)first;
+    if (kind == UNIT_NODE)
+        return true;
+    slot_t *slots = meta_at(w->ctx->seg, ref);
+    for (uint32_t i = 0; i < unit_slots(kind); i++)
+        w->found += slot_flush(w->ctx, w->pool, &slots[i], SLOT_EMPTY);
+    return true;
+}
+
+int64_t object_flush(struct tm_ctx *ctx, struct tm_object *o)
+{
+    struct walk w = {ctx, o->pool, 0, false};
+    object_visit(ctx->seg, o, flush_unit, &w);
+    return w.found;
+}
+
+static bool kill_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+{
+    struct walk *w = arg;
+    (void)parent;
+    (void)first;
+    if (kind == UNIT_NODE)
+        return true;
+    slot_t *slots = meta_at(w->ctx->seg, ref);
+    for (uint32_t i = 0; i < unit_slots(kind); i++) {
+        uint64_t word = atomic_load(&slots[i]);
+        if (slot_type(word) == SLOT_DEAD)
+            continue;
+        if (w->force)
+            w->found += slot_flush(w->ctx, w->pool, &slots[i], SLOT_DEAD);
+        else if (slot_type(word) != SLOT_EMPTY
+                 || !atomic_compare_exchange_strong(&slots[i], &word, slot_next(word, SLOT_DEAD, 0)))
+            return false;
+    }
+    return true;
+}
+
+static bool revive_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+{
+    struct walk *w = arg;
+    (void)parent;
+    (void)first;
+    if (kind == UNIT_NODE)
+        return true;
+    slot_t *slots = meta_at(w->ctx->seg, ref);
+    for (uint32_t i = 0; i < unit_slots(kind); i++) {
+        uint64_t word = atomic_load(&slots[i]);
+        if (slot_type(word) == SLOT_DEAD)
+            atomic_compare_exchange_strong(&slots[i], &word, slot_next(word, SLOT_EMPTY, 0));
+    }
+    return true;
+}
+
+static bool free_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+{
+    struct walk *w = arg;
+    (void)kind;
+    (void)first;
+    /* Both intents first: a repairer clears the reference, then frees the unit, and can begin the walk again. */
+    atomic_store(&w->ctx->rec->meta_parent, off(w->ctx->seg, parent));
+    atomic_store(&w->ctx->rec->meta_old, ref);
+    KP(25);
+    atomic_store(parent, 0);
+    meta_free(w->ctx, ref);
+    return true;
+}
+
+static struct tm_lock *shard_lock(struct tm_segment *seg, const struct tm_object *o)
+{
+    struct tm_lock *shard = shard_of(seg, object_hash(o->pool, o->oid));
+    lock_take(shard);
+    return shard;
+}
+
+static void unlink_locked(struct tm_segment *seg, uint32_t ref)
+{
+    struct tm_object *o = meta_at(seg, ref);
+    _Atomic uint32_t *word = &seg->buckets[object_hash(o->pool, o->oid) & (seg->super->nbuckets - 1)];
+    for (uint32_t here; (here = atomic_load(word)); word = &((struct tm_object *)meta_at(seg, here))->next)
+        if (here == ref) {
+            atomic_store(word, atomic_load(&o->next));
+            return;
+        }
+}
+
+/* Go on with the object of intent `dying`, wherever its destroyer stopped. True if it is doomed now. */
+static bool kill_dying(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t ref = atomic_load(&ctx->rec->dying);
+    struct tm_object *o = meta_at(seg, ref);
+    struct tm_lock *shard;
+    if (atomic_load(&o->state) == 2) {
+        struct walk w = {ctx, o->pool, 0, atomic_load(&seg->pools[o->pool].state) == 2};
+        bool killed = object_visit(seg, o, kill_unit, &w);
+        if (!killed)
+            object_visit(seg, o, revive_unit, &w);
+        KP(27);
+        shard = shard_lock(seg, o);
+        if (killed)
+            unlink_locked(seg, ref);
+        atomic_store(&o->state, killed ? 3 : 1);
+        lock_drop(shard);
+    }
+    bool doomed = atomic_load(&o->state) == 3;
+    if (doomed && atomic_load(&ctx->rec->doomed) != ref) {
+        o->batch = atomic_load(&ctx->rec->doomed); /* nobody else reaches it any more */
+        atomic_store(&ctx->rec->doomed, ref);
+    }
+    KP(28);
+    atomic_store(&ctx->rec->dying, 0);
+    return doomed;
+}
+
+/* Begin the end of the object at `ref`, if it is one and lives. True if it is doomed now. Inside an operation. */
+static bool object_kill(struct tm_ctx *ctx, uint32_t ref)
+{
+    struct tm_object *o = meta_at(ctx->seg, ref);
+    struct tm_lock *shard = shard_lock(ctx->seg, o);
+    bool mine = object_find(ctx->seg, o->pool, o->oid) == ref && atomic_load(&o->state) == 1;
+    if (mine) {
+        o->owner = ctx->index + 1;
+        atomic_store(&ctx->rec->dying, ref);
+        KP(26);
+        atomic_store(&o->state, 2);
+    }
+    lock_drop(shard);
+    return mine && kill_dying(ctx);
+}
+
+/* Free the doomed objects, after everybody who could still look at them has gone. False: not yet. */
+static bool object_finish(struct tm_ctx *ctx)
+{
+    uint32_t ref;
+    if (!atomic_load(&ctx->rec->doomed))
+        return true;
+    if (!grace(ctx, 1000))
+        return false;
+    while ((ref = atomic_load(&ctx->rec->doomed))) {
+        struct tm_object *o = meta_at(ctx->seg, ref);
+        struct walk w = {ctx, o->pool, 0, true};
+        object_visit(ctx->seg, o, free_unit, &w);
+        atomic_store(&ctx->rec->meta_parent, 0);
+        atomic_store(&ctx->rec->meta_old, ref);
+        KP(29);
+        atomic_store(&ctx->rec->doomed, o->batch);
+        atomic_store(&o->state, 0);
+        meta_free(ctx, ref);
+    }
+    return true;
+}
+
+bool object_repair(struct tm_ctx *ctx)
+{
+    uint32_t ref = atomic_load(&ctx->rec->dying);
+    if (ref) {
+        struct tm_object *o = meta_at(ctx->seg, ref);
+        if (atomic_load(&o->state) >= 2 && o->owner == ctx->index + 1) {
+            op_begin(ctx);
+            kill_dying(ctx);
+            op_end(ctx);
+        }
+        atomic_store(&ctx->rec->dying, 0);
+    }
+    return object_finish(ctx);
+}
+
+static bool slot_forgotten(struct tm_segment *seg, uint32_t pool, uint64_t word)
+{
+    return slot_type(word) == SLOT_EMPTY && !ghost_is_fresh(seg, pool, word);
+}
+
+static bool unit_is_empty(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+{
+    struct walk *w = arg;
+    (void)parent;
+    (void)first;
+    if (kind == UNIT_NODE)
+        return true;
+    slot_t *slots = meta_at(w->ctx->seg, ref);
+    for (uint32_t i = 0; i < unit_slots(kind); i++)
+        if (!slot_forgotten(w->ctx->seg, w->pool, atomic_load_explicit(&slots[i], memory_order_relaxed)))
+            return false;
+    return true;
+}
+
+/* Kill the objects in chunk `c` that are of `pool` (if >= 0), or empty (if < 0). The number doomed. */
+static unsigned sweep_chunk(struct tm_ctx *ctx, uint32_t c, int pool)
+{
+    struct tm_segment *seg = ctx->seg;
+    unsigned doomed = 0;
+    if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT)
+        return 0;
+    for (uint32_t bit = 0; bit < TM_CHUNK / sizeof(struct tm_object); bit++) {
+        if (!bit_is_set(&seg->chunks[c], bit))
+            continue;
+        uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK + bit * sizeof(struct tm_object);
+        struct tm_object *o = at(seg, offset);
+        op_begin(ctx);
+        /* What is not linked in its chain may be half made: object_find inside the operation tells. */
+        uint32_t owner = o->pool;
+        if (owner < TM_MAX_POOLS && (pool < 0 || owner == (uint32_t)pool)
+            && object_find(seg, owner, o->oid) == offset / 128) {
+            struct walk w = {ctx, owner, 0, false};
+            if (pool >= 0 || object_visit(seg, o, unit_is_empty, &w))
+                doomed += object_kill(ctx, (uint32_t)(offset / 128));
+        }
+        op_end(ctx);
+    }
+    return doomed;
+}
+
+unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most)
+{
+    struct tm_segment *seg = ctx->seg;
+    unsigned doomed = 0;
+    for (uint32_t i = 0; i < seg->nchunks && doomed < most; i++)
+        doomed += sweep_chunk(ctx, atomic_fetch_add(&seg->super->sweep, 1) % seg->nchunks, -1);
+    object_finish(ctx);
+    return doomed;
+}
+
+/* Is an object of `pool` still linked, whoever destroys it? */
+static bool pool_has_objects(struct tm_ctx *ctx, uint32_t pool)
+{
+    struct tm_segment *seg = ctx->seg;
+    bool found = false;
+    op_begin(ctx);
+    for (uint32_t b = 0; b < seg->super->nbuckets && !found; b++)
+        for (uint32_t ref = atomic_load(&seg->buckets[b]); ref && !found;) {
+            struct tm_object *o = meta_at(seg, ref);
+            found = o->pool == pool;
+            ref = atomic_load(&o->next);
+        }
+    op_end(ctx);
+    return found;
+}
+
+bool pool_sweep(struct tm_ctx *ctx, uint32_t pool)
+{
+    for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
+        if (sweep_chunk(ctx, c, (int)pool) && !object_finish(ctx))
+            return false;
+    /* Another thread may be at some object of it; the pool's number must not be used again before it is done. */
+    return object_finish(ctx) && !pool_has_objects(ctx, pool);
+}

@@ -1,0 +1,48 @@
+/* What the files of the Python binding share. Objects hold a reference to their Segment, and every call first
+ * asks it for the mapping: after close() that is an exception, never a stale pointer. */
+#ifndef PY_H
+#define PY_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "tm.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct tm_segment *seg; /* NULL once closed */
+} SegmentObject;
+
+typedef struct {
+    PyObject_HEAD
+    SegmentObject *owner;
+    uint32_t id, serial;
+} ClientObject;
+
+typedef struct {
+    PyObject_HEAD
+    SegmentObject *owner;
+    uint32_t pool, serial;
+    int persistent, exclusive;
+} PoolObject;
+
+extern PyObject *SegmentError, *PoolError, *CorruptPageError; /* of tmem.errors */
+extern PyTypeObject *SegmentType, *ClientType, *PoolType, *DeviceType;
+
+PyTypeObject *make_segment_type(void);
+PyTypeObject *make_client_type(void);
+PyTypeObject *make_pool_type(void);
+PyTypeObject *make_device_type(void);
+
+struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
+struct tm_ctx *context_of(SegmentObject *owner);     /* NULL with an exception */
+PyObject *segment_wrap(struct tm_segment *seg);
+PyObject *client_wrap(SegmentObject *owner, uint32_t id, uint32_t serial);
+PyObject *pool_wrap(SegmentObject *owner, uint32_t pool, uint32_t serial);
+PyObject *raise_result(int64_t result); /* of a store operation; returns NULL */
+int handle_of(PoolObject *self, struct tm_handle *h); /* -1 with an exception */
+int set_number(PyObject *dict, const char *key, int64_t value);
+
+#define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
+
+#endif

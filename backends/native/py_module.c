@@ -1,0 +1,159 @@
+/* The module tmem.backends._native: its functions and its types. */
+#include "py.h"
+
+#include <errno.h>
+
+PyObject *SegmentError, *PoolError, *CorruptPageError;
+PyTypeObject *SegmentType, *ClientType, *PoolType, *DeviceType;
+
+static PyObject *raise_open(int rc, PyObject *path)
+{
+    const char *why;
+    switch (rc) {
+    case SEG_FOREIGN:
+        why = "is not a tmem segment; name another file, or remove it if you know it to be yours";
+        break;
+    case SEG_VERSION:
+        why = "was made by another version of tmem; use that version, or take its swap devices and mounts down "
+              "and destroy it";
+        break;
+    case SEG_ABI:
+        why = "was made by a tmem built for another C library or machine; use that one, or destroy it";
+        break;
+    case SEG_DAMAGED:
+        why = "has a damaged header; take its swap devices and mounts down and destroy it";
+        break;
+    case SEG_SHORT:
+        why = "is cut short; take its swap devices and mounts down and destroy it";
+        break;
+    case SEG_TOO_SMALL:
+        PyErr_SetString(SegmentError, "a segment needs at least 8M of memory");
+        return NULL;
+    case SEG_TOO_LARGE:
+        PyErr_SetString(SegmentError, "a segment can have at most 512G of memory");
+        return NULL;
+    case -EEXIST:
+        errno = EEXIST;
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_FileExistsError, path);
+    case -ENOENT:
+        why = "does not exist; create it with tmem start";
+        break;
+    case -ENOSPC:
+    case -ENOMEM:
+        why = "does not fit: its file system or the machine has too little memory";
+        break;
+    default:
+        errno = -rc;
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
+    }
+    PyErr_Format(SegmentError, "segment %U %s", path, why);
+    return NULL;
+}
+
+static PyObject *open_segment(PyObject *path, unsigned long long memory, int make)
+{
+    struct tm_segment *seg = NULL;
+    PyObject *bytes;
+    int rc;
+    if (!PyUnicode_FSConverter(path, &bytes))
+        return NULL;
+    const char *name = PyBytes_AsString(bytes);
+    Py_BEGIN_ALLOW_THREADS
+    rc = make ? tm_create(name, memory, &seg) : tm_attach(name, &seg);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(bytes);
+    return rc ? raise_open(rc, path) : segment_wrap(seg);
+}
+
+static PyObject *create(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"path", "memory_bytes", NULL};
+    PyObject *path;
+    unsigned long long memory;
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "UK:create", names, &path, &memory))
+        return NULL;
+    if (memory < (8u << 20))
+        return raise_open(SEG_TOO_SMALL, path);
+    return open_segment(path, memory, 1);
+}
+
+static PyObject *attach(PyObject *module, PyObject *path)
+{
+    (void)module;
+    if (!PyUnicode_Check(path)) {
+        PyErr_SetString(PyExc_TypeError, "path must be a str");
+        return NULL;
+    }
+    return open_segment(path, 0, 0);
+}
+
+static PyObject *destroy(PyObject *module, PyObject *path)
+{
+    PyObject *bytes;
+    int rc;
+    (void)module;
+    if (!PyUnicode_FSConverter(path, &bytes))
+        return NULL;
+    const char *name = PyBytes_AsString(bytes);
+    Py_BEGIN_ALLOW_THREADS
+    rc = tm_destroy(name);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(bytes);
+    if (rc)
+        return raise_open(rc, path);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"create", (PyCFunction)(void (*)(void))create, METH_VARARGS | METH_KEYWORDS,
+     "create(path, memory_bytes)\n--\n\nCreate a segment file and attach it."},
+    {"attach", attach, METH_O, "attach(path)\n--\n\nAttach an existing segment."},
+    {"destroy", destroy, METH_O, "destroy(path)\n--\n\nRemove a segment and give its memory back."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int import_errors(void)
+{
+    PyObject *errors = PyImport_ImportModule("tmem.errors");
+    if (!errors)
+        return -1;
+    SegmentError = PyObject_GetAttrString(errors, "SegmentError");
+    PoolError = PyObject_GetAttrString(errors, "PoolError");
+    CorruptPageError = PyObject_GetAttrString(errors, "CorruptPageError");
+    Py_DECREF(errors);
+    return SegmentError && PoolError && CorruptPageError ? 0 : -1;
+}
+
+static int add_types(PyObject *module)
+{
+    SegmentType = make_segment_type();
+    ClientType = SegmentType ? make_client_type() : NULL;
+    PoolType = ClientType ? make_pool_type() : NULL;
+    DeviceType = PoolType ? make_device_type() : NULL;
+    if (!DeviceType)
+        return -1;
+    return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
+           || PyModule_AddObjectRef(module, "Client", (PyObject *)ClientType)
+           || PyModule_AddObjectRef(module, "Pool", (PyObject *)PoolType)
+           || PyModule_AddObjectRef(module, "Device", (PyObject *)DeviceType)
+           || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
+           || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)
+           || PyModule_AddIntConstant(module, "VERSION", TM_VERSION)
+               ? -1
+               : 0;
+}
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "tmem's native core.", -1, functions, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    if (module && (import_errors() || add_types(module))) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -1,0 +1,309 @@
+/* Repair after a death: of a lock's holder (what the lock guards is derived anew), and of a thread (its intents).
+ *
+ * Everything here may be interrupted by the repairer's own death and begun again by another, so it derives and
+ * never adjusts, and an intent is cleared only when nothing is left to do for it. While a thread is repaired, the
+ * repairer acts as that thread (ctx->rec is the dead record), so that its own death leaves the same intents. */
+#include "tm.h"
+
+#include <string.h>
+
+/* A meta unit whose intent stands while its bit is clear: the holder died between the two stores. Everybody else
+ * makes both under this lock, so only the dead can look like this. */
+static void drop_void_intents(struct tm_segment *seg, uint32_t bin)
+{
+    uint32_t n = atomic_load(&seg->super->nthreads), c, bit;
+    for (uint32_t i = 0; i < n; i++) {
+        struct tm_thread *rec = &seg->threads[i];
+        uint32_t fresh = atomic_load(&rec->meta_new), old = atomic_load(&rec->meta_old);
+        if (fresh && meta_place(seg, fresh, &c, &bit) && seg->chunks[c].bin == bin
+            && !bit_is_set(&seg->chunks[c], bit))
+            atomic_store(&rec->meta_new, 0);
+        if (old && meta_place(seg, old, &c, &bit) && seg->chunks[c].bin == bin && !bit_is_set(&seg->chunks[c], bit))
+            atomic_store(&rec->meta_old, 0);
+    }
+}
+
+void repair_bin(struct tm_segment *seg, uint32_t bin)
+{
+    uint32_t units = TM_CHUNK / bin_stride(bin), head = 0;
+    for (uint32_t c = 0; c < seg->nchunks; c++) {
+        struct tm_chunk *d = &seg->chunks[c];
+        if (atomic_load(&seg->states[c]) != CHUNK_USED || d->bin != bin)
+            continue;
+        uint32_t set = 0;
+        for (unsigned w = 0; w < 8; w++)
+            set += (uint32_t)__builtin_popcountll(d->bitmap[w]);
+        if (!MUTANT(3))
+            d->nfree = (uint16_t)(units - set);
+        d->flags &= (uint16_t)~CF_LISTED;
+        if ((d->flags & CF_OWNED) || !d->nfree)
+            continue;
+        d->flags |= CF_LISTED;
+        d->prev = 0;
+        d->next = head;
+        if (head)
+            seg->chunks[head - 1].prev = c + 1;
+        head = c + 1;
+    }
+    seg->bins[bin].partial = head;
+    drop_void_intents(seg, bin);
+}
+
+void repair_chunks(struct tm_segment *seg)
+{
+    struct tm_super *s = seg->super;
+    uint32_t nfree = 0, nret = 0, nused = 0;
+    s->free_head = s->ret_head = s->fresh = 0;
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        memset(seg->clients[i].queues, 0, sizeof seg->clients[i].queues);
+    for (uint32_t c = seg->nchunks; c-- > 0;) {
+        struct tm_chunk *d = &seg->chunks[c];
+        uint8_t state = atomic_load(&seg->states[c]);
+        if (state != CHUNK_FREE && !s->fresh)
+            s->fresh = c + 1;
+        if (state == CHUNK_FREE && s->fresh) {
+            d->next = s->free_head;
+            s->free_head = c + 1;
+            nfree++;
+        } else if (state == CHUNK_RET) {
+            d->next = s->ret_head;
+            s->ret_head = c + 1;
+            nret++;
+        } else if (state == CHUNK_USED || state == CHUNK_BUSY) {
+            nused++;
+        }
+        if (state != CHUNK_USED || !d->queued || !bin_is_ephemeral(d->bin)) {
+            d->queued = 0;
+            continue;
+        }
+        /* The order of a queue is only advice: after a death it is that of the chunks. */
+        struct tm_queue *q = &seg->clients[bin_client(d->bin)].queues[bin_queue(d->bin)];
+        d->qprev = 0;
+        d->qnext = q->head;
+        if (q->head)
+            seg->chunks[q->head - 1].qprev = c + 1;
+        else
+            q->tail = c + 1;
+        q->head = c + 1;
+        q->length++;
+    }
+    s->nfree = nfree;
+    atomic_store(&s->nret, nret);
+    atomic_store(&s->nused, nused);
+}
+
+/* Take and drop the lock of a unit's bin, so that it is sound. False if the unit's chunk is not in use. */
+static bool settle_bin(struct tm_segment *seg, uint64_t offset)
+{
+    if (!in_data(seg, offset) || atomic_load(&seg->states[chunk_of(seg, offset)]) != CHUNK_USED)
+        return false;
+    lock_drop(&bin_lock(seg, seg->chunks[chunk_of(seg, offset)].bin)->lock);
+    return true;
+}
+
+static bool is_linked(struct tm_segment *seg, uint32_t ref, uint64_t parent)
+{
+    if (!parent)
+        return false;
+    if (!(parent & 1))
+        return atomic_load((_Atomic uint32_t *)at(seg, parent)) == ref;
+    for (uint32_t o = atomic_load((_Atomic uint32_t *)at(seg, parent - 1)); o;
+         o = atomic_load(&((struct tm_object *)meta_at(seg, o))->next))
+        if (o == ref)
+            return true;
+    return false;
+}
+
+static void repair_meta(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_thread *rec = ctx->rec;
+    uint32_t ref = atomic_load(&rec->meta_old);
+    uint64_t parent = atomic_load(&rec->meta_parent);
+    if (ref && settle_bin(seg, (uint64_t)ref * 128) && atomic_load(&rec->meta_old)) {
+        if (atomic_load(&rec->doomed) == ref) /* the object itself: off the list before it is gone */
+            atomic_store(&rec->doomed, ((struct tm_object *)meta_at(seg, ref))->batch);
+        else if (parent && atomic_load((_Atomic uint32_t *)at(seg, parent)) == ref)
+            atomic_store((_Atomic uint32_t *)at(seg, parent), 0);
+        meta_free(ctx, ref);
+    }
+    ref = atomic_load(&rec->meta_new);
+    if (ref && settle_bin(seg, (uint64_t)ref * 128) && atomic_load(&rec->meta_new) && !is_linked(seg, ref, parent))
+        meta_free_new(ctx);
+    atomic_store(&rec->meta_old, 0);
+    atomic_store(&rec->meta_new, 0);
+}
+
+/* Does a living thread mean to free this block? Then it will, or will find that it lost the race for the slot. */
+static bool wanted_by_living(struct tm_ctx *ctx, uint64_t block)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t n = atomic_load(&seg->super->nthreads);
+    for (uint32_t i = 0; i < n; i++) {
+        struct tm_thread *rec = &seg->threads[i];
+        if (rec == ctx->rec || atomic_load(&rec->old_block) != block)
+            continue;
+        if (lock_try_life(&rec->life) == LIFE_TAKEN)
+            return true;
+        lock_drop(&rec->life);
+    }
+    return false;
+}
+
+/* Free `block` if it still is the one of that stamp and its slot does not hold it. False: decide later. */
+static bool repair_block(struct tm_ctx *ctx, uint64_t block, uint32_t stamp, void (*release)(struct tm_ctx *ctx))
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t c, bit;
+    if (!block || !settle_bin(seg, block * 16) || !block_place(seg, block, &c, &bit))
+        return true;
+    struct tm_bin *b = bin_lock(seg, seg->chunks[c].bin);
+    struct tm_block *header = block_at(seg, block);
+    bool ours = block_place(seg, block, &c, &bit) && bit_is_set(&seg->chunks[c], bit)
+                && (atomic_load(&header->stamp) == stamp || MUTANT(2));
+    bool linked = false, wanted = false;
+    if (ours) {
+        uint64_t number = atomic_load(&header->word) & ((UINT64_C(1) << 40) - 1);
+        if (slot_pool(seg, number) >= 0) {
+            uint64_t word = atomic_load((slot_t *)at(seg, number * 8));
+            linked = slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block;
+        }
+        wanted = !linked && wanted_by_living(ctx, block) && !MUTANT(4);
+    }
+    lock_drop(&b->lock);
+    if (ours && !linked && !wanted)
+        release(ctx);
+    return !wanted;
+}
+
+bool repair_thread(struct tm_ctx *ctx, uint32_t index)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_thread *saved = ctx->rec, *rec = &seg->threads[index];
+    uint32_t saved_index = ctx->index;
+    bool done = true;
+
+    ctx->rec = rec;
+    ctx->index = index;
+    repair_meta(ctx);
+    if (!MUTANT(1)) {
+        KP(30);
+        done &= repair_block(ctx, atomic_load(&rec->new_block), atomic_load(&rec->new_stamp), block_free_new);
+        KP(31);
+        done &= repair_block(ctx, atomic_load(&rec->old_block), atomic_load(&rec->old_stamp), block_free_old);
+        KP(32);
+    }
+    if (done) {
+        atomic_store(&rec->new_block, 0);
+        atomic_store(&rec->old_block, 0);
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        _Atomic uint32_t *intent = i ? &rec->drain : &rec->chunk;
+        uint32_t c = atomic_load(intent);
+        if (!c--)
+            continue;
+        struct tm_chunk *d = &seg->chunks[c];
+        if (settle_bin(seg, seg->data_offset + (uint64_t)c * TM_CHUNK) && (d->flags & CF_OWNED) && d->prev == index)
+            chunk_settle(ctx, c);
+        KP(33);
+        if (i)
+            chunk_requeue(ctx, c);
+        atomic_store(intent, 0);
+    }
+    /* What is left waits for grace periods: the dead thread's operation ends first, or two repairers would each
+     * wait for the record that the other one holds. */
+    if (done && (atomic_load(&rec->op) & 1))
+        atomic_fetch_add(&rec->op, 1);
+    done = done && chunk_free_busy(ctx, index) && object_repair(ctx);
+    ctx->rec = saved;
+    ctx->index = saved_index;
+    return done;
+}
+
+struct tally {
+    int64_t pages, fill, raw, bytes;
+};
+
+/* What the slots of a pool say. */
+static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
+{
+    struct tally t = {0};
+    uint32_t first = BIN_LEAF + pool * 3;
+    for (uint32_t c = 0; c < seg->nchunks; c++) {
+        struct tm_chunk *d = &seg->chunks[c];
+        if (atomic_load(&seg->states[c]) != CHUNK_USED || d->bin < first || d->bin >= first + 3)
+            continue;
+        uint32_t stride = bin_stride(d->bin);
+        for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
+            if (!bit_is_set(d, bit))
+                continue;
+            slot_t *slots = at(seg, seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride);
+            for (uint32_t i = 0; i < stride / 8; i++) {
+                uint64_t word = atomic_load_explicit(&slots[i], memory_order_relaxed);
+                unsigned type = slot_type(word);
+                t.pages += type == SLOT_BLOCK || type == SLOT_FILL;
+                t.fill += type == SLOT_FILL;
+                if (type == SLOT_BLOCK) {
+                    uint32_t bc, bb;
+                    if (block_place(seg, word & SLOT_VALUE, &bc, &bb)) {
+                        uint32_t size = bin_stride(seg->chunks[bc].bin);
+                        t.bytes += size;
+                        t.raw += size == TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP;
+                    }
+                }
+            }
+        }
+    }
+    return t;
+}
+
+/* Everything that a commit counts, once each. Equal before and after means that no page came or went. */
+static uint64_t commits(struct tm_segment *seg)
+{
+    uint64_t sum = 0;
+    for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
+        struct tm_pool *pool = &seg->pools[p];
+        if (!atomic_load(&pool->state))
+            continue;
+        sum += pool->counters[C_STORED] + pool->counters[C_PUT_FLUSHED] + pool->counters[C_FLUSHED]
+               + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT];
+    }
+    return sum;
+}
+
+void recount(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    static const unsigned tries = 3;
+    for (unsigned i = 0; i < tries && atomic_load(&seg->super->recount); i++) {
+        /* A thread may have committed and not yet counted, so an operation that was running must end on either
+         * side of the scan; under load this fails and the next reaper tries again. */
+        uint64_t before = commits(seg);
+        if (!grace(ctx, 100) || commits(seg) != before)
+            continue;
+        int64_t used[TM_MAX_CLIENTS] = {0};
+        static _Thread_local struct tally found[TM_MAX_POOLS];
+        struct tally held;
+        for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
+            if (atomic_load(&seg->pools[p].state))
+                found[p] = tally_pool(seg, p);
+        if (!grace(ctx, 100) || commits(seg) != before)
+            continue;
+        for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
+            struct tm_pool *pool = &seg->pools[p];
+            if (!atomic_load(&pool->state))
+                continue;
+            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->bytes};
+            /* Add the difference: operations that began meanwhile keep their count. */
+            pool->pages += found[p].pages - held.pages;
+            pool->fill_pages += found[p].fill - held.fill;
+            pool->raw_pages += found[p].raw - held.raw;
+            pool->bytes += found[p].bytes - held.bytes;
+            used[p / TM_CLIENT_POOLS] += found[p].bytes;
+        }
+        for (uint32_t i_client = 0; i_client < TM_MAX_CLIENTS; i_client++)
+            if (atomic_load(&seg->clients[i_client].state))
+                seg->clients[i_client].used_bytes += used[i_client] - seg->clients[i_client].used_bytes;
+        atomic_store(&seg->super->recount, 0);
+    }
+}

@@ -1,0 +1,385 @@
+/* put, get and flush: on one slot (inside an operation), then on ranges of an object's pages.
+ *
+ * The order of every change: write the block, swap the slot, free the old block. Whoever swaps a block's reference
+ * out of its slot owns that block. Before the swap the old block stands in our intent, with its stamp. */
+#include "tm.h"
+
+#include <sched.h>
+#include <string.h>
+
+static uint64_t number_of(struct tm_segment *seg, const slot_t *slot) { return off(seg, slot) / 8; }
+
+static bool stored(uint64_t word) { return slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_FILL; }
+
+static uint32_t stride_at(struct tm_segment *seg, uint64_t block)
+{
+    return bin_stride(seg->chunks[chunk_of(seg, block * 16)].bin);
+}
+
+static void add(_Atomic int64_t *counter, int64_t n)
+{
+    if (n)
+        atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+struct change { /* of a pool's sums by one commit */
+    int64_t pages, fill, raw, bytes;
+};
+
+static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change *sum)
+{
+    unsigned type = slot_type(word);
+    if (type == SLOT_FILL) {
+        sum->pages += sign;
+        sum->fill += sign;
+    } else if (type == SLOT_BLOCK) {
+        uint32_t size = stride_at(seg, word & SLOT_VALUE);
+        sum->pages += sign;
+        sum->bytes += sign * (int64_t)size;
+        sum->raw += size == TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP ? sign : 0;
+    }
+}
+
+static void account(struct tm_segment *seg, uint32_t pool, const struct change *sum)
+{
+    struct tm_pool *p = &seg->pools[pool];
+    add(&p->pages, sum->pages);
+    add(&p->fill_pages, sum->fill);
+    add(&p->raw_pages, sum->raw);
+    add(&p->bytes, sum->bytes);
+    add(&seg->clients[pool / TM_CLIENT_POOLS].used_bytes, sum->bytes);
+}
+
+/* Note the block of `word`, if it has one, as the one that we are about to take out of its slot. */
+static void intend_old(struct tm_ctx *ctx, uint64_t word)
+{
+    uint64_t block = slot_type(word) == SLOT_BLOCK ? word & SLOT_VALUE : 0;
+    if (block)
+        atomic_store_explicit(&ctx->rec->old_stamp,
+                              atomic_load_explicit(&block_at(ctx->seg, block)->stamp, memory_order_relaxed),
+                              memory_order_relaxed);
+    atomic_store_explicit(&ctx->rec->old_block, block, memory_order_release);
+    KP(40);
+}
+
+/* Swap `old` for `new`. On success the old block is accounted for and freed; else `*old` is what is there now. */
+bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old, uint64_t new)
+{
+    struct change sum = {0};
+    intend_old(ctx, *old);
+    if (MUTANT(5))
+        atomic_store(slot, new);
+    else if (!atomic_compare_exchange_strong_explicit(slot, old, new, memory_order_acq_rel, memory_order_acquire)) {
+        atomic_store_explicit(&ctx->rec->old_block, 0, memory_order_release);
+        return false;
+    }
+    KP(41);
+    atomic_store_explicit(&ctx->rec->new_block, 0, memory_order_release);
+    KP(42);
+    tally(ctx->seg, new, 1, &sum);
+    tally(ctx->seg, *old, -1, &sum);
+    account(ctx->seg, pool, &sum);
+    if (slot_type(*old) == SLOT_BLOCK)
+        block_free_old(ctx);
+    KP(43);
+    return true;
+}
+
+int slot_flush(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, unsigned type)
+{
+    uint64_t old = atomic_load_explicit(slot, memory_order_acquire);
+    for (;;) {
+        if (slot_type(old) == SLOT_DEAD || (type == SLOT_EMPTY && !stored(old)))
+            return 0;
+        int had = stored(old);
+        if (slot_replace(ctx, pool, slot, &old, slot_next(old, type, 0))) {
+            if (had)
+                count(ctx->seg, pool, C_FLUSHED, 1);
+            return had;
+        }
+    }
+}
+
+/* Memory for `length` bytes within the client's cap; sets intent new_block. 0: refused. */
+static uint64_t room(struct tm_ctx *ctx, uint32_t pool, uint32_t length, uint64_t old)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t client = pool / TM_CLIENT_POOLS, cls = size_class(length);
+    struct tm_client *who = &seg->clients[client];
+    int64_t cap = (int64_t)atomic_load_explicit(&who->cap_bytes, memory_order_relaxed);
+    if (cap) {
+        int64_t need = TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
+        if (slot_type(old) == SLOT_BLOCK)
+            need -= stride_at(seg, old & SLOT_VALUE);
+        for (unsigned tries = 0; atomic_load(&who->used_bytes) + need > cap; tries++)
+            if (tries > 200 || !evict_chunk(ctx, (int)client))
+                return 0;
+    }
+    if (seg->pools[pool].persistent)
+        return block_alloc(ctx, BIN_PERSISTENT + cls, -1, false);
+    /* A page that was evicted lately and comes again has proved itself. */
+    unsigned queue = slot_type(old) == SLOT_EMPTY && ghost_is_fresh(seg, pool, old) ? QUEUE_MAIN : QUEUE_PROBATION;
+    return block_alloc(ctx, bin_ephemeral(client, queue, cls), -1, false);
+}
+
+int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, bool keep_old,
+             const uint64_t *expected)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t old = atomic_load_explicit(slot, memory_order_acquire), value, block = 0;
+    uint32_t length = 0;
+    bool fill = codec_fill(page, &value);
+
+    if (expected && old != *expected)
+        return TM_AGAIN;
+    if (!fill) {
+        length = codec_compress(ctx, page);
+        block = room(ctx, pool, length, old);
+        if (!block) {
+            if (slot_type(old) == SLOT_DEAD)
+                return TM_AGAIN;
+            /* Semantics D1: what was there must not be seen again, unless the caller asks for it. */
+            if (!keep_old && slot_flush(ctx, pool, slot, SLOT_EMPTY)) {
+                atomic_fetch_sub_explicit(&seg->pools[pool].counters[C_FLUSHED], 1, memory_order_relaxed);
+                count(seg, pool, C_PUT_FLUSHED, 1);
+            } else {
+                count(seg, pool, C_REFUSED, 1);
+            }
+            return TM_REFUSED;
+        }
+        KP(44);
+        block_write(block_at(seg, block), number_of(seg, slot), length, length == TM_PAGE ? page : ctx->scratch);
+        KP(45);
+        value = block;
+        old = expected ? *expected : atomic_load_explicit(slot, memory_order_acquire);
+    }
+    for (;;) {
+        if (slot_type(old) == SLOT_DEAD || (expected && old != *expected)) {
+            if (block)
+                block_free_new(ctx);
+            return TM_AGAIN;
+        }
+        bool had = stored(old);
+        if (slot_replace(ctx, pool, slot, &old, slot_next(old, fill ? SLOT_FILL : SLOT_BLOCK, value))) {
+            count(seg, pool, C_STORED, 1);
+            if (had)
+                count(seg, pool, C_REPLACED, 1);
+            return TM_OK;
+        }
+    }
+}
+
+/* A hit of a page that stays: it is worth more now. Saturated pages are not written to. */
+static void touch(slot_t *slot, uint64_t word)
+{
+    if (slot_freq(word) < 3)
+        atomic_compare_exchange_strong_explicit(slot, &word, word + SLOT_FREQ_ONE, memory_order_relaxed,
+                                                memory_order_relaxed);
+}
+
+int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uint64_t *seen)
+{
+    struct tm_segment *seg = ctx->seg;
+    const struct tm_pool *p = &seg->pools[pool];
+    for (;;) {
+        uint64_t word = atomic_load_explicit(slot, memory_order_acquire);
+        bool good = true;
+        if (seen)
+            *seen = word;
+        if (!stored(word))
+            return TM_MISS;
+        if (slot_type(word) == SLOT_FILL) {
+            codec_expand(word & SLOT_VALUE, page);
+        } else {
+            uint64_t block = word & SLOT_VALUE;
+            good = block_read(block_at(seg, block), number_of(seg, slot), stride_at(seg, block), page);
+            atomic_thread_fence(memory_order_acquire);
+            uint64_t now = atomic_load_explicit(slot, memory_order_relaxed);
+            if (((now ^ word) & ~SLOT_FREQ) && !MUTANT(6))
+                continue; /* replaced while we read; if not, the block was ours to read all the time */
+            word = now;
+        }
+        if (good && !p->exclusive) {
+            if (!p->persistent)
+                touch(slot, word);
+            return TM_OK;
+        }
+        if (!good)
+            count(seg, pool, C_CORRUPT, p->persistent ? 1 : 0);
+        if (!good && p->persistent)
+            return TM_CORRUPT;
+        /* Exclusive: ours alone only if we take it out. A corrupt ephemeral page goes the same way, as a miss. */
+        if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, 0))) {
+            count(seg, pool, good ? C_TAKEN : C_CORRUPT, 1);
+            return good ? TM_OK : TM_MISS;
+        }
+    }
+}
+
+/* ---- Ranges ----------------------------------------------------------------------------------------------- */
+
+static bool live(const struct tm_handle *h)
+{
+    const struct tm_pool *p = &h->seg->pools[h->pool];
+    return atomic_load(&h->seg->super->alive) && atomic_load(&p->state) == 1 && atomic_load(&p->serial) == h->serial;
+}
+
+/* Begin an operation on the pool of `h`; an error if it is gone. */
+int enter(const struct tm_handle *h, struct tm_ctx **ctx)
+{
+    if (atomic_load_explicit(&h->seg->closed, memory_order_relaxed))
+        return TM_NOPOOL;
+    if (!(*ctx = ctx_get(h->seg)))
+        return TM_NOTHREAD;
+    op_begin(*ctx);
+    if (live(h)) /* after op_begin: a destroyer waits for us or we see it */
+        return TM_OK;
+    op_end(*ctx);
+    return TM_NOPOOL;
+}
+
+/* After a slot or object turned out to be dying: let its destroyer finish, or finish for it. */
+int again(const struct tm_handle *h, struct tm_ctx **ctx, unsigned tries)
+{
+    op_end(*ctx);
+    if (tries % 64 == 63)
+        tm_reap(*ctx);
+    sched_yield();
+    return enter(h, ctx);
+}
+
+static void unpack(const uint8_t *oid, uint64_t out[3]) { memcpy(out, oid, TM_OID); }
+
+int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, const uint8_t *data, uint32_t n,
+               bool keep_old)
+{
+    struct tm_ctx *ctx;
+    struct cursor cur = {0};
+    uint64_t id[3];
+    int64_t done = 0;
+    int rc = enter(h, &ctx);
+    unsigned tries = 0;
+    uint64_t attempted = 0;
+    if (rc != TM_OK)
+        return rc;
+    unpack(oid, id);
+    for (uint32_t i = 0; i < n; i++) {
+        rc = cursor_create(ctx, h->pool, id, index + i, &cur);
+        if (rc == TM_OK)
+            rc = slot_put(ctx, h->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, keep_old, NULL);
+        else if (rc == TM_REFUSED)
+            count(h->seg, h->pool, C_REFUSED, 1); /* no leaf: nothing can be there */
+        if (rc == TM_AGAIN) {
+            cur = (struct cursor){0};
+            if ((rc = again(h, &ctx, tries++)) != TM_OK) {
+                count(h->seg, h->pool, C_PUTS, attempted);
+                return rc;
+            }
+            i--;
+            continue;
+        }
+        attempted++;
+        if (rc == TM_OK)
+            done++;
+        else if (keep_old)
+            break;
+    }
+    count(h->seg, h->pool, C_PUTS, attempted);
+    op_end(ctx);
+    return done;
+}
+
+int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint8_t *data, uint32_t n)
+{
+    struct tm_ctx *ctx;
+    struct cursor cur = {0};
+    uint64_t id[3];
+    int64_t done = 0;
+    int rc = enter(h, &ctx);
+    if (rc != TM_OK)
+        return rc;
+    unpack(oid, id);
+    for (uint32_t i = 0; i < n; i++) {
+        cursor_find(h->seg, h->pool, id, index + i, &cur);
+        rc = cur.slots ? slot_get(ctx, h->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, NULL)
+                       : TM_MISS;
+        if (rc != TM_OK)
+            break;
+        done++;
+    }
+    count(h->seg, h->pool, C_GETS, (uint64_t)done + (rc != TM_OK));
+    count(h->seg, h->pool, C_HITS, (uint64_t)done);
+    op_end(ctx);
+    return rc == TM_CORRUPT && !done ? TM_CORRUPT : done;
+}
+
+int64_t tm_flush(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint64_t n)
+{
+    struct tm_ctx *ctx;
+    struct cursor cur = {0};
+    uint64_t id[3], found = 0, end = (uint64_t)index + n;
+    int rc = enter(h, &ctx);
+    if (rc != TM_OK)
+        return rc;
+    unpack(oid, id);
+    count(h->seg, h->pool, C_FLUSHES, n);
+    for (uint64_t i = index; i < end; i++) {
+        cursor_find(h->seg, h->pool, id, (uint32_t)i, &cur);
+        if (cur.slots)
+            found += (uint64_t)slot_flush(ctx, h->pool, &cur.slots[i - cur.first], SLOT_EMPTY);
+        else
+            i = cur.last;
+    }
+    op_end(ctx);
+    return (int64_t)found;
+}
+
+int64_t tm_flush_object(const struct tm_handle *h, const uint8_t *oid)
+{
+    struct tm_ctx *ctx;
+    uint64_t id[3];
+    int64_t found = 0;
+    int rc = enter(h, &ctx);
+    if (rc != TM_OK)
+        return rc;
+    unpack(oid, id);
+    uint32_t ref = object_find(h->seg, h->pool, id);
+    if (ref) {
+        found = object_flush(ctx, meta_at(h->seg, ref));
+        atomic_fetch_add(&h->seg->super->emptied, 1);
+    }
+    count(h->seg, h->pool, C_OBJECT_FLUSHES, 1);
+    count(h->seg, h->pool, C_OBJECTS_FLUSHED, found > 0);
+    op_end(ctx);
+    /* Mostly the manager does this; without one, or when files go faster than it looks, memory comes back here. */
+    if (atomic_load(&h->seg->super->emptied) >= 1024 && atomic_exchange(&h->seg->super->emptied, 0))
+        object_reap_empty(ctx, 1024);
+    return found;
+}
+
+int64_t tm_runs(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint64_t n,
+                bool (*run)(void *arg, uint64_t first, uint64_t n, bool stored), void *arg)
+{
+    struct tm_ctx *ctx;
+    struct cursor cur = {0};
+    uint64_t id[3], end = (uint64_t)index + n, start = index;
+    bool is = false, more = true;
+    int rc = enter(h, &ctx);
+    if (rc != TM_OK)
+        return rc;
+    unpack(oid, id);
+    for (uint64_t i = index; i < end && more;) {
+        cursor_find(h->seg, h->pool, id, (uint32_t)i, &cur);
+        bool now = cur.slots && stored(atomic_load_explicit(&cur.slots[i - cur.first], memory_order_relaxed));
+        if (now != is && i > start) {
+            more = run(arg, start, i - start, is);
+            start = i;
+        }
+        is = now;
+        i = cur.slots ? i + 1 : (uint64_t)cur.last + 1;
+    }
+    op_end(ctx);
+    if (more && end > start)
+        run(arg, start, end - start, is);
+    return TM_OK;
+}

@@ -1,0 +1,467 @@
+/* tmem's native core: the shared segment and the store in it. docs/concurrency.md is the long form of this.
+ *
+ * The segment is a file on tmpfs that every serving process maps. It begins with fixed tables (superblock,
+ * clients, pools, thread records, bins, object buckets, chunk states, chunk descriptors) and ends in CHUNKS of
+ * 64 KiB, which hold everything that grows: compressed pages ("blocks"), objects, and the leaves of the index.
+ *
+ *   handle (pool, oid, index) -> object (hash chain) -> leaf -> SLOT -> block
+ *
+ * The slot, one aligned 64-bit word, is the only truth about a page: it is replaced by compare-and-swap and
+ * carries a generation. Whoever's compare-and-swap removes a block's reference frees the block. Bitmaps say which
+ * blocks are allocated; lists, counts and queues are derived and rebuilt when a lock's holder died. What a thread
+ * is about to link or free stands in its thread record ("intents"), so that its death is repaired at once.
+ *
+ * References are offsets from the start of the file: blocks in units of 16 bytes, index nodes ("meta") in units
+ * of 128 bytes, slots in units of 8; 0 is none (the superblock is there).
+ *
+ * Lock order: object shard, then one of {bin, chunks}; the control lock is outermost. No lock is held during
+ * compression, copying, page faults or system calls other than futex.
+ */
+#ifndef TM_H
+#define TM_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define TM_VERSION 1u
+#define TM_PAGE 4096u
+#define TM_OID 24u
+#define TM_CHUNK 65536u
+#define TM_STRIDE_STEP 64u
+#define TM_STRIDE_MIN 128u
+#define TM_NCLASSES 64u /* strides 128, 192, ... 4160 */
+
+#define TM_MAX_CLIENTS 64u
+#define TM_CLIENT_POOLS 16u
+#define TM_MAX_POOLS (TM_MAX_CLIENTS * TM_CLIENT_POOLS)
+#define TM_MAX_THREADS 1024u
+#define TM_NSHARDS 64u
+#define TM_NAME 64u
+
+/* Bins: one allocator each of equal-sized units. Persistent blocks share theirs, ephemeral ones belong to a
+ * client's probation or main queue, leaves to a pool (so that a slot's pool follows from its chunk). */
+#define BIN_PERSISTENT 0u
+#define BIN_OBJECT 64u
+#define BIN_NODE 65u
+#define BIN_EPHEMERAL 66u
+#define BIN_LEAF (BIN_EPHEMERAL + TM_MAX_CLIENTS * 2u * TM_NCLASSES)
+#define TM_NBINS (BIN_LEAF + TM_MAX_POOLS * 3u)
+enum { LEAF_TINY, LEAF_SMALL, LEAF_FULL }; /* 16, 64, 512 slots */
+
+/* Results of store operations; negative values are errors. */
+enum {
+    TM_MISS = 0,
+    TM_OK = 1,
+    TM_REFUSED = -1,  /* a put found no memory */
+    TM_CORRUPT = -2,  /* a persistent page failed its checksum */
+    TM_NOPOOL = -3,   /* the pool, client or segment is gone */
+    TM_NOTHREAD = -4, /* no thread record is free, or no memory for the thread's buffers */
+    TM_AGAIN = -5     /* internal: the slot's leaf died, look up again */
+};
+
+/* ---- Slots ------------------------------------------------------------------------------------------------
+ * bits 0..35 block reference or fill value or eviction time; 36..37 frequency; 38..40 type; 41..63 generation.
+ * A page that was evicted leaves the client's eviction clock in its empty slot: the ghost of S3-FIFO. */
+enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3 };
+#define SLOT_VALUE ((UINT64_C(1) << 36) - 1)
+#define SLOT_FREQ_ONE (UINT64_C(1) << 36)
+#define SLOT_FREQ (UINT64_C(3) << 36)
+#define SLOT_GEN_ONE (UINT64_C(1) << 41)
+typedef _Atomic uint64_t slot_t;
+
+static inline unsigned slot_type(uint64_t s) { return (unsigned)(s >> 38) & 7u; }
+static inline unsigned slot_freq(uint64_t s) { return (unsigned)(s >> 36) & 3u; }
+static inline uint64_t slot_next(uint64_t old, unsigned type, uint64_t value)
+{
+    return ((old & ~(SLOT_GEN_ONE - 1)) + SLOT_GEN_ONE) | ((uint64_t)type << 38) | value;
+}
+
+/* ---- Shared structures ------------------------------------------------------------------------------------ */
+
+/* A robust, process-shared mutex. Only lock.c touches it. */
+struct tm_lock {
+    pthread_mutex_t mutex;
+};
+
+struct tm_super {
+    char magic[8];
+    uint32_t version;
+    uint32_t abi;          /* sizes of lock and records: another libc's segment is refused */
+    uint64_t memory_bytes; /* the bound that the user asked for */
+    uint64_t file_bytes;
+    uint64_t nonce;       /* tells one segment from another at the same path */
+    uint64_t off_clients; /* offsets of the tables, in bytes */
+    uint64_t off_pools;
+    uint64_t off_threads;
+    uint64_t off_bins;
+    uint64_t off_buckets;
+    uint64_t off_states;
+    uint64_t off_descs;
+    uint64_t off_data;
+    uint32_t nbuckets; /* power of two */
+    uint32_t nchunks;
+    uint64_t checksum; /* XXH3 of everything above */
+
+    /* From here on it changes. */
+    _Atomic uint32_t alive;   /* 1, or 0 once destroyed */
+    _Atomic uint32_t recount; /* a thread died: page counters may be off */
+    _Atomic uint32_t nthreads; /* thread records ever used */
+    _Atomic uint32_t emptied;  /* objects that were flushed since empty ones were last looked for */
+    _Atomic uint32_t sweep;    /* chunk at which that look goes on */
+    _Atomic uint64_t deaths;   /* threads repaired */
+    struct tm_lock control;   /* clients and pools tables */
+    struct tm_lock chunk_lock; /* chunk states, the lists below, queues */
+    uint32_t fresh;           /* first chunk never used */
+    uint32_t free_head;       /* punched chunks, 1-based, 0 none */
+    uint32_t ret_head;        /* free but backed chunks */
+    uint32_t nfree;           /* length of the free list */
+    _Atomic uint32_t nret;    /* length of the ret list */
+    _Atomic uint32_t nused;   /* chunks in use, being populated or being punched */
+    struct tm_lock shards[TM_NSHARDS];
+};
+
+struct tm_queue { /* a client's ephemeral chunks, oldest first */
+    uint32_t head, tail; /* 1-based */
+    _Atomic uint32_t length;
+};
+enum { QUEUE_PROBATION, QUEUE_MAIN };
+
+struct tm_client {
+    char name[TM_NAME];
+    _Atomic uint32_t state; /* 0 free, 1 live, 2 dying */
+    _Atomic uint32_t serial;
+    _Atomic uint64_t cap_bytes;
+    _Atomic int64_t used_bytes; /* memory of all its blocks */
+    _Atomic uint64_t evict_clock; /* pages evicted so far: the time of ghosts */
+    struct tm_queue queues[2];
+    uint8_t spare[136];
+};
+
+/* Counters of a pool, semantics section 6. */
+enum {
+    C_PUTS, C_STORED, C_REFUSED, C_REPLACED, C_PUT_FLUSHED, C_GETS, C_HITS, C_FLUSHES, C_FLUSHED,
+    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_NCOUNTERS
+};
+
+struct tm_pool {
+    _Atomic uint32_t state; /* 0 free, 1 live, 2 dying */
+    _Atomic uint32_t serial;
+    uint32_t persistent;
+    uint32_t exclusive;
+    _Atomic int64_t pages;
+    _Atomic int64_t fill_pages;
+    _Atomic int64_t raw_pages;
+    _Atomic int64_t bytes;
+    _Atomic uint64_t counters[C_NCOUNTERS];
+    uint8_t spare[208 - 8 * C_NCOUNTERS];
+};
+
+/* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
+struct tm_thread {
+    _Alignas(64) struct tm_lock life;
+    _Atomic uint32_t used; /* has intents to look at */
+    uint32_t pid;          /* for people only */
+    _Atomic uint64_t op;   /* odd inside an operation */
+    uint32_t seq;          /* of the stamps */
+    /* Intents. */
+    _Atomic uint32_t new_stamp, old_stamp;
+    _Atomic uint64_t new_block; /* allocated, perhaps not yet in its slot */
+    _Atomic uint64_t old_block; /* perhaps taken out of its slot, not yet freed */
+    _Atomic uint32_t chunk;     /* 1-based: taken or emptied by us, perhaps in no list */
+    _Atomic uint32_t drain;     /* 1-based: taken from its queue to be emptied */
+    _Atomic uint32_t meta_new;  /* allocated, perhaps not yet linked ... */
+    _Atomic uint64_t meta_parent; /* ... to this word (offset), or this bucket (offset + 1) */
+    _Atomic uint32_t meta_old;  /* unlinked, perhaps not yet freed */
+    _Atomic uint32_t dying;     /* object whose slots we are killing */
+    _Atomic uint32_t doomed;    /* list of unlinked objects that wait for a grace period to be freed */
+};
+
+struct tm_bin {
+    struct tm_lock lock;
+    uint32_t partial; /* chunks with a free unit, 1-based list */
+    _Atomic uint32_t ready; /* the lock was initialised */
+    uint8_t spare[16];
+};
+
+enum { CHUNK_FREE = 0, CHUNK_RET, CHUNK_USED, CHUNK_BUSY };
+enum {
+    CF_LISTED = 1, /* in the bin's partial list */
+    CF_OWNED = 2   /* some thread fills, drains or releases it: nobody else may list it or allocate in it */
+};
+struct tm_chunk {
+    uint16_t bin;
+    uint16_t flags;  /* under the bin's lock while the chunk is USED, else under the chunk lock */
+    uint16_t nfree;  /* likewise */
+    uint16_t queued; /* is in its client's queue; always under the chunk lock */
+    uint32_t next;   /* in the bin's partial list, or in the free or ret list; 1-based */
+    uint32_t prev;   /* in the partial list; of an OWNED or BUSY chunk: the owner's thread index */
+    uint32_t qnext, qprev; /* queue */
+    uint64_t bitmap[8];
+};
+
+struct tm_block { /* header of a block; the payload follows */
+    _Atomic uint64_t word; /* slot number 40, payload length 13, raw 1, codec 2, spare 8 */
+    _Atomic uint32_t stamp;
+    uint32_t checksum;
+};
+#define TM_HEADER ((uint32_t)sizeof(struct tm_block))
+
+struct tm_object {
+    uint64_t oid[3];
+    _Atomic uint32_t next; /* in the bucket's chain */
+    uint32_t pool;
+    _Atomic uint32_t state; /* 1 live, 2 dying */
+    _Atomic uint32_t tiny, small; /* leaves of indexes 0..15 and 16..63 */
+    _Atomic uint32_t leaf[8];     /* 64..511, then 512 each up to 4095 */
+    _Atomic uint32_t root[8];     /* two levels of nodes above the leaves for the rest */
+    uint32_t batch; /* next on the list of doomed objects */
+    uint32_t owner; /* thread index + 1 of who destroys it */
+    uint32_t spare[3];
+};
+
+_Static_assert(sizeof(struct tm_super) <= TM_PAGE * 2, "superblock");
+_Static_assert(sizeof(struct tm_client) == 256, "client");
+_Static_assert(sizeof(struct tm_pool) == 256, "pool");
+_Static_assert(sizeof(struct tm_thread) % 64 == 0, "thread");
+_Static_assert(sizeof(struct tm_bin) == 64, "bin");
+_Static_assert(sizeof(struct tm_chunk) == 88, "chunk");
+_Static_assert(sizeof(struct tm_block) == 16, "block");
+_Static_assert(sizeof(struct tm_object) == 128, "object");
+
+/* ---- Process-local ---------------------------------------------------------------------------------------- */
+
+struct tm_segment {
+    uint8_t *base;
+    size_t size;
+    int fd;
+    char *path;
+    struct tm_super *super;
+    struct tm_client *clients;
+    struct tm_pool *pools;
+    struct tm_thread *threads;
+    struct tm_bin *bins;
+    _Atomic uint32_t *buckets;
+    _Atomic uint8_t *states;
+    struct tm_chunk *chunks;
+    uint64_t data_offset;
+    uint32_t nchunks;
+    uint32_t id;             /* unique in this process */
+    _Atomic uint32_t users;  /* threads of this process that hold a record */
+    _Atomic uint32_t closed;
+};
+
+#define TM_SCRATCH 4352u
+/* One thread's view of one segment: its record and its buffers. */
+struct tm_ctx {
+    struct tm_ctx *next;
+    struct tm_segment *seg;
+    struct tm_thread *rec;
+    uint32_t index;    /* of rec */
+    uint32_t segment;  /* seg->id, to tell a stale entry */
+    uint32_t fork;     /* fork generation at registration */
+    uint32_t ticks;    /* operations until the next look at what should be returned to the system */
+    _Alignas(16) uint8_t lz4[16416];
+    _Alignas(64) uint8_t scratch[TM_SCRATCH];
+    _Alignas(64) uint8_t page[TM_PAGE];
+};
+
+struct tm_handle { /* a pool as an operation names it */
+    struct tm_segment *seg;
+    uint32_t pool;   /* client * TM_CLIENT_POOLS + id */
+    uint32_t serial; /* of the pool */
+};
+
+/* lock.c: EOWNERDEAD is reported by `true`; the caller repairs what the lock guards, then goes on. */
+void lock_init(struct tm_lock *lock);
+bool lock_take(struct tm_lock *lock);
+void lock_drop(struct tm_lock *lock);
+enum { LIFE_TAKEN, LIFE_FREE, LIFE_DEAD };
+int lock_try_life(struct tm_lock *lock); /* FREE and DEAD: the caller holds it now */
+
+/* segment.c; errors are negative errno values or SEG_ codes */
+enum { SEG_FOREIGN = -1001, SEG_VERSION = -1002, SEG_DAMAGED = -1003, SEG_SHORT = -1004, SEG_ABI = -1005,
+       SEG_TOO_SMALL = -1006, SEG_TOO_LARGE = -1007 };
+int tm_create(const char *path, uint64_t memory_bytes, struct tm_segment **out);
+int tm_attach(const char *path, struct tm_segment **out);
+int tm_destroy(const char *path);
+void tm_close(struct tm_segment *seg);
+uint64_t tm_fixed_bytes(uint64_t memory_bytes);
+
+/* thread.c */
+struct tm_ctx *ctx_get(struct tm_segment *seg); /* NULL: no record or memory */
+void ctx_release(struct tm_segment *seg);       /* of the calling thread */
+void op_begin(struct tm_ctx *ctx);
+void op_end(struct tm_ctx *ctx);
+bool grace(struct tm_ctx *ctx, unsigned timeout_ms); /* every operation that was running has ended */
+unsigned tm_reap(struct tm_ctx *ctx);
+
+/* repair.c */
+bool repair_thread(struct tm_ctx *ctx, uint32_t index); /* false: must be tried again */
+void repair_bin(struct tm_segment *seg, uint32_t bin);
+void repair_chunks(struct tm_segment *seg);
+void recount(struct tm_ctx *ctx);
+
+/* alloc.c */
+void bin_ready(struct tm_segment *seg, uint32_t bin);
+uint32_t bin_stride(uint32_t bin);
+struct tm_bin *bin_lock(struct tm_segment *seg, uint32_t bin); /* taken, and repaired if its holder died */
+uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve); /* sets new_block; 0: none */
+void block_free_old(struct tm_ctx *ctx);               /* frees and clears old_block */
+void block_free_new(struct tm_ctx *ctx);               /* frees and clears new_block */
+uint32_t meta_alloc(struct tm_ctx *ctx, uint32_t bin); /* sets meta_new */
+void meta_free(struct tm_ctx *ctx, uint32_t ref);      /* sets and clears meta_old */
+void meta_free_new(struct tm_ctx *ctx);
+bool chunk_own(struct tm_ctx *ctx, uint32_t c);    /* an ephemeral one that nobody owns, before emptying it */
+void chunk_settle(struct tm_ctx *ctx, uint32_t c); /* one that we own: list it, or release it if empty */
+uint64_t block_place(struct tm_segment *seg, uint64_t block, uint32_t *c, uint32_t *bit); /* 0: not a block */
+uint64_t meta_place(struct tm_segment *seg, uint32_t ref, uint32_t *c, uint32_t *bit);
+static inline bool bit_is_set(const struct tm_chunk *d, uint32_t bit) { return d->bitmap[bit / 64] >> (bit % 64) & 1; }
+
+/* chunk.c */
+void chunks_lock(struct tm_segment *seg); /* taken, and repaired if its holder died */
+void chunks_unlock(struct tm_segment *seg);
+uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve); /* 1-based, 0 none; OWNED */
+void chunk_release(struct tm_ctx *ctx, uint32_t c); /* an OWNED one; clears intent chunk */
+void chunk_requeue(struct tm_ctx *ctx, uint32_t c); /* clears intent drain */
+uint32_t queue_pop(struct tm_ctx *ctx, uint32_t client, unsigned queue); /* 1-based; sets intent drain */
+uint64_t tm_populate(struct tm_ctx *ctx, uint64_t bytes);
+uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes);
+void chunk_maintain(struct tm_ctx *ctx); /* outside operations: give much free memory back */
+bool chunk_free_busy(struct tm_ctx *ctx, uint32_t owner); /* what a dead thread populated or punched */
+
+/* codec.c */
+bool codec_fill(const uint8_t *page, uint64_t *value); /* same-filled, and the word fits a slot */
+void codec_expand(uint64_t value, uint8_t *page);
+uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page); /* length in ctx->scratch, TM_PAGE if raw */
+void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8_t *payload);
+uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp);
+uint32_t block_length(uint64_t word);
+bool block_read(const struct tm_block *b, uint64_t slot, uint32_t stride, uint8_t *page);
+
+/* index.c */
+struct cursor { /* where consecutive indexes of one object have their slots; {0} to begin with */
+    uint32_t object;      /* meta reference, 0 not looked up or absent */
+    uint32_t first, last; /* indexes covered */
+    slot_t *slots;        /* of index `first`; NULL: no leaf there (or nothing looked up) */
+    bool valid;           /* first, last and slots hold */
+};
+uint64_t object_hash(uint32_t pool, const uint64_t oid[3]);
+struct tm_lock *shard_of(struct tm_segment *seg, uint64_t hash);
+uint32_t object_find(struct tm_segment *seg, uint32_t pool, const uint64_t oid[3]);
+void cursor_find(struct tm_segment *seg, uint32_t pool, const uint64_t oid[3], uint32_t index, struct cursor *cur);
+int cursor_create(struct tm_ctx *ctx, uint32_t pool, const uint64_t oid[3], uint32_t index, struct cursor *cur);
+int slot_pool(struct tm_segment *seg, uint64_t number); /* pool of a slot number, -1 if it is none */
+
+/* object.c: what happens to whole objects */
+enum { UNIT_TINY, UNIT_SMALL, UNIT_FULL, UNIT_NODE };
+typedef bool (*unit_visitor)(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first);
+bool object_visit(struct tm_segment *seg, struct tm_object *o, unit_visitor visit, void *arg); /* children first */
+int64_t object_flush(struct tm_ctx *ctx, struct tm_object *o);
+bool object_repair(struct tm_ctx *ctx); /* finish what a dead thread was destroying; false: not yet */
+unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most); /* outside operations */
+bool pool_sweep(struct tm_ctx *ctx, uint32_t pool); /* outside operations: destroy all objects of a dying pool */
+static inline uint32_t unit_slots(unsigned kind) { return kind == UNIT_TINY ? 16 : kind == UNIT_SMALL ? 64 : 512; }
+
+/* store.c; `slot` level operations run inside an operation */
+int enter(const struct tm_handle *h, struct tm_ctx **ctx); /* op_begin, if the pool lives */
+int again(const struct tm_handle *h, struct tm_ctx **ctx, unsigned tries);
+int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, bool keep_old,
+             const uint64_t *expected);
+int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uint64_t *seen);
+int slot_flush(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, unsigned type); /* leaves EMPTY or DEAD; 1: a page went */
+bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old, uint64_t new_word);
+int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, const uint8_t *data, uint32_t n,
+               bool keep_old);
+int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint8_t *data, uint32_t n);
+int64_t tm_flush(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint64_t n);
+int64_t tm_flush_object(const struct tm_handle *h, const uint8_t *oid);
+/* Calls `run` for each run of stored pages (`stored`) and of absent ones in order, until it returns false. */
+int64_t tm_runs(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint64_t n,
+                bool (*run)(void *arg, uint64_t first, uint64_t n, bool stored), void *arg);
+
+/* device.c: bytes of a block device on one object; lengths need not be whole pages. TM_OK or an error. */
+struct tm_device {
+    struct tm_handle pool;
+    uint8_t oid[TM_OID];
+    uint64_t size;
+};
+int dev_read(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t n);
+int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, uint64_t n);
+int dev_zero(const struct tm_device *d, uint64_t offset, uint64_t n);
+
+/* evict.c */
+bool evict_chunk(struct tm_ctx *ctx, int client); /* -1: of whoever has most; true: chunks may be free now */
+uint64_t tm_evict(struct tm_ctx *ctx, uint64_t bytes);
+bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot */
+
+/* pool.c; >= 0 or an error */
+enum { TM_FULL = -6 }; /* the table of clients, or of a client's pools, is full */
+int client_open(struct tm_ctx *ctx, const char *name, bool create, uint32_t *id, uint32_t *serial);
+int client_destroy(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
+int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, bool persistent, bool exclusive,
+             uint32_t *pool, uint32_t *serial);
+int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial);
+void pool_finish_dying(struct tm_ctx *ctx); /* what a dead destroyer left */
+
+/* check.c: calls `say` with one line per violation */
+void tm_check(struct tm_ctx *ctx, void (*say)(void *arg, const char *line), void *arg);
+
+/* ---- Small helpers ---------------------------------------------------------------------------------------- */
+
+static inline void *at(const struct tm_segment *seg, uint64_t offset) { return seg->base + offset; }
+static inline uint64_t off(const struct tm_segment *seg, const volatile void *p)
+{
+    return (uint64_t)((const volatile uint8_t *)p - seg->base);
+}
+static inline struct tm_block *block_at(const struct tm_segment *seg, uint64_t block)
+{
+    return at(seg, block * 16u);
+}
+static inline void *meta_at(const struct tm_segment *seg, uint32_t ref) { return at(seg, (uint64_t)ref * 128u); }
+static inline uint32_t chunk_of(const struct tm_segment *seg, uint64_t offset)
+{
+    return (uint32_t)((offset - seg->data_offset) / TM_CHUNK);
+}
+static inline bool in_data(const struct tm_segment *seg, uint64_t offset)
+{
+    return offset >= seg->data_offset && offset < seg->size;
+}
+static inline bool bin_is_block(uint32_t bin)
+{
+    return bin < BIN_OBJECT || (bin >= BIN_EPHEMERAL && bin < BIN_LEAF);
+}
+static inline bool bin_is_ephemeral(uint32_t bin) { return bin >= BIN_EPHEMERAL && bin < BIN_LEAF; }
+static inline uint32_t bin_client(uint32_t bin) { return (bin - BIN_EPHEMERAL) / (2u * TM_NCLASSES); }
+static inline unsigned bin_queue(uint32_t bin) { return ((bin - BIN_EPHEMERAL) / TM_NCLASSES) & 1u; }
+static inline uint32_t bin_ephemeral(uint32_t client, unsigned queue, uint32_t cls)
+{
+    return BIN_EPHEMERAL + (client * 2u + queue) * TM_NCLASSES + cls;
+}
+static inline uint32_t size_class(uint32_t length)
+{
+    uint32_t need = length + TM_HEADER;
+    return need <= TM_STRIDE_MIN ? 0 : (need - TM_STRIDE_MIN + TM_STRIDE_STEP - 1) / TM_STRIDE_STEP;
+}
+static inline void count(struct tm_segment *seg, uint32_t pool, unsigned counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(&seg->pools[pool].counters[counter], n, memory_order_relaxed);
+}
+
+/* Kill points: named instants between stores that matter. Nothing in the product's build. */
+#ifdef TM_KILL_POINTS
+void kill_point(int n);
+#define KP(n) kill_point(n)
+#else
+#define KP(n) ((void)0)
+#endif
+/* Mutants: deliberate bugs that the crash test must catch. Nothing in the product's build. */
+#ifdef TM_MUTANT
+#define MUTANT(n) (TM_MUTANT == (n))
+#else
+#define MUTANT(n) 0
+#endif
+
+#endif

@@ -1,0 +1,100 @@
+"""The command ``tmem``: the group, its table of commands, and how errors reach a person.
+
+A command's module is imported only when that command runs (a swap server should not pay for FUSE), so the
+table carries the one-line helps. Not for any command itself. Exit status: 0 done, 1 failed (one line on
+stderr that says what to do), 2 wrong usage, 130 interrupted. ``TMEM_DEBUG=1`` shows the traceback as well.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from tmem.errors import TmemError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a command stands and what the overview says about it."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS = {
+    "start": Entry("tmem.cli.service", "start", "Create the segment if absent and run the manager service."),
+    "stop": Entry("tmem.cli.service", "stop", "Stop the manager; pages and servers stay."),
+    "swap": Entry("tmem.cli.swap", "swap", "Add, serve and remove swap devices."),
+    "mount": Entry("tmem.cli.mount", "mount", "Mount a directory through the precache."),
+    "umount": Entry("tmem.cli.mount", "umount", "Unmount such a directory."),
+    "list": Entry("tmem.cli.list", "list_command", "Show memory, clients and pools."),
+    "freeable": Entry("tmem.cli.list", "freeable", "Print the memory that persistent pages could still get."),
+    "destroy": Entry("tmem.cli.service", "destroy", "End a client, or the whole segment, with its pages."),
+    "doctor": Entry("tmem.cli.doctor", "doctor", "Check the machine, the segment and the manager."),
+}
+"""Every command, in the order of the overview."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by `COMMANDS` and imports a module only to run its command."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return the command called `cmd_name`, or None."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command = getattr(importlib.import_module(entry.module), entry.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the overview from the table, without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--name", envvar="TMEM_NAME", default="default", show_default=True, help="The segment to use.")
+@click.version_option(package_name="tmem", prog_name="tmem")
+@click.pass_context
+def cli(ctx: click.Context, name: str) -> None:
+    """Transcendent memory: a swap device and a file precache on one compressed pool manager."""
+    ctx.obj = {"name": name}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status."""
+    try:
+        status = cli.main(list(arguments), prog_name="tmem", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; keep the interpreter from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (TmemError, OSError) as error:
+        if os.environ.get("TMEM_DEBUG"):
+            raise
+        click.echo(f"tmem: {error}", err=True)
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

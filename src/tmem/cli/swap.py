@@ -1,0 +1,152 @@
+"""The commands ``swap add``, ``swap remove`` and ``swap serve``.
+
+They turn options into an `Export` and print; the work is done in `tmem.nbd.lifecycle` and `tmem.nbd.server`.
+What programs read goes to standard output, the NBD URI as the last line; the guards of a local device and
+progress go to standard error.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tmem.backends.paths import SegmentPaths
+from tmem.cli.context import segment_name, size_option
+from tmem.errors import TmemError
+
+if TYPE_CHECKING:
+    from tmem.nbd.guards import Guard
+
+_COLOURS = {"on": "green", "partial": "yellow", "missing": "red", "unknown": "yellow"}
+
+
+@click.group()
+def swap() -> None:
+    """Make and remove swap devices."""
+
+
+@swap.command()
+@click.argument("client")
+@click.option("--size", "size_bytes", required=True, callback=size_option, help="Such as 512M or 4G.")
+@click.option("--attach", "local", is_flag=True, help="Attach it here as a block device, and swap to it.")
+@click.option("--reserve", is_flag=True, help="Refuse unless all of it has room uncompressed.")
+@click.option("--unix", metavar="PATH", help="Serve on this socket (default: one of its own).")
+@click.option("--tcp", metavar="HOST:PORT", help="Serve on this address.")
+@click.option("--tls-psk", metavar="FILE", help="Encrypt TCP with the pre-shared keys in FILE.")
+@click.option("--priority", type=click.IntRange(-1, 32767), help="Priority as swap; higher goes first.")
+@click.option("--discard/--no-discard", default=True, help="Hear of freed pages (default).")
+@click.option("--realtime", is_flag=True, help="Run the server under SCHED_RR.")
+@click.option("--force", is_flag=True, help="Attach although the machine may hang under memory pressure.")
+@click.pass_context
+def add(
+    ctx: click.Context,
+    client: str,
+    size_bytes: int,
+    local: bool,
+    reserve: bool,
+    unix: str | None,
+    tcp: str | None,
+    tls_psk: str | None,
+    priority: int | None,
+    discard: bool,
+    realtime: bool,
+    force: bool,
+) -> None:
+    """Make a swap device for CLIENT and serve it; print its NBD URI once it answers."""
+    if unix is not None and tcp is not None:
+        raise click.UsageError("give either --unix or --tcp")
+    if tls_psk is not None and tcp is None:
+        raise click.UsageError("--tls-psk goes with --tcp")
+    if tls_psk is not None and local:
+        raise click.UsageError("TLS and local swap do not mix: leave out --tls-psk or --attach")
+    if not local and (priority is not None or force):
+        raise click.UsageError("--priority and --force go with --attach")
+    # Imported here so that `tmem --help` stays quick.
+    from tmem.backends.paths import check_name
+    from tmem.nbd import lifecycle
+    from tmem.nbd.export import Export, parse_host_port
+
+    paths = SegmentPaths.of(segment_name(ctx))
+    check_name(client, "client name")
+    socket = str(Path(unix).absolute()) if unix is not None else lifecycle.default_socket(paths, client)
+    made = lifecycle.add(
+        paths,
+        Export(
+            client,
+            size_bytes,
+            unix=socket if tcp is None else None,
+            tcp=parse_host_port(tcp) if tcp is not None else None,
+            tls_psk=str(Path(tls_psk).absolute()) if tls_psk is not None else None,
+            tls_user=_first_user(Path(tls_psk)) if tls_psk is not None else None,
+            reserve=reserve,
+            realtime=realtime,
+        ),
+        lifecycle.SwapOptions(priority, discard, force) if local else None,
+        _show_guards,
+    )
+    if local and made.attachment is not None:
+        click.echo(made.attachment.device)
+    click.echo(made.uri)
+
+
+@swap.command()
+@click.argument("client")
+@click.pass_context
+def remove(ctx: click.Context, client: str) -> None:
+    """Stop swapping to CLIENT's device, stop its server and drop its pages."""
+    from tmem.nbd import lifecycle
+
+    with _progress(f"swapoff {client}") as progress:
+        lifecycle.remove(SegmentPaths.of(segment_name(ctx)), client, progress)
+
+
+@swap.command()
+@click.argument("client")
+@click.pass_context
+def serve(ctx: click.Context, client: str) -> None:
+    """Serve CLIENT's device in the foreground, for service files; it must have been added."""
+    from tmem.nbd import export, server
+
+    paths = SegmentPaths.of(segment_name(ctx))
+    server.serve(paths, export.load(paths, client))
+
+
+def _show_guards(guards: "Sequence[Guard]") -> None:
+    width = max(len(guard.name) for guard in guards)
+    for guard in guards:
+        state = click.style(f"{guard.state:<7}", fg=_COLOURS[guard.state])
+        click.echo(f"{state}  {guard.name:<{width}}  {guard.why}", err=True)
+        if guard.remedy:
+            click.echo(f"{'':<7}  {'':<{width}}  -> {guard.remedy}", err=True)
+
+
+def _first_user(path: Path) -> str | None:
+    """Return the first user in a file of pre-shared keys (lines ``user:key``): the URI names one."""
+    try:
+        line = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    except (OSError, UnicodeDecodeError):
+        raise TmemError(f"the file of pre-shared keys {path} cannot be read: make one with psktool") from None
+    return line.partition(":")[0] or None
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int], None]]:
+    """Show how much is left to bring back; nothing where standard error is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+        most = 0
+
+        def update(left_bytes: int) -> None:
+            nonlocal most
+            most = max(most, left_bytes)
+            bar.update(task, total=most, completed=most - left_bytes, visible=most > 0)
+
+        yield update
