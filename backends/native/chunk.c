@@ -18,6 +18,7 @@
 
 enum { RESERVE = 8 };  /* chunks that only the relocation of hot ephemeral pages may take */
 enum { TRIES = 200 };  /* evictions that a put waits for before it is refused */
+enum { SOFT = 2 };     /* of them, those that spare pages which were hit */
 enum { BATCH = 16 };   /* chunks punched per grace period */
 
 void chunks_lock(struct tm_segment *seg)
@@ -195,7 +196,7 @@ uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve)
         chunks_unlock(seg);
         if (c)
             return c;
-        if (reserve || !evict_chunk(ctx, client))
+        if (reserve || !evict_chunk(ctx, client, tries >= SOFT))
             return 0;
     }
     return 0;

@@ -79,6 +79,7 @@ bool block_read(const struct tm_block *b, uint64_t slot, uint32_t stride, uint8_
         return false;
     if (b->checksum != checksum(payload, length, word, stamp))
         return false;
+    KP(46);
     if (word & WORD_RAW) {
         memcpy(page, payload, TM_PAGE);
         return length == TM_PAGE;

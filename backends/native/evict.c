@@ -4,7 +4,10 @@
  * oldest chunk moves the pages that were hit meanwhile to MAIN and evicts the others, leaving the time of eviction
  * in the empty slot (the ghost): a page that is put again while its ghost is fresh goes to MAIN at once. Draining
  * MAIN's oldest chunk puts hit pages back at its end with one hit less. After a drain the whole chunk is free,
- * for whatever size class needs it, so memory never stays caught in the wrong class. */
+ * for whatever size class needs it, so memory never stays caught in the wrong class.
+ *
+ * Moving frees nothing by itself. Somebody who waits for memory therefore drains HARD after two drains that did
+ * not help: then hit pages go too, and every drain frees its chunk. */
 #include "tm.h"
 
 #include <string.h>
@@ -42,8 +45,8 @@ static bool relocate(struct tm_ctx *ctx, uint32_t client, uint32_t pool, slot_t 
     return false;
 }
 
-/* Empty chunk `c`, which we own: every committed page is evicted or moved away. */
-static void drain(struct tm_ctx *ctx, uint32_t c, uint32_t client)
+/* Empty chunk `c`, which we own: every committed page is evicted or, unless `hard`, moved away if it earned it. */
+static void drain(struct tm_ctx *ctx, uint32_t c, uint32_t client, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
     struct tm_chunk *d = &seg->chunks[c];
@@ -59,7 +62,7 @@ static void drain(struct tm_ctx *ctx, uint32_t c, uint32_t client)
         slot_t *slot = at(seg, number * 8);
         for (uint64_t word = atomic_load(slot);
              slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block; word = atomic_load(slot)) {
-            if (slot_freq(word) && relocate(ctx, client, (uint32_t)pool, slot, word, cls))
+            if (!hard && slot_freq(word) && relocate(ctx, client, (uint32_t)pool, slot, word, cls))
                 break;
             uint64_t clock = atomic_fetch_add(&seg->clients[client].evict_clock, 1) + 1;
             word = atomic_load(slot);
@@ -92,7 +95,7 @@ static int most_ephemeral(struct tm_segment *seg)
     return best;
 }
 
-bool evict_chunk(struct tm_ctx *ctx, int client)
+bool evict_chunk(struct tm_ctx *ctx, int client, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
     if (client < 0)
@@ -109,7 +112,7 @@ bool evict_chunk(struct tm_ctx *ctx, int client)
         return probation + main_length > 0; /* others drain the last ones this moment */
     KP(52);
     if (chunk_own(ctx, c - 1)) {
-        drain(ctx, c - 1, who);
+        drain(ctx, c - 1, who, hard);
         KP(53);
         chunk_settle(ctx, c - 1);
     }
@@ -122,9 +125,9 @@ uint64_t tm_evict(struct tm_ctx *ctx, uint64_t bytes)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t before = atomic_load(&seg->super->nused), freed = 0;
-    for (uint64_t tries = 0; freed < bytes && tries < 2 * before + 16; tries++) {
+    for (uint64_t tries = 0; freed < bytes && tries < 4 * before + 16; tries++) {
         op_begin(ctx);
-        bool some = evict_chunk(ctx, -1);
+        bool some = evict_chunk(ctx, -1, tries >= 2 * before);
         op_end(ctx);
         uint64_t now = atomic_load(&seg->super->nused);
         freed = now < before ? (before - now) * TM_CHUNK : 0;

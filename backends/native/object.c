@@ -241,14 +241,18 @@ static unsigned sweep_chunk(struct tm_ctx *ctx, uint32_t c, int pool)
 {
     struct tm_segment *seg = ctx->seg;
     unsigned doomed = 0;
-    if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT)
-        return 0;
     for (uint32_t bit = 0; bit < TM_CHUNK / sizeof(struct tm_object); bit++) {
+        if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT)
+            break;
         if (!bit_is_set(&seg->chunks[c], bit))
             continue;
         uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK + bit * sizeof(struct tm_object);
         struct tm_object *o = at(seg, offset);
         op_begin(ctx);
+        if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT) {
+            op_end(ctx); /* given back meanwhile: from here on it could not be */
+            break;
+        }
         /* What is not linked in its chain may be half made: object_find inside the operation tells. */
         uint32_t owner = o->pool;
         if (owner < TM_MAX_POOLS && (pool < 0 || owner == (uint32_t)pool)

@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     SegmentObject *owner;
-    uint32_t pool, serial;
+    uint32_t pool, serial, client_serial;
     int persistent, exclusive;
 } PoolObject;
 

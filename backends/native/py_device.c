@@ -67,6 +67,10 @@ static PyObject *fail(int64_t result)
 /* Common to all callbacks: pin the thread, check the arguments against the device's size. -1 with an exception. */
 static int begin(DeviceObject *self, struct tm_device *dev, uint64_t offset, uint64_t n)
 {
+    if (!self->pool) {
+        PyErr_SetString(PyExc_ValueError, "the device was never initialised");
+        return -1;
+    }
     if (self->pin && !pinned)
         pin_thread();
     if (offset > self->dev.size || n > self->dev.size - offset) {

@@ -8,6 +8,7 @@ PyObject *pool_wrap(SegmentObject *owner, uint32_t pool, uint32_t serial)
         self->owner = (SegmentObject *)Py_NewRef((PyObject *)owner);
         self->pool = pool;
         self->serial = serial;
+        self->client_serial = atomic_load(&owner->seg->clients[pool / TM_CLIENT_POOLS].serial);
         self->persistent = (int)owner->seg->pools[pool].persistent;
         self->exclusive = (int)owner->seg->pools[pool].exclusive;
     }
@@ -230,7 +231,7 @@ static PyObject *statistics(PoolObject *self, PyObject *unused)
     if (!seg)
         return NULL;
     struct tm_pool *p = &seg->pools[self->pool];
-    if (atomic_load(&p->state) != 1 || atomic_load(&p->serial) != self->serial)
+    if (!atomic_load(&seg->super->alive) || atomic_load(&p->state) != 1 || atomic_load(&p->serial) != self->serial)
         return raise_result(TM_NOPOOL);
     PyObject *dict = PyDict_New();
     int bad = !dict || set_number(dict, "id", self->pool % TM_CLIENT_POOLS)
@@ -271,7 +272,7 @@ static PyObject *get_client(PoolObject *self, void *unused)
     struct tm_segment *seg = segment_of(self->owner);
     uint32_t id = self->pool / TM_CLIENT_POOLS;
     (void)unused;
-    return seg ? client_wrap(self->owner, id, atomic_load(&seg->clients[id].serial)) : NULL;
+    return seg ? client_wrap(self->owner, id, self->client_serial) : NULL;
 }
 
 static PyObject *get_flag(PoolObject *self, void *exclusive)

@@ -13,6 +13,11 @@ struct tm_segment *segment_of(SegmentObject *owner)
 struct tm_ctx *context_of(SegmentObject *owner)
 {
     struct tm_segment *seg = segment_of(owner);
+    if (seg && !atomic_load(&seg->super->alive)) {
+        /* Its memory went back; touching it would allocate it again. */
+        raise_result(TM_NOPOOL);
+        return NULL;
+    }
     struct tm_ctx *ctx = seg ? ctx_get(seg) : NULL;
     if (seg && !ctx)
         raise_result(TM_NOTHREAD);

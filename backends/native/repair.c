@@ -101,17 +101,21 @@ static bool settle_bin(struct tm_segment *seg, uint64_t offset)
     return true;
 }
 
+/* Was the new unit `ref` linked? An object that was may have been condemned and unlinked by now (its state says
+ * so); freed it cannot be, for its destroyer waits until the dead thread's operation is over, which is not before
+ * this repair. The same wait keeps a leaf's parent as it is. */
 static bool is_linked(struct tm_segment *seg, uint32_t ref, uint64_t parent)
 {
     if (!parent)
         return false;
     if (!(parent & 1))
         return atomic_load((_Atomic uint32_t *)at(seg, parent)) == ref;
-    for (uint32_t o = atomic_load((_Atomic uint32_t *)at(seg, parent - 1)); o;
-         o = atomic_load(&((struct tm_object *)meta_at(seg, o))->next))
-        if (o == ref)
-            return true;
-    return false;
+    struct tm_object *o = meta_at(seg, ref);
+    struct tm_lock *shard = shard_of(seg, object_hash(o->pool, o->oid));
+    lock_take(shard);
+    bool linked = atomic_load(&o->state) != 1 || object_find(seg, o->pool, o->oid) == ref;
+    lock_drop(shard);
+    return linked;
 }
 
 static void repair_meta(struct tm_ctx *ctx)

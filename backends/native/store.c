@@ -112,7 +112,7 @@ static uint64_t room(struct tm_ctx *ctx, uint32_t pool, uint32_t length, uint64_
         if (slot_type(old) == SLOT_BLOCK)
             need -= stride_at(seg, old & SLOT_VALUE);
         for (unsigned tries = 0; atomic_load(&who->used_bytes) + need > cap; tries++)
-            if (tries > 200 || !evict_chunk(ctx, (int)client))
+            if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= 2))
                 return 0;
     }
     if (seg->pools[pool].persistent)

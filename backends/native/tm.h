@@ -393,7 +393,7 @@ int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, u
 int dev_zero(const struct tm_device *d, uint64_t offset, uint64_t n);
 
 /* evict.c */
-bool evict_chunk(struct tm_ctx *ctx, int client); /* -1: of whoever has most; true: chunks may be free now */
+bool evict_chunk(struct tm_ctx *ctx, int client, bool hard); /* client -1: whoever has most; false: none left */
 uint64_t tm_evict(struct tm_ctx *ctx, uint64_t bytes);
 bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot */
 

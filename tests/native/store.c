@@ -1,0 +1,198 @@
+/* The native core against arrays, in one process: built with the address and undefined-behaviour sanitizers.
+ *
+ *   store PATH [seed] */
+#include "witness.h"
+
+#include <unistd.h>
+
+static int failures;
+static const char *path;
+
+static void expect(bool good, const char *what)
+{
+    if (!good) {
+        fprintf(stderr, "FAIL %s\n", what);
+        failures++;
+    }
+}
+
+static void say(void *arg, const char *line)
+{
+    (void)arg;
+    expect(false, line);
+}
+
+void kill_point(int n) { (void)n; }
+
+static struct tm_segment *fresh(unsigned mib)
+{
+    struct tm_segment *seg = NULL;
+    unlink(path);
+    if (tm_create(path, (uint64_t)mib << 20, &seg)) {
+        fprintf(stderr, "cannot create %s\n", path);
+        exit(2);
+    }
+    return seg;
+}
+
+static struct tm_handle new_pool(struct tm_segment *seg, const char *client, bool persistent, bool exclusive)
+{
+    struct tm_handle h = {seg, 0, 0};
+    uint32_t id, serial;
+    expect(client_open(ctx_get(seg), client, true, &id, &serial) == TM_OK, "client");
+    expect(pool_new(ctx_get(seg), id, serial, persistent, exclusive, &h.pool, &h.serial) == TM_OK, "pool");
+    return h;
+}
+
+/* Every sort of page comes back as it was, at lengths around every threshold. */
+static void codec(void)
+{
+    struct tm_segment *seg = fresh(16);
+    struct tm_handle h = new_pool(seg, "codec", true, false);
+    uint8_t oid[TM_OID] = {0}, page[TM_PAGE], back[TM_PAGE];
+    for (unsigned n = 0; n <= TM_PAGE; n += n < 64 || n > 3900 ? 1 : 61) {
+        uint64_t rng = n;
+        memset(page, (int)n, sizeof page);
+        for (unsigned i = 0; i < n; i++)
+            page[i] = (uint8_t)next_random(&rng);
+        expect(tm_put(&h, oid, n, page, 1, false) == 1, "put");
+        expect(tm_get(&h, oid, n, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "page came back");
+    }
+    static const uint64_t words[] = {0, 1, 0xffffffffffffffffu, 0x1234567812345678u, (UINT64_C(1) << 35) - 1,
+                                     UINT64_C(1) << 35, 0xdeadbeefu, UINT64_C(0x0102030405060708)};
+    for (unsigned i = 0; i < sizeof words / 8; i++) {
+        for (unsigned k = 0; k < TM_PAGE; k += 8)
+            memcpy(page + k, &words[i], 8);
+        expect(tm_put(&h, oid, 5000 + i, page, 1, false) == 1, "put of a word");
+        expect(tm_get(&h, oid, 5000 + i, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "word came back");
+    }
+    tm_check(ctx_get(seg), say, NULL);
+    tm_close(seg);
+}
+
+/* Random operations on ranges, against arrays of versions; memory is short, so puts are refused and pages evicted. */
+static void ranges(uint64_t seed)
+{
+    enum { N = 6000, MOST = 40 };
+    static uint32_t persistent[N], ephemeral[N];
+    static uint8_t data[MOST * TM_PAGE], back[MOST * TM_PAGE];
+    struct tm_segment *seg = fresh(8);
+    struct tm_handle p = new_pool(seg, "a", true, false), e = new_pool(seg, "b", false, false);
+    uint8_t oid[TM_OID] = {1};
+    uint32_t version = 0;
+    memset(persistent, 0, sizeof persistent);
+    memset(ephemeral, 0, sizeof ephemeral);
+    for (unsigned step = 0; step < 4000; step++) {
+        uint64_t r = next_random(&seed);
+        bool keep = r >> 60 & 1, is_p = r & 1;
+        struct tm_handle *h = is_p ? &p : &e;
+        uint32_t *model = is_p ? persistent : ephemeral, n = 1 + (uint32_t)(r >> 8) % MOST;
+        uint32_t index = (uint32_t)(r >> 20) % (N - n);
+        if (r >> 2 & 1) {
+            version++;
+            for (uint32_t i = 0; i < n; i++)
+                page_make(data + i * TM_PAGE, index + i, version);
+            int64_t rc = tm_put(h, oid, index, data, n, keep);
+            expect(rc >= 0, "put of a range");
+            for (uint32_t i = 0; i < n; i++) {
+                bool there = tm_get(h, oid, index + i, back, 1) == 1;
+                bool now = there && page_is(back, index + i, version);
+                bool before = there && model[index + i] && page_is(back, index + i, model[index + i]);
+                expect(!there || now || before, "neither old nor new");
+                expect(!before || now || keep || i >= rc, "a refused put left the old page");
+                if (is_p && keep && model[index + i])
+                    expect(there, "a page was lost that was to be kept");
+                model[index + i] = now ? version : before ? model[index + i] : 0;
+            }
+        } else if (r >> 3 & 1) {
+            int64_t rc = tm_get(h, oid, index, back, n);
+            for (uint32_t i = 0; i < (uint32_t)rc; i++)
+                expect(model[index + i] && page_is(back + i * TM_PAGE, index + i, model[index + i]), "get of a range");
+            expect(rc == n || !is_p || !model[index + rc], "a persistent page is missing");
+            if (rc < n)
+                model[index + rc] = 0;
+        } else {
+            expect(tm_flush(h, oid, index, n) >= 0, "flush of a range");
+            memset(model + index, 0, n * sizeof *model);
+        }
+        if (step % 500 == 0)
+            tm_check(ctx_get(seg), say, NULL);
+    }
+    tm_evict(ctx_get(seg), UINT64_MAX);
+    expect(seg->pools[e.pool].pages == 0 || seg->pools[e.pool].bytes == 0, "evict leaves only same-filled pages");
+    tm_check(ctx_get(seg), say, NULL);
+    tm_close(seg);
+}
+
+static void device(uint64_t seed)
+{
+    enum { SIZE = 1 << 20 };
+    static uint8_t model[SIZE], data[SIZE];
+    struct tm_segment *seg = fresh(16);
+    struct tm_device d = {new_pool(seg, "disk", true, false), {0}, SIZE};
+    memset(model, 0, sizeof model);
+    for (unsigned step = 0; step < 3000; step++) {
+        uint64_t r = next_random(&seed), offset = (r >> 4) % SIZE, n = (r >> 30) % (r & 8 ? 100000 : 6000);
+        if (n > SIZE - offset)
+            n = SIZE - offset;
+        if (r % 4 < 2) {
+            for (uint64_t i = 0; i < n; i++)
+                data[i] = (uint8_t)(i % 7 ? r : mix(r + i));
+            expect(dev_write(&d, data, offset, n) == TM_OK, "device write");
+            memcpy(model + offset, data, n);
+        } else if (r % 4 == 2) {
+            expect(dev_zero(&d, offset, n) == TM_OK, "device zero");
+            memset(model + offset, 0, n);
+        } else {
+            expect(dev_read(&d, data, offset, n) == TM_OK && !memcmp(data, model + offset, n), "device read");
+        }
+    }
+    expect(dev_read(&d, data, 0, SIZE) == TM_OK && !memcmp(data, model, SIZE), "device as a whole");
+    tm_check(ctx_get(seg), say, NULL);
+    tm_close(seg);
+}
+
+/* A flipped bit anywhere in a stored block is found; nothing of it reaches the reader as a page. */
+static void corruption(void)
+{
+    struct tm_segment *seg = fresh(8);
+    struct tm_handle p = new_pool(seg, "p", true, false), e = new_pool(seg, "e", false, false);
+    uint8_t oid[TM_OID] = {0}, page[TM_PAGE], back[TM_PAGE];
+    for (uint32_t i = 0; i < 200; i++) {
+        struct tm_handle *h = i % 2 ? &p : &e;
+        page_make(page, 3, i * 16 + 5);
+        if (tm_put(h, oid, i, page, 1, false) != 1)
+            continue;
+        struct cursor cur = {0};
+        uint64_t id[3] = {0};
+        cursor_find(seg, h->pool, id, i, &cur);
+        uint64_t word = atomic_load(&cur.slots[i - cur.first]);
+        if (slot_type(word) != SLOT_BLOCK)
+            continue;
+        uint8_t *block = (uint8_t *)block_at(seg, word & SLOT_VALUE);
+        uint32_t length = block_length(atomic_load(&block_at(seg, word & SLOT_VALUE)->word)) + TM_HEADER;
+        uint64_t at_bit = mix(i) % (length * 8);
+        if (at_bit >= 54 && at_bit < 64) /* spare bits of the header word are covered by the checksum as well */
+            at_bit = 0;
+        block[at_bit / 8] ^= (uint8_t)(1 << at_bit % 8);
+        int64_t rc = tm_get(h, oid, i, back, 1);
+        expect(rc == (i % 2 ? TM_CORRUPT : 0), "a flipped bit goes unnoticed");
+        block[at_bit / 8] ^= (uint8_t)(1 << at_bit % 8);
+    }
+    tm_close(seg);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2)
+        return 2;
+    path = argv[1];
+    uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    codec();
+    ranges(seed);
+    device(seed);
+    corruption();
+    unlink(path);
+    printf("store: %s\n", failures ? "FAILED" : "ok");
+    return failures != 0;
+}
