@@ -247,7 +247,8 @@ void chunk_requeue(struct tm_ctx *ctx, uint32_t c)
 uint64_t tm_populate(struct tm_ctx *ctx, uint64_t bytes)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t added = 0;
+    uint64_t added = 0, most = (uint64_t)seg->nchunks * TM_CHUNK;
+    atomic_store(&seg->super->keep, (uint32_t)((bytes < most ? bytes : most) / TM_CHUNK));
     for (bool more = true; more;) {
         chunks_lock(seg);
         more = (uint64_t)seg->super->nret * TM_CHUNK < bytes;
@@ -299,10 +300,11 @@ uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes)
 
 void chunk_maintain(struct tm_ctx *ctx)
 {
-    /* Far more than the manager's reserve: it is not running, or not keeping up. */
-    uint64_t high = 128 + atomic_load_explicit(&ctx->seg->super->nused, memory_order_relaxed) / 8;
+    /* Far more than the reserve that was asked for: the manager is not running, or not keeping up. */
+    uint64_t keep = atomic_load_explicit(&ctx->seg->super->keep, memory_order_relaxed);
+    uint64_t high = keep + 128 + atomic_load_explicit(&ctx->seg->super->nused, memory_order_relaxed) / 8;
     if (atomic_load_explicit(&ctx->seg->super->nret, memory_order_relaxed) > high)
-        tm_trim(ctx, high / 2 * TM_CHUNK);
+        tm_trim(ctx, (keep + (high - keep) / 2) * TM_CHUNK);
 }
 
 bool chunk_free_busy(struct tm_ctx *ctx, uint32_t owner)

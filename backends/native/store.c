@@ -132,6 +132,10 @@ int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *pag
 
     if (expected && old != *expected)
         return TM_AGAIN;
+    if (slot_type(old) == SLOT_BLOCK) { /* what freeing the old block will touch arrives while we compress */
+        __builtin_prefetch(block_at(seg, old & SLOT_VALUE));
+        __builtin_prefetch(&seg->chunks[chunk_of(seg, (old & SLOT_VALUE) * 16)], 1);
+    }
     if (!fill) {
         length = codec_compress(ctx, page);
         block = room(ctx, pool, length, old);

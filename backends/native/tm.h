@@ -120,6 +120,7 @@ struct tm_super {
     uint32_t nfree;           /* length of the free list */
     _Atomic uint32_t nret;    /* length of the ret list */
     _Atomic uint32_t nused;   /* chunks in use, being populated or being punched */
+    _Atomic uint32_t keep;    /* RET chunks that were asked for last: not to be punched as surplus */
     struct tm_lock shards[TM_NSHARDS];
 };
 
