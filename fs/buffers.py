@@ -1,0 +1,34 @@
+"""Page-aligned buffers that replies are sent from.
+
+pyfuse3 has copied a reply to the kernel before any other task runs, so a handler may give its buffer back
+just before it returns a view of it. Threading: take and give on the event loop's thread; in between, worker
+threads may fill the buffer.
+"""
+
+import mmap
+
+from tmem.types import PAGE_SIZE
+
+REQUEST_BYTES = 1 << 20
+"""The largest read that the kernel sends (256 pages); one page more if it starts within a page."""
+
+_BUFFER_BYTES = REQUEST_BYTES + 2 * PAGE_SIZE
+
+
+class Buffers:
+    """A few reused buffers of `REQUEST_BYTES` and two pages; more are made when requests overlap."""
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep
+        self._free: list[memoryview] = []
+
+    def take(self, size: int) -> memoryview:
+        """Return a writable, page-aligned buffer of at least `size` bytes."""
+        if size > _BUFFER_BYTES:  # only if the kernel's limit was raised
+            return memoryview(mmap.mmap(-1, size))
+        return self._free.pop() if self._free else memoryview(mmap.mmap(-1, _BUFFER_BYTES))
+
+    def give(self, buffer: memoryview) -> None:
+        """Take a buffer back."""
+        if len(buffer) == _BUFFER_BYTES and len(self._free) < self._keep:
+            self._free.append(buffer)

@@ -1,0 +1,193 @@
+"""When pages in the pool may be served, and when bytes that were read may be put.
+
+*Foreign changes* (made underneath the mount) are found at open: `Coherence.validate` compares the lower
+file's version with the one its pages were validated for, and drops the object when they differ. So the mount
+is coherent from open to open, as NFS is. A version whose time stamp is too young to show the next change is
+never trusted, and a file that this mount has not validated yet (a new daemon, a forgotten inode) starts
+empty.
+
+*Own changes* (through the mount) bracket the lower operation: flush, change, flush. They change the version
+too; if the file was as validated just before and nobody opened it meanwhile, the version after it is adopted
+(the rule of NFS' weak cache consistency) and all other pages stay. What this cannot see is a foreign write to
+another page of the same file while one of our own writes to it is in the kernel.
+
+*Reads that are overtaken.* A miss reads lower bytes, and before it puts them a write may flush, write and
+flush: the put would bring stale bytes back for good. So each file has an epoch, which every change raises
+when it begins. A miss notes the epoch before it reads (`read_token`, None while a change is under way), and
+`put_if` puts under the file's lock only if the epoch is still the same; flushes take the same lock. Either
+the put sees the new epoch and does nothing, or it ends before the change's first flush, which then removes
+its pages. (So the flush after the change finds nothing as long as this holds; it stays, as tmem's rule and a
+second line.)
+
+Threading: the event loop's thread, except `put_if` and `Change.flush`, which any thread may call.
+"""
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tmem.fs.identity import Version, is_settled, version_of
+from tmem.fs.precache import Precache
+from tmem.types import PAGE_SIZE
+
+REMEMBERED_FILES = 100_000
+"""Versions kept of files that the kernel has forgotten; beyond that the oldest start empty again."""
+
+
+@dataclass(eq=False)
+class FileState:
+    """Coherence of one file's pages. Fields are read everywhere and written by the event loop's thread."""
+
+    oid: bytes
+    fine_stamps: bool = False
+    """Whether the file's file system gives each change that follows a stat a time stamp of its own."""
+    size: int = 0
+    """The lower file's size as last seen."""
+    version: Version | None = None
+    """What the pages in the pool are valid for; None: nothing may be served after the next open."""
+    epoch: int = 0
+    """Raised when a change begins or is found; bytes read in an older epoch may not be put."""
+    changes: int = 0
+    """Own changes under way."""
+    suspect: bool = False
+    """The changes under way met a foreign one or an open: drop all pages when they end."""
+    top: int = 0
+    """No page at this index or above was ever put."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Orders puts and the flushes that follow changes; held for one call into the pool, by any thread."""
+
+
+class Coherence:
+    """The rules above for all files of a mount. `now_ns` is the wall clock."""
+
+    def __init__(self, precache: Precache, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._precache = precache
+        self._now_ns = now_ns
+        self._remembered: OrderedDict[bytes, tuple[Version, int]] = OrderedDict()
+
+    def recall(self, oid: bytes, fine_stamps: bool) -> FileState:
+        """Return the state of a file that is opened for the first time since the kernel knows it."""
+        version, top = self._remembered.pop(oid, (None, 0))
+        return FileState(oid, fine_stamps, version=version, top=top)
+
+    def remember(self, state: FileState) -> None:
+        """Keep what is known of a file that the kernel has forgotten: its pages outlive its inode."""
+        if state.version is not None and not state.changes:
+            self._remembered[state.oid] = (state.version, state.top)
+            while len(self._remembered) > REMEMBERED_FILES:
+                self._remembered.popitem(last=False)
+
+    def discard(self, oid: bytes, state: FileState | None) -> None:
+        """Drop all pages of a file that has lost its last link."""
+        self._remembered.pop(oid, None)
+        if state is not None:
+            state.epoch += 1
+            state.version = None
+            with state.lock:
+                dropped = self._precache.flush_object(oid)
+        else:
+            dropped = self._precache.flush_object(oid)
+        self._precache.counters.flushed_pages += dropped
+
+    def validate(self, state: FileState, status: os.stat_result) -> bool:
+        """Compare the lower file with what its pages are valid for, as every open must; True if unchanged."""
+        version = version_of(status)
+        if state.changes:
+            state.suspect = True  # whether the file is as expected cannot be told while it changes
+            return False
+        state.size = version.size
+        if state.version == version:
+            return True
+        if state.version is not None:
+            self._precache.counters.foreign_changes += 1
+        self._start_over(state, version)
+        return False
+
+    def read_token(self, state: FileState) -> int | None:
+        """Return what `put_if` needs to put bytes that are read from now on; None: they may not be put."""
+        return None if state.changes else state.epoch
+
+    def put_if(self, state: FileState, token: int | None, index: int, data: memoryview) -> int | None:
+        """Put whole pages unless a change overtook the read; the pages stored, None if overtaken."""
+        if token is None:
+            return None
+        with state.lock:
+            if state.epoch != token:
+                return None
+            state.top = max(state.top, index + len(data) // PAGE_SIZE)
+            return self._precache.put(state.oid, index, data)
+
+    def change(self, state: FileState | None, descriptor: int) -> "Change":
+        """Return the bracket around an own change of the file open (O_PATH will do) at `descriptor`."""
+        return Change(self, state, descriptor)
+
+    def _start_over(self, state: FileState, version: Version) -> None:
+        """Drop every page, and make what is read from now on valid for `version`."""
+        state.epoch += 1
+        with state.lock:
+            dropped = self._precache.flush_object(state.oid)
+        self._precache.counters.flushed_pages += dropped
+        state.version = self._trusted(state, version)
+
+    def _trusted(self, state: FileState, version: Version) -> Version | None:
+        return version if is_settled(version, self._now_ns(), state.fine_stamps) else None
+
+    def _begin(self, state: FileState, descriptor: int) -> None:
+        if not state.changes:
+            foreign = state.version is not None and state.version != version_of(os.fstat(descriptor))
+            self._precache.counters.foreign_changes += foreign
+            state.suspect = foreign
+        state.epoch += 1
+        state.changes += 1
+
+    def _end(self, state: FileState, descriptor: int) -> None:
+        version = version_of(os.fstat(descriptor))
+        state.size = version.size
+        state.changes -= 1
+        if state.changes:
+            return
+        if state.suspect:
+            self._start_over(state, version)
+        elif state.version is not None:
+            state.version = self._trusted(state, version)
+
+
+class Change:
+    """A context manager around one own change, for the event loop's thread; pages are named in bytes.
+
+    Without a state (a file that nobody has opened) it does nothing. The pages that the change touches must be
+    dropped before it and again after it, with `flush`.
+    """
+
+    def __init__(self, coherence: Coherence, state: FileState | None, descriptor: int) -> None:
+        self._coherence = coherence
+        self._precache = coherence._precache
+        self._state = state
+        self._descriptor = descriptor
+        self._dropped = 0
+
+    def __enter__(self) -> "Change":
+        if self._state is not None:
+            self._coherence._begin(self._state, self._descriptor)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._state is not None:
+            self._precache.counters.flushed_pages += self._dropped
+            self._coherence._end(self._state, self._descriptor)
+
+    def flush(self, start: int, end: int | None) -> None:
+        """Drop the pages that bytes `start` to `end` (None: the end of the file) touch.
+
+        For any thread, one at a time: waits for a put that is under way.
+        """
+        state = self._state
+        if state is None:
+            return
+        with state.lock:
+            first = start // PAGE_SIZE
+            last = state.top if end is None else min(-(-end // PAGE_SIZE), state.top)
+            self._dropped += self._precache.flush(state.oid, first, last - first)

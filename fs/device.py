@@ -1,0 +1,142 @@
+"""The FUSE device: mount it, and settle with the kernel what libfuse cannot ask for.
+
+libfuse takes ``/dev/fd/N`` as a mount point that is mounted already. N is first one end of a socket pair: the
+kernel's INIT request is handed through it, pyfuse3 answers, the answer is amended and given to the kernel,
+and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and the kernel.
+Amended: mmap with MAP_SHARED on direct_io files (ENODEV without it). Not for anything after INIT.
+"""
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from dataclasses import dataclass
+
+import pyfuse3
+import trio
+
+from tmem.errors import AttachError
+from tmem.fs import syscalls
+from tmem.fs.options import MountOptions
+
+_INIT_OPCODE = 26
+_IN_HEADER, _OUT_HEADER = 40, 16
+_IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
+_OUT_FLAGS, _OUT_FLAGS2 = _OUT_HEADER + 12, _OUT_HEADER + 32
+_INIT_EXT = 1 << 30
+_DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
+_NAMES = {
+    syscalls.MS_RDONLY: "ro",
+    syscalls.MS_NOEXEC: "noexec",
+    syscalls.MS_NOATIME: "noatime",
+    syscalls.MS_SYNCHRONOUS: "sync",
+}
+
+
+@dataclass
+class Device:
+    """A mounted device: `descriptor` is /dev/fuse, `session` what pyfuse3 reads, `channel` its other end."""
+
+    descriptor: int
+    session: int
+    channel: socket.socket
+    direct_mmap: bool = False
+    """Whether files with direct_io can be mapped shared; known after `negotiate`."""
+
+    def close(self) -> None:
+        """Close all ends. The kernel then ends the mount's connection."""
+        for descriptor in (self.descriptor, self.session):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor = self.session = -1
+        self.channel.close()
+
+
+def mount(lower: str, mountpoint: str, options: MountOptions) -> Device:
+    """Mount `lower` on `mountpoint`. AttachError says what to do."""
+    try:
+        descriptor = _mount_as_root if os.geteuid() == 0 else _mount_as_user
+        opened = descriptor(lower, mountpoint, options)
+    except OSError as error:
+        raise AttachError(f"cannot mount on {mountpoint}: {error.strerror}") from None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Device(opened, theirs.detach(), ours)
+
+
+async def negotiate(device: Device) -> None:
+    """Let pyfuse3 (initialised on `device.session`) and the kernel agree, and connect them for good."""
+    request = await trio.to_thread.run_sync(os.read, device.descriptor, 1 << 21)
+    if struct.unpack_from("=I", request, 4)[0] != _INIT_OPCODE:
+        raise AttachError("the kernel did not start the FUSE protocol: is another program using this mount?")
+    device.channel.send(request)
+    reply = bytearray()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pyfuse3.main, 1, 1)
+        await trio.lowlevel.wait_readable(device.channel.fileno())
+        reply += device.channel.recv(4096)
+        nursery.cancel_scope.cancel()
+    offered = struct.unpack_from("=II", request, _IN_FLAGS) if len(request) >= _IN_FLAGS2 + 4 else (0, 0)
+    if offered[0] & _INIT_EXT and offered[1] & _DIRECT_IO_ALLOW_MMAP and len(reply) >= _OUT_FLAGS2 + 4:
+        _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
+        _set_bits(reply, _OUT_FLAGS2, _DIRECT_IO_ALLOW_MMAP)
+        device.direct_mmap = True
+    os.dup2(device.descriptor, device.session, inheritable=False)
+    os.close(device.descriptor)
+    device.descriptor = -1
+    device.channel.close()
+    os.write(device.session, reply)
+
+
+def _set_bits(reply: bytearray, offset: int, bits: int) -> None:
+    struct.pack_into("=I", reply, offset, struct.unpack_from("=I", reply, offset)[0] | bits)
+
+
+def _mount_as_root(lower: str, mountpoint: str, options: MountOptions) -> int:
+    try:
+        descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise AttachError(f"cannot open /dev/fuse: {error.strerror}; load the kernel's fuse module") from None
+    try:
+        data = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,default_permissions"
+        if options.allow_other:
+            data += ",allow_other"
+        syscalls.mount(lower, mountpoint, "fuse.tmem", options.flags, data)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _mount_as_user(lower: str, mountpoint: str, options: MountOptions) -> int:
+    program = shutil.which("fusermount3")
+    if program is None:
+        raise AttachError("cannot mount as a user without fusermount3: install fuse3, or run this as root")
+    words = [
+        "default_permissions",
+        "subtype=tmem",
+        "fsname=" + lower.replace("\\", "\\\\").replace(",", "\\,"),
+    ]
+    words += [name for flag, name in _NAMES.items() if options.flags & flag]
+    if options.allow_other:
+        words.append("allow_other")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        result = subprocess.run(
+            [program, "-o", ",".join(words), "--", mountpoint],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        theirs.close()
+        if result.returncode:
+            raise AttachError(
+                f"cannot mount on {mountpoint}: {result.stderr.strip() or 'fusermount3 failed'}"
+            )
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+    if not descriptors:
+        raise AttachError("fusermount3 gave no device: is it setuid root?")
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]

@@ -1,0 +1,212 @@
+"""The inodes that the kernel knows: node id -> lower file, reached by an O_PATH descriptor.
+
+An inode is never reached by its path again, so renames underneath the mount do not confuse it, and while its
+descriptor is open its number cannot be recycled. Descriptors are limited: beyond a quota the oldest are
+closed, if the file can be opened again by its handle (root only); files that are open or unlinked keep
+theirs. Node ids are the lower inode numbers on the root's device and numbers of our own elsewhere. Threading:
+the event loop's thread only; worker threads get descriptors, never inodes.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import pyfuse3
+
+from tmem.fs import syscalls
+from tmem.fs.coherence import FileState
+from tmem.fs.identity import handle_of
+
+_PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
+
+
+@dataclass(eq=False)
+class Inode:
+    """One lower file that the kernel holds lookups of."""
+
+    nodeid: int
+    key: tuple[int, int]
+    """(st_dev, st_ino) of the lower file."""
+    kind: int
+    """S_IFMT bits of its mode."""
+    descriptor: int
+    """O_PATH, or -1 while closed to save descriptors; use `InodeTable.descriptor`."""
+    lookups: int = 0
+    handle: bytes | None = None
+    """Its file handle, once asked for."""
+    opens: int = 0
+    """Open handles of regular files."""
+    state: FileState | None = field(default=None, repr=False)
+    """Coherence of its pages, from its first open on."""
+
+
+def proc_path(descriptor: int) -> str:
+    """Return a path that leads to what `descriptor` is open on, also for O_PATH and unlinked files."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+class InodeTable:
+    """All inodes that the kernel knows, by node id and by lower identity.
+
+    Closes `root` (O_RDONLY, not O_PATH) and every descriptor in `close`. `quota` bounds the O_PATH
+    descriptors.
+    """
+
+    def __init__(self, root: int, quota: int) -> None:
+        status = os.fstat(root)
+        self.device = status.st_dev
+        self._root = root
+        self._quota = max(quota, 16)
+        self._by_handle = _can_open_handles(root)
+        self._open: OrderedDict[int, Inode] = OrderedDict()  # oldest first, by node id
+        self._next_foreign = _FOREIGN_IDS
+        key = (status.st_dev, status.st_ino)
+        node = Inode(pyfuse3.ROOT_INODE, key, stat.S_IFDIR, root, lookups=1)
+        self._by_id: dict[int, Inode] = {node.nodeid: node}
+        self._by_key: dict[tuple[int, int], Inode] = {key: node}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __getitem__(self, nodeid: int) -> Inode:
+        """Return the inode with `nodeid`. FUSEError(ESTALE) if the kernel made it up."""
+        try:
+            return self._by_id[nodeid]
+        except KeyError:
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
+
+    @property
+    def root(self) -> int:
+        """The descriptor of the root directory (O_RDONLY)."""
+        return self._root
+
+    @property
+    def open_descriptors(self) -> int:
+        """How many O_PATH descriptors are open."""
+        return len(self._open)
+
+    def known(self, status: os.stat_result) -> Inode | None:
+        """Return the inode of the file that `status` describes, if the kernel knows it."""
+        return self._by_key.get((status.st_dev, status.st_ino))
+
+    def descriptor(self, inode: Inode) -> int:
+        """Return an O_PATH descriptor of the inode, opened again by handle if need be. OSError(ESTALE)."""
+        if inode.descriptor < 0:
+            assert inode.handle is not None
+            inode.descriptor = syscalls.open_handle(self._root, inode.handle, _PATH_FLAGS)
+            self._keep(inode)
+        return inode.descriptor
+
+    def path(self, inode: Inode) -> str:
+        """Return a path to the inode for calls that take no descriptor."""
+        return proc_path(self.descriptor(inode))
+
+    def handle(self, inode: Inode) -> bytes | None:
+        """Return the inode's file handle, if its file system has handles."""
+        if inode.handle is None:
+            inode.handle = handle_of(self.descriptor(inode))
+        return inode.handle
+
+    def lookup(self, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
+        """Find `name` in `parent`; the caller must count the lookup with `remember`, or `drop` the inode."""
+        descriptor = os.open(name, _PATH_FLAGS, dir_fd=self.descriptor(parent))
+        try:
+            status = os.fstat(descriptor)
+            inode = self._match(status, descriptor)
+            if inode is None:
+                inode = self._add(status, descriptor)
+                descriptor = -1
+            elif inode.descriptor < 0:
+                inode.descriptor, descriptor = descriptor, -1
+                self._keep(inode)
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        return inode, status
+
+    def remember(self, inode: Inode) -> None:
+        """Count one lookup that the kernel will forget one day."""
+        inode.lookups += 1
+
+    def forget(self, nodeid: int, count: int) -> Inode | None:
+        """Take `count` lookups back; return the inode if those were the last: `drop` it then."""
+        inode = self._by_id.get(nodeid)
+        if inode is None or nodeid == pyfuse3.ROOT_INODE:
+            return None
+        inode.lookups -= count
+        return inode if inode.lookups <= 0 else None
+
+    def drop(self, inode: Inode) -> None:
+        """Remove an inode that the kernel holds no lookup of; others stay."""
+        if inode.lookups > 0 or self._by_id.pop(inode.nodeid, None) is None:
+            return
+        if self._by_key.get(inode.key) is inode:
+            del self._by_key[inode.key]
+        self._open.pop(inode.nodeid, None)
+        if inode.descriptor >= 0:
+            os.close(inode.descriptor)
+            inode.descriptor = -1
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for inode in self._by_id.values():
+            if inode.descriptor >= 0:
+                os.close(inode.descriptor)
+                inode.descriptor = -1
+        self._by_id.clear()
+        self._by_key.clear()
+        self._open.clear()
+
+    def _match(self, status: os.stat_result, descriptor: int) -> Inode | None:
+        """Return the inode that `descriptor` shows, unless its number was recycled while it was closed."""
+        inode = self.known(status)
+        if inode is None or inode.descriptor >= 0 or inode.handle == handle_of(descriptor):
+            return inode
+        del self._by_key[inode.key]  # the old file is gone; its node id answers ESTALE until it is forgotten
+        return None
+
+    def _add(self, status: os.stat_result, descriptor: int) -> Inode:
+        nodeid = status.st_ino
+        if status.st_dev != self.device or nodeid in self._by_id or not 1 < nodeid < _FOREIGN_IDS:
+            nodeid = self._next_foreign
+            self._next_foreign += 1
+        key = (status.st_dev, status.st_ino)
+        inode = Inode(nodeid, key, stat.S_IFMT(status.st_mode), descriptor)
+        self._by_id[nodeid] = inode
+        self._by_key[key] = inode
+        self._keep(inode)
+        return inode
+
+    def _keep(self, inode: Inode) -> None:
+        """Note an open descriptor, and close old ones beyond the quota."""
+        self._open[inode.nodeid] = inode
+        for _ in range(min(len(self._open) - self._quota, 1) * 64):  # a few tries, so the cost stays bounded
+            nodeid, oldest = self._open.popitem(last=False)
+            if oldest is not inode and self._can_close(oldest):
+                os.close(oldest.descriptor)
+                oldest.descriptor = -1
+                return
+            self._open[nodeid] = oldest
+
+    def _can_close(self, inode: Inode) -> bool:
+        if not self._by_handle or inode.opens or inode.key[0] != self.device:
+            return False
+        with contextlib.suppress(OSError):
+            return os.fstat(inode.descriptor).st_nlink > 0 and self.handle(inode) is not None
+        return False
+
+
+def _can_open_handles(root: int) -> bool:
+    """Say whether files can be opened by handle: the file system must know how, and we be allowed to."""
+    handle = handle_of(root)
+    if handle is None:
+        return False
+    try:
+        os.close(syscalls.open_handle(root, handle, _PATH_FLAGS))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,160 @@
+"""What is mounted, and taking mounts down: look up, sweep dead ones, unmount and wait for the daemon.
+
+Reads /proc/self/mountinfo, because a dead FUSE mount answers no other question. A mount is found by the file
+system type ``fuse.tmem``; its daemon answers for itself through two extended attributes of the root directory
+that are not listed: ``user.tmem.pid`` and ``user.tmem.statistics``. Threading: plain blocking functions.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import select
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tmem.backends.processes import Process
+from tmem.errors import AttachError
+from tmem.fs import syscalls
+from tmem.fs.statistics import MountStatistics
+
+KIND = "fuse.tmem"
+PID_ATTRIBUTE = b"user.tmem.pid"
+STATISTICS_ATTRIBUTE = b"user.tmem.statistics"
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """One line of mountinfo."""
+
+    mountpoint: str
+    kind: str
+    source: str
+
+
+def mounts() -> list[Mounted]:
+    """Return every mount that this process sees, the one on top of a mount point last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        kind, source = after.split(b" ")[:2]
+        found.append(Mounted(_decode(before.split(b" ")[4]), kind.decode(), _decode(source)))
+    return found
+
+
+def top_mount(mountpoint: str) -> Mounted | None:
+    """Return what is mounted on exactly `mountpoint` (absolute, resolved), or None."""
+    return next((mount for mount in reversed(mounts()) if mount.mountpoint == mountpoint), None)
+
+
+def resolve(mountpoint: str) -> str:
+    """Return `mountpoint` absolute and without symbolic links, never touching what is mounted on it."""
+    path = Path(os.path.abspath(mountpoint))  # noqa: PTH100 - resolve() would stat a mount that may be dead
+    return str(path.parent.resolve() / path.name)
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Say whether the mount's daemon has gone and left it behind."""
+    try:
+        os.stat(mountpoint)  # noqa: PTH116
+    except OSError as error:
+        return error.errno in _DEAD
+    return False
+
+
+def sweep(mountpoint: str) -> bool:
+    """Take down mounts of ours on `mountpoint` whose daemons were killed; True if there were any."""
+    swept = False
+    while (top := top_mount(mountpoint)) is not None and top.kind == KIND and is_dead(mountpoint):
+        detach(mountpoint)
+        swept = True
+    return swept
+
+
+def detach(mountpoint: str) -> None:
+    """Unmount lazily: it is gone from the tree at once."""
+    _umount(mountpoint, lazily=True)
+
+
+def statistics(mountpoint: str) -> MountStatistics:
+    """Ask a mount's daemon for its statistics. AttachError if that is no mount of ours, or a dead one."""
+    try:
+        return MountStatistics(**json.loads(os.getxattr(mountpoint, STATISTICS_ATTRIBUTE)))
+    except OSError as error:
+        raise AttachError(f"{mountpoint} is no mount of tmem that answers: {error.strerror}") from None
+
+
+def daemon_of(mountpoint: str) -> Process | None:
+    """Return the process that serves the mount, or None if it does not answer."""
+    try:
+        return Process.of(int(os.getxattr(mountpoint, PID_ATTRIBUTE)))
+    except (OSError, ValueError):
+        return None
+
+
+def umount(mountpoint: str, lazily: bool = False, timeout_seconds: float = 30) -> None:
+    """Unmount `mountpoint` and wait until its daemon has dropped its pool and ended.
+
+    `lazily` takes it out of the tree although files are open; the daemon then serves those and is not waited
+    for. AttachError if it is no mount of ours or still in use.
+    """
+    mountpoint = resolve(mountpoint)
+    top = top_mount(mountpoint)
+    if top is None or top.kind != KIND:
+        raise AttachError(f"{mountpoint} is no mount of tmem: 'findmnt -t {KIND}' lists them")
+    if sweep(mountpoint):
+        return
+    daemon = daemon_of(mountpoint)
+    pidfd = daemon.open_pidfd() if daemon else None
+    try:
+        _umount(mountpoint, lazily)
+        if pidfd is not None and not lazily and not select.select([pidfd], [], [], timeout_seconds)[0]:
+            assert daemon is not None
+            raise AttachError(
+                f"{mountpoint} is unmounted, but its daemon is still busy: look at process {daemon.pid}"
+            )
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _umount(mountpoint: str, lazily: bool) -> None:
+    try:
+        if os.geteuid() == 0:
+            syscalls.umount(mountpoint, syscalls.MNT_DETACH if lazily else 0)
+        else:
+            _fusermount(mountpoint, lazily)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise AttachError(
+                f"{mountpoint} is in use: close the files open on it ('fuser -vm {mountpoint}' lists them)"
+            ) from None
+        if error.errno == errno.EINVAL:  # somebody else was quicker
+            return
+        raise AttachError(f"cannot unmount {mountpoint}: {error.strerror}") from None
+
+
+def _fusermount(mountpoint: str, lazily: bool) -> None:
+    program = shutil.which("fusermount3")
+    if program is None:
+        raise AttachError("cannot unmount without fusermount3: install fuse3")
+    result = subprocess.run(
+        [program, "-u", *(["-z"] if lazily else []), "--", mountpoint],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        busy = "busy" in result.stderr.lower()
+        raise OSError(errno.EBUSY if busy else errno.EIO, result.stderr.strip() or "fusermount3 failed")
+
+
+def _decode(field: bytes) -> str:
+    """Undo mountinfo's octal escapes."""
+    with contextlib.suppress(ValueError):
+        parts = field.split(b"\\")
+        field = parts[0] + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in parts[1:])
+    return os.fsdecode(field)

@@ -1,0 +1,96 @@
+"""The overlay file system: all handlers together, and what the mount says about itself.
+
+`build` makes one from a lower directory; `Overlay.close` gives back what it holds. What pyfuse3 does not
+offer fails or falls back as the kernel decides: fallocate (EOPNOTSUPP), unnamed files (O_TMPFILE), SEEK_DATA;
+locks are the mount's own. Threading: see `base`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pyfuse3
+
+from tmem.fs.base import Waiting
+from tmem.fs.coherence import Coherence
+from tmem.fs.directories import Directories
+from tmem.fs.files import Files, Pause, no_pause
+from tmem.fs.identity import has_fine_stamps
+from tmem.fs.inodes import InodeTable
+from tmem.fs.mounts import PID_ATTRIBUTE, STATISTICS_ATTRIBUTE
+from tmem.fs.precache import Precache
+from tmem.fs.statistics import MountStatistics
+
+if TYPE_CHECKING:
+    from pyfuse3 import RequestContext
+
+
+class Overlay(Files, Directories):
+    """The file system that pyfuse3 serves."""
+
+    supports_dot_lookup = (
+        False  # "." of a directory that the kernel has forgotten: only needed to export over NFS
+    )
+    enable_acl = True  # or default_permissions would ignore access control lists
+
+    def statistics(self) -> MountStatistics:
+        """Return what the mount has counted."""
+        return self.precache.counters.snapshot(self.precache.pool() is not None)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
+        """Return an extended attribute; the root directory has two more, which `mounts` asks for."""
+        if inode == pyfuse3.ROOT_INODE:
+            if name == PID_ATTRIBUTE:
+                return b"%d" % os.getpid()
+            if name == STATISTICS_ATTRIBUTE:
+                return json.dumps(dataclasses.asdict(self.statistics())).encode()
+        return await super().getxattr(inode, name, ctx)
+
+    def close(self) -> None:
+        """Close every descriptor, and destroy the pool."""
+        self.close_files()
+        self.close_directories()
+        self.table.close()
+        self.precache.close()
+
+
+def build(
+    root: int,
+    precache: Precache,
+    *,
+    timeout_seconds: float = 1.0,
+    cached: Callable[[os.stat_result], bool] = lambda status: False,
+    waiting: Waiting = contextlib.nullcontext,
+    pause: Pause = no_pause,
+    fine_stamps: bool | None = None,
+    now_ns: Callable[[], int] = time.time_ns,
+) -> Overlay:
+    """Return an overlay on the directory open at `root` (O_RDONLY), which it then owns.
+
+    `fine_stamps` None tries the file system out; `now_ns` is the wall clock.
+    """
+    if fine_stamps is None:
+        fine_stamps = has_fine_stamps(root)
+    return Overlay(
+        InodeTable(root, raise_descriptor_limit() // 2),  # the other half is for files that are open
+        precache,
+        Coherence(precache, now_ns),
+        fine_stamps,
+        timeout_seconds,
+        waiting,
+        cached=cached,
+        pause=pause,
+    )
+
+
+def raise_descriptor_limit() -> int:
+    """Raise this process' limit of open files as far as it may; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard

@@ -1,0 +1,213 @@
+"""The mount's pool in the segment, if there is one: senses it, uses it, and never fails for it.
+
+One ephemeral, non-exclusive pool per mount (the overlay's reads do not stay in the kernel's page cache, so a
+hit must not remove the page). Without a segment, or after any error of the pool, reads pass through to the
+lower files; at most once a second `pool` looks whether a segment is there, and starts an empty pool in it.
+Threading: `pool` and `close` on the event loop's thread; `put` and the flushes on any thread.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tmem.backends.paths import SegmentPaths
+from tmem.errors import SegmentError, TmemError
+from tmem.fs.statistics import Counters
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Client, Pool, Segment
+
+log = logging.getLogger(__name__)
+
+SENSE_SECONDS = 1.0
+"""How often a mount without a pool looks for a segment."""
+
+
+_LOCK_BASE = 1 << 40
+"""Where the byte locks of clients start: far beyond the segment's data."""
+
+
+class ClientTakenError(TmemError):
+    """The mount's client belongs to a swap device or to another mount that is alive."""
+
+
+class Precache:
+    """The pool of the mount whose client is called `client`, in the segment at `paths`.
+
+    `clock` is a monotonic clock in seconds.
+    """
+
+    def __init__(self, paths: SegmentPaths, client: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counters = Counters()
+        self._path = str(paths.segment)
+        self._client_name = client
+        self._clock = clock
+        self._segment: Segment | None = None
+        self._client: Client | None = None
+        self._pool: Pool | None = None
+        self._lock = -1  # a descriptor
+        self._locked = -1  # the id of the client that it locks
+        self._next_look = float("-inf")
+        self._complaint = ""
+
+    def pool(self) -> "Pool | None":
+        """Return the pool to use for one request, or None to pass through. Cheap: called for every read."""
+        if self._pool is not None:
+            assert self._segment is not None
+            if self._segment.alive:
+                return self._pool
+            log.info("the segment %s has ended: passing through", self._path)
+            self.abandon()
+        now = self._clock()
+        if now >= self._next_look:
+            self._next_look = now + SENSE_SECONDS
+            try:
+                self._look()
+            except (TmemError, OSError) as error:
+                self._complain(error)
+        return self._pool
+
+    def claim(self) -> None:
+        """Start using the segment if there is one, when the mount starts.
+
+        `ClientTakenError` if somebody else uses the client; any other trouble only means to pass through for
+        now.
+        """
+        self._next_look = self._clock() + SENSE_SECONDS
+        try:
+            self._look()
+        except ClientTakenError:
+            raise
+        except (TmemError, OSError) as error:
+            self._complain(error)
+
+    def abandon(self) -> None:
+        """Stop using the pool, after an error; a new one is looked for within a second. For any thread.
+
+        The mapping ends with the last reference to it: other threads may still be in a call.
+        """
+        self._pool = None
+
+    def put(self, oid: bytes, index: int, data: memoryview) -> int:
+        """Put whole pages; the pages that the pool accepted."""
+        pool = self._pool
+        if pool is None:
+            return 0
+        try:
+            return pool.put(oid, index, data)
+        except TmemError as error:
+            self._lost(error)
+            return 0
+
+    def flush(self, oid: bytes, index: int, npages: int) -> int:
+        """Drop pages; the number that existed. After an error the whole pool is given up."""
+        pool = self._pool
+        if pool is None or npages <= 0:
+            return 0
+        try:
+            return pool.flush(oid, index, npages)
+        except TmemError as error:
+            self._lost(error)
+            return 0
+
+    def flush_object(self, oid: bytes) -> int:
+        """Drop every page of an object; the number that existed."""
+        pool = self._pool
+        if pool is None:
+            return 0
+        try:
+            return pool.flush_object(oid)
+        except TmemError as error:
+            self._lost(error)
+            return 0
+
+    def get(self, pool: "Pool", oid: bytes, index: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `index` on, up to the first miss; the pages filled."""
+        try:
+            return pool.get(oid, index, buffer)
+        except TmemError as error:
+            self._lost(error)
+            return 0
+
+    def close(self) -> None:
+        """Destroy the pool, and the client if nothing else is in it, and detach."""
+        client, segment = self._client, self._segment
+        self._pool = self._client = self._segment = None
+        self._next_look = float("inf")
+        with contextlib.suppress(TmemError):
+            if client is not None and self._locked == client.id:
+                _destroy_ephemeral(client)
+                if not client.pools():
+                    client.destroy()
+        if segment is not None:
+            segment.close()
+        self._unlock()
+
+    def _lost(self, error: TmemError) -> None:
+        log.warning("the pool failed, passing through: %s", error)
+        self.abandon()
+
+    def _look(self) -> None:
+        if os.path.exists(self._path):  # noqa: PTH110 - a quarter of what Path costs
+            self._attach()
+            self._complaint = ""
+
+    def _complain(self, error: Exception) -> None:
+        self._pool = None
+        if str(error) != self._complaint:  # once, not once a second
+            self._complaint = str(error)
+            log.warning("cannot use the segment %s, passing through: %s", self._path, error)
+
+    def _attach(self) -> None:
+        from tmem.backends import _native
+
+        if self._segment is None or not self._segment.alive:
+            self._unlock()
+            self._segment = _native.attach(self._path)
+        if not self._segment.alive:
+            raise SegmentError("it has ended")
+        self._client = self._segment.client(self._client_name)
+        if self._locked != self._client.id:  # it changes when somebody destroys the client
+            self._unlock()
+            self._lock = _lock_client(self._path, self._client_name, self._client.id)
+            self._locked = self._client.id
+        if any(pool.persistent for pool in self._client.pools()):
+            raise ClientTakenError(
+                f"the client {self._client_name!r} has a swap device: mount with -o client=NAME"
+            )
+        _destroy_ephemeral(self._client)  # of a daemon that was killed: nobody has validated them since
+        self._pool = self._client.new_pool(persistent=False, exclusive=False)
+        log.info("using a pool of the segment %s", self._path)
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = self._locked = -1
+
+
+def _destroy_ephemeral(client: "Client") -> None:
+    for pool in client.pools():
+        if not pool.persistent:
+            pool.destroy()
+
+
+def _lock_client(path: str, name: str, client_id: int) -> int:
+    """Return a descriptor that holds the client for this process, until it is closed or the process dies.
+
+    A byte lock on the segment's file tells a mount that is alive from pools that a killed daemon left.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BASE + client_id, 1, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+    except OSError:
+        os.close(descriptor)
+        raise ClientTakenError(
+            f"the client {name!r} is used by another mount: mount with -o client=NAME"
+        ) from None
+    return descriptor

@@ -1,0 +1,61 @@
+"""What one mount has counted since it started.
+
+Counters are kept by the event loop's thread only (worker threads return their numbers to it), so they need no
+lock. Not for the segment's own counters: `tmem.backends.statistics`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MountStatistics:
+    """A snapshot of a mount's counters."""
+
+    hit_reads: int
+    """Read requests answered from the pool alone."""
+    miss_reads: int
+    """Read requests that needed the lower file although a pool was there."""
+    passthrough_reads: int
+    """Read requests answered without a pool."""
+    hit_pages: int
+    """Pages that came from the pool."""
+    miss_pages: int
+    """Pages that the pool did not have and the lower file was read for."""
+    hit_bytes: int
+    """Bytes of file data in the replies counted by `hit_reads`."""
+    lower_bytes: int
+    """Bytes read from lower files."""
+    put_pages: int
+    """Pages that the pool accepted."""
+    refused_pages: int
+    """Pages that the pool refused."""
+    overtaken_pages: int
+    """Pages that were not put because a change overtook the read."""
+    flushed_pages: int
+    """Pages dropped from the pool because of writes, truncation or removal."""
+    foreign_changes: int
+    """Files that were found changed underneath the mount, so that their pages were dropped."""
+    pool_active: bool
+    """Whether a pool is in use right now."""
+
+
+@dataclass
+class Counters:
+    """The mutable counterpart of `MountStatistics`."""
+
+    hit_reads: int = 0
+    miss_reads: int = 0
+    passthrough_reads: int = 0
+    hit_pages: int = 0
+    miss_pages: int = 0
+    hit_bytes: int = 0
+    lower_bytes: int = 0
+    put_pages: int = 0
+    refused_pages: int = 0
+    overtaken_pages: int = 0
+    flushed_pages: int = 0
+    foreign_changes: int = 0
+
+    def snapshot(self, pool_active: bool) -> MountStatistics:
+        """Return the counters as they are now."""
+        return MountStatistics(pool_active=pool_active, **vars(self))

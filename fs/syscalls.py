@@ -1,0 +1,69 @@
+"""System calls that Python's `os` lacks: renameat2, file handles, mount and umount.
+
+Each raises OSError like its neighbours in `os`. Paths are bytes or str; file descriptors may be O_PATH ones
+unless said otherwise. Threading: plain functions, callable from any thread; errno is per thread (ctypes).
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_AT_EMPTY_PATH = 0x1000
+_HANDLE_ROOM = 128  # MAX_HANDLE_SZ
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_NOATIME = 1, 2, 4, 8, 16, 1024
+MNT_DETACH = 2
+
+
+def _check(result: int, *names: str | bytes) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), *(os.fsdecode(name) for name in names[:1]))
+    return result
+
+
+def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
+    """Rename `old_name` to `new_name`; `flags` are RENAME_NOREPLACE and RENAME_EXCHANGE of rename(2)."""
+    _check(_libc.renameat2(old_dir, old_name, new_dir, new_name, ctypes.c_uint(flags)), old_name)
+
+
+def file_handle(descriptor: int) -> bytes | None:
+    """Return the handle (type and opaque bytes) of the open file, or None if its file system has none.
+
+    A handle holds the inode's generation, so it is never used again for another file.
+    """
+    room = ctypes.create_string_buffer(struct.pack("=Ii", _HANDLE_ROOM, 0), 8 + _HANDLE_ROOM)
+    mount_id = ctypes.c_int()
+    if _libc.name_to_handle_at(descriptor, b"", room, ctypes.byref(mount_id), _AT_EMPTY_PATH):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL):
+            return None
+        raise OSError(code, os.strerror(code))
+    size = int.from_bytes(room.raw[:4], "little" if struct.pack("=H", 1)[0] else "big")
+    return room.raw[4 : 8 + size]
+
+
+def open_handle(mount: int, handle: bytes, flags: int) -> int:
+    """Open the file that `handle` names on the file system of `mount` (no O_PATH). ESTALE if it is gone.
+
+    Needs CAP_DAC_READ_SEARCH.
+    """
+    room = ctypes.create_string_buffer(struct.pack("=I", len(handle) - 4) + handle)
+    return _check(_libc.open_by_handle_at(mount, room, flags))
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
+    """Mount `source` on `target`."""
+    _check(
+        _libc.mount(
+            os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), os.fsencode(data)
+        ),
+        target,
+    )
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """Unmount what is on top at `target`; with MNT_DETACH even while it is in use."""
+    _check(_libc.umount2(os.fsencode(target), flags), target)

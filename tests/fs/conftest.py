@@ -1,0 +1,102 @@
+"""Fixtures of the overlay's tests: real mounts in temporary directories, taken down whatever happens."""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tmem.backends.paths import SegmentPaths
+from tmem.errors import AttachError
+from tmem.fs import mounts
+from tmem.fs.mount import daemonise
+from tmem.fs.options import MountOptions
+from tmem.fs.statistics import MountStatistics
+
+
+@dataclass
+class Place:
+    """A mount under test."""
+
+    lower: Path
+    point: Path
+    pid: int
+    kernel_caches: bool = False
+
+    def statistics(self) -> MountStatistics:
+        return mounts.statistics(str(self.point))
+
+    def umount(self) -> None:
+        mounts.umount(str(self.point))
+
+    def kill(self) -> None:
+        """Kill the daemon as a crash would, and wait until it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def read_by_daemon(self) -> int:
+        """Return the bytes that the daemon's read calls have returned so far."""
+        text = Path(f"/proc/{self.pid}/io").read_text()
+        return int(dict(line.split(": ") for line in text.splitlines())["rchar"])
+
+
+Mounter = Callable[..., Place]
+
+
+@pytest.fixture
+def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
+    """A function that mounts: ``mounter(options="", lower=..., point=...)``."""
+    places: list[Place] = []
+
+    def mount(options: str = "", lower: Path | None = None, point: Path | None = None) -> Place:
+        lower = lower or tmp_path / "lower"
+        point = point or tmp_path / "mount"
+        lower.mkdir(exist_ok=True)
+        if mounts.top_mount(str(point)) is None:
+            point.mkdir(exist_ok=True)
+        parsed = MountOptions.parse([options], str(point))
+        pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of("default"))
+        places.append(Place(lower, point, pid))
+        return places[-1]
+
+    yield mount
+    for place in reversed(places):
+        with contextlib.suppress(AttachError):
+            mounts.umount(str(place.point))
+        if mounts.top_mount(str(place.point)) is not None:
+            mounts.detach(str(place.point))
+        _end(place.pid)
+
+
+@pytest.fixture
+def place(mounter: Mounter) -> Place:
+    """A mount of an empty directory, with names and attributes never kept by the kernel."""
+    return mounter("timeout=0")
+
+
+def _end(pid: int) -> None:
+    """Wait for a daemon of ours to end, and kill it if it does not."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with contextlib.suppress(ChildProcessError):
+        if not select.select([pidfd], [], [], 5)[0]:
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    os.close(pidfd)
+
+
+@pytest.fixture
+def world_readable() -> Iterator[Path]:
+    """A temporary directory that other users can enter (pytest's own are private)."""
+    directory = Path(tempfile.mkdtemp(prefix="tmem-test-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)

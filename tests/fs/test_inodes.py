@@ -1,0 +1,76 @@
+"""The inode table: identity of files, counting lookups, few descriptors for many files."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyfuse3
+import pytest
+
+from tmem.fs.inodes import InodeTable
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[InodeTable]:
+    table = InodeTable(os.open(tmp_path, os.O_RDONLY), quota=16)
+    yield table
+    table.close()
+
+
+def test_names_of_one_file_are_one_inode(table: InodeTable, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    os.link(tmp_path / "a", tmp_path / "b")
+    root = table[pyfuse3.ROOT_INODE]
+    inode, status = table.lookup(root, b"a")
+    assert inode.nodeid == status.st_ino
+    assert table.lookup(root, b"b")[0] is inode
+
+
+def test_an_inode_lives_until_its_last_lookup_is_forgotten(table: InodeTable, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    inode, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
+    table.remember(inode)
+    table.remember(inode)
+    assert table.forget(inode.nodeid, 1) is None
+    assert table.forget(inode.nodeid, 1) is inode
+    table.drop(inode)
+    with pytest.raises(pyfuse3.FUSEError):
+        table[inode.nodeid]
+    assert (len(table), table.open_descriptors) == (1, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
+def test_descriptors_stay_within_the_quota(table: InodeTable, tmp_path: Path) -> None:
+    root = table[pyfuse3.ROOT_INODE]
+    inodes = []
+    for number in range(100):
+        (tmp_path / f"{number}").write_text(f"{number}")
+        inode, _ = table.lookup(root, b"%d" % number)
+        table.remember(inode)
+        inodes.append(inode)
+    assert table.open_descriptors == 16
+    (tmp_path / "5").rename(tmp_path / "moved")
+    for number, inode in enumerate(inodes):
+        assert Path(table.path(inode)).read_text() == f"{number}"
+    assert table.open_descriptors == 16
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
+def test_files_that_went_while_closed_are_stale_and_not_mistaken(table: InodeTable, tmp_path: Path) -> None:
+    root = table[pyfuse3.ROOT_INODE]
+    (tmp_path / "first").touch()
+    first, _ = table.lookup(root, b"first")
+    table.remember(first)
+    for number in range(40):
+        (tmp_path / f"{number}").touch()
+        table.remember(table.lookup(root, b"%d" % number)[0])
+    assert first.descriptor < 0
+    (tmp_path / "first").unlink()
+    for number in range(100, 120):  # file systems use inode numbers again soon
+        (tmp_path / f"{number}").write_text("new")
+        inode, status = table.lookup(root, b"%d" % number)
+        table.remember(inode)
+        assert inode is not first
+        assert os.fstat(table.descriptor(inode)).st_ino == status.st_ino
+    with pytest.raises(OSError, match="Stale"):
+        table.descriptor(first)
