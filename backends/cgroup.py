@@ -1,0 +1,113 @@
+"""The memory limit of the control group that a process is charged to, for cgroup v1 and v2.
+
+The store has to stay below it: at the limit the kernel does not refuse memory, it kills a process of the
+group, and what a put has touched stays charged to the group of whoever touched it first. Not for creating or
+configuring groups. Pure functions of files below ``/proc`` and ``/sys``; callable from any thread.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# v1 shows "no limit" as the largest page-aligned long; anything near it is none.
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """A limit of `limit_bytes`, set in the group whose directory is `group`."""
+
+    limit_bytes: int
+    group: Path
+
+
+@dataclass(frozen=True)
+class _Hierarchy:
+    """Where a hierarchy is mounted and which of its groups appears there as the root."""
+
+    mount_point: Path
+    root: str
+    limit_file: str
+
+
+def version(proc: Path = Path("/proc")) -> int | None:
+    """Return 1 or 2: the version whose memory controller is in force; None without a memory controller."""
+    hierarchies = _hierarchies(proc)
+    if "memory" in hierarchies:
+        return 1
+    unified = hierarchies.get("")
+    if unified is None:
+        return None
+    try:
+        controllers = (unified.mount_point / "cgroup.controllers").read_text().split()
+    except OSError:
+        return None
+    return 2 if "memory" in controllers else None
+
+
+def memory_limit(proc: Path = Path("/proc"), pid: int | str = "self") -> MemoryLimit | None:
+    """Return the tightest memory limit of the groups that process `pid` is in, or None.
+
+    Every group up to the root counts, because each is charged for what its children use.
+    """
+    tightest: MemoryLimit | None = None
+    hierarchies = _hierarchies(proc)
+    for controllers, group in _groups(proc, pid):
+        hierarchy = hierarchies.get("memory" if "memory" in controllers.split(",") else controllers)
+        if hierarchy is None:
+            continue
+        for directory in _ancestors(hierarchy, group):
+            limit = _read_limit(directory / hierarchy.limit_file)
+            if limit is not None and (tightest is None or limit < tightest.limit_bytes):
+                tightest = MemoryLimit(limit, directory)
+    return tightest
+
+
+def _groups(proc: Path, pid: int | str) -> list[tuple[str, str]]:
+    """Return (controllers, group path) per hierarchy; controllers is empty for v2."""
+    try:
+        lines = (proc / str(pid) / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    return [(fields[1], fields[2]) for line in lines if len(fields := line.split(":", 2)) == 3]
+
+
+def _hierarchies(proc: Path) -> dict[str, _Hierarchy]:
+    """Return the mounted hierarchies that can limit memory: "memory" for v1, "" for v2."""
+    found: dict[str, _Hierarchy] = {}
+    try:
+        lines = (proc / "self" / "mountinfo").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        before, separator, after = line.partition(" - ")
+        fields, source = before.split(), after.split()
+        if not separator or len(fields) < 5 or len(source) < 3:
+            continue
+        if source[0] == "cgroup2":
+            found.setdefault("", _Hierarchy(Path(fields[4]), fields[3], "memory.max"))
+        elif source[0] == "cgroup" and "memory" in source[2].split(","):
+            found.setdefault("memory", _Hierarchy(Path(fields[4]), fields[3], "memory.limit_in_bytes"))
+    return found
+
+
+def _ancestors(hierarchy: _Hierarchy, group: str) -> list[Path]:
+    """Return the directories of `group` and of its parents, as far as this mount shows them."""
+    # Inside a container the mount shows only a part of the tree: its root is the container's own group.
+    relative = group.removeprefix(hierarchy.root.rstrip("/")).strip("/")
+    directory = hierarchy.mount_point / relative
+    if not directory.is_dir():
+        directory = hierarchy.mount_point
+    directories = [directory]
+    while directories[-1] != hierarchy.mount_point and directories[-1] != directories[-1].parent:
+        directories.append(directories[-1].parent)
+    return directories
+
+
+def _read_limit(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    if text == "max" or int(text) >= _UNLIMITED:
+        return None
+    return int(text)

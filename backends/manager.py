@@ -1,0 +1,240 @@
+"""The manager service of a segment: everything that must happen while nobody asks for a page.
+
+Every second it repairs what dead threads left, refills the reserve of backed memory and gives back what is
+free beyond it; it keeps the servers running and answers on the control socket. It is not in the data path:
+while it is down, puts, gets and flushes go on, and the servers that it started stay. One manager per segment,
+held by a lock file. Threading: one trio run; calls of the core that may take long run in worker threads. The
+protocol stands in `service`.
+"""
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from tmem.backends.paths import SegmentPaths
+from tmem.backends.service import MAX_LINE_BYTES, socket_address
+from tmem.backends.supervisor import Supervisor
+from tmem.errors import ServiceError, TmemError
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+PERIOD_S = 1.0
+HURRY_S = 0.1
+"""The period while puts use up more than half of the reserve within one."""
+
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class ManagerStatistics:
+    """What a manager has done since it started."""
+
+    reaped: int = 0
+    """Dead threads that it repaired."""
+    populated_bytes: int = 0
+    """Memory that it backed ahead of puts."""
+    trimmed_bytes: int = 0
+    """Free memory that it gave back to the system."""
+
+
+def reserve_bytes(memory_bytes: int) -> int:
+    """Return how much free memory of a segment is kept backed: an eighth, at most 64 MiB.
+
+    Backing a chunk costs a put 1 to 4 us per page, and a server that has to do it under memory pressure may
+    wait for itself; 64 MiB is what a fast swap-out compresses in about half a second.
+    """
+    return min(memory_bytes // 8, 64 << 20)
+
+
+def run(paths: SegmentPaths, segment: "_native.Segment") -> ManagerStatistics:
+    """Run the manager until it is told to stop, by SIGINT, SIGTERM or the control socket.
+
+    Raises `ServiceError` if a manager of this segment runs already.
+    """
+    with _exclusive(paths):
+        _lock_memory()
+        manager = _Manager(paths, segment)
+        trio.run(manager.run)
+    return manager.statistics
+
+
+class _Manager:
+    """One run of the manager."""
+
+    def __init__(self, paths: SegmentPaths, segment: "_native.Segment") -> None:
+        self.statistics = ManagerStatistics()
+        self._paths = paths
+        self._segment = segment
+        self._reserve_bytes = reserve_bytes(segment.memory_bytes)
+        self._scope = trio.CancelScope()
+        self._complaint = ""
+        self._stopping = False
+        self._operations: dict[str, Callable[[dict[str, object]], Awaitable[dict[str, object]]]] = {
+            "ping": self._ping,
+            "services": self._list_services,
+            "stop": self._stop,
+            "supervise": self._supervise,
+            "unsupervise": self._unsupervise,
+        }
+
+    async def run(self) -> None:
+        control = self._paths.control
+        control.unlink(missing_ok=True)  # a killed manager leaves its socket; the lock says it is dead
+        with self._scope, trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+                self._supervisor = Supervisor(self._paths, nursery)
+                self._supervisor.adopt()
+                nursery.start_soon(self._follow_signals, signals)
+                nursery.start_soon(self._keep_house)
+                with trio.socket.socket(trio.socket.AF_UNIX) as listening:
+                    with socket_address(control) as address:
+                        await listening.bind(address)
+                    listening.listen()
+                    _log.info("manager of segment %r runs, pid %d", self._paths.name, os.getpid())
+                    await trio.serve_listeners(self._answer, [trio.SocketListener(listening)])
+        control.unlink(missing_ok=True)
+        _log.info("manager of segment %r stopped; pages and servers stay", self._paths.name)
+
+    async def _follow_signals(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            _log.info("%s", signal.Signals(number).name)
+            self._scope.cancel()
+
+    # -- housekeeping
+
+    async def _keep_house(self) -> None:
+        while True:
+            if not self._segment.alive:
+                _log.info("segment %r was destroyed", self._paths.name)
+                self._scope.cancel()
+            added = 0
+            try:
+                added = await self._tend()
+                self._complaint = ""
+            except (TmemError, OSError, MemoryError) as error:
+                if str(error) != self._complaint:  # once, not every second
+                    _log.warning("housekeeping: %s", error)
+                self._complaint = str(error)
+            await trio.sleep(HURRY_S if added * 2 > self._reserve_bytes else PERIOD_S)
+
+    async def _tend(self) -> int:
+        """Do one round; return the bytes that had to be populated."""
+        counts = self.statistics
+        if dead := self._segment.reap():
+            counts.reaped += dead
+            _log.warning("repaired what %d dead threads left", dead)
+        added = await trio.to_thread.run_sync(self._segment.populate, self._reserve_bytes)
+        counts.populated_bytes += added
+        # Twice the reserve, so that a load which frees and takes does not fault the same memory in each
+        # second.
+        counts.trimmed_bytes += await trio.to_thread.run_sync(self._segment.trim, 2 * self._reserve_bytes)
+        return added
+
+    # -- the control socket
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        """Serve one connection: a JSON object a line, an answer each, in order."""
+        pending = bytearray()
+        try:
+            async for received in stream:
+                pending += received
+                while (end := pending.find(b"\n")) >= 0:
+                    line = bytes(pending[:end])
+                    del pending[: end + 1]
+                    await stream.send_all(json.dumps(await self._handle(line)).encode() + b"\n")
+                    if self._stopping:
+                        self._scope.cancel()
+                if len(pending) > MAX_LINE_BYTES:
+                    return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # whoever asked did not wait for the answer
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def _handle(self, line: bytes) -> dict[str, object]:
+        try:
+            message = json.loads(line)
+            operation = self._operations[message["op"]]
+        except (ValueError, TypeError, KeyError):
+            return {"error": "the manager does not know this request: are both of the same version?"}
+        try:
+            return {"ok": True, **await operation(message)}
+        except TmemError as error:
+            return {"error": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            return {"error": f"request {message['op']!r} lacks or misuses {error}"}
+        except OSError as error:
+            _log.exception("request %r failed", message["op"])
+            return {"error": f"the manager failed: {error}"}
+
+    async def _ping(self, message: dict[str, object]) -> dict[str, object]:
+        return {"pid": os.getpid(), "segment": self._paths.name, "statistics": asdict(self.statistics)}
+
+    async def _list_services(self, message: dict[str, object]) -> dict[str, object]:
+        return {"services": [asdict(service) for service in self._supervisor.statistics()]}
+
+    async def _stop(self, message: dict[str, object]) -> dict[str, object]:
+        self._stopping = True
+        return {"pid": os.getpid()}
+
+    async def _supervise(self, message: dict[str, object]) -> dict[str, object]:
+        argv, env = message["argv"], message.get("env", {})
+        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
+            raise TypeError("argv")
+        if not isinstance(env, dict) or not all(isinstance(word, str) for word in env.values()):
+            raise TypeError("env")
+        return {"pid": self._supervisor.supervise(_text(message, "name"), argv, env)}
+
+    async def _unsupervise(self, message: dict[str, object]) -> dict[str, object]:
+        timeout_s = message["timeout_s"]
+        if not isinstance(timeout_s, int | float):
+            raise TypeError("timeout_s")
+        return {"found": await self._supervisor.unsupervise(_text(message, "name"), timeout_s)}
+
+
+def _text(message: dict[str, object], key: str) -> str:
+    value = message[key]
+    if not isinstance(value, str):
+        raise TypeError(key)
+    return value
+
+
+@contextmanager
+def _exclusive(paths: SegmentPaths) -> Iterator[None]:
+    """Hold the lock that makes this process the only manager of the segment."""
+    descriptor = os.open(paths.state / "manager.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise ServiceError(
+                f"a manager runs already for segment {paths.name!r} (pid {holder}): "
+                f"stop it with 'tmem --name {paths.name} stop'"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock_memory() -> None:
+    """Lock this process's memory as it is faulted in: who refills the reserve must not be in swap."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        _log.info(
+            "memory is not locked (%s): fine unless this machine swaps to it", os.strerror(ctypes.get_errno())
+        )

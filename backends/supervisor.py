@@ -1,0 +1,256 @@
+"""Keeps servers running: starts them, starts them again when they die, finds them after its own restart.
+
+A service is a command that the manager was asked to keep alive. Its record (``service-NAME.json`` in the
+state directory) holds the command and the process; a later supervisor adopts what still runs. A service is
+never killed: it gets SIGTERM on `unsupervise` and all the time it needs, since a swap device may hang on it.
+Not for what the servers do. Threading: trio tasks of one run; nothing here is thread-safe.
+
+    supervise -> running -> (died) waiting -> running ...        waiting: 0, 0.1, 0.2 ... 10 s
+                    unsupervise -> stopping -> (died) forgotten
+"""
+
+import json
+import logging
+import os
+import signal
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import trio
+
+from tmem.backends import processes
+from tmem.backends.paths import SegmentPaths, check_name
+from tmem.backends.processes import Process
+from tmem.errors import ServiceError
+
+MARKER = "TMEM_SERVICE"
+"""Environment variable by which a server is found that was started but not yet recorded."""
+
+_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 10.0
+# A server that has run this long was all right: the next start is immediate again.
+_SETTLED_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServiceStatistics:
+    """One supervised service."""
+
+    name: str
+    """What it was called when it was supervised."""
+    pid: int | None
+    """Its process; None while it waits to be started again."""
+    state: str
+    """``running``, ``waiting`` (to be started again) or ``stopping``."""
+    starts: int
+    """How often this supervisor started it; 0 for one that was adopted and has run ever since."""
+
+
+@dataclass
+class _Service:
+    """The state of one service; its task in `Supervisor._keep` is the only one that starts it."""
+
+    name: str
+    argv: list[str]
+    env: dict[str, str]
+    record: Path
+    process: Process | None = None
+    stopping: bool = False
+    starts: int = 0
+    started_s: float = 0.0  # trio's clock
+    asked_to_stop: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
+
+    def save(self) -> None:
+        """Write the record so that it is whole at every moment."""
+        value = {
+            "name": self.name,
+            "argv": self.argv,
+            "env": self.env,
+            "stopping": self.stopping,
+            "process": None if self.process is None else asdict(self.process),
+        }
+        fresh = self.record.with_suffix(".new")
+        fresh.write_text(json.dumps(value))
+        fresh.chmod(0o600)
+        fresh.replace(self.record)
+
+    @property
+    def output(self) -> Path:
+        return self.record.with_suffix(".log")
+
+
+class Supervisor:
+    """All services of one segment. Its tasks live in `nursery` and leave the servers alone when cancelled."""
+
+    def __init__(self, paths: SegmentPaths, nursery: trio.Nursery) -> None:
+        self._paths = paths
+        self._nursery = nursery
+        self._services: dict[str, _Service] = {}
+
+    def statistics(self) -> list[ServiceStatistics]:
+        """Return the services in the order of their names."""
+        return [
+            ServiceStatistics(
+                service.name,
+                service.process.pid if service.process else None,
+                "stopping" if service.stopping else "running" if service.process else "waiting",
+                service.starts,
+            )
+            for _, service in sorted(self._services.items())
+        ]
+
+    def adopt(self) -> None:
+        """Take over the recorded services: those that still run as they are, the others by starting them."""
+        for path in sorted(self._paths.state.glob("service-*.json")):
+            service = _load(path)
+            if service is None:
+                continue
+            service.process = service.process or _find_marked(path)
+            if service.process:
+                _log.info("%s: still runs, pid %d", service.name, service.process.pid)
+            self._services[service.name] = service
+            service.started_s = trio.current_time()
+            self._nursery.start_soon(self._keep, service)
+
+    def supervise(self, name: str, argv: list[str], env: dict[str, str]) -> int | None:
+        """Start `argv` and keep it running; return its pid. The same name and command again is no change.
+
+        `env` is added to the manager's own environment. Raises `ServiceError` if the program cannot be
+        started, if the name is taken by another command or if it is being stopped.
+        """
+        check_name(name, "service name")
+        if service := self._services.get(name):
+            if service.stopping:
+                raise ServiceError(f"{name} is being stopped: try again when it has ended")
+            if service.argv != argv:
+                raise ServiceError(f"{name} runs already with another command: remove it first")
+            return service.process.pid if service.process else None
+        service = _Service(name, argv, env, self._paths.record("service", name))
+        try:
+            self._start(service)
+        except ServiceError:
+            service.record.unlink(missing_ok=True)
+            raise
+        self._services[name] = service
+        self._nursery.start_soon(self._keep, service)
+        return service.process.pid if service.process else None
+
+    async def unsupervise(self, name: str, timeout_s: float) -> bool:
+        """Stop the service with SIGTERM and forget it; say whether there was one.
+
+        Raises `ServiceError` if it still runs after `timeout_s`; it is then stopping, and this may be
+        repeated.
+        """
+        service = self._services.get(name)
+        if service is None:
+            return False
+        service.stopping = True
+        service.save()
+        service.asked_to_stop.set()
+        if service.process:
+            _terminate(service.process)
+        with trio.move_on_after(timeout_s):
+            await service.gone.wait()
+            return True
+        pid = service.process.pid if service.process else 0
+        raise ServiceError(
+            f"{name} (pid {pid}) still runs {timeout_s:g} s after SIGTERM: wait, then try again"
+        )
+
+    async def _keep(self, service: _Service) -> None:
+        """Follow one service until it is to stop and has stopped."""
+        delay_s = 0.0
+        while True:
+            if service.process:
+                await _ended(service.process)
+                code = processes.reap(service.process.pid)
+                service.process = None
+                if trio.current_time() - service.started_s > _SETTLED_S:
+                    delay_s = 0.0
+                _log.log(
+                    logging.INFO if service.stopping else logging.WARNING,
+                    "%s: ended%s%s",
+                    service.name,
+                    "" if code is None else f" with status {code}",
+                    "" if service.stopping else f" ({processes.last_line(service.output) or 'no output'})",
+                )
+            if not service.stopping and delay_s:
+                with trio.move_on_after(delay_s):
+                    await service.asked_to_stop.wait()
+            if service.stopping:
+                break
+            delay_s = min(max(delay_s * 2, _FIRST_DELAY_S), _LONGEST_DELAY_S)
+            try:
+                self._start(service)
+            except (ServiceError, OSError) as error:
+                _log.warning("%s: %s", service.name, error)
+        service.record.unlink(missing_ok=True)
+        service.output.unlink(missing_ok=True)
+        del self._services[service.name]
+        service.gone.set()
+
+    def _start(self, service: _Service) -> None:
+        service.save()  # before the start too: what is started without a record is found by its marker
+        with suppress(OSError):
+            if service.output.stat().st_size > 1 << 20:
+                os.truncate(service.output, 0)
+        environment = {**os.environ, **service.env, MARKER: str(service.record)}
+        pid = processes.spawn(service.argv, environment, service.output)
+        service.starts += 1
+        service.started_s = trio.current_time()
+        # None when it has ended already: then the zombie is ours, and its pid is pinned.
+        service.process = Process.of(pid) or Process(pid, -1)
+        service.save()
+        _log.info("%s: started, pid %d", service.name, pid)
+
+
+def _load(path: Path) -> _Service | None:
+    """Return the service of a record, its process only if that still runs; None if nobody can read it."""
+    try:
+        value = json.loads(path.read_text())
+        process = Process(**value["process"]) if value["process"] else None
+        service = _Service(value["name"], value["argv"], value["env"], path, stopping=value["stopping"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _log.warning("%s is damaged and left alone (%s)", path, error)
+        return None
+    if service.stopping:
+        service.asked_to_stop.set()
+    service.process = process if process is not None and process.alive else None
+    return service
+
+
+def _find_marked(record: Path) -> Process | None:
+    """Return the running process that was started for `record`: the session leader with its marker."""
+    wanted = f"{MARKER}={record}".encode()
+    for directory in Path("/proc").glob("[0-9]*"):
+        pid = int(directory.name)
+        with suppress(OSError):
+            if wanted in (directory / "environ").read_bytes().split(b"\0") and os.getsid(pid) == pid:
+                return Process.of(pid)
+    return None
+
+
+def _terminate(process: Process) -> None:
+    descriptor = process.open_pidfd()
+    if descriptor is None:
+        return
+    try:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+    finally:
+        os.close(descriptor)
+
+
+async def _ended(process: Process) -> None:
+    """Return when `process` has ended."""
+    descriptor = process.open_pidfd()
+    if descriptor is None:
+        return
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        trio.lowlevel.notify_closing(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""``start``, ``stop`` and ``destroy``: the life of a segment and its manager."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tmem.backends import segment
+from tmem.backends.paths import SegmentPaths
+from tmem.backends.processes import Process
+from tmem.backends.service import request
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+
+class Result(Protocol):
+    """How a command line ended; `conftest` has it."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def out(self) -> str: ...
+    @property
+    def err(self) -> str: ...
+
+
+Tmem = Callable[..., Result]
+
+
+def manager_pid(tmem: Tmem) -> int | None:
+    pid = json.loads(tmem("list", "--json").out)["manager_pid"]
+    assert pid is None or isinstance(pid, int)
+    return pid
+
+
+def test_start_detached_stop_and_start_again(tmem: Tmem) -> None:
+    started = tmem("start", "-d", "--memory", "16M")
+    assert started.status == 0, started.err
+    assert "(16M) runs, pid" in started.out
+    pid = manager_pid(tmem)
+    assert pid is not None
+
+    again = tmem("start", "--detach")
+    assert (again.status, f"runs already, pid {pid}" in again.out) == (0, True)
+    foreground = tmem("start")
+    assert foreground.status == 1
+    assert f"pid {pid}" in foreground.err
+
+    process = Process.of(pid)
+    assert process is not None
+    assert tmem("stop").status == 0
+    assert not process.alive
+    assert manager_pid(tmem) is None  # and the segment is still there
+    assert tmem("stop").status == 1
+
+    assert tmem("start", "-d").status == 0
+    assert tmem("destroy", "--all").status == 0
+    assert tmem("list").status == 1
+
+
+def test_another_size_is_refused(tmem: Tmem) -> None:
+    assert tmem("start", "-d", "--memory", "16M").status == 0
+    assert tmem("start", "-d", "--memory", "16M").status == 0
+    other = tmem("start", "-d", "--memory", "32M")
+    assert other.status == 1
+    assert "exists with 16M" in other.err
+
+
+def test_sizes_and_damage_are_errors_of_start(tmem: Tmem, runtime_dir: Path) -> None:
+    assert "at least 8M" in tmem("start", "-d", "--memory", "1M").err
+    assert "use at most" in tmem("start", "-d", "--memory", "1000T").err
+    (runtime_dir / "default").write_bytes(b"something else" * 1000)
+    damaged = tmem("start", "-d")
+    assert damaged.status == 1
+    assert damaged.err.startswith("tmem: ")
+    assert damaged.err.count("\n") == 1
+
+
+def test_foreground_ends_orderly_on_ctrl_c(runtime_dir: Path, eventually: Callable[..., None]) -> None:
+    paths = SegmentPaths.of("default")
+    argv = [sys.executable, "-m", "tmem", "start", "--memory", "16M"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        eventually(lambda: paths.control.exists() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "runs, pid" in err
+    assert "stopped" in err
+
+
+def test_destroy_refuses_while_in_use(tmem: Tmem, segment: "_native.Segment") -> None:
+    paths = SegmentPaths.of("default")
+    segment.client("one").new_pool(persistent=True)
+    segment.client("two").new_pool(persistent=True)
+    paths.record("swap", "one").write_text("{}")
+    for arguments in (["--all"], ["one"]):
+        refused = tmem("destroy", *arguments)
+        assert refused.status == 1
+        assert "swap remove one" in refused.err
+    assert tmem("destroy", "two").status == 0
+    assert [client.name for client in segment.clients()] == ["one"]
+    assert "no client 'two'" in tmem("destroy", "two").err
+    paths.record("swap", "one").unlink()
+
+    me = Process.of(os.getpid())
+    assert me is not None
+    mount = {"client": "one", "mountpoint": "/mnt/one", "pid": me.pid, "start_ticks": me.start_ticks}
+    paths.record("mount", "one").write_text(json.dumps(mount))
+    assert "tmem umount /mnt/one" in tmem("destroy", "--all").err
+    # A daemon that was killed leaves its record, which holds nobody up.
+    paths.record("mount", "one").write_text(json.dumps(mount | {"start_ticks": me.start_ticks - 1}))
+    assert tmem("destroy", "--all").status == 0
+    assert not segment.alive
+
+
+def test_destroy_all_ends_a_damaged_segment(tmem: Tmem, runtime_dir: Path) -> None:
+    (runtime_dir / "default").write_bytes(b"something else" * 1000)
+    assert tmem("destroy", "--all").status == 0
+    assert not segment.exists("default")
+
+
+def test_services_of_a_stopped_manager_go_on(tmem: Tmem, runtime_dir: Path) -> None:
+    assert tmem("start", "-d", "--memory", "16M").status == 0
+    paths = SegmentPaths.of("default")
+    pid = request(paths, {"op": "supervise", "name": "one", "argv": ["sleep", "300"]})["pid"]
+    assert isinstance(pid, int)
+    server = Process.of(pid)
+    assert server is not None
+    assert tmem("stop").status == 0
+    assert server.alive
+    assert tmem("start", "-d").status == 0
+    request(paths, {"op": "unsupervise", "name": "one", "timeout_s": 5})
+    assert not server.alive

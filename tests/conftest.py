@@ -1,0 +1,100 @@
+"""Fixtures that every part of the suite shares: a run-time directory of the test's own and a fresh segment.
+
+Nothing native is imported here at import time, so tests of pure Python run (and say clearly what fails)
+without a built core. Fixtures are per test; what a test starts it ends itself, and what it forgets is swept.
+"""
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+SEGMENT_BYTES = 64 << 20
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Poll until `condition` is true; fail the test after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout_s:g} s: {condition}")
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """`wait_until`, for tests that cannot import this file."""
+    return wait_until
+
+
+@pytest.fixture
+def root() -> None:
+    """Skip a test that only root can run."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.fixture
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty run-time directory on a tmpfs, in force for this process and its children."""
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        pytest.fail(f"{SHARED_MEMORY} is not writable: mount a tmpfs there")
+    directory = Path(tempfile.mkdtemp(prefix="tmem-test-", dir=SHARED_MEMORY))
+    monkeypatch.setenv("TMEM_RUNTIME_DIR", str(directory))
+    monkeypatch.delenv("TMEM_NAME", raising=False)
+    yield directory
+    _sweep(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def segment(runtime_dir: Path) -> Iterator["_native.Segment"]:
+    """A fresh segment of 64 MiB called ``default``, attached; its state directory is there too."""
+    from tmem.backends import _native
+
+    (runtime_dir / "default.d").mkdir(mode=0o700)
+    attached = _native.create(str(runtime_dir / "default"), SEGMENT_BYTES)
+    yield attached
+    attached.close()
+    if (runtime_dir / "default").exists():
+        _native.destroy(str(runtime_dir / "default"))
+
+
+def _sweep(directory: Path) -> None:
+    """End the processes that a failed test left: those that were started with its run-time directory."""
+    left = _started_with(directory)
+    # Under an attached swap device a dead server means I/O errors; then a leak is the lesser evil.
+    if any(name == "nbdfuse" for name in left.values()):
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + 5
+        while left and time.monotonic() < deadline:
+            time.sleep(0.01)
+            left = _started_with(directory)
+
+
+def _started_with(directory: Path) -> dict[int, str]:
+    """Return pid and name of every running process whose environment names `directory`."""
+    wanted = f"TMEM_RUNTIME_DIR={directory}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "comm").read_text().strip()
+                with suppress(ChildProcessError):
+                    os.waitpid(int(process.name), os.WNOHANG)
+    return found
