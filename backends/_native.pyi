@@ -8,7 +8,6 @@ Buffers are C-contiguous; no reference is kept after return. Errors: `tmem.error
 `PoolError`, `CorruptPageError`; TypeError and ValueError for arguments out of range.
 """
 
-
 from typing import final
 
 from typing_extensions import Buffer
@@ -49,7 +48,7 @@ class Segment:
         """Counters of the whole segment; see `tmem.backends.statistics.SegmentStatistics`."""
 
     def check(self) -> list[str]:
-        """Check every invariant; one line per violation, [] when sound. Only exact while nobody else works."""
+        """Check every invariant; one line per violation, [] when sound. Exact only while nobody works."""
 
     def reap(self) -> int:
         """Repair what dead threads left; the number of dead threads found."""
@@ -135,8 +134,8 @@ class Device:
     The first argument `h` of each is nbdkit's handle and ignored. A refused write raises OSError(ENOSPC), a
     corrupt page OSError(EIO), and tells nbdkit so; bytes never written read as zeros. Requests that are not
     whole pages are read-modify-write, atomic per page. With `pin_threads` the calling thread's Python thread
-    state is kept from its first call until the thread ends, which makes these callbacks cheap in nbdkit; never
-    for threads that Python itself started.
+    state is kept from its first call until the thread ends, which makes these callbacks cheap in nbdkit;
+    never for threads that Python itself started.
     """
 
     def __init__(self, pool: Pool, oid: bytes, size_bytes: int, pin_threads: bool = False) -> None: ...

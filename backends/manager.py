@@ -49,13 +49,29 @@ class ManagerStatistics:
     """Free memory that it gave back to the system."""
 
 
-def reserve_bytes(memory_bytes: int) -> int:
-    """Return how much free memory of a segment is kept backed: an eighth, at most 64 MiB.
+class Reserve:
+    """How much free memory of a segment to keep backed: it follows what puts use up.
 
     Backing a chunk costs a put 1 to 4 us per page, and a server that has to do it under memory pressure may
-    wait for itself; 64 MiB is what a fast swap-out compresses in about half a second.
+    wait for itself; memory that waits backed is missing elsewhere. So the reserve is a 64th of the segment
+    (at most 8 MiB) while little happens. It doubles while puts use up more than half of it between two looks,
+    up to an eighth (at most 64 MiB: what a fast swap-out compresses in half a second), and halves when they
+    use none.
     """
-    return min(memory_bytes // 8, 64 << 20)
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._least = min(memory_bytes // 64, 8 << 20)
+        self._most = min(memory_bytes // 8, 64 << 20)
+        self.size_bytes = self._least
+
+    def follow(self, used_bytes: int) -> bool:
+        """Adapt to `used_bytes` since the last look; True if the next look should come soon."""
+        hurry = used_bytes * 2 > self.size_bytes
+        if hurry:
+            self.size_bytes = min(self.size_bytes * 2, self._most)
+        elif used_bytes == 0:
+            self.size_bytes = max(self.size_bytes // 2, self._least)
+        return hurry
 
 
 def run(paths: SegmentPaths, segment: "_native.Segment") -> ManagerStatistics:
@@ -77,7 +93,7 @@ class _Manager:
         self.statistics = ManagerStatistics()
         self._paths = paths
         self._segment = segment
-        self._reserve_bytes = reserve_bytes(segment.memory_bytes)
+        self._reserve = Reserve(segment.memory_bytes)
         self._scope = trio.CancelScope()
         self._complaint = ""
         self._stopping = False
@@ -127,7 +143,7 @@ class _Manager:
                 if str(error) != self._complaint:  # once, not every second
                     _log.warning("housekeeping: %s", error)
                 self._complaint = str(error)
-            await trio.sleep(HURRY_S if added * 2 > self._reserve_bytes else PERIOD_S)
+            await trio.sleep(HURRY_S if self._reserve.follow(added) else PERIOD_S)
 
     async def _tend(self) -> int:
         """Do one round; return the bytes that had to be populated."""
@@ -135,11 +151,13 @@ class _Manager:
         if dead := self._segment.reap():
             counts.reaped += dead
             _log.warning("repaired what %d dead threads left", dead)
-        added = await trio.to_thread.run_sync(self._segment.populate, self._reserve_bytes)
+        added = await trio.to_thread.run_sync(self._segment.populate, self._reserve.size_bytes)
         counts.populated_bytes += added
         # Twice the reserve, so that a load which frees and takes does not fault the same memory in each
         # second.
-        counts.trimmed_bytes += await trio.to_thread.run_sync(self._segment.trim, 2 * self._reserve_bytes)
+        counts.trimmed_bytes += await trio.to_thread.run_sync(
+            self._segment.trim, 2 * self._reserve.size_bytes
+        )
         return added
 
     # -- the control socket

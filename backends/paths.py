@@ -1,9 +1,9 @@
 """Where a segment and its run-time files live.
 
 Root uses ``/run/tmem``, a tmpfs of our own; anybody else ``/dev/shm/tmem-UID``. ``TMEM_RUNTIME_DIR`` replaces
-both (tests, containers). The segment called NAME is the file ``NAME`` there (mode 0600), and ``NAME.d`` beside
-it (mode 0700) holds the manager's control socket, the servers' sockets and small JSON records that let a
-restarted manager or a later command find what is running. Not for creating or mounting anything: `segment`.
+both (tests, containers). The segment called NAME is the file ``NAME`` there (mode 0600), and ``NAME.d``
+beside it (mode 0700) holds the manager's control socket, the servers' sockets and small JSON records that let
+a restarted manager or a later command find what is running. Not for creating or mounting anything: `segment`.
 """
 
 import os
@@ -17,9 +17,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 
 def check_name(name: str, what: str = "name") -> str:
-    """Return `name` if it can stand in a path, an NBD export name and a command line; else raise TmemError."""
+    """Return `name` if it can stand in a path and as an NBD export name; else raise TmemError."""
     if _NAME.fullmatch(name) is None:
-        raise TmemError(f"{name!r} is no {what}: use up to 63 letters, digits, '-' and '_', a letter or digit first")
+        raise TmemError(
+            f"{name!r} is no {what}: use up to 63 letters, digits, '-' and '_', not '-' or '_' first"
+        )
     return name
 
 

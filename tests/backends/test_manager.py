@@ -84,16 +84,30 @@ def segments_attached() -> Iterator[_native.Segment]:
 def test_keeps_a_reserve_and_gives_back_the_rest(
     paths: SegmentPaths, segment: _native.Segment, eventually: Eventually
 ) -> None:
-    reserve = manager.reserve_bytes(segment.memory_bytes)
+    reserve = manager.Reserve(segment.memory_bytes).size_bytes
     with running(paths, eventually):
         eventually(lambda: segment.statistics()["reserve_bytes"] >= reserve)
         pool = segment.client("one").new_pool(persistent=True)
         oid = bytes(OID_SIZE)
-        stored = pool.put(oid, 0, os.urandom(4 * reserve))
-        assert stored * PAGE_SIZE == 4 * reserve
+        stored = pool.put(oid, 0, os.urandom(16 * reserve))
+        assert stored * PAGE_SIZE == 16 * reserve
+        # The burst makes it keep more for a while.
+        eventually(lambda: segment.statistics()["reserve_bytes"] >= 2 * reserve)
         pool.flush(oid, 0, stored)
         eventually(lambda: segment.statistics()["reserve_bytes"] <= 2 * reserve + (1 << 20))
         assert segment.statistics()["reserve_bytes"] >= reserve
+
+
+def test_the_reserve_follows_the_load() -> None:
+    reserve = manager.Reserve(512 << 20)
+    assert reserve.size_bytes == 8 << 20
+    assert not reserve.follow(1 << 20)
+    for expected in (16, 32, 64, 64):
+        assert reserve.follow(reserve.size_bytes)
+        assert reserve.size_bytes == expected << 20
+    for expected in (32, 16, 8, 8):
+        assert not reserve.follow(0)
+        assert reserve.size_bytes == expected << 20
 
 
 def test_repairs_what_the_dead_leave(

@@ -1,8 +1,8 @@
 """Real swap: a hog in a memory cgroup smaller than itself, our server beside nbdkit's memory plugin.
 
-Both go the same way: nbdkit, nbdfuse, a loop device, mkswap, swapon. Speed is random touches a second, space is
-what holds the swapped pages when the hog has verified them: the resident memory of nbdkit, and of ours the whole
-segment file with metadata and reserve as well.
+Both go the same way: nbdkit, nbdfuse, a loop device, mkswap, swapon. Speed is random touches a second,
+space is what holds the swapped pages when the hog has verified them: the resident memory of nbdkit, and of
+ours the whole segment file with metadata and reserve as well.
 """
 
 import json
@@ -18,7 +18,7 @@ from common import ROOT, paired_ratio, running, wait_until, workplace
 
 from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
-from tmem.nbd import attach, handshake, server, swap
+from tmem.nbd import attach, server, swap
 from tmem.nbd.export import Export
 
 HOG = 384 << 20
@@ -56,6 +56,7 @@ def cgroup() -> Iterator[Path]:
         (path / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")).write_text(str(GROUP_LIMIT))
         yield path
     finally:
+
         def gone() -> bool:
             try:
                 path.rmdir()
@@ -68,7 +69,10 @@ def cgroup() -> Iterator[Path]:
 
 def _hog(group: Path, seconds: float) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "hog.py"), f"--size={HOG}", f"--seconds={seconds}", f"--cgroup={group}"],
+        [
+            *(sys.executable, str(ROOT / "scripts" / "hog.py")),
+            *(f"--size={HOG}", f"--seconds={seconds}", f"--cgroup={group}"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -92,21 +96,17 @@ def turn(name: str, seconds: float) -> Turn:
             stack.enter_context(
                 running([sys.executable, "-c", _MANAGER, str(directory)])
             )  # the service with its reserve, as in real use
-            argv, env = server.arguments(paths, export), server.environment(os.environ)
+            export.save(paths)
+            argv = server.command(paths, "bench")  # the launcher: small stacks, one malloc arena
         else:
             allocator = {"memory": [], "memory-zstd": ["allocator=zstd"]}[name]
-            argv, env = ["nbdkit", "-f", "-U", str(export.unix), "memory", str(DEVICE), *allocator], None
-        process = stack.enter_context(running(argv, env))
-        idle = 0
+            argv = ["nbdkit", "-f", "-U", str(export.unix), "memory", str(DEVICE), *allocator]
+        process = stack.enter_context(running(argv))
 
-        def answers() -> bool:
-            try:
-                handshake.probe(export)
-            except (OSError, Exception):
-                return False
-            return True
-
-        wait_until(answers, f"the server of {name}")
+        if name == "tmem":
+            server.wait_ready(export)
+        else:
+            wait_until(Path(str(export.unix)).exists, f"the server of {name}")
         attached = attach.attach(paths, export)
         stack.callback(attach.detach, paths, attached)
         assert attached.attachment is not None
@@ -114,14 +114,15 @@ def turn(name: str, seconds: float) -> Turn:
         device = attached.attachment.device
         swap.on(device, priority=32767)
         stack.callback(swap.off, device)
-        idle = resident_bytes(process.pid)
         figures = _hog(group, seconds)
         held = resident_bytes(process.pid)
         if name == "tmem":
             held += paths.segment.stat().st_blocks * 512
-        del idle
         return Turn(
-            figures["touches_per_s"], held, int(figures["swapped_out_pages"]), int(figures["swapped_in_pages"])
+            figures["touches_per_s"],
+            held,
+            int(figures["swapped_out_pages"]),
+            int(figures["swapped_in_pages"]),
         )
 
 

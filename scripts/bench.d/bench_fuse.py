@@ -28,7 +28,8 @@ def real_file(path: Path) -> None:
     """Fill `path` with the machine's own libraries and programs: data as real files have it."""
     left = SIZE
     with path.open("wb") as out:
-        for source in sorted(Path("/usr/lib/x86_64-linux-gnu").glob("*.so*")) + sorted(Path("/usr/bin").iterdir()):
+        libraries = Path("/usr/lib/x86_64-linux-gnu").glob("*.so*")
+        for source in [*sorted(libraries), *sorted(Path("/usr/bin").iterdir())]:
             if left and source.is_file() and not source.is_symlink():
                 left -= out.write(source.read_bytes()[:left])
     if left:
@@ -118,19 +119,26 @@ def run(rounds: int) -> dict[str, object]:
                 subprocess.run(["taskset", "-apc", str(cpu), str(pid)], check=True, stdout=subprocess.DEVNULL)
             cases: dict[str, dict[str, Callable[[], float]]] = {
                 SEQUENTIAL: {name: _sequential(path, 0) for name, path in files.items()},
-                "1M sequential, O_DIRECT": {name: _sequential(path, os.O_DIRECT) for name, path in files.items()},
+                "1M sequential, O_DIRECT": {
+                    name: _sequential(path, os.O_DIRECT) for name, path in files.items()
+                },
                 "4k random, O_DIRECT": {name: _random(path) for name, path in files.items()},
             }
             for case, peers in cases.items():
                 taken = take_turns(peers, rounds)
                 ratio = paired_ratio(taken["tmem"], taken["bindfs"])
-                results[f"{case}, {placement}"] = {"rate": medians(taken), "rounds": taken, "ratios": {"bindfs": ratio}}
-                verdict = f"target {TARGET} {'reached' if ratio >= TARGET else 'MISSED'}" if case == SEQUENTIAL else ""
+                results[f"{case}, {placement}"] = {
+                    "rate": medians(taken),
+                    "rounds": taken,
+                    "ratios": {"bindfs": ratio},
+                }
+                verdict = f"target {TARGET} {'reached' if ratio >= TARGET else 'MISSED'}"
+                verdict = verdict if case == SEQUENTIAL else ""
                 print(f"  {case:25} {placement:10} {ratio:5.2f} of bindfs  {verdict}", flush=True)
         after = mount_statistics(points["tmem"])
-        missed = after.misses - before.misses
-        print(f"  of the overlay's reads {after.hits - before.hits} were hits and {missed} misses")
-        results["misses"] = missed
+        missed = after.miss_pages - before.miss_pages
+        print(f"  the overlay served {after.hit_pages - before.hit_pages} pages as hits, {missed} missed")
+        results["missed_pages"] = missed
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     wait_until(lambda: not directory.exists(), "the end of the benchmark's directory")
     return results

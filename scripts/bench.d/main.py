@@ -1,0 +1,48 @@
+"""Measure what the project promises, beside its peers, in one run.
+
+Prints ratios and whether each target is reached; --json keeps every round and the machine's line.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import bench_fuse
+import bench_nbd
+import bench_store
+import bench_swap
+from common import machine
+
+
+def main() -> int:
+    """Run as a program."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("parts", nargs="*", help="store, nbd, swap, fuse; all of them by default")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    options = parser.parse_args()
+    quick = options.quick
+    parts: dict[str, Callable[[], dict[str, object]]] = {
+        "store": lambda: bench_store.run(400_000 if quick else 4_000_000, 70_000 if quick else 700_000),
+        "nbd": lambda: bench_nbd.run(3 if quick else 7, 1 if quick else 3),
+        "swap": lambda: bench_swap.run(1 if quick else 5, 3 if quick else 8),
+        "fuse": lambda: bench_fuse.run(3 if quick else 9),
+    }
+    if unknown := [part for part in options.parts if part not in parts]:
+        parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(parts)}")
+    results: dict[str, object] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    for name in options.parts or parts:
+        print(name)
+        results[name] = parts[name]()
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
