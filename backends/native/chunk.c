@@ -18,7 +18,7 @@
 
 enum { RESERVE = 8 };  /* chunks that only the relocation of hot ephemeral pages may take */
 enum { TRIES = 200 };  /* evictions that a put waits for before it is refused */
-enum { SOFT = 2 };     /* of them, those that spare pages which were hit */
+enum { SOFT = 8 };     /* of them, those that spare pages which were hit */
 enum { BATCH = 16 };   /* chunks punched per grace period */
 
 void chunks_lock(struct tm_segment *seg)

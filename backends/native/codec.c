@@ -69,13 +69,13 @@ void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8
     atomic_store_explicit(&b->word, word, memory_order_release);
 }
 
-bool block_read(const struct tm_block *b, uint64_t slot, uint32_t stride, uint8_t *page)
+bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page)
 {
     uint64_t word = atomic_load_explicit(&b->word, memory_order_acquire);
     uint32_t stamp = atomic_load_explicit(&b->stamp, memory_order_relaxed);
     uint32_t length = WORD_LENGTH(word);
     const uint8_t *payload = (const uint8_t *)(b + 1);
-    if ((word & ((UINT64_C(1) << 40) - 1)) != slot || length > stride - TM_HEADER || length > TM_PAGE)
+    if ((word & ((UINT64_C(1) << 40) - 1)) != slot || length > most - TM_HEADER || length > TM_PAGE)
         return false;
     if (b->checksum != checksum(payload, length, word, stamp))
         return false;

@@ -6,8 +6,8 @@
  * MAIN's oldest chunk puts hit pages back at its end with one hit less. After a drain the whole chunk is free,
  * for whatever size class needs it, so memory never stays caught in the wrong class.
  *
- * Moving frees nothing by itself. Somebody who waits for memory therefore drains HARD after two drains that did
- * not help: then hit pages go too, and every drain frees its chunk. */
+ * Moving frees nothing by itself. Somebody who waits for memory therefore drains HARD after eight drains that
+ * did not help: then hit pages go too, and every drain frees its chunk. */
 #include "tm.h"
 
 #include <string.h>

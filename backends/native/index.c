@@ -159,14 +159,13 @@ void cursor_find(struct tm_segment *seg, uint32_t pool, const uint64_t oid[3], u
     }
     struct path p = path_of(meta_at(seg, cur->object), index);
     uint32_t ref = atomic_load_explicit(p.top, memory_order_acquire);
-    for (unsigned level = p.nodes; level && ref; level--) {
+    unsigned level = p.nodes;
+    for (; level && ref; level--)
         ref = atomic_load_explicit(entry(seg, ref, index >> 9, level), memory_order_acquire);
-        if (!ref && level == 2) { /* nothing below the upper node's entry: 2 GiB of index at once */
-            p.first = index & ~((UINT32_C(1) << 19) - 1);
-            p.last = index | ((UINT32_C(1) << 19) - 1);
-            if (p.first == 0)
-                p.first = 4096;
-        }
+    if (!ref && p.nodes && level) { /* nothing below a missing node: 2^29 or 2^19 indexes at once */
+        uint32_t span = (UINT32_C(1) << (level == 2 ? 29 : 19)) - 1;
+        p.last = index | span;
+        p.first = index & ~span ? index & ~span : 4096;
     }
     if (ref) {
         cover(seg, cur, &p, ref);

@@ -50,10 +50,22 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
     add(&seg->clients[pool / TM_CLIENT_POOLS].used_bytes, sum->bytes);
 }
 
-/* Note the block of `word`, if it has one, as the one that we are about to take out of its slot. */
-static void intend_old(struct tm_ctx *ctx, uint64_t word)
+/* The block that `word` in `slot` refers to; 0 if none. A flipped bit in the slot must not lead us to another page's
+ * block, or out of the segment: the header names its slot. A block that was freed this moment may look wrong too,
+ * but then the slot has changed and our swap fails. */
+static uint64_t block_of(struct tm_segment *seg, const slot_t *slot, uint64_t word)
 {
-    uint64_t block = slot_type(word) == SLOT_BLOCK ? word & SLOT_VALUE : 0;
+    uint64_t block = word & SLOT_VALUE;
+    if (slot_type(word) != SLOT_BLOCK || !in_data(seg, block * 16)
+        || !bin_is_block(seg->chunks[chunk_of(seg, block * 16)].bin))
+        return 0;
+    uint64_t header = atomic_load_explicit(&block_at(seg, block)->word, memory_order_acquire);
+    return (header & ((UINT64_C(1) << 40) - 1)) == number_of(seg, slot) ? block : 0;
+}
+
+/* Note the block that we are about to take out of its slot, if there is one. */
+static void intend_old(struct tm_ctx *ctx, uint64_t block)
+{
     if (block)
         atomic_store_explicit(&ctx->rec->old_stamp,
                               atomic_load_explicit(&block_at(ctx->seg, block)->stamp, memory_order_relaxed),
@@ -66,7 +78,8 @@ static void intend_old(struct tm_ctx *ctx, uint64_t word)
 bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old, uint64_t new)
 {
     struct change sum = {0};
-    intend_old(ctx, *old);
+    uint64_t block = block_of(ctx->seg, slot, *old);
+    intend_old(ctx, block);
     if (MUTANT(5))
         atomic_store(slot, new);
     else if (!atomic_compare_exchange_strong_explicit(slot, old, new, memory_order_acq_rel, memory_order_acquire)) {
@@ -77,9 +90,10 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
     atomic_store_explicit(&ctx->rec->new_block, 0, memory_order_release);
     KP(42);
     tally(ctx->seg, new, 1, &sum);
-    tally(ctx->seg, *old, -1, &sum);
+    if (block || slot_type(*old) != SLOT_BLOCK)
+        tally(ctx->seg, *old, -1, &sum);
     account(ctx->seg, pool, &sum);
-    if (slot_type(*old) == SLOT_BLOCK)
+    if (block)
         block_free_old(ctx);
     KP(43);
     return true;
@@ -109,7 +123,7 @@ static uint64_t room(struct tm_ctx *ctx, uint32_t pool, uint32_t length, uint64_
     int64_t cap = (int64_t)atomic_load_explicit(&who->cap_bytes, memory_order_relaxed);
     if (cap) {
         int64_t need = TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
-        if (slot_type(old) == SLOT_BLOCK)
+        if (slot_type(old) == SLOT_BLOCK && in_data(seg, (old & SLOT_VALUE) * 16))
             need -= stride_at(seg, old & SLOT_VALUE);
         for (unsigned tries = 0; atomic_load(&who->used_bytes) + need > cap; tries++)
             if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= 2))
@@ -132,7 +146,7 @@ int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *pag
 
     if (expected && old != *expected)
         return TM_AGAIN;
-    if (slot_type(old) == SLOT_BLOCK) { /* what freeing the old block will touch arrives while we compress */
+    if (slot_type(old) == SLOT_BLOCK && in_data(seg, (old & SLOT_VALUE) * 16)) { /* what freeing the old block will touch arrives while we compress */
         __builtin_prefetch(block_at(seg, old & SLOT_VALUE));
         __builtin_prefetch(&seg->chunks[chunk_of(seg, (old & SLOT_VALUE) * 16)], 1);
     }
@@ -196,7 +210,8 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
             codec_expand(word & SLOT_VALUE, page);
         } else {
             uint64_t block = word & SLOT_VALUE;
-            good = block_read(block_at(seg, block), number_of(seg, slot), stride_at(seg, block), page);
+            good = in_data(seg, block * 16)
+                   && block_read(block_at(seg, block), number_of(seg, slot), seg->size - block * 16, page);
             atomic_thread_fence(memory_order_acquire);
             uint64_t now = atomic_load_explicit(slot, memory_order_relaxed);
             if (((now ^ word) & ~SLOT_FREQ) && !MUTANT(6))

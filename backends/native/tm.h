@@ -340,7 +340,7 @@ uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page); /* length in c
 void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8_t *payload);
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp);
 uint32_t block_length(uint64_t word);
-bool block_read(const struct tm_block *b, uint64_t slot, uint32_t stride, uint8_t *page);
+bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
 
 /* index.c */
 struct cursor { /* where consecutive indexes of one object have their slots; {0} to begin with */
