@@ -50,7 +50,10 @@ uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page)
 
 static uint32_t checksum(const uint8_t *payload, uint32_t length, uint64_t word, uint32_t stamp)
 {
-    return (uint32_t)XXH3_64bits_withSeed(payload, length, word ^ stamp ^ (uint64_t)stamp << 32);
+    /* The back reference and stamp are mixed in afterwards: seeding XXH3 costs it a secret of its own. */
+    uint64_t h = XXH3_64bits(payload, length) ^ word ^ (uint64_t)stamp << 21;
+    h *= UINT64_C(0x9fb21c651e98df25);
+    return (uint32_t)(h >> 32);
 }
 
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp)

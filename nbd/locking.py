@@ -1,0 +1,130 @@
+"""Lock a server's memory, mapping by mapping, and keep what it maps later locked too.
+
+``mlockall(MCL_CURRENT)`` would also fault in and pin nbdkit's static buffers, 200 MB that it never touches,
+and populate the whole segment. So each line of ``/proc/self/maps`` is locked by itself (mlock faults it in),
+except that buffer and mappings that cannot be locked; then ``MCL_FUTURE`` covers the stacks and heaps still
+to come. The segment is locked as far as it has been faulted (MLOCK_ONFAULT), and only where its file system
+can be swapped out: locking costs nothing else there, and a ``noswap`` tmpfs does not need it.
+
+Memory locks are lost by fork and exec: call this in the process that serves, after its last fork.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MCL_FUTURE = 2
+MLOCK_ONFAULT = 1
+_UNUSED_BSS_BYTES = 64 << 20
+"""A zero-filled region of the executable above this size is nbdkit's table of buffers (201 MB in 1.32)."""
+
+_UNLOCKABLE = ("[vvar", "[vdso]", "[vsyscall]")
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One line of /proc/PID/maps: addresses, permissions such as ``rw-p``, and the name (may be empty)."""
+
+    start: int
+    end: int
+    permissions: str
+    name: str
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the mapping."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class LockReport:
+    """What came of locking: bytes in the locked mappings, and what the kernel refused (one line each)."""
+
+    locked_bytes: int
+    refused: tuple[str, ...]
+
+
+def parse_maps(text: str) -> list[Mapping]:
+    """Parse the text of /proc/PID/maps."""
+    mappings = []
+    for line in text.splitlines():
+        addresses, permissions, _offset, _device, _inode, *name = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        mappings.append(Mapping(start, end, permissions, name[0] if name else ""))
+    return mappings
+
+
+def to_lock(mappings: Iterable[Mapping], executable: str, segment: str) -> Iterator[Mapping]:
+    """Yield the mappings worth locking, the segment at path `segment` not among them."""
+    previous: Mapping | None = None
+    for mapping in mappings:
+        # The static zero-filled data of a program is the nameless mapping right behind its data segment.
+        bss = (
+            previous is not None
+            and not mapping.name
+            and previous.name == executable
+            and previous.end == mapping.start
+            and mapping.size_bytes > _UNUSED_BSS_BYTES
+        )
+        previous = mapping
+        accessible = any(mode in mapping.permissions[:3] for mode in "rwx")
+        if accessible and not bss and mapping.name != segment and not mapping.name.startswith(_UNLOCKABLE):
+            yield mapping
+
+
+def lock_process(segment: Path, lock_segment: bool) -> LockReport:
+    """Lock this process's memory, the mapping of the segment only if told to.
+
+    Never raises for what the kernel refuses: the report says it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    mappings = parse_maps(Path("/proc/self/maps").read_text(encoding="utf-8"))
+    refused: list[str] = []
+
+    def lock(mapping: Mapping, flags: int) -> int:
+        size = ctypes.c_size_t(mapping.size_bytes)
+        if libc.mlock2(ctypes.c_void_p(mapping.start), size, ctypes.c_uint(flags)) == 0:
+            return mapping.size_bytes
+        # A mapping can be gone since (a buffer that reading the list freed): that is ENOMEM, and no loss.
+        reason = os.strerror(ctypes.get_errno())
+        refused.append(f"{mapping.name or 'anonymous'} {mapping.size_bytes >> 10} kB: {reason}")
+        return 0
+
+    executable = str(Path("/proc/self/exe").readlink())
+    locked_bytes = sum(lock(mapping, 0) for mapping in to_lock(mappings, executable, str(segment)))
+    if lock_segment:
+        locked_bytes += sum(
+            lock(mapping, MLOCK_ONFAULT) for mapping in mappings if mapping.name == str(segment)
+        )
+    if refused:
+        # With the limit on locked memory reached, MCL_FUTURE would make every new thread fail.
+        return LockReport(locked_bytes, tuple(refused))
+    if libc.mlockall(MCL_FUTURE) != 0:
+        refused.append(f"future mappings: {os.strerror(ctypes.get_errno())}")
+    return LockReport(locked_bytes, tuple(refused))
+
+
+def swappable(path: Path, mountinfo: str | None = None) -> bool:
+    """Return whether the kernel may swap out the pages of the file at `path`: on tmpfs without ``noswap``."""
+    if mountinfo is None:
+        mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+    best = (-1, False)
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        mount_point = Path(_unescape(left.split()[4]))
+        file_system, _source, *options = right.split()
+        with contextlib.suppress(ValueError):
+            depth = len(path.relative_to(mount_point).parts)
+            on_tmpfs = file_system == "tmpfs" and "noswap" not in (options[0] if options else "").split(",")
+            # The last of several mounts on one point is the one on top, so it wins a tie.
+            if best[0] < 0 or depth <= best[0]:
+                best = (depth, on_tmpfs)
+    return best[1]
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes of /proc/self/mountinfo."""
+    return field.encode("latin-1", "backslashreplace").decode("unicode_escape")
