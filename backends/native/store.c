@@ -50,9 +50,15 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
     add(&seg->clients[pool / TM_CLIENT_POOLS].used_bytes, sum->bytes);
 }
 
-/* The block that `word` in `slot` refers to; 0 if none. A flipped bit in the slot must not lead us to another page's
- * block, or out of the segment: the header names its slot. A block that was freed this moment may look wrong too,
- * but then the slot has changed and our swap fails. */
+static bool refers(uint64_t word, uint64_t block)
+{
+    return slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block;
+}
+
+/* The block that `word` in `slot` refers to, if it is this slot's to free; 0 if not. A flipped bit in the slot must
+ * not lead us to another page's block, or out of the segment. Where the block's header names another slot, that slot
+ * is asked: if it refers to the block, our slot is the damaged one, else the header. A block that was freed this
+ * moment may look like either, but then the slot has changed and our swap fails. */
 static uint64_t block_of(struct tm_segment *seg, const slot_t *slot, uint64_t word)
 {
     uint64_t block = word & SLOT_VALUE;
@@ -60,7 +66,12 @@ static uint64_t block_of(struct tm_segment *seg, const slot_t *slot, uint64_t wo
         || !bin_is_block(seg->chunks[chunk_of(seg, block * 16)].bin))
         return 0;
     uint64_t header = atomic_load_explicit(&block_at(seg, block)->word, memory_order_acquire);
-    return (header & ((UINT64_C(1) << 40) - 1)) == number_of(seg, slot) ? block : 0;
+    uint64_t number = header & ((UINT64_C(1) << 40) - 1);
+    if (number == number_of(seg, slot))
+        return block;
+    uint32_t c, bit;
+    bool other = slot_pool(seg, number) >= 0 && refers(atomic_load((slot_t *)at(seg, number * 8)), block);
+    return !other && block_place(seg, block, &c, &bit) && bit_is_set(&seg->chunks[c], bit) ? block : 0;
 }
 
 /* Note the block that we are about to take out of its slot, if there is one. */
@@ -90,8 +101,12 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
     atomic_store_explicit(&ctx->rec->new_block, 0, memory_order_release);
     KP(42);
     tally(ctx->seg, new, 1, &sum);
-    if (block || slot_type(*old) != SLOT_BLOCK)
+    if (block || slot_type(*old) != SLOT_BLOCK) {
         tally(ctx->seg, *old, -1, &sum);
+    } else { /* a damaged slot: how large its block was is not known, so the reaper counts anew */
+        sum.pages--;
+        atomic_store(&ctx->seg->super->recount, 1);
+    }
     account(ctx->seg, pool, &sum);
     if (block)
         block_free_old(ctx);
