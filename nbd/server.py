@@ -24,11 +24,13 @@ from tmem.nbd import guarded, handshake
 from tmem.nbd.export import Export, load
 
 THREADS = 4
-"""nbdkit's worker threads per connection.
+MODEL = "parallel"
+"""nbdkit's worker threads per connection, and its thread model.
 
-Best of four runs beside nbdkit's memory plugin (2 loaded cores; ratios of IOPS with 1, 2, 4, 8 threads):
-4 KiB at depth 32: reads 0.75, 0.69, 1.56, 1.36, writes 0.64, 0.71, 1.30, 0.99; 128 KiB writes 0.43, 0.51,
-0.66, 0.58; 4 KiB reads at depth 1: 1.63, 1.43, 1.11, 1.22, since one thread hands nothing over.
+IOPS of nbdkit's memory plugin, medians of seven rounds in one run on two quiet CPUs, for parallel with 2, 3
+and 4 threads, and serialized (for which nbdkit has one thread per connection): 4 KiB reads at depth 32 0.82,
+0.88, 0.94 and 0.93; 128 KiB writes 0.64, 0.63, 0.60 and 0.47; 4 KiB writes at depth 1 1.06, 0.86, 0.91 and 0.87.
+A swapping hog touches as many pages either way.
 """
 
 PLUGIN = Path(__file__).with_name("plugin.py")
@@ -39,9 +41,7 @@ def report_path(paths: SegmentPaths, client: str) -> Path:
     return paths.state / f"swap-{client}.server"
 
 
-def arguments(
-    paths: SegmentPaths, export: Export, threads: int = THREADS, model: str = "parallel"
-) -> list[str]:
+def arguments(paths: SegmentPaths, export: Export, threads: int = THREADS, model: str = MODEL) -> list[str]:
     """Return the command line of nbdkit for `export`.
 
     `threads` workers per connection and the thread model are parameters for measurement only.

@@ -48,10 +48,23 @@ uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page)
     return n > 0 ? (uint32_t)n : TM_PAGE;
 }
 
+static uint64_t checksum_plain(const uint8_t *data, size_t length) { return XXH3_64bits(data, length); }
+
+static uint64_t (*hash)(const uint8_t *data, size_t length) = checksum_plain;
+
+/* When the library is loaded, so that no call has to ask. */
+__attribute__((constructor)) static void choose_hash(void)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2"))
+        hash = checksum_wide;
+#endif
+}
+
 static uint32_t checksum(const uint8_t *payload, uint32_t length, uint64_t word, uint32_t stamp)
 {
     /* The back reference and stamp are mixed in afterwards: seeding XXH3 costs it a secret of its own. */
-    uint64_t h = XXH3_64bits(payload, length) ^ word ^ (uint64_t)stamp << 21;
+    uint64_t h = hash(payload, length) ^ word ^ (uint64_t)stamp << 21;
     h *= UINT64_C(0x9fb21c651e98df25);
     return (uint32_t)(h >> 32);
 }

@@ -333,6 +333,9 @@ uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes);
 void chunk_maintain(struct tm_ctx *ctx); /* outside operations: give much free memory back */
 bool chunk_free_busy(struct tm_ctx *ctx, uint32_t owner); /* what a dead thread populated or punched */
 
+/* checksum.c */
+uint64_t checksum_wide(const uint8_t *data, size_t length);
+
 /* codec.c */
 bool codec_fill(const uint8_t *page, uint64_t *value); /* same-filled, and the word fits a slot */
 void codec_expand(uint64_t value, uint8_t *page);

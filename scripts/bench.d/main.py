@@ -29,9 +29,9 @@ def main() -> int:
     quick = options.quick
     parts: dict[str, Callable[[], dict[str, object]]] = {
         "store": lambda: bench_store.run(400_000 if quick else 4_000_000, 70_000 if quick else 700_000),
-        "nbd": lambda: bench_nbd.run(3 if quick else 7, 1 if quick else 3),
-        "swap": lambda: bench_swap.run(1 if quick else 5, 3 if quick else 8),
-        "fuse": lambda: bench_fuse.run(3 if quick else 9),
+        "nbd": lambda: bench_nbd.run(3 if quick else 7, 1 if quick else 2),
+        "swap": lambda: bench_swap.run(1 if quick else 3, 3 if quick else 6),
+        "fuse": lambda: bench_fuse.run(3 if quick else 7),
     }
     if unknown := [part for part in options.parts if part not in parts]:
         parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(parts)}")

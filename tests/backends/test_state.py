@@ -1,0 +1,17 @@
+"""The semantics in one process: random operations on a real segment compared with the model, step by step."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis.stateful import run_state_machine_as_test
+
+from .machine import StoreMachine, bounded
+
+
+@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 40), (16, 15)])
+def test_random_operations(directory: Path, memory_mib: int, examples: int, effort: int) -> None:
+    class Machine(StoreMachine):
+        memory_bytes = memory_mib << 20
+        parent = directory
+
+    run_state_machine_as_test(Machine, settings=bounded(examples * effort, 60))
