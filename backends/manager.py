@@ -148,6 +148,7 @@ class _Manager:
     async def _tend(self) -> int:
         """Do one round; return the bytes that had to be populated."""
         counts = self.statistics
+        self._supervisor.trim_outputs()
         if dead := self._segment.reap():
             counts.reaped += dead
             _log.warning("repaired what %d dead threads left", dead)

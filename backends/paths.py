@@ -13,14 +13,16 @@ from pathlib import Path
 
 from tmem.errors import TmemError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAME_BYTES = 63
+"""The longest name of a segment or client; a record's name may have a prefix as well."""
 
 
-def check_name(name: str, what: str = "name") -> str:
+def check_name(name: str, what: str = "name", most: int = NAME_BYTES) -> str:
     """Return `name` if it can stand in a path and as an NBD export name; else raise TmemError."""
-    if _NAME.fullmatch(name) is None:
+    if _NAME.fullmatch(name) is None or len(name) > most:
         raise TmemError(
-            f"{name!r} is no {what}: use up to 63 letters, digits, '-' and '_', not '-' or '_' first"
+            f"{name!r} is no {what}: use up to {most} letters, digits, '-' and '_', not '-' or '_' first"
         )
     return name
 
@@ -61,4 +63,4 @@ class SegmentPaths:
 
     def record(self, kind: str, name: str) -> Path:
         """The JSON record of a swap device (kind ``swap``) or a mount (kind ``mount``) called `name`."""
-        return self.state / f"{kind}-{check_name(name)}.json"
+        return self.state / f"{kind}-{check_name(name, most=NAME_BYTES + 16)}.json"

@@ -58,7 +58,8 @@ class SegmentStatistics(_Statistics):
     chunks_free: int
     """Chunks that belong to none, backed or not."""
     dead_threads_repaired: int
-    """Threads that died inside an operation and were repaired."""
+    """Threads that ended without taking their leave (killed, or their process exited at once) and were
+    looked after; most had nothing to repair."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class PoolStatistics(_Statistics):
     puts: int
     """Pages that were offered."""
     puts_stored: int
-    """Pages that were stored under a new handle or a freed one."""
+    """Pages that were stored, whether or not the handle had one before: puts = puts_stored + puts_refused +
+    puts_flushed."""
     puts_refused: int
     """Pages that were refused for want of memory."""
     puts_replaced: int

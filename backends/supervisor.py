@@ -9,6 +9,7 @@ Not for what the servers do. Threading: trio tasks of one run; nothing here is t
                     unsupervise -> stopping -> (died) forgotten
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 import trio
 
 from tmem.backends import processes
-from tmem.backends.paths import SegmentPaths, check_name
+from tmem.backends.paths import NAME_BYTES, SegmentPaths, check_name
 from tmem.backends.processes import Process
 from tmem.errors import ServiceError
 
@@ -30,6 +31,9 @@ MARKER = "TMEM_SERVICE"
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 10.0
 # A server that has run this long was all right: the next start is immediate again.
 _SETTLED_S = 10.0
+
+OUTPUT_BYTES = 1 << 20
+"""How much of what a service says is kept at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +106,17 @@ class Supervisor:
             for _, service in sorted(self._services.items())
         ]
 
+    def trim_outputs(self) -> None:
+        """Empty the outputs that have grown beyond OUTPUT_BYTES: they lie in memory, next to the pages.
+
+        A server whose segment is full writes a line for every refused write. Its output is opened for
+        appending, so it goes on at the new end.
+        """
+        for service in self._services.values():
+            with contextlib.suppress(OSError):
+                if service.output.stat().st_size > OUTPUT_BYTES:
+                    os.truncate(service.output, 0)
+
     def adopt(self) -> None:
         """Take over the recorded services: those that still run as they are, the others by starting them."""
         for path in sorted(self._paths.state.glob("service-*.json")):
@@ -121,7 +136,7 @@ class Supervisor:
         `env` is added to the manager's own environment. Raises `ServiceError` if the program cannot be
         started, if the name is taken by another command or if it is being stopped.
         """
-        check_name(name, "service name")
+        check_name(name, "service name", most=NAME_BYTES + 16)
         if service := self._services.get(name):
             if service.stopping:
                 raise ServiceError(f"{name} is being stopped: try again when it has ended")

@@ -28,8 +28,9 @@ MODEL = "parallel"
 """nbdkit's worker threads per connection, and its thread model.
 
 IOPS of nbdkit's memory plugin, medians of seven rounds in one run on two quiet CPUs, for parallel with 2, 3
-and 4 threads, and serialized (for which nbdkit has one thread per connection): 4 KiB reads at depth 32 0.82,
-0.88, 0.94 and 0.93; 128 KiB writes 0.64, 0.63, 0.60 and 0.47; 4 KiB writes at depth 1 1.06, 0.86, 0.91 and 0.87.
+and 4 threads, and serialized (for which nbdkit has one thread per connection): 4 KiB reads at depth 32
+0.82, 0.88, 0.94 and 0.93; 128 KiB writes 0.64, 0.63, 0.60 and 0.47; 4 KiB writes at depth 1 1.06, 0.86, 0.91
+and 0.87.
 A swapping hog touches as many pages either way.
 """
 

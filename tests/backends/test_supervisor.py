@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tmem.backends.paths import SegmentPaths
+from tmem.backends.paths import NAME_BYTES, SegmentPaths
 from tmem.backends.processes import Process
 from tmem.backends.supervisor import Supervisor
 from tmem.errors import ServiceError
@@ -216,3 +216,27 @@ def test_a_stop_that_was_begun_goes_on_after_a_restart(paths: SegmentPaths) -> N
 
     supervised(paths, first)
     supervised(paths, second)
+
+
+def test_output_is_bounded_while_the_service_runs(paths: SegmentPaths) -> None:
+    talkative = ["sh", "-c", "yes 'the segment is full' | head -c 3000000; echo quiet; exec sleep 300"]
+
+    async def body(supervisor: Supervisor) -> None:
+        start(supervisor, talkative)
+        output = paths.state / "service-one.log"
+        while not output.exists() or not output.read_bytes().endswith(b"quiet\n"):
+            await trio.sleep(0.01)
+        supervisor.trim_outputs()
+        assert output.stat().st_size == 0
+        await supervisor.unsupervise("one", 10)
+
+    supervised(paths, body)
+
+
+def test_the_longest_client_name_has_a_service(paths: SegmentPaths) -> None:
+    async def body(supervisor: Supervisor) -> None:
+        name = "swap-" + "c" * NAME_BYTES
+        assert supervisor.supervise(name, SLEEP, {}) is not None
+        await supervisor.unsupervise(name, 10)
+
+    supervised(paths, body)
