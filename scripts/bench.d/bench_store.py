@@ -16,7 +16,7 @@ NEIGHBOUR_TARGET = 1.2
 # Programs that are on any machine with tmem; each keeps data of its own kind in memory, then waits.
 PROGRAMS = {
     "syntax trees": "import ast,inspect,json,http.server,email.message,unittest,asyncio,sys\n"
-    "trees=[ast.parse(inspect.getsource(m)) for m in list(sys.modules.values())\n"
+    "trees=[ast.parse(open(m.__file__).read()) for m in list(sys.modules.values())\n"
     "       if str(getattr(m,'__file__','')).endswith('.py')]",
     "records": "import json,random,sys\n"
     "r=random.Random(1)\n"
