@@ -42,65 +42,69 @@ bool object_visit(struct tm_segment *seg, struct tm_object *o, unit_visitor visi
 struct walk {
     struct tm_ctx *ctx;
     uint32_t pool;
-    int64_t found;
+    int64_t found; /* pages that went */
     bool force;
+    bool (*each)(struct walk *w, slot_t *slot); /* false ends the walk */
 };
 
-static bool flush_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+static bool walk_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
 {
     struct walk *w = arg;
     (void)parent;
     (void)first;
-    if (kind == UNIT_NODE)
-        return true;
     slot_t *slots = meta_at(w->ctx->seg, ref);
-    for (uint32_t i = 0; i < unit_slots(kind); i++)
-        w->found += slot_flush(w->ctx, w->pool, &slots[i], SLOT_EMPTY);
+    for (uint32_t i = 0; kind != UNIT_NODE && i < unit_slots(kind); i++)
+        if (!w->each(w, &slots[i]))
+            return false;
+    return true;
+}
+
+/* Call `each` for every slot of the object; false if it ended the walk. */
+static bool walk_slots(struct walk *w, struct tm_object *o, bool (*each)(struct walk *w, slot_t *slot))
+{
+    w->each = each;
+    return object_visit(w->ctx->seg, o, walk_unit, w);
+}
+
+static bool flush_slot(struct walk *w, slot_t *slot)
+{
+    w->found += slot_flush(w->ctx, w->pool, slot, SLOT_EMPTY);
     return true;
 }
 
 int64_t object_flush(struct tm_ctx *ctx, struct tm_object *o)
 {
-    struct walk w = {ctx, o->pool, 0, false};
-    object_visit(ctx->seg, o, flush_unit, &w);
+    struct walk w = {.ctx = ctx, .pool = o->pool};
+    walk_slots(&w, o, flush_slot);
     return w.found;
 }
 
-static bool kill_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+static bool kill_slot(struct walk *w, slot_t *slot)
 {
-    struct walk *w = arg;
-    (void)parent;
-    (void)first;
-    if (kind == UNIT_NODE)
+    uint64_t word = atomic_load(slot);
+    if (slot_type(word) == SLOT_DEAD)
         return true;
-    slot_t *slots = meta_at(w->ctx->seg, ref);
-    for (uint32_t i = 0; i < unit_slots(kind); i++) {
-        uint64_t word = atomic_load(&slots[i]);
-        if (slot_type(word) == SLOT_DEAD)
-            continue;
-        if (w->force)
-            w->found += slot_flush(w->ctx, w->pool, &slots[i], SLOT_DEAD);
-        else if (slot_type(word) != SLOT_EMPTY
-                 || !atomic_compare_exchange_strong(&slots[i], &word, slot_next(word, SLOT_DEAD, 0)))
-            return false;
+    if (w->force) {
+        w->found += slot_flush(w->ctx, w->pool, slot, SLOT_DEAD);
+        return true;
     }
+    return slot_type(word) == SLOT_EMPTY
+           && atomic_compare_exchange_strong(slot, &word, slot_next(word, SLOT_DEAD, 0));
+}
+
+static bool revive_slot(struct walk *w, slot_t *slot)
+{
+    uint64_t word = atomic_load(slot);
+    (void)w;
+    if (slot_type(word) == SLOT_DEAD)
+        atomic_compare_exchange_strong(slot, &word, slot_next(word, SLOT_EMPTY, 0));
     return true;
 }
 
-static bool revive_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+static bool slot_is_forgotten(struct walk *w, slot_t *slot)
 {
-    struct walk *w = arg;
-    (void)parent;
-    (void)first;
-    if (kind == UNIT_NODE)
-        return true;
-    slot_t *slots = meta_at(w->ctx->seg, ref);
-    for (uint32_t i = 0; i < unit_slots(kind); i++) {
-        uint64_t word = atomic_load(&slots[i]);
-        if (slot_type(word) == SLOT_DEAD)
-            atomic_compare_exchange_strong(&slots[i], &word, slot_next(word, SLOT_EMPTY, 0));
-    }
-    return true;
+    uint64_t word = atomic_load_explicit(slot, memory_order_relaxed);
+    return slot_type(word) == SLOT_EMPTY && !ghost_is_fresh(w->ctx->seg, w->pool, word);
 }
 
 static bool free_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
@@ -143,10 +147,10 @@ static bool kill_dying(struct tm_ctx *ctx)
     struct tm_object *o = meta_at(seg, ref);
     struct tm_lock *shard;
     if (atomic_load(&o->state) == 2) {
-        struct walk w = {ctx, o->pool, 0, atomic_load(&seg->pools[o->pool].state) == 2};
-        bool killed = object_visit(seg, o, kill_unit, &w);
+        struct walk w = {.ctx = ctx, .pool = o->pool, .force = atomic_load(&seg->pools[o->pool].state) == 2};
+        bool killed = walk_slots(&w, o, kill_slot);
         if (!killed)
-            object_visit(seg, o, revive_unit, &w);
+            walk_slots(&w, o, revive_slot);
         KP(27);
         shard = shard_lock(seg, o);
         if (killed)
@@ -190,7 +194,7 @@ static bool object_finish(struct tm_ctx *ctx)
         return false;
     while ((ref = atomic_load(&ctx->rec->doomed))) {
         struct tm_object *o = meta_at(ctx->seg, ref);
-        struct walk w = {ctx, o->pool, 0, true};
+        struct walk w = {.ctx = ctx, .pool = o->pool};
         object_visit(ctx->seg, o, free_unit, &w);
         atomic_store(&ctx->rec->meta_parent, 0);
         atomic_store(&ctx->rec->meta_old, ref);
@@ -217,25 +221,6 @@ bool object_repair(struct tm_ctx *ctx)
     return object_finish(ctx);
 }
 
-static bool slot_forgotten(struct tm_segment *seg, uint32_t pool, uint64_t word)
-{
-    return slot_type(word) == SLOT_EMPTY && !ghost_is_fresh(seg, pool, word);
-}
-
-static bool unit_is_empty(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
-{
-    struct walk *w = arg;
-    (void)parent;
-    (void)first;
-    if (kind == UNIT_NODE)
-        return true;
-    slot_t *slots = meta_at(w->ctx->seg, ref);
-    for (uint32_t i = 0; i < unit_slots(kind); i++)
-        if (!slot_forgotten(w->ctx->seg, w->pool, atomic_load_explicit(&slots[i], memory_order_relaxed)))
-            return false;
-    return true;
-}
-
 /* Kill the objects in chunk `c` that are of `pool` (if >= 0), or empty (if < 0). The number doomed. */
 static unsigned sweep_chunk(struct tm_ctx *ctx, uint32_t c, int pool)
 {
@@ -257,8 +242,8 @@ static unsigned sweep_chunk(struct tm_ctx *ctx, uint32_t c, int pool)
         uint32_t owner = o->pool;
         if (owner < TM_MAX_POOLS && (pool < 0 || owner == (uint32_t)pool)
             && object_find(seg, owner, o->oid) == offset / 128) {
-            struct walk w = {ctx, owner, 0, false};
-            if (pool >= 0 || object_visit(seg, o, unit_is_empty, &w))
+            struct walk w = {.ctx = ctx, .pool = owner};
+            if (pool >= 0 || walk_slots(&w, o, slot_is_forgotten))
                 doomed += object_kill(ctx, (uint32_t)(offset / 128));
         }
         op_end(ctx);
