@@ -24,14 +24,14 @@ from tmem.nbd import guarded, handshake
 from tmem.nbd.export import Export, load
 
 THREADS = 4
-MODEL = "parallel"
-"""nbdkit's worker threads per connection, and its thread model.
+MODEL = "serialize-requests"
+"""nbdkit's worker threads per connection, and its thread model: serialized, it uses one thread of them.
 
-IOPS of nbdkit's memory plugin, medians of seven rounds in one run on two quiet CPUs, for parallel with 2, 3
-and 4 threads, and serialized (for which nbdkit has one thread per connection): 4 KiB reads at depth 32
-0.82, 0.88, 0.94 and 0.93; 128 KiB writes 0.64, 0.63, 0.60 and 0.47; 4 KiB writes at depth 1 1.06, 0.86, 0.91
-and 0.87.
-A swapping hog touches as many pages either way.
+Medians of seven to fifteen rounds on two quiet CPUs, parallel and serialized, in IOPS of nbdkit's memory
+plugin: 4 KiB reads at depth 32 0.83-0.89 and 0.98 (parallel threads wait for the interpreter's lock), at
+depth 1 0.96 and 0.93, 4 KiB writes at depth 1 1.00 and 0.91, at depth 32 0.97 and 1.09; 128 KiB writes 2.4
+and 2.5 times the plugin with zstd. A swapping hog touches as many pages either way. Connections work side by
+side in both: where many CPUs swap out at once, use several.
 """
 
 PLUGIN = Path(__file__).with_name("plugin.py")
