@@ -81,10 +81,10 @@ static void check_block(struct report *r, uint64_t block)
 {
     struct tm_segment *seg = r->seg;
     const struct tm_block *b = block_at(seg, block);
-    uint64_t word = atomic_load(&b->word), number = word & ((UINT64_C(1) << 40) - 1);
+    uint64_t word = atomic_load(&b->word), number = header_slot(word);
     int pool = slot_pool(seg, number);
     uint64_t slot = pool < 0 ? 0 : atomic_load((slot_t *)at(seg, number * 8));
-    if (slot_type(slot) != SLOT_BLOCK || (slot & SLOT_VALUE) != block) {
+    if (!slot_refers(slot, block)) {
         say(r, "I3: block %llu leaked (stamp %08x)", (unsigned long long)block, atomic_load(&b->stamp));
         return;
     }
@@ -116,8 +116,7 @@ static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums 
                     (unsigned long long)(word & SLOT_VALUE));
                 continue;
             }
-            if ((atomic_load(&block_at(seg, word & SLOT_VALUE)->word) & ((UINT64_C(1) << 40) - 1))
-                != off(seg, &slots[i]) / 8)
+            if (header_slot(atomic_load(&block_at(seg, word & SLOT_VALUE)->word)) != off(seg, &slots[i]) / 8)
                 say(r, "I4: block %llu belongs to another slot", (unsigned long long)(word & SLOT_VALUE));
             uint32_t size = bin_stride(seg->chunks[bc].bin);
             sums[pool].pages++;

@@ -91,7 +91,7 @@ bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t 
     uint32_t stamp = atomic_load_explicit(&b->stamp, memory_order_relaxed);
     uint32_t length = WORD_LENGTH(word);
     const uint8_t *payload = (const uint8_t *)(b + 1);
-    if ((word & ((UINT64_C(1) << 40) - 1)) != slot || length > most - TM_HEADER || length > TM_PAGE)
+    if (header_slot(word) != slot || length > most - TM_HEADER || length > TM_PAGE)
         return false;
     if (b->checksum != checksum(payload, length, word, stamp))
         return false;

@@ -30,7 +30,7 @@ static bool relocate(struct tm_ctx *ctx, uint32_t client, uint32_t pool, slot_t 
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
     uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
     uint32_t stamp = atomic_load(&from->stamp), length = block_length(header);
-    if ((header & ((UINT64_C(1) << 40) - 1)) != number || size_class(length) != cls
+    if (header_slot(header) != number || size_class(length) != cls
         || from->checksum != block_checksum(from, header, stamp))
         return false; /* corrupt: evict it */
     uint64_t block = block_alloc(ctx, bin_ephemeral(client, QUEUE_MAIN, cls), -1, true);
@@ -55,18 +55,17 @@ static void drain(struct tm_ctx *ctx, uint32_t c, uint32_t client, bool hard)
         if (!bit_is_set(d, bit))
             continue;
         uint64_t block = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 16;
-        uint64_t number = atomic_load(&block_at(seg, block)->word) & ((UINT64_C(1) << 40) - 1);
+        uint64_t number = header_slot(atomic_load(&block_at(seg, block)->word));
         int pool = slot_pool(seg, number);
         if (pool < 0)
             continue; /* a header not yet written */
         slot_t *slot = at(seg, number * 8);
-        for (uint64_t word = atomic_load(slot);
-             slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block; word = atomic_load(slot)) {
+        for (uint64_t word = atomic_load(slot); slot_refers(word, block); word = atomic_load(slot)) {
             if (!hard && slot_freq(word) && relocate(ctx, client, (uint32_t)pool, slot, word, cls))
                 break;
             uint64_t clock = atomic_fetch_add(&seg->clients[client].evict_clock, 1) + 1;
             word = atomic_load(slot);
-            if (slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block
+            if (slot_refers(word, block)
                 && slot_replace(ctx, (uint32_t)pool, slot, &word, slot_next(word, SLOT_EMPTY, clock & SLOT_VALUE))) {
                 count(seg, (uint32_t)pool, C_EVICTIONS, 1);
                 KP(51);

@@ -120,15 +120,15 @@ struct path {
 static struct path path_of(struct tm_object *o, uint32_t index)
 {
     if (index < 16)
-        return (struct path){0, 15, LEAF_TINY, 0, &o->tiny};
+        return (struct path){0, 15, UNIT_TINY, 0, &o->tiny};
     if (index < 64)
-        return (struct path){16, 63, LEAF_SMALL, 0, &o->small};
+        return (struct path){16, 63, UNIT_SMALL, 0, &o->small};
     if (index < 512)
-        return (struct path){64, 511, LEAF_FULL, 0, &o->leaf[0]};
+        return (struct path){64, 511, UNIT_FULL, 0, &o->leaf[0]};
     uint32_t leaf = index >> 9;
     if (leaf < 8)
-        return (struct path){leaf << 9, leaf << 9 | 511, LEAF_FULL, 0, &o->leaf[leaf]};
-    return (struct path){leaf << 9, leaf << 9 | 511, LEAF_FULL, 2, &o->root[leaf >> 20]};
+        return (struct path){leaf << 9, leaf << 9 | 511, UNIT_FULL, 0, &o->leaf[leaf]};
+    return (struct path){leaf << 9, leaf << 9 | 511, UNIT_FULL, 2, &o->root[leaf >> 20]};
 }
 
 /* The word below node `ref` on the way to `leaf`, at `level` 2 (upper node) or 1. */

@@ -167,10 +167,9 @@ static bool repair_block(struct tm_ctx *ctx, uint64_t block, uint32_t stamp, voi
                 && (atomic_load(&header->stamp) == stamp || MUTANT(2));
     bool linked = false, wanted = false;
     if (ours) {
-        uint64_t number = atomic_load(&header->word) & ((UINT64_C(1) << 40) - 1);
+        uint64_t number = header_slot(atomic_load(&header->word));
         if (slot_pool(seg, number) >= 0) {
-            uint64_t word = atomic_load((slot_t *)at(seg, number * 8));
-            linked = slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block;
+            linked = slot_refers(atomic_load((slot_t *)at(seg, number * 8)), block);
         }
         wanted = !linked && wanted_by_living(ctx, block) && !MUTANT(4);
     }

@@ -66,12 +66,6 @@ static uint64_t checksum(const struct tm_super *s)
     return XXH3_64bits(s, offsetof(struct tm_super, checksum));
 }
 
-uint64_t tm_fixed_bytes(uint64_t memory_bytes)
-{
-    struct tm_super s;
-    return geometry(&s, memory_bytes) ? s.off_data : 0;
-}
-
 static struct tm_segment *map(int fd, const char *path, const struct tm_super *s)
 {
     struct tm_segment *seg = calloc(1, sizeof *seg);

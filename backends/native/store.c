@@ -50,11 +50,6 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
     add(&seg->clients[pool / TM_CLIENT_POOLS].used_bytes, sum->bytes);
 }
 
-static bool refers(uint64_t word, uint64_t block)
-{
-    return slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block;
-}
-
 /* The block that `word` in `slot` refers to, if it is this slot's to free; 0 if not. A flipped bit in the slot must
  * not lead us to another page's block, or out of the segment. Where the block's header names another slot, that slot
  * is asked: if it refers to the block, our slot is the damaged one, else the header. A block that was freed this
@@ -66,11 +61,11 @@ static uint64_t block_of(struct tm_segment *seg, const slot_t *slot, uint64_t wo
         || !bin_is_block(seg->chunks[chunk_of(seg, block * 16)].bin))
         return 0;
     uint64_t header = atomic_load_explicit(&block_at(seg, block)->word, memory_order_acquire);
-    uint64_t number = header & ((UINT64_C(1) << 40) - 1);
+    uint64_t number = header_slot(header);
     if (number == number_of(seg, slot))
         return block;
     uint32_t c, bit;
-    bool other = slot_pool(seg, number) >= 0 && refers(atomic_load((slot_t *)at(seg, number * 8)), block);
+    bool other = slot_pool(seg, number) >= 0 && slot_refers(atomic_load((slot_t *)at(seg, number * 8)), block);
     return !other && block_place(seg, block, &c, &bit) && bit_is_set(&seg->chunks[c], bit) ? block : 0;
 }
 

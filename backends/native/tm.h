@@ -49,7 +49,6 @@
 #define BIN_EPHEMERAL 66u
 #define BIN_LEAF (BIN_EPHEMERAL + TM_MAX_CLIENTS * 2u * TM_NCLASSES)
 #define TM_NBINS (BIN_LEAF + TM_MAX_POOLS * 3u)
-enum { LEAF_TINY, LEAF_SMALL, LEAF_FULL }; /* 16, 64, 512 slots */
 
 /* Results of store operations; negative values are errors. */
 enum {
@@ -210,6 +209,13 @@ struct tm_block { /* header of a block; the payload follows */
 };
 #define TM_HEADER ((uint32_t)sizeof(struct tm_block))
 
+/* The slot that a block's header word names, and whether a slot's word refers to a block. */
+static inline uint64_t header_slot(uint64_t word) { return word & ((UINT64_C(1) << 40) - 1); }
+static inline bool slot_refers(uint64_t word, uint64_t block)
+{
+    return slot_type(word) == SLOT_BLOCK && (word & SLOT_VALUE) == block;
+}
+
 struct tm_object {
     uint64_t oid[3];
     _Atomic uint32_t next; /* in the bucket's chain */
@@ -289,7 +295,6 @@ int tm_create(const char *path, uint64_t memory_bytes, struct tm_segment **out);
 int tm_attach(const char *path, struct tm_segment **out);
 int tm_destroy(const char *path);
 void tm_close(struct tm_segment *seg);
-uint64_t tm_fixed_bytes(uint64_t memory_bytes);
 
 /* thread.c */
 struct tm_ctx *ctx_get(struct tm_segment *seg); /* NULL: no record or memory */
@@ -360,7 +365,7 @@ int cursor_create(struct tm_ctx *ctx, uint32_t pool, const uint64_t oid[3], uint
 int slot_pool(struct tm_segment *seg, uint64_t number); /* pool of a slot number, -1 if it is none */
 
 /* object.c: what happens to whole objects */
-enum { UNIT_TINY, UNIT_SMALL, UNIT_FULL, UNIT_NODE };
+enum { UNIT_TINY, UNIT_SMALL, UNIT_FULL, UNIT_NODE }; /* leaves of 16, 64, 512 slots; in the order of their bins */
 typedef bool (*unit_visitor)(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first);
 bool object_visit(struct tm_segment *seg, struct tm_object *o, unit_visitor visit, void *arg); /* children first */
 int64_t object_flush(struct tm_ctx *ctx, struct tm_object *o);
