@@ -8,13 +8,18 @@ Buffers are C-contiguous; no reference is kept after return. Errors: `tmem.error
 `PoolError`, `CorruptPageError`; TypeError and ValueError for arguments out of range.
 """
 
+from collections.abc import Callable
 from typing import final
 
 from typing_extensions import Buffer
 
 PAGE_SIZE: int
 OID_SIZE: int
+UUID_SIZE: int
 VERSION: int  # of the segment's layout
+
+def checksum(data: Buffer) -> int:
+    """XXH3 of `data`, 64 bits; what save files and handoffs are protected with. Releases the GIL."""
 
 def create(path: str, memory_bytes: int) -> Segment:
     """Create the segment file `path` (mode 0600) bounded to `memory_bytes`, and attach it.
@@ -44,8 +49,30 @@ class Segment:
         """Return the client called `name` (1 to 63 bytes of UTF-8), creating it unless told not to."""
 
     def clients(self) -> list[Client]: ...
+    @property
+    def mode(self) -> str:
+        """What all clients may do at most: "on", "frozen" or "off"; see `Client.mode`. Settable."""
+    @mode.setter
+    def mode(self, value: str) -> None: ...
+    def stage(self, name: str) -> Client:
+        """Create a client that nobody else sees, to be filled, then shown by `commit`, or destroyed.
+
+        It belongs to the calling thread: should that end before `commit`, the client is destroyed by the next
+        reaper. PoolError if a client of that name is there already.
+        """
+
+    def commit(self) -> int:
+        """Show all clients that the calling thread has staged, all or, if it dies on the way, none of them.
+
+        Returns their number. PoolError, and none is shown, if one of the names has been taken meanwhile.
+        """
+
     def statistics(self) -> dict[str, int]:
         """Counters of the whole segment; see `tmem.backends.statistics.SegmentStatistics`."""
+
+    def timing(self) -> dict[str, tuple[int, int, int, int]]:
+        """The fields of `tmem.backends.statistics.Timing` for "put_stored", "put_refused", "get_hit",
+        "get_missed", "flush", "flush_object", "compress" and "decompress"."""
 
     def check(self) -> list[str]:
         """Check every invariant; one line per violation, [] when sound. Exact only while nobody works."""
@@ -81,8 +108,82 @@ class Client:
         """The most memory that the client's pages may occupy; 0 is no limit. Settable."""
     @cap_bytes.setter
     def cap_bytes(self, value: int) -> None: ...
-    def new_pool(self, persistent: bool, exclusive: bool | None = None) -> Pool:
-        """Create a private pool. `exclusive`: a get removes the page; default True if ephemeral."""
+    @property
+    def floor_bytes(self) -> int:
+        """Memory of pages that the client can count on: nobody else takes it, and its ephemeral pages are not
+        evicted below it for others. Settable; PoolError if so much cannot be promised now."""
+    @floor_bytes.setter
+    def floor_bytes(self, value: int) -> None: ...
+    @property
+    def weight(self) -> int:
+        """Share of the ephemeral memory under contention, in proportion to the other clients' weights.
+
+        0 to 65535, 100 to begin with. Pages of a client of weight 0, or whose processes are all gone, go
+        first. Settable.
+        """
+    @weight.setter
+    def weight(self, value: int) -> None: ...
+    @property
+    def compress(self) -> str:
+        """How its pages are compressed from now on: "lz4" or "none". Settable."""
+    @compress.setter
+    def compress(self, value: str) -> None: ...
+    @property
+    def mode(self) -> str:
+        """What the client may do: "on", "frozen" or "off". Settable; the segment's mode may restrict it
+        more.
+
+        Frozen: a put is refused and, unless it keeps the old page, flushes its handle; gets and flushes go
+        on. Off: as frozen, and the ephemeral pages are dropped and every get of an ephemeral pool misses.
+        Persistent pages stay readable. When the setter returns, every operation that began before has ended.
+        """
+    @mode.setter
+    def mode(self, value: str) -> None: ...
+    @property
+    def usable(self) -> bool:
+        """False if an ephemeral pool of the client has nothing to offer now: it or the segment is off, or
+        destroyed. One or two memory reads: for every request. Flush all the same."""
+    @property
+    def phase(self) -> str:
+        """Where a handoff stands: "none", "copying", "frozen" or "departed"."""
+    def handoff(self, step: str) -> None:
+        """Take a step of a handoff: "copy", "freeze", "depart" or "end".
+
+        copy: `Exporter` with `changes` now finds what is new. freeze: additionally puts are refused (a
+        `Device` waits instead); when this returns, nothing that was under way before is still running.
+        depart: the pages are about to live elsewhere; devices wait, and end when the client is destroyed.
+        end: back to normal. The phases copying and frozen end with the thread that began them; departed stays
+        until "end" or the destruction of the client. PoolError if another thread is at it, or for a step that
+        does not follow.
+        """
+
+    def hold(self) -> None:
+        """Say that the calling thread's process serves the client, until this thread ends."""
+    @property
+    def held(self) -> bool:
+        """Some living thread holds the client."""
+    def authorise(self, uuid: bytes) -> None:
+        """Allow the client to share the ephemeral pool `uuid` (16 bytes). PoolError beyond 16 of them."""
+    def revoke(self, uuid: bytes) -> bool:
+        """Withdraw that; a pool of this uuid that the client shares, it leaves. False: it was not allowed."""
+    def authorised(self) -> list[bytes]: ...
+    def evict(self, size_bytes: int) -> int:
+        """Evict its ephemeral pages until `size_bytes` of memory are free, or none are left; the bytes
+        freed."""
+    def new_pool(
+        self,
+        persistent: bool,
+        exclusive: bool | None = None,
+        *,
+        uuid: bytes | None = None,
+        id: int | None = None,
+    ) -> Pool:
+        """Create a pool, with the number `id` if given (PoolError if it is taken).
+
+        `exclusive`: a get removes the page; default True if private and ephemeral, never for a shared pool.
+        With `uuid` (16 bytes, neither all zeros nor all ones) it is shared and ephemeral: joined if another
+        client has it already. PoolError if the client is not authorised for it, or shares it already.
+        """
 
     def pools(self) -> list[Pool]: ...
     def pool(self, id: int) -> Pool: ...
@@ -104,6 +205,15 @@ class Pool:
     @property
     def exclusive(self) -> bool: ...
     @property
+    def uuid(self) -> bytes | None:
+        """Of a shared pool."""
+    @property
+    def owner(self) -> Client:
+        """The client that pays for the pages: of a shared pool one of its sharers."""
+    @property
+    def sharers(self) -> list[Client]:
+        """Everybody who uses the pool; of a private one its client."""
+    @property
     def alive(self) -> bool: ...
     def put(self, oid: bytes, index: int, data: Buffer, keep_old: bool = False) -> int:
         """Store len(data) / PAGE_SIZE pages from `index` on; the number of pages stored.
@@ -124,8 +234,35 @@ class Pool:
     def present(self, oid: bytes, index: int, npages: int) -> list[tuple[int, int]]:
         """Return the runs (first index, pages) that are stored within the range, in order."""
 
-    def statistics(self) -> dict[str, int]: ...
-    def destroy(self) -> None: ...
+    def statistics(self) -> dict[str, int]:
+        """Counters of the pool; of a shared one, of the whole pool, whoever called."""
+
+    def destroy(self) -> None:
+        """Destroy a private pool. A shared one is left: the pages that the client used last are dropped, what
+        it owned the next sharer owns, and the pool ends with its last sharer."""
+
+    def export(self, changes: bool = False) -> Exporter:
+        """Read all pages of a persistent pool, or with `changes` those that are new since they were last
+        exported so, and the flushes since then; that needs a handoff under way (`Client.handoff`)."""
+
+    def import_records(self, records: Buffer) -> int:
+        """Put and flush what an `Exporter` has written; the number of records.
+
+        ValueError if they are malformed (those before are in). PoolError if there is no memory for a page.
+        """
+
+@final
+class Exporter:
+    """An iteration over the pages of a pool, in the form in which they are stored.
+
+    A record is little-endian: oid (24 bytes), index (u32), length (u16), kind (u8), 0 (u8), then `length`
+    bytes. Kinds: 0 fill (the 64-bit word that the page repeats), 1 raw (the page), 2 LZ4 block of the page,
+    3 absent (length 0: flushed since it was exported).
+    """
+
+    def fill(self, buffer: Buffer) -> int:
+        """Write whole records to `buffer` (at least 8192 bytes); the bytes written, 0 at the end. Releases
+        the GIL. CorruptPageError if a page fails its checksum; the next call goes on behind it."""
 
 @final
 class Device:
@@ -138,7 +275,17 @@ class Device:
     never for threads that Python itself started.
     """
 
-    def __init__(self, pool: Pool, oid: bytes, size_bytes: int, pin_threads: bool = False) -> None: ...
+    def __init__(
+        self,
+        pool: Pool,
+        oid: bytes,
+        size_bytes: int,
+        pin_threads: bool = False,
+        departed: Callable[[], object] | None = None,
+    ) -> None:
+        """While the client is frozen by a handoff, writes wait; once it has departed, all requests do, and
+        `departed` is called (it should end the process) when the client is destroyed then."""
+
     @property
     def size_bytes(self) -> int: ...
     def pread(self, h: object, buf: Buffer, offset: int, flags: int) -> None: ...

@@ -49,12 +49,47 @@ class SegmentStatistics(_Statistics):
     """Pages in ephemeral pools."""
     fill_pages: int
     """Pages among both that repeat one word and take no block."""
+    pages_max: int
+    """The most pages that there were; like the other maxima of the segment, looked at every 256 operations
+    of a thread."""
+    ephemeral_pages_max: int
+    """The most ephemeral pages that there were."""
+    compressed_bytes: int
+    """Memory of the pages that are stored compressed."""
+    objects: int
+    """Objects, also empty ones that were not looked for yet."""
+    objects_max: int
+    """The most objects that there were."""
+    nodes: int
+    """Leaves and nodes of the index."""
+    nodes_max: int
+    """The most that there were."""
+    operations: int
+    """Pages put, got and flushed, and objects flushed, whatever came of it."""
+    failed_operations: int
+    """Calls that ended with an error: a pool that is gone, a corrupt page, no room for a thread."""
+    ephemeral_puts_new: int
+    """Ephemeral puts that stored a page where there was none."""
+    allocation_failures: int
+    """Times that no memory was found, for a page or for the index."""
     evicted_pages: int
     """Ephemeral pages that were evicted since the segment was created."""
+    eviction_attempts: int
+    """Chunks that were drained to get memory."""
+    evictions_per_request_max: int
+    """The most chunks that one request for memory had to drain."""
+    trims: int
+    """Times that memory was to be given back to the system."""
+    trimmed_bytes: int
+    """Memory that was given back."""
+    relocated_pages: int
+    """Persistent pages that were moved to free a chunk."""
     chunks_total: int
     """Chunks that the segment is divided into."""
     chunks_used: int
     """Chunks that belong to a size class."""
+    chunks_used_max: int
+    """The most that did."""
     chunks_free: int
     """Chunks that belong to none, backed or not."""
     dead_threads_repaired: int
@@ -70,12 +105,40 @@ class ClientStatistics(_Statistics):
     """Its number in the segment."""
     cap_bytes: int
     """The most memory that its pages may occupy; 0 is no limit."""
+    floor_bytes: int
+    """Memory that it can count on."""
+    weight: int
+    """Its share of the ephemeral memory under contention is in proportion to this."""
     used_bytes: int
-    """Memory that its pages occupy."""
+    """Memory that its pages occupy, those of shared pools that it owns among them."""
+    ephemeral_bytes: int
+    """Memory of the chunks that hold its ephemeral pages: what weights divide."""
     persistent_pages: int
     """Pages in its persistent pools."""
     ephemeral_pages: int
-    """Pages in its ephemeral pools."""
+    """Pages in its ephemeral pools, and in the shared pools that it owns."""
+    ephemeral_pages_max: int
+    """The most that there were."""
+    compressed_pages: int
+    """Pages stored compressed."""
+    compressed_bytes: int
+    """Memory of those."""
+    raw_pages: int
+    """Pages stored as they are, because compression did not pay."""
+    allocation_failures: int
+    """Times that no memory was found for it, or its cap did not allow it."""
+    persistent_puts_stored: int
+    """Pages that were put into its persistent pools."""
+    persistent_gets_hit: int
+    """Pages that were got from them."""
+    ephemeral_gets_hit: int
+    """Pages that it got from ephemeral pools, shared ones among them."""
+    busy_ns: int
+    """Time spent in put, get and flush for it: 64 times what every 64th operation took."""
+    held: bool
+    """A living process serves it."""
+    authorised_pools: int
+    """Shared pools that it may use."""
     pools: int
     """Its pools."""
 
@@ -90,8 +153,20 @@ class PoolStatistics(_Statistics):
     """A page that was put stays until it is flushed; else it may be evicted."""
     exclusive: bool
     """A get removes the page."""
+    shared: bool
+    """Several clients may use it."""
     pages: int
     """Pages stored."""
+    pages_max: int
+    """The most that there were."""
+    objects: int
+    """Objects, also empty ones that were not looked for yet."""
+    objects_max: int
+    """The most that there were."""
+    nodes: int
+    """Leaves and nodes of their indexes."""
+    nodes_max: int
+    """The most that there were."""
     bytes: int
     """Memory of their blocks."""
     compressed_pages: int
@@ -129,3 +204,15 @@ class PoolStatistics(_Statistics):
     """Pages that were evicted."""
     corrupt_pages: int
     """Pages whose checksum failed."""
+    pages_dropped: int
+    """Pages that went because the client was turned off, or because their last user left the shared pool."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one kind of operation takes: of every 64th of a thread, in nanoseconds."""
+
+    samples: int
+    total_ns: int
+    least_ns: int
+    most_ns: int

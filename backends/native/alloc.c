@@ -45,6 +45,7 @@ static void list_locked(struct tm_segment *seg, struct tm_bin *b, uint32_t c)
         seg->chunks[b->partial - 1].prev = c + 1;
     b->partial = c + 1;
     d->flags |= CF_LISTED;
+    atomic_fetch_add_explicit(&b->room, d->nfree, memory_order_relaxed);
 }
 
 static void unlist_locked(struct tm_segment *seg, struct tm_bin *b, uint32_t c)
@@ -57,6 +58,7 @@ static void unlist_locked(struct tm_segment *seg, struct tm_bin *b, uint32_t c)
     if (d->next)
         seg->chunks[d->next - 1].prev = d->prev;
     d->flags &= (uint16_t)~CF_LISTED;
+    atomic_fetch_sub_explicit(&b->room, d->nfree, memory_order_relaxed);
 }
 
 /* Make chunk `c` ours: nobody else lists it or allocates in it. The intent must stand already. */
@@ -69,12 +71,9 @@ static void own_locked(struct tm_ctx *ctx, struct tm_bin *b, uint32_t c)
     d->flags |= CF_OWNED;
 }
 
-bool chunk_own(struct tm_ctx *ctx, uint32_t c)
+bool chunk_own(struct tm_ctx *ctx, uint32_t c, uint32_t bin)
 {
     struct tm_chunk *d = &ctx->seg->chunks[c];
-    uint32_t bin = d->bin;
-    if (!bin_is_ephemeral(bin))
-        return false;
     struct tm_bin *b = bin_lock(ctx->seg, bin);
     bool mine = atomic_load(&ctx->seg->states[c]) == CHUNK_USED && d->bin == bin && !(d->flags & CF_OWNED);
     if (mine)
@@ -83,7 +82,7 @@ bool chunk_own(struct tm_ctx *ctx, uint32_t c)
     return mine;
 }
 
-void chunk_settle(struct tm_ctx *ctx, uint32_t c)
+bool chunk_settle(struct tm_ctx *ctx, uint32_t c)
 {
     struct tm_chunk *d = &ctx->seg->chunks[c];
     struct tm_bin *b = bin_lock(ctx->seg, d->bin);
@@ -96,10 +95,11 @@ void chunk_settle(struct tm_ctx *ctx, uint32_t c)
     lock_drop(&b->lock);
     if (empty)
         chunk_release(ctx, c);
+    return empty;
 }
 
 /* Find and mark a free unit of `bin`; its offset, or 0 if no memory can be had. `before` notes the intent. */
-static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve,
+static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how,
                            void (*before)(struct tm_ctx *ctx, uint64_t offset))
 {
     struct tm_segment *seg = ctx->seg;
@@ -122,6 +122,7 @@ static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool re
             KP(1);
             d->bitmap[bit / 64] |= UINT64_C(1) << (bit % 64);
             KP(2);
+            atomic_fetch_sub_explicit(&b->room, 1, memory_order_relaxed);
             if (--d->nfree == 0)
                 unlist_locked(seg, b, c);
             KP(3);
@@ -129,7 +130,7 @@ static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool re
             return offset;
         }
         lock_drop(&b->lock);
-        c = chunk_take(ctx, bin, client, reserve);
+        c = how == ALLOC_LISTED ? 0 : chunk_take(ctx, bin, how);
         if (!c)
             return 0;
         KP(4);
@@ -154,6 +155,8 @@ static void unit_free(struct tm_ctx *ctx, uint64_t offset, void (*after)(struct 
     d->bitmap[bit / 64] &= ~(UINT64_C(1) << (bit % 64));
     KP(6);
     after(ctx);
+    if (d->flags & CF_LISTED)
+        atomic_fetch_add_explicit(&b->room, 1, memory_order_relaxed);
     d->nfree++;
     bool empty = d->nfree == TM_CHUNK / stride && !(d->flags & CF_OWNED);
     if (empty) {
@@ -177,9 +180,15 @@ static void intend_block(struct tm_ctx *ctx, uint64_t offset)
     atomic_store_explicit(&block->stamp, stamp, memory_order_release);
 }
 
-uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve)
+uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
 {
-    return unit_alloc(ctx, bin, client, reserve, intend_block) / 16;
+    uint64_t offset = unit_alloc(ctx, bin, how, intend_block);
+    /* Rather a block that is too large than none; raw pages are told by the size of their blocks. */
+    uint32_t cls = bin < BIN_OBJECT ? bin - BIN_PERSISTENT : (bin - BIN_EPHEMERAL) % TM_NCLASSES;
+    for (uint32_t more = 1; !offset && how == ALLOC_NORMAL && cls + more < TM_NCLASSES - 1; more++)
+        if (atomic_load_explicit(&ctx->seg->bins[bin + more].room, memory_order_relaxed))
+            offset = unit_alloc(ctx, bin + more, ALLOC_LISTED, intend_block);
+    return offset / 16;
 }
 
 static void old_done(struct tm_ctx *ctx) { atomic_store_explicit(&ctx->rec->old_block, 0, memory_order_release); }
@@ -196,7 +205,10 @@ static void intend_meta(struct tm_ctx *ctx, uint64_t offset)
 
 uint32_t meta_alloc(struct tm_ctx *ctx, uint32_t bin)
 {
-    return (uint32_t)(unit_alloc(ctx, bin, -1, false, intend_meta) / 128);
+    uint32_t ref = (uint32_t)(unit_alloc(ctx, bin, ALLOC_NORMAL, intend_meta) / 128);
+    if (!ref)
+        atomic_fetch_add_explicit(&ctx->seg->super->no_memory, 1, memory_order_relaxed);
+    return ref;
 }
 
 static void meta_old_done(struct tm_ctx *ctx) { atomic_store(&ctx->rec->meta_old, 0); }

@@ -39,6 +39,10 @@ static bool refer(struct report *r, uint32_t ref, uint32_t bin, const char *what
     return true;
 }
 
+struct sums {
+    int64_t pages, fill, raw, bytes, objects, nodes;
+};
+
 struct visit {
     struct report *r;
     uint32_t pool;
@@ -55,7 +59,7 @@ static bool check_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t 
 }
 
 /* I2: every object hangs in the chain of its hash, lives, and belongs to a live pool. */
-static void check_objects(struct report *r)
+static void check_objects(struct report *r, struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
     for (uint32_t b = 0; b < seg->super->nbuckets; b++)
@@ -68,8 +72,11 @@ static void check_objects(struct report *r)
                 say(r, "I2: object %u is in the wrong chain", ref);
             if (o->pool >= TM_MAX_POOLS || atomic_load(&seg->pools[o->pool].state) != 1)
                 say(r, "I2: object %u belongs to no live pool", ref);
-            else
+            else {
                 object_visit(seg, o, check_unit, &v);
+                sums[o->pool].objects++;
+                sums[o->pool].nodes += object_units(seg, o);
+            }
             if (atomic_load(&o->state) != 1)
                 say(r, "I2: object %u is in state %u", ref, atomic_load(&o->state));
             ref = atomic_load(&o->next);
@@ -94,11 +101,8 @@ static void check_block(struct report *r, uint64_t block)
         say(r, "I3: block %llu is in a bin of the wrong kind", (unsigned long long)block);
 }
 
-/* I4: every slot's block is allocated; a pool's sums are those of its slots. */
-struct sums {
-    int64_t pages, fill, raw, bytes;
-};
 
+/* I4: every slot's block is allocated; a pool's sums are those of its slots. */
 static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
@@ -183,9 +187,14 @@ static void check_lists(struct report *r)
         if (!atomic_load(&seg->bins[bin].ready))
             continue;
         n = 0;
-        for (uint32_t c = bin_lock(seg, bin)->partial; c && n <= seg->nchunks; c = seg->chunks[c - 1].next, n++)
+        uint32_t room = 0;
+        for (uint32_t c = bin_lock(seg, bin)->partial; c && n <= seg->nchunks; c = seg->chunks[c - 1].next, n++) {
+            room += seg->chunks[c - 1].nfree;
             if (seg->chunks[c - 1].bin != bin || atomic_load(&seg->states[c - 1]) != CHUNK_USED)
                 say(r, "I6: chunk %u is in the list of bin %u", c - 1, bin);
+        }
+        if (room != atomic_load(&seg->bins[bin].room))
+            say(r, "I6: bin %u has room for %u, says %u", bin, room, atomic_load(&seg->bins[bin].room));
         lock_drop(&seg->bins[bin].lock);
         uint32_t listed = 0;
         for (uint32_t c = 0; n && c < seg->nchunks; c++)
@@ -194,37 +203,79 @@ static void check_lists(struct report *r)
         if (n != listed)
             say(r, "I6: %u chunks in the list of bin %u, %u flagged", n, bin, listed);
     }
+    uint32_t index[TM_MAX_CLIENTS] = {0};
+    for (uint32_t c = 0; c < seg->nchunks; c++)
+        if (atomic_load(&seg->states[c]) == CHUNK_USED && seg->chunks[c].bin >= BIN_LEAF
+            && (seg->chunks[c].bin - BIN_LEAF) / 3u < TM_FIRST_SHARED)
+            index[(seg->chunks[c].bin - BIN_LEAF) / 3u / TM_CLIENT_POOLS]++;
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        if (index[i] != atomic_load(&seg->clients[i].index_chunks))
+            say(r, "I6: client %u has %u chunks of index, says %u", i, index[i], seg->clients[i].index_chunks);
+    for (uint32_t i = 0; i < TM_NACCOUNTS; i++)
         for (unsigned q = 0; q < 2; q++) {
             n = 0;
             for (uint32_t c = seg->clients[i].queues[q].head; c && n <= seg->nchunks; c = seg->chunks[c - 1].qnext)
                 n++;
             if (n != atomic_load(&seg->clients[i].queues[q].length))
-                say(r, "I6: queue %u of client %u has %u chunks, says %u", q, i, n,
+                say(r, "I6: queue %u of account %u has %u chunks, says %u", q, i, n,
                     atomic_load(&seg->clients[i].queues[q].length));
         }
+}
+
+/* I10: a shared pool has exactly the sharers that are members, and one of them owns it. */
+static void check_shares(struct report *r)
+{
+    struct tm_segment *seg = r->seg;
+    uint64_t members[TM_MAX_SHARED] = {0};
+    uint32_t floors = 0;
+    for (uint32_t p = 0; p < TM_FIRST_SHARED; p++) {
+        uint32_t link = seg->pools[p].link;
+        if (atomic_load(&seg->pools[p].state) == LIVE && link)
+            members[link - TM_FIRST_SHARED] |= UINT64_C(1) << p / TM_CLIENT_POOLS;
+    }
+    for (uint32_t i = 0; i < TM_MAX_SHARED; i++) {
+        const struct tm_pool *p = &seg->pools[TM_FIRST_SHARED + i];
+        uint64_t sharers = atomic_load(&p->state) == LIVE ? atomic_load(&p->sharers) : 0;
+        if (sharers != members[i])
+            say(r, "I10: shared pool %u has sharers %llx and members %llx", i, (unsigned long long)sharers,
+                (unsigned long long)members[i]);
+        if (sharers && !(sharers >> atomic_load(&p->owner) & 1))
+            say(r, "I10: shared pool %u belongs to client %u, which does not share it", i, atomic_load(&p->owner));
+    }
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        floors += atomic_load(&seg->clients[i].state) != FREE && atomic_load(&seg->clients[i].floor_bytes);
+    if (floors != atomic_load(&seg->super->nfloors))
+        say(r, "I10: %u clients have floors, %u counted", floors, atomic_load(&seg->super->nfloors));
 }
 
 /* I7: sums of pools and clients. I8: no intent of anybody stands. I9: no lock is held (tables' locks are taken). */
 static void check_sums(struct report *r, const struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
-        int64_t used = 0;
-        for (uint32_t p = i * TM_CLIENT_POOLS; p < (i + 1) * TM_CLIENT_POOLS; p++) {
-            const struct tm_pool *pool = &seg->pools[p];
-            used += sums[p].bytes;
-            if (atomic_load(&pool->state) != 1)
-                continue;
-            if (pool->pages != sums[p].pages || pool->fill_pages != sums[p].fill || pool->raw_pages != sums[p].raw
-                || pool->bytes != sums[p].bytes)
-                say(r, "I7: pool %u counts %lld pages of %lld bytes and has %lld of %lld", p, (long long)pool->pages,
-                    (long long)pool->bytes, (long long)sums[p].pages, (long long)sums[p].bytes);
-        }
-        if (atomic_load(&seg->clients[i].state) == 1 && seg->clients[i].used_bytes != used)
-            say(r, "I7: client %u counts %lld bytes and has %lld", i, (long long)seg->clients[i].used_bytes,
-                (long long)used);
+    int64_t used[TM_NACCOUNTS] = {0}, ephemeral[TM_NACCOUNTS] = {0};
+    for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
+        const struct tm_pool *pool = &seg->pools[p];
+        used[account_of(p)] += sums[p].bytes;
+        ephemeral[account_of(p)] += pool->persistent ? 0 : sums[p].pages;
+        if (atomic_load(&pool->state) != LIVE)
+            continue;
+        if (pool->pages != sums[p].pages || pool->fill_pages != sums[p].fill || pool->raw_pages != sums[p].raw
+            || pool->bytes != sums[p].bytes)
+            say(r, "I7: pool %u counts %lld pages of %lld bytes and has %lld of %lld", p, (long long)pool->pages,
+                (long long)pool->bytes, (long long)sums[p].pages, (long long)sums[p].bytes);
+        if (pool->objects != sums[p].objects || pool->nodes != sums[p].nodes)
+            say(r, "I7: pool %u counts %lld objects with %lld nodes and has %lld with %lld", p, (long long)pool->objects,
+                (long long)pool->nodes, (long long)sums[p].objects, (long long)sums[p].nodes);
     }
+    for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
+        const struct tm_client *c = &seg->clients[a];
+        bool live = a < TM_MAX_CLIENTS ? atomic_load(&c->state) == LIVE || atomic_load(&c->state) == STAGED
+                                       : atomic_load(&seg->pools[TM_FIRST_SHARED + a - TM_MAX_CLIENTS].state) == LIVE;
+        if (live && (c->used_bytes != used[a] || c->ephemeral != ephemeral[a]))
+            say(r, "I7: account %u counts %lld bytes and %lld ephemeral pages and has %lld and %lld", a,
+                (long long)c->used_bytes, (long long)c->ephemeral, (long long)used[a], (long long)ephemeral[a]);
+    }
+    check_shares(r);
     for (uint32_t i = 0; i < TM_MAX_THREADS; i++) {
         const struct tm_thread *t = &seg->threads[i];
         if (t->new_block || t->old_block || t->chunk || t->drain || t->meta_new || t->meta_old || t->dying || t->doomed)
@@ -242,7 +293,7 @@ void tm_check(struct tm_ctx *ctx, void (*report)(void *arg, const char *line), v
         chunks_lock(ctx->seg);
         chunks_unlock(ctx->seg);
         check_lists(&r);
-        check_objects(&r);
+        check_objects(&r, sums);
         for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
             if (atomic_load(&ctx->seg->states[c]) == CHUNK_USED)
                 check_chunk(&r, c, sums);

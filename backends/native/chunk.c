@@ -69,7 +69,7 @@ static uint32_t pop_free(struct tm_segment *seg)
 
 static struct tm_queue *queue_of(struct tm_segment *seg, uint32_t bin)
 {
-    return &seg->clients[bin_client(bin)].queues[bin_queue(bin)];
+    return &seg->clients[bin_account(bin)].queues[bin_queue(bin)];
 }
 
 static void enqueue_locked(struct tm_segment *seg, uint32_t c)
@@ -103,6 +103,12 @@ static void dequeue_locked(struct tm_segment *seg, uint32_t c)
     q->length--;
 }
 
+static void count_index_locked(struct tm_segment *seg, uint32_t bin, uint32_t n)
+{
+    if (bin >= BIN_LEAF && (bin - BIN_LEAF) / 3 < TM_FIRST_SHARED)
+        seg->clients[(bin - BIN_LEAF) / 3 / TM_CLIENT_POOLS].index_chunks += n;
+}
+
 /* Give chunk `c`, in no list now, to `bin`; we own it and have noted the intent. */
 static void use_locked(struct tm_ctx *ctx, uint32_t c, uint32_t bin)
 {
@@ -115,6 +121,7 @@ static void use_locked(struct tm_ctx *ctx, uint32_t c, uint32_t bin)
     memset(d->bitmap, 0, sizeof d->bitmap);
     if (bin_is_ephemeral(bin))
         enqueue_locked(seg, c);
+    count_index_locked(seg, bin, 1);
     KP(10);
     atomic_store(&seg->states[c], CHUNK_USED);
 }
@@ -174,13 +181,31 @@ static uint32_t back_one(struct tm_ctx *ctx)
     return 0;
 }
 
-uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve)
+uint32_t chunks_available(struct tm_segment *seg)
+{
+    uint32_t free = available_locked(seg), keep = reserve_of(seg);
+    return free > keep ? free - keep : 0;
+}
+
+/* How many chunks must stay free for others when `ctx` takes one. */
+static uint32_t kept_for_others(struct tm_ctx *ctx, enum alloc how)
+{
+    return how == ALLOC_RESERVE ? 0 : reserve_of(ctx->seg) + promised_chunks(ctx->seg, ctx->payer);
+}
+
+static void note_drains(struct tm_segment *seg, unsigned n)
+{
+    if (n > atomic_load_explicit(&seg->super->drains_most, memory_order_relaxed))
+        atomic_store_explicit(&seg->super->drains_most, n, memory_order_relaxed);
+}
+
+uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
 {
     struct tm_segment *seg = ctx->seg;
     for (unsigned tries = 0; tries < TRIES; tries++) {
         uint32_t c = 0;
         chunks_lock(seg);
-        if (available_locked(seg) > (reserve ? 0 : reserve_of(seg))) {
+        if (available_locked(seg) > kept_for_others(ctx, how)) {
             if ((c = pop_ret(seg))) {
                 seg->super->nused++;
                 busy_locked(ctx, c - 1);
@@ -194,10 +219,16 @@ uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve)
             }
         }
         chunks_unlock(seg);
+        if (tries)
+            note_drains(seg, tries);
         if (c)
             return c;
-        if (reserve || !evict_chunk(ctx, client, tries >= SOFT))
+        if (how == ALLOC_RESERVE)
             return 0;
+        bool some = evict_chunk(ctx, -1, tries >= SOFT);
+        /* Also if there is only something to evict that cannot be, because somebody is stopped at it. */
+        if ((!some || tries >= 2 * SOFT) && !compact(ctx) && !some)
+            break;
     }
     return 0;
 }
@@ -209,6 +240,7 @@ void chunk_release(struct tm_ctx *ctx, uint32_t c)
     chunks_lock(seg);
     if (seg->chunks[c].queued)
         dequeue_locked(seg, c);
+    count_index_locked(seg, seg->chunks[c].bin, UINT32_MAX);
     KP(14);
     push_ret(seg, c);
     seg->super->nused--;
@@ -220,14 +252,15 @@ void chunk_release(struct tm_ctx *ctx, uint32_t c)
     chunks_unlock(seg);
 }
 
-uint32_t queue_pop(struct tm_ctx *ctx, uint32_t client, unsigned queue)
+uint32_t queue_pop(struct tm_ctx *ctx, uint32_t account, unsigned queue, uint32_t *bin)
 {
     struct tm_segment *seg = ctx->seg;
     chunks_lock(seg);
-    uint32_t c = seg->clients[client].queues[queue].head;
+    uint32_t c = seg->clients[account].queues[queue].head;
     if (c) {
         atomic_store(&ctx->rec->drain, c);
         KP(16);
+        *bin = seg->chunks[c - 1].bin;
         dequeue_locked(seg, c - 1);
     }
     chunks_unlock(seg);
@@ -268,6 +301,7 @@ uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t returned = 0;
+    atomic_fetch_add_explicit(&seg->super->trims, 1, memory_order_relaxed);
     for (;;) {
         uint32_t batch[BATCH], n = 0;
         chunks_lock(seg);
@@ -293,6 +327,7 @@ uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes)
         }
         chunks_unlock(seg);
         returned += safe ? (uint64_t)n * TM_CHUNK : 0;
+        atomic_fetch_add_explicit(&seg->super->trimmed_bytes, safe ? (uint64_t)n * TM_CHUNK : 0, memory_order_relaxed);
         if (n < BATCH || !safe)
             return returned;
     }

@@ -42,6 +42,8 @@ void codec_expand(uint64_t value, uint8_t *page)
 
 uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page)
 {
+    if (atomic_load_explicit(&ctx->seg->clients[ctx->client].codec, memory_order_relaxed) == CODEC_NONE)
+        return TM_PAGE;
     /* One stride step below a raw block, or it does not pay. */
     const int most = (int)(TM_PAGE - TM_STRIDE_STEP);
     int n = LZ4_compress_fast_extState(ctx->lz4, (const char *)page, (char *)ctx->scratch, (int)TM_PAGE, most, 1);
@@ -60,6 +62,8 @@ __attribute__((constructor)) static void choose_hash(void)
         hash = checksum_wide;
 #endif
 }
+
+uint64_t codec_checksum(const uint8_t *data, size_t length) { return hash(data, length); }
 
 static uint32_t checksum(const uint8_t *payload, uint32_t length, uint64_t word, uint32_t stamp)
 {

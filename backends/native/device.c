@@ -19,7 +19,7 @@ static int write_part(const struct tm_device *d, uint64_t offset, const uint8_t 
         return rc;
     memcpy(id, d->oid, TM_OID);
     for (unsigned tries = 0;; tries++) {
-        rc = cursor_create(ctx, d->pool.pool, id, index, &cur);
+        rc = cursor_for_put(ctx, id, index, NULL, KEEP_OR_WAIT, &cur);
         if (rc == TM_OK) {
             slot_t *slot = &cur.slots[index - cur.first];
             rc = slot_get(ctx, d->pool.pool, slot, ctx->page, &seen);
@@ -31,8 +31,8 @@ static int write_part(const struct tm_device *d, uint64_t offset, const uint8_t 
                 else
                     memset(ctx->page + start, 0, n);
                 KP(70);
-                rc = slot_put(ctx, d->pool.pool, slot, ctx->page, true, &seen);
-                count(d->pool.seg, d->pool.pool, C_PUTS, rc != TM_AGAIN);
+                rc = slot_put(ctx, d->pool.pool, slot, ctx->page, KEEP_OR_WAIT, &seen);
+                count(d->pool.seg, d->pool.pool, C_PUTS, rc != TM_AGAIN && rc != TM_WAIT);
             }
         }
         if (rc != TM_AGAIN)
@@ -114,7 +114,8 @@ int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, u
     int rc = s.head ? write_part(d, offset, data, s.head) : TM_OK;
     if (rc == TM_OK && s.pages) {
         uint32_t pages = (uint32_t)s.pages;
-        int64_t done = tm_put(&d->pool, d->oid, (uint32_t)((offset + s.head) / TM_PAGE), data + s.head, pages, true);
+        int64_t done = tm_put(&d->pool, d->oid, (uint32_t)((offset + s.head) / TM_PAGE), data + s.head, pages,
+                              KEEP_OR_WAIT);
         rc = done < 0 ? (int)done : done < (int64_t)pages ? TM_REFUSED : TM_OK;
     }
     if (rc == TM_OK && s.tail)

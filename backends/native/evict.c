@@ -1,13 +1,17 @@
-/* Eviction of ephemeral pages: S3-FIFO with chunks as the unit.
+/* Emptying chunks: eviction of ephemeral pages (S3-FIFO with chunks as the unit), and moving persistent ones together.
  *
- * Each client has two queues of chunks, oldest first. New pages go to chunks of the PROBATION queue. Draining its
+ * Each account has two queues of chunks, oldest first. New pages go to chunks of the PROBATION queue. Draining its
  * oldest chunk moves the pages that were hit meanwhile to MAIN and evicts the others, leaving the time of eviction
  * in the empty slot (the ghost): a page that is put again while its ghost is fresh goes to MAIN at once. Draining
  * MAIN's oldest chunk puts hit pages back at its end with one hit less. After a drain the whole chunk is free,
  * for whatever size class needs it, so memory never stays caught in the wrong class.
  *
  * Moving frees nothing by itself. Somebody who waits for memory therefore drains HARD after eight drains that
- * did not help: then hit pages go too, and every drain frees its chunk. */
+ * did not help: then hit pages go too, and every drain frees its chunk.
+ *
+ * Persistent pages are never evicted, but their size classes may share out the memory badly: a class whose pages were
+ * flushed holds chunks that are half empty. When nothing else is left, `compact` moves the pages of such a chunk into
+ * the holes of others, so that a put is refused only when there really is no memory. */
 #include "tm.h"
 
 #include <string.h>
@@ -17,40 +21,51 @@ bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word)
     uint64_t then = word & SLOT_VALUE;
     if (!then)
         return false;
-    uint64_t now = atomic_load_explicit(&seg->clients[pool / TM_CLIENT_POOLS].evict_clock, memory_order_relaxed);
+    if (seg->pools[pool].persistent) /* not a ghost: a page whose flush a handoff has not passed on yet */
+        return phase_of(seg, pool / TM_CLIENT_POOLS) != PHASE_NONE;
+    uint64_t now = atomic_load_explicit(&seg->clients[account_of(pool)].evict_clock, memory_order_relaxed);
     /* As many ghosts as pages: S3-FIFO's ghost queue has the size of the main one. */
     int64_t pages = atomic_load_explicit(&seg->pools[pool].pages, memory_order_relaxed);
     return now - then < (uint64_t)(pages > 64 ? pages : 64);
 }
 
-/* Copy a page that earned it to a chunk of the main queue. False: no room, or the page changed. */
-static bool relocate(struct tm_ctx *ctx, uint32_t client, uint32_t pool, slot_t *slot, uint64_t word, uint32_t cls)
+/* Copy a page to a block of `bin`: an ephemeral one that earned it to the main queue, a persistent one out of a
+ * chunk that is to be freed. False: no room, or the page changed. */
+static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
     uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
     uint32_t stamp = atomic_load(&from->stamp), length = block_length(header);
-    if (header_slot(header) != number || size_class(length) != cls
-        || from->checksum != block_checksum(from, header, stamp))
-        return false; /* corrupt: evict it */
-    uint64_t block = block_alloc(ctx, bin_ephemeral(client, QUEUE_MAIN, cls), -1, true);
+    bool sound = header_slot(header) == number && length + TM_HEADER <= bin_stride(bin)
+                 && from->checksum == block_checksum(from, header, stamp);
+    if (!sound && (bin_is_ephemeral(bin) || header_slot(header) != number || length + TM_HEADER > bin_stride(bin)))
+        return false; /* corrupt: evict it, or leave it for whoever asks */
+    uint64_t block = block_alloc(ctx, bin, bin_is_ephemeral(bin) ? ALLOC_RESERVE : ALLOC_LISTED);
+    for (uint32_t larger = bin + 1; !block && larger < TM_NCLASSES - 1; larger++)
+        if (atomic_load_explicit(&seg->bins[larger].room, memory_order_relaxed))
+            block = block_alloc(ctx, larger, ALLOC_LISTED);
     if (!block)
         return false;
     block_write(block_at(seg, block), number, length, (const uint8_t *)(from + 1));
+    if (!sound)
+        block_at(seg, block)->checksum ^= 1; /* and stays corrupt for whoever asks */
     KP(50);
-    uint64_t next = slot_next(word, SLOT_BLOCK, block) | ((word & SLOT_FREQ) - SLOT_FREQ_ONE);
-    if (slot_replace(ctx, pool, slot, &word, next))
+    uint64_t bits = bin_is_ephemeral(bin) ? (word & SLOT_FREQ) - SLOT_FREQ_ONE : word & SLOT_FREQ;
+    if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | bits))
         return true;
     block_free_new(ctx);
     return false;
 }
 
-/* Empty chunk `c`, which we own: every committed page is evicted or, unless `hard`, moved away if it earned it. */
-static void drain(struct tm_ctx *ctx, uint32_t c, uint32_t client, bool hard)
+/* Call `each` for every committed page of chunk `c`, which we own, until it returns false. */
+static void each_page(struct tm_ctx *ctx, uint32_t c,
+                      bool (*each)(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard),
+                      bool hard)
 {
     struct tm_segment *seg = ctx->seg;
     struct tm_chunk *d = &seg->chunks[c];
-    uint32_t stride = bin_stride(d->bin), cls = (d->bin - BIN_EPHEMERAL) % TM_NCLASSES;
+    uint32_t stride = bin_stride(d->bin);
     for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
         if (!bit_is_set(d, bit))
             continue;
@@ -60,75 +75,129 @@ static void drain(struct tm_ctx *ctx, uint32_t c, uint32_t client, bool hard)
         if (pool < 0)
             continue; /* a header not yet written */
         slot_t *slot = at(seg, number * 8);
-        for (uint64_t word = atomic_load(slot); slot_refers(word, block); word = atomic_load(slot)) {
-            if (!hard && slot_freq(word) && relocate(ctx, client, (uint32_t)pool, slot, word, cls))
-                break;
-            uint64_t clock = atomic_fetch_add(&seg->clients[client].evict_clock, 1) + 1;
-            word = atomic_load(slot);
-            if (slot_refers(word, block)
-                && slot_replace(ctx, (uint32_t)pool, slot, &word, slot_next(word, SLOT_EMPTY, clock & SLOT_VALUE))) {
-                count(seg, (uint32_t)pool, C_EVICTIONS, 1);
-                KP(51);
-                break;
-            }
-        }
+        for (uint64_t word = atomic_load(slot); slot_refers(word, block); word = atomic_load(slot))
+            if (!each(ctx, (uint32_t)pool, slot, word, d->bin, hard))
+                return;
     }
 }
 
-static uint32_t length_of(struct tm_segment *seg, uint32_t client, unsigned queue)
+/* Evict the page or, unless `hard`, move it away if it earned it. */
+static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
 {
-    return atomic_load_explicit(&seg->clients[client].queues[queue].length, memory_order_relaxed);
+    struct tm_segment *seg = ctx->seg;
+    uint32_t account = bin_account(bin), cls = (bin - BIN_EPHEMERAL) % TM_NCLASSES;
+    if (!hard && slot_freq(word) && relocate(ctx, pool, slot, word, bin_ephemeral(account, QUEUE_MAIN, cls)))
+        return true;
+    uint64_t block = word & SLOT_VALUE, clock = atomic_fetch_add(&seg->clients[account].evict_clock, 1) + 1;
+    word = atomic_load(slot);
+    if (slot_refers(word, block)
+        && slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, clock & SLOT_VALUE))) {
+        count(seg, pool, C_EVICTIONS, 1);
+        look_for_empty(seg);
+        KP(51);
+    }
+    return true;
 }
 
-static int most_ephemeral(struct tm_segment *seg)
+static bool move_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
 {
-    int best = -1;
-    uint32_t most = 0;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
-        uint32_t chunks = length_of(seg, i, QUEUE_PROBATION) + length_of(seg, i, QUEUE_MAIN);
-        if (chunks > most) {
-            most = chunks;
-            best = (int)i;
-        }
+    (void)hard;
+    if (!relocate(ctx, pool, slot, word, bin)) {
+        return atomic_load(slot) != word; /* it changed: look again; else there is no hole for it */
     }
-    return best;
+    atomic_fetch_add_explicit(&ctx->seg->super->relocated, 1, memory_order_relaxed);
+    return true;
+}
+
+/* Own chunk `c` of `bin` (intent drain stands), empty it with `each`, and release it (true) or list it again. */
+static bool empty_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t bin,
+                        bool (*each)(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin,
+                                     bool hard),
+                        bool hard)
+{
+    bool released = false;
+    KP(52);
+    if (chunk_own(ctx, c, bin)) {
+        each_page(ctx, c, each, hard);
+        KP(53);
+        released = chunk_settle(ctx, c);
+    }
+    if (atomic_load(&ctx->rec->drain)) /* blocks in it are still being written, or there was no room for all */
+        chunk_requeue(ctx, c);
+    return released;
+}
+
+static uint32_t length_of(struct tm_segment *seg, uint32_t account, unsigned queue)
+{
+    return atomic_load_explicit(&seg->clients[account].queues[queue].length, memory_order_relaxed);
 }
 
 bool evict_chunk(struct tm_ctx *ctx, int client, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
-    if (client < 0)
-        client = most_ephemeral(seg);
-    if (client < 0)
+    int account = client < 0 ? victim(seg, (int)ctx->payer) : fullest_account(seg, (uint32_t)client);
+    if (account < 0)
         return false;
-    uint32_t who = (uint32_t)client;
+    uint32_t who = (uint32_t)account;
     uint32_t probation = length_of(seg, who, QUEUE_PROBATION), main_length = length_of(seg, who, QUEUE_MAIN);
     /* S3-FIFO: probation has a tenth of the memory. */
     unsigned queue = probation && (probation * 10 > probation + main_length || !main_length) ? QUEUE_PROBATION
                                                                                             : QUEUE_MAIN;
-    uint32_t c = queue_pop(ctx, who, queue);
+    uint32_t bin = 0, c = queue_pop(ctx, who, queue, &bin);
     if (!c)
         return probation + main_length > 0; /* others drain the last ones this moment */
-    KP(52);
-    if (chunk_own(ctx, c - 1)) {
-        drain(ctx, c - 1, who, hard);
-        KP(53);
-        chunk_settle(ctx, c - 1);
-    }
-    if (atomic_load(&ctx->rec->drain)) /* blocks in it are still being written */
-        chunk_requeue(ctx, c - 1);
+    atomic_fetch_add_explicit(&seg->super->drains, 1, memory_order_relaxed);
+    empty_chunk(ctx, c - 1, bin, drain_page, hard);
     return true;
 }
 
-uint64_t tm_evict(struct tm_ctx *ctx, uint64_t bytes)
+/* The emptiest of the first listed chunks of a bin of persistent blocks whose pages fit into its others. */
+static uint32_t sparse_chunk(struct tm_segment *seg, uint32_t *from)
+{
+    uint32_t best = 0, most = 0;
+    uint32_t larger = 0; /* holes of larger classes, but for raw pages, which are told by the size of their blocks */
+    for (uint32_t bin = BIN_PERSISTENT + TM_NCLASSES; bin-- > BIN_PERSISTENT;) {
+        uint32_t units = TM_CHUNK / bin_stride(bin), own = atomic_load(&seg->bins[bin].room), looked = 0;
+        uint32_t room = own + larger;
+        larger += bin < TM_NCLASSES - 1 ? own : 0;
+        if (room < units)
+            continue; /* with one chunk's units less there would not be room for its pages */
+        struct tm_bin *b = bin_lock(seg, bin);
+        for (uint32_t c = b->partial; c && looked < 64; c = seg->chunks[c - 1].next, looked++) {
+            uint32_t gain = seg->chunks[c - 1].nfree * bin_stride(bin); /* the more holes, the less to move */
+            if (room >= units && gain > most) {
+                most = gain;
+                best = c;
+                *from = bin;
+            }
+        }
+        lock_drop(&b->lock);
+    }
+    return best;
+}
+
+bool compact(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t bin = 0, c = sparse_chunk(seg, &bin);
+    if (!c || atomic_load(&ctx->rec->drain))
+        return false;
+    atomic_store(&ctx->rec->drain, c);
+    return empty_chunk(ctx, c - 1, bin, move_page, false);
+}
+
+uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t before = atomic_load(&seg->super->nused), freed = 0;
+    if (client >= 0)
+        before = client_chunks(seg, (uint32_t)client);
+    ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
     for (uint64_t tries = 0; freed < bytes && tries < 4 * before + 16; tries++) {
         op_begin(ctx);
-        bool some = evict_chunk(ctx, -1, tries >= 2 * before);
+        bool some = evict_chunk(ctx, client, tries >= 2 * before);
         op_end(ctx);
-        uint64_t now = atomic_load(&seg->super->nused);
+        uint64_t now = client >= 0 ? client_chunks(seg, (uint32_t)client) : atomic_load(&seg->super->nused);
         freed = now < before ? (before - now) * TM_CHUNK : 0;
         if (!some)
             break;

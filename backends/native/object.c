@@ -88,8 +88,10 @@ static bool kill_slot(struct walk *w, slot_t *slot)
         w->found += slot_flush(w->ctx, w->pool, slot, SLOT_DEAD);
         return true;
     }
-    return slot_type(word) == SLOT_EMPTY
-           && atomic_compare_exchange_strong(slot, &word, slot_next(word, SLOT_DEAD, 0));
+    if (slot_type(word) != SLOT_EMPTY
+        || (w->ctx->seg->pools[w->pool].persistent && ghost_is_fresh(w->ctx->seg, w->pool, word)))
+        return false;
+    return atomic_compare_exchange_strong(slot, &word, slot_next(word, SLOT_DEAD, 0));
 }
 
 static bool revive_slot(struct walk *w, slot_t *slot)
@@ -139,6 +141,24 @@ static void unlink_locked(struct tm_segment *seg, uint32_t ref)
         }
 }
 
+static bool count_unit(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first)
+{
+    int64_t *n = arg;
+    (void)kind;
+    (void)ref;
+    (void)parent;
+    (void)first;
+    ++*n;
+    return true;
+}
+
+int64_t object_units(struct tm_segment *seg, struct tm_object *o)
+{
+    int64_t n = 0;
+    object_visit(seg, o, count_unit, &n);
+    return n;
+}
+
 /* Go on with the object of intent `dying`, wherever its destroyer stopped. True if it is doomed now. */
 static bool kill_dying(struct tm_ctx *ctx)
 {
@@ -153,8 +173,11 @@ static bool kill_dying(struct tm_ctx *ctx)
             walk_slots(&w, o, revive_slot);
         KP(27);
         shard = shard_lock(seg, o);
-        if (killed)
+        if (killed) {
             unlink_locked(seg, ref);
+            atomic_fetch_sub(&seg->pools[o->pool].objects, 1);
+            atomic_fetch_sub(&seg->pools[o->pool].nodes, object_units(seg, o));
+        }
         atomic_store(&o->state, killed ? 3 : 1);
         lock_drop(shard);
     }
@@ -221,42 +244,112 @@ bool object_repair(struct tm_ctx *ctx)
     return object_finish(ctx);
 }
 
-/* Kill the objects in chunk `c` that are of `pool` (if >= 0), or empty (if < 0). The number doomed. */
-static unsigned sweep_chunk(struct tm_ctx *ctx, uint32_t c, int pool)
+uint32_t object_at(struct tm_segment *seg, uint32_t pool, uint32_t c, uint32_t bit)
+{
+    if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT || !bit_is_set(&seg->chunks[c], bit))
+        return 0;
+    uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK + bit * sizeof(struct tm_object);
+    const struct tm_object *o = at(seg, offset);
+    uint32_t owner = o->pool;
+    /* What is not linked in its chain may be half made: object_find inside the operation tells. */
+    if (owner >= TM_MAX_POOLS || (pool < TM_MAX_POOLS && owner != pool)
+        || object_find(seg, owner, o->oid) != (uint32_t)(offset / 128))
+        return 0;
+    return (uint32_t)(offset / 128);
+}
+
+/* Do `act` to each object of `pool` (TM_MAX_POOLS: of any) in chunk `c`, in an operation of its own; sum of results. */
+static unsigned each_object(struct tm_ctx *ctx, uint32_t c, uint32_t pool,
+                            unsigned (*act)(struct tm_ctx *ctx, uint32_t ref, uint32_t arg), uint32_t arg)
 {
     struct tm_segment *seg = ctx->seg;
-    unsigned doomed = 0;
+    unsigned sum = 0;
     for (uint32_t bit = 0; bit < TM_CHUNK / sizeof(struct tm_object); bit++) {
         if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT)
             break;
         if (!bit_is_set(&seg->chunks[c], bit))
             continue;
-        uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK + bit * sizeof(struct tm_object);
-        struct tm_object *o = at(seg, offset);
         op_begin(ctx);
-        if (atomic_load(&seg->states[c]) != CHUNK_USED || seg->chunks[c].bin != BIN_OBJECT) {
-            op_end(ctx); /* given back meanwhile: from here on it could not be */
-            break;
-        }
-        /* What is not linked in its chain may be half made: object_find inside the operation tells. */
-        uint32_t owner = o->pool;
-        if (owner < TM_MAX_POOLS && (pool < 0 || owner == (uint32_t)pool)
-            && object_find(seg, owner, o->oid) == offset / 128) {
-            struct walk w = {.ctx = ctx, .pool = owner};
-            if (pool >= 0 || walk_slots(&w, o, slot_is_forgotten))
-                doomed += object_kill(ctx, (uint32_t)(offset / 128));
-        }
+        uint32_t ref = object_at(seg, pool, c, bit);
+        if (ref)
+            sum += act(ctx, ref, arg);
         op_end(ctx);
     }
-    return doomed;
+    return sum;
 }
+
+static unsigned kill_one(struct tm_ctx *ctx, uint32_t ref, uint32_t arg)
+{
+    (void)arg;
+    return object_kill(ctx, ref);
+}
+
+static unsigned kill_if_forgotten(struct tm_ctx *ctx, uint32_t ref, uint32_t arg)
+{
+    struct tm_object *o = meta_at(ctx->seg, ref);
+    struct walk w = {.ctx = ctx, .pool = o->pool};
+    (void)arg;
+    return walk_slots(&w, o, slot_is_forgotten) && object_kill(ctx, ref);
+}
+
+static unsigned drop_one(struct tm_ctx *ctx, uint32_t ref, uint32_t user)
+{
+    struct tm_object *o = meta_at(ctx->seg, ref);
+    if (user && atomic_load(&o->user) != user)
+        return 0;
+    int64_t found = object_flush(ctx, o);
+    count(ctx->seg, o->pool, C_DROPPED, (uint64_t)found);
+    atomic_fetch_sub_explicit(&ctx->seg->pools[o->pool].counters[C_FLUSHED], (uint64_t)found, memory_order_relaxed);
+    return 1;
+}
+
+void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t user)
+{
+    for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
+        atomic_fetch_add(&ctx->seg->super->emptied, each_object(ctx, c, pool, drop_one, user));
+}
+
+static bool unmark_slot(struct walk *w, slot_t *slot)
+{
+    uint64_t word = atomic_load(slot);
+    (void)w;
+    for (;;) {
+        uint64_t clean = slot_type(word) == SLOT_EMPTY ? word & ~SLOT_VALUE : word & ~SLOT_FREQ;
+        if (clean == word || slot_type(word) == SLOT_DEAD || atomic_compare_exchange_weak(slot, &word, clean))
+            return true;
+    }
+}
+
+static unsigned unmark_one(struct tm_ctx *ctx, uint32_t ref, uint32_t arg)
+{
+    struct tm_object *o = meta_at(ctx->seg, ref);
+    struct walk w = {.ctx = ctx, .pool = o->pool};
+    (void)arg;
+    walk_slots(&w, o, unmark_slot);
+    return 0;
+}
+
+void pool_unmark(struct tm_ctx *ctx, uint32_t pool)
+{
+    for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
+        each_object(ctx, c, pool, unmark_one, 0);
+}
+
+enum { CHUNKS_AT_ONCE = 64 };
 
 unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most)
 {
     struct tm_segment *seg = ctx->seg;
-    unsigned doomed = 0;
-    for (uint32_t i = 0; i < seg->nchunks && doomed < most; i++)
-        doomed += sweep_chunk(ctx, atomic_fetch_add(&seg->super->sweep, 1) % seg->nchunks, -1);
+    unsigned doomed = 0, looked = 0;
+    for (uint32_t i = 0; i < seg->nchunks && doomed < most; i++) {
+        if (looked == CHUNKS_AT_ONCE) { /* the rest next time */
+            look_for_empty(seg);
+            break;
+        }
+        uint32_t c = atomic_fetch_add(&seg->super->sweep, 1) % seg->nchunks;
+        looked += atomic_load(&seg->states[c]) == CHUNK_USED && seg->chunks[c].bin == BIN_OBJECT;
+        doomed += each_object(ctx, c, TM_MAX_POOLS, kill_if_forgotten, 0);
+    }
     object_finish(ctx);
     return doomed;
 }
@@ -280,8 +373,8 @@ static bool pool_has_objects(struct tm_ctx *ctx, uint32_t pool)
 bool pool_sweep(struct tm_ctx *ctx, uint32_t pool)
 {
     for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
-        if (sweep_chunk(ctx, c, (int)pool) && !object_finish(ctx))
+        if (each_object(ctx, c, pool, kill_one, 0) && !object_finish(ctx))
             return false;
     /* Another thread may be at some object of it; the pool's number must not be used again before it is done. */
-    return object_finish(ctx) && !pool_has_objects(ctx, pool);
+    return object_finish(ctx) && !pool_has_objects(ctx, pool) && grace(ctx, 1000);
 }

@@ -27,11 +27,13 @@ typedef struct {
 } PoolObject;
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError; /* of tmem.errors */
-extern PyTypeObject *SegmentType, *ClientType, *PoolType, *DeviceType;
+extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType;
+extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
 PyTypeObject *make_client_type(void);
 PyTypeObject *make_pool_type(void);
+PyTypeObject *make_exporter_type(void);
 PyTypeObject *make_device_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
@@ -41,6 +43,9 @@ PyObject *client_wrap(SegmentObject *owner, uint32_t id, uint32_t serial);
 PyObject *pool_wrap(SegmentObject *owner, uint32_t pool, uint32_t serial);
 PyObject *raise_result(int64_t result); /* of a store operation; returns NULL */
 int handle_of(PoolObject *self, struct tm_handle *h); /* -1 with an exception */
+PyObject *exporter_new(PoolObject *pool, int changes);
+const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
+int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */
 int set_number(PyObject *dict, const char *key, int64_t value);
 
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */

@@ -7,12 +7,14 @@
 
 #include <errno.h>
 #include <string.h>
+#include <time.h>
 
 typedef struct {
     PyObject_HEAD
     PoolObject *pool;
     struct tm_device dev;
     int pin;
+    PyObject *departed; /* called when the client has gone elsewhere, or NULL */
 } DeviceObject;
 
 static _Thread_local int pinned;
@@ -100,6 +102,31 @@ static int write_op(const struct tm_device *d, uint8_t *data, uint64_t offset, u
     return dev_write(d, data, offset, n);
 }
 
+/* The client is gone: was it handed over, so that its pages live elsewhere? */
+static bool has_departed(DeviceObject *self)
+{
+    const struct tm_segment *seg = self->pool->owner->seg; /* NULL once it was closed */
+    return seg && atomic_load(&seg->super->alive)
+           && atomic_load(&seg->clients[self->pool->pool / TM_CLIENT_POOLS].departed) == self->pool->client_serial;
+}
+
+static void wait_a_little(void)
+{
+    const struct timespec pause = {.tv_nsec = 200000};
+    nanosleep(&pause, NULL);
+}
+
+/* If the pages live elsewhere now, say so to who can end this server: its clients shall come there and ask again,
+ * not get an error. -1 with an exception. */
+static int tell_departed(DeviceObject *self, int64_t rc)
+{
+    if (rc != TM_NOPOOL || !self->departed || !has_departed(self))
+        return 0;
+    PyObject *ended = PyObject_CallNoArgs(self->departed);
+    Py_XDECREF(ended);
+    return ended ? 0 : -1;
+}
+
 static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t offset, uint64_t n)
 {
     struct tm_device dev;
@@ -113,6 +140,16 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
     } else {
         rc = op(&dev, data, offset, n);
     }
+    if (rc == TM_WAIT) { /* until the handoff is over, one way or the other */
+        Py_BEGIN_ALLOW_THREADS
+        do {
+            wait_a_little();
+            rc = op(&dev, data, offset, n);
+        } while (rc == TM_WAIT);
+        Py_END_ALLOW_THREADS
+    }
+    if (tell_departed(self, rc))
+        return NULL;
     if (rc != TM_OK)
         return fail(rc);
     Py_RETURN_NONE;
@@ -189,6 +226,16 @@ static PyObject *device_extents(DeviceObject *self, PyObject *const *args, Py_ss
     struct extents e = {PyList_New(0), offset, offset + count, flags & FLAG_REQ_ONE ? 1 : EXTENTS_MOST};
     uint64_t first = offset / TM_PAGE, last = (offset + count + TM_PAGE - 1) / TM_PAGE;
     int64_t rc = e.list && count ? tm_runs(&dev.pool, dev.oid, (uint32_t)first, last - first, add_extent, &e) : TM_OK;
+    while (rc == TM_WAIT) {
+        Py_BEGIN_ALLOW_THREADS
+        wait_a_little();
+        Py_END_ALLOW_THREADS
+        rc = tm_runs(&dev.pool, dev.oid, (uint32_t)first, last - first, add_extent, &e);
+    }
+    if (tell_departed(self, rc)) {
+        Py_CLEAR(e.list);
+        return NULL;
+    }
     if (rc != TM_OK || PyErr_Occurred())
         Py_CLEAR(e.list);
     return rc != TM_OK ? fail(rc) : e.list;
@@ -196,14 +243,14 @@ static PyObject *device_extents(DeviceObject *self, PyObject *const *args, Py_ss
 
 static int device_init(DeviceObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"pool", "oid", "size_bytes", "pin_threads", NULL};
-    PyObject *pool;
+    static char *names[] = {"pool", "oid", "size_bytes", "pin_threads", "departed", NULL};
+    PyObject *pool, *departed = Py_None;
     const char *oid;
     Py_ssize_t length;
     unsigned long long size;
     int pin = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!y#K|p:Device", names, PoolType, &pool, &oid, &length, &size,
-                                     &pin))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!y#K|pO:Device", names, PoolType, &pool, &oid, &length, &size,
+                                     &pin, &departed))
         return -1;
     if (length != TM_OID || size > (UINT64_C(1) << 32) * TM_PAGE || !((PoolObject *)pool)->persistent) {
         PyErr_SetString(PyExc_ValueError,
@@ -213,6 +260,9 @@ static int device_init(DeviceObject *self, PyObject *args, PyObject *kwargs)
     Py_INCREF(pool);
     Py_XDECREF((PyObject *)self->pool);
     self->pool = (PoolObject *)pool;
+    Py_CLEAR(self->departed);
+    if (departed != Py_None)
+        self->departed = Py_NewRef(departed);
     memcpy(self->dev.oid, oid, TM_OID);
     self->dev.size = size;
     self->pin = pin;
@@ -223,6 +273,7 @@ static void device_dealloc(DeviceObject *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     Py_XDECREF((PyObject *)self->pool);
+    Py_XDECREF(self->departed);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF((PyObject *)type);

@@ -4,7 +4,7 @@
 #include <errno.h>
 
 PyObject *SegmentError, *PoolError, *CorruptPageError;
-PyTypeObject *SegmentType, *ClientType, *PoolType, *DeviceType;
+PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -105,7 +105,22 @@ static PyObject *destroy(PyObject *module, PyObject *path)
     Py_RETURN_NONE;
 }
 
+static PyObject *checksum(PyObject *module, PyObject *arg)
+{
+    Py_buffer view;
+    uint64_t sum;
+    (void)module;
+    if (PyObject_GetBuffer(arg, &view, PyBUF_SIMPLE))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    sum = codec_checksum(view.buf, (size_t)view.len);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 static PyMethodDef functions[] = {
+    {"checksum", checksum, METH_O, "checksum(data)\n--\n\nXXH3 of some bytes."},
     {"create", (PyCFunction)(void (*)(void))create, METH_VARARGS | METH_KEYWORDS,
      "create(path, memory_bytes)\n--\n\nCreate a segment file and attach it."},
     {"attach", attach, METH_O, "attach(path)\n--\n\nAttach an existing segment."},
@@ -130,15 +145,18 @@ static int add_types(PyObject *module)
     SegmentType = make_segment_type();
     ClientType = SegmentType ? make_client_type() : NULL;
     PoolType = ClientType ? make_pool_type() : NULL;
-    DeviceType = PoolType ? make_device_type() : NULL;
+    ExporterType = PoolType ? make_exporter_type() : NULL;
+    DeviceType = ExporterType ? make_device_type() : NULL;
     if (!DeviceType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
            || PyModule_AddObjectRef(module, "Client", (PyObject *)ClientType)
            || PyModule_AddObjectRef(module, "Pool", (PyObject *)PoolType)
+           || PyModule_AddObjectRef(module, "Exporter", (PyObject *)ExporterType)
            || PyModule_AddObjectRef(module, "Device", (PyObject *)DeviceType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)
+           || PyModule_AddIntConstant(module, "UUID_SIZE", TM_UUID)
            || PyModule_AddIntConstant(module, "VERSION", TM_VERSION)
                ? -1
                : 0;

@@ -119,10 +119,10 @@ static PyObject *put(PoolObject *self, PyObject *const *args, Py_ssize_t nargs, 
         goto fail;
     if (n >= GIL_PAGES) {
         Py_BEGIN_ALLOW_THREADS
-        result = tm_put(&h, oid, index, view.buf, n, keep_old);
+        result = tm_put(&h, oid, index, view.buf, n, keep_old ? KEEP_OLD : KEEP_NOTHING);
         Py_END_ALLOW_THREADS
     } else {
-        result = tm_put(&h, oid, index, view.buf, n, keep_old);
+        result = tm_put(&h, oid, index, view.buf, n, keep_old ? KEEP_OLD : KEEP_NOTHING);
     }
     PyBuffer_Release(&view);
     return result_of(result);
@@ -224,7 +224,7 @@ static PyObject *statistics(PoolObject *self, PyObject *unused)
         [C_PUT_FLUSHED] = "puts_flushed", [C_GETS] = "gets", [C_HITS] = "gets_hit", [C_FLUSHES] = "flushes",
         [C_FLUSHED] = "flushes_found", [C_OBJECT_FLUSHES] = "object_flushes",
         [C_OBJECTS_FLUSHED] = "object_flushes_found", [C_EVICTIONS] = "evictions", [C_CORRUPT] = "corrupt_pages",
-        [C_TAKEN] = "gets_taken",
+        [C_TAKEN] = "gets_taken", [C_DROPPED] = "pages_dropped",
     };
     struct tm_segment *seg = segment_of(self->owner);
     (void)unused;
@@ -233,10 +233,16 @@ static PyObject *statistics(PoolObject *self, PyObject *unused)
     struct tm_pool *p = &seg->pools[self->pool];
     if (!atomic_load(&seg->super->alive) || atomic_load(&p->state) != 1 || atomic_load(&p->serial) != self->serial)
         return raise_result(TM_NOPOOL);
+    int shared = p->link != 0;
+    if (shared)
+        p = &seg->pools[p->link];
     PyObject *dict = PyDict_New();
     int bad = !dict || set_number(dict, "id", self->pool % TM_CLIENT_POOLS)
               || set_number(dict, "persistent", self->persistent) || set_number(dict, "exclusive", self->exclusive)
-              || set_number(dict, "pages", p->pages) || set_number(dict, "bytes", p->bytes)
+              || set_number(dict, "shared", shared) || set_number(dict, "pages", p->pages)
+              || set_number(dict, "pages_max", p->pages_most) || set_number(dict, "objects", p->objects)
+              || set_number(dict, "objects_max", p->objects_most) || set_number(dict, "nodes", p->nodes)
+              || set_number(dict, "nodes_max", p->nodes_most) || set_number(dict, "bytes", p->bytes)
               || set_number(dict, "fill_pages", p->fill_pages) || set_number(dict, "raw_pages", p->raw_pages)
               || set_number(dict, "compressed_pages", p->pages - p->fill_pages - p->raw_pages);
     for (unsigned i = 0; !bad && i < C_NCOUNTERS; i++)
@@ -275,6 +281,97 @@ static PyObject *get_client(PoolObject *self, void *unused)
     return seg ? client_wrap(self->owner, id, self->client_serial) : NULL;
 }
 
+/* The pool, or the shared one that it is a membership of; NULL with an exception. */
+static struct tm_pool *shared_of(PoolObject *self)
+{
+    struct tm_segment *seg = segment_of(self->owner);
+    if (!seg)
+        return NULL;
+    struct tm_pool *p = &seg->pools[self->pool];
+    if (!atomic_load(&seg->super->alive) || atomic_load(&p->state) != LIVE || atomic_load(&p->serial) != self->serial) {
+        raise_result(TM_NOPOOL);
+        return NULL;
+    }
+    return p->link ? &seg->pools[p->link] : p;
+}
+
+static PyObject *get_uuid(PoolObject *self, void *unused)
+{
+    struct tm_pool *p = shared_of(self);
+    (void)unused;
+    if (!p)
+        return NULL;
+    if (p == &self->owner->seg->pools[self->pool])
+        Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize((const char *)p->uuid, TM_UUID);
+}
+
+static PyObject *get_owner(PoolObject *self, void *unused)
+{
+    struct tm_pool *p = shared_of(self);
+    (void)unused;
+    if (!p)
+        return NULL;
+    uint32_t id = atomic_load(&p->owner);
+    return client_wrap(self->owner, id, atomic_load(&self->owner->seg->clients[id].serial));
+}
+
+static PyObject *get_sharers(PoolObject *self, void *unused)
+{
+    struct tm_pool *p = shared_of(self);
+    PyObject *list = p ? PyList_New(0) : NULL;
+    (void)unused;
+    if (!list)
+        return NULL;
+    struct tm_segment *seg = self->owner->seg;
+    uint64_t sharers = p == &seg->pools[self->pool] ? UINT64_C(1) << self->pool / TM_CLIENT_POOLS
+                                                    : atomic_load(&p->sharers);
+    for (uint32_t i = 0; list && i < TM_MAX_CLIENTS; i++) {
+        if (!(sharers >> i & 1))
+            continue;
+        PyObject *item = client_wrap(self->owner, i, atomic_load(&seg->clients[i].serial));
+        if (!item || PyList_Append(list, item))
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
+static PyObject *export(PoolObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"changes", NULL};
+    int changes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|p:export", names, &changes))
+        return NULL;
+    if (!self->persistent) {
+        PyErr_SetString(PoolError, "pages of ephemeral pools are not saved: they may be gone at any time anyway");
+        return NULL;
+    }
+    return exporter_new(self, changes);
+}
+
+static PyObject *import_records(PoolObject *self, PyObject *arg)
+{
+    struct tm_handle h;
+    Py_buffer view;
+    int64_t result;
+    if (PyObject_GetBuffer(arg, &view, PyBUF_SIMPLE))
+        return NULL;
+    if (handle_of(self, &h)) {
+        PyBuffer_Release(&view);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    result = tm_import(&h, view.buf, (size_t)view.len);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    if (result == TM_REFUSED) {
+        PyErr_SetString(PoolError, "there is no memory for another page: use a larger segment, or flush something");
+        return NULL;
+    }
+    return result_of(result);
+}
+
 static PyObject *get_flag(PoolObject *self, void *exclusive)
 {
     return PyBool_FromLong(exclusive ? self->exclusive : self->persistent);
@@ -296,12 +393,17 @@ static PyMethodDef methods[] = {
     {"present", (PyCFunction)(void (*)(void))present, METH_FASTCALL, NULL},
     {"statistics", (PyCFunction)statistics, METH_NOARGS, NULL},
     {"destroy", (PyCFunction)destroy_pool, METH_NOARGS, NULL},
+    {"export", (PyCFunction)(void (*)(void))export, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"import_records", (PyCFunction)import_records, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef getset[] = {
     {"id", (getter)get_id, NULL, NULL, NULL},
     {"client", (getter)get_client, NULL, NULL, NULL},
     {"persistent", (getter)get_flag, NULL, NULL, NULL},
+    {"uuid", (getter)get_uuid, NULL, NULL, NULL},
+    {"owner", (getter)get_owner, NULL, NULL, NULL},
+    {"sharers", (getter)get_sharers, NULL, NULL, NULL},
     {"exclusive", (getter)get_flag, NULL, NULL, (void *)1},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -1,4 +1,4 @@
-/* Segment and Client. */
+/* Segment. */
 #include "py.h"
 
 #include <string.h>
@@ -37,7 +37,32 @@ PyObject *raise_result(int64_t result)
         PyErr_SetString(SegmentError, "the segment has no room for another thread; end some of its processes");
         break;
     case TM_FULL:
-        PyErr_SetString(PoolError, "the table of clients (64) or of this client's pools (16) is full; destroy one");
+        PyErr_SetString(PoolError, "the table of clients (64), of this client's pools (16), of its authorisations (16) or "
+                                   "of shared pools (16) is full; destroy or revoke one");
+        break;
+    case TM_DENIED:
+        PyErr_SetString(PoolError, "the client is not authorised for this shared pool: see tmem authorise");
+        break;
+    case TM_TAKEN:
+        PyErr_SetString(PoolError, "a client of this name, or a pool of this number or uuid of the client, exists already");
+        break;
+    case TM_BUSY:
+        PyErr_SetString(PoolError, "somebody else is at it, or a process is stopped inside an operation: try again");
+        break;
+    case TM_WRONG:
+        PyErr_SetString(PoolError, "the client's handoff is not so far, or further: this step does not follow");
+        break;
+    case TM_WAIT:
+        PyErr_SetString(PoolError, "the client has been handed over: its pages live in another segment now");
+        break;
+    case TM_SHUT:
+        PyErr_SetString(PoolError, "the client, or the segment, is frozen or off: see tmem thaw and tmem on");
+        break;
+    case TM_TOO_MUCH:
+        PyErr_SetString(PoolError, "so much memory cannot be promised now: other clients have or were promised too much");
+        break;
+    case TM_MALFORMED:
+        PyErr_SetString(PyExc_ValueError, "these are not records of pages");
         break;
     default:
         PyErr_Format(PyExc_RuntimeError, "unexpected result %lld", (long long)result);
@@ -100,26 +125,44 @@ static PyObject *get_alive(SegmentObject *self, void *unused)
     return PyBool_FromLong(self->seg && atomic_load(&self->seg->super->alive));
 }
 
+/* The bytes of a client's name; NULL with an exception. */
+static PyObject *client_name_of(PyObject *arg)
+{
+    char *name;
+    Py_ssize_t length;
+    PyObject *bytes = PyUnicode_Check(arg) ? PyUnicode_AsUTF8String(arg) : NULL;
+    if (!bytes && !PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "a client's name must be a str");
+    if (!bytes)
+        return NULL;
+    if (PyBytes_AsStringAndSize(bytes, &name, &length) == 0 && length >= 1 && length < (Py_ssize_t)TM_NAME
+        && strlen(name) == (size_t)length)
+        return bytes;
+    Py_DECREF(bytes);
+    PyErr_Clear();
+    PyErr_SetString(PyExc_ValueError, "a client's name has 1 to 63 bytes");
+    return NULL;
+}
+
 static PyObject *client(SegmentObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"name", "create", NULL};
-    const char *name;
-    Py_ssize_t length;
+    PyObject *arg;
     int create = 1, rc;
     uint32_t id = 0, serial = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s#|p:client", names, &name, &length, &create))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p:client", names, &arg, &create))
         return NULL;
-    if (length < 1 || length >= (Py_ssize_t)TM_NAME || strlen(name) != (size_t)length) {
-        PyErr_SetString(PyExc_ValueError, "a client's name has 1 to 63 bytes");
+    PyObject *name = client_name_of(arg);
+    struct tm_ctx *ctx = name ? context_of(self) : NULL;
+    if (!ctx) {
+        Py_XDECREF(name);
         return NULL;
     }
-    struct tm_ctx *ctx = context_of(self);
-    if (!ctx)
-        return NULL;
-    rc = client_open(ctx, name, create, &id, &serial);
+    rc = client_open(ctx, PyBytes_AsString(name), create, &id, &serial);
     if (rc == TM_MISS)
-        return PyErr_Format(PoolError, "there is no client called %s", name);
-    return rc == TM_OK ? client_wrap(self, id, serial) : raise_result(rc);
+        PyErr_Format(PoolError, "there is no client called %s", PyBytes_AsString(name));
+    Py_DECREF(name);
+    return rc == TM_OK ? client_wrap(self, id, serial) : rc == TM_MISS ? NULL : raise_result(rc);
 }
 
 static PyObject *clients(SegmentObject *self, PyObject *unused)
@@ -136,6 +179,59 @@ static PyObject *clients(SegmentObject *self, PyObject *unused)
         Py_XDECREF(item);
     }
     return list;
+}
+
+const char *const mode_names[3] = {"on", "frozen", "off"};
+
+int word_of(PyObject *value, const char *const *words, unsigned n, const char *what)
+{
+    for (unsigned i = 0; value && PyUnicode_Check(value) && i < n; i++)
+        if (PyUnicode_CompareWithASCIIString(value, words[i]) == 0)
+            return (int)i;
+    PyErr_Format(PyExc_ValueError, "%s: %R is not possible", what, value ? value : Py_None);
+    return -1;
+}
+
+static PyObject *get_mode(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    return seg ? PyUnicode_FromString(mode_names[atomic_load(&seg->super->mode)]) : NULL;
+}
+
+static int set_mode(SegmentObject *self, PyObject *value, void *unused)
+{
+    int mode = word_of(value, mode_names, 3, "mode"), rc;
+    struct tm_ctx *ctx = mode < 0 ? NULL : context_of(self);
+    (void)unused;
+    if (!ctx)
+        return -1;
+    Py_BEGIN_ALLOW_THREADS
+    rc = segment_set_mode(ctx, (uint32_t)mode);
+    Py_END_ALLOW_THREADS
+    return rc == TM_OK ? 0 : (raise_result(rc), -1);
+}
+
+static PyObject *stage(SegmentObject *self, PyObject *arg)
+{
+    uint32_t id = 0, serial = 0;
+    PyObject *name = client_name_of(arg);
+    struct tm_ctx *ctx = name ? context_of(self) : NULL;
+    int rc = ctx ? client_stage(ctx, PyBytes_AsString(name), &id, &serial) : 0;
+    Py_XDECREF(name);
+    if (!ctx)
+        return NULL;
+    return rc == TM_OK ? client_wrap(self, id, serial) : raise_result(rc);
+}
+
+static PyObject *commit(SegmentObject *self, PyObject *unused)
+{
+    struct tm_ctx *ctx = context_of(self);
+    (void)unused;
+    if (!ctx)
+        return NULL;
+    int rc = client_commit(ctx);
+    return rc >= 0 ? PyLong_FromLong(rc) : raise_result(rc);
 }
 
 /* Sums over all chunks: O(chunks), 16 per MiB of the segment. */
@@ -160,34 +256,91 @@ static struct usage usage_of(struct tm_segment *seg)
 static PyObject *statistics(SegmentObject *self, PyObject *unused)
 {
     struct tm_segment *seg = segment_of(self);
-    int64_t persistent = 0, ephemeral = 0, fill = 0;
-    uint64_t evicted = 0;
+    int64_t persistent = 0, ephemeral = 0, fill = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
+    uint64_t evicted, operations;
+    const int64_t raw = TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP;
     (void)unused;
     if (!seg)
         return NULL;
+    struct tm_super *super = seg->super;
+    most_update(seg);
+    evicted = atomic_load(&super->retired_evictions);
+    operations = atomic_load(&super->retired_operations);
+    fresh = (int64_t)atomic_load(&super->retired_new);
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         struct tm_pool *pool = &seg->pools[p];
-        if (!atomic_load(&pool->state))
+        if (!atomic_load(&pool->state) || pool->link)
             continue;
         *(pool->persistent ? &persistent : &ephemeral) += pool->pages;
         fill += pool->fill_pages;
+        compressed += pool->bytes - pool->raw_pages * raw;
+        objects += pool->objects;
+        nodes += pool->nodes;
         evicted += pool->counters[C_EVICTIONS];
+        operations += pool->counters[C_PUTS] + pool->counters[C_GETS] + pool->counters[C_FLUSHES]
+                      + pool->counters[C_OBJECT_FLUSHES];
+        if (!pool->persistent)
+            fresh += (int64_t)(pool->counters[C_STORED] - pool->counters[C_REPLACED]);
     }
     struct usage u = usage_of(seg);
-    int64_t nused = seg->super->nused, nret = seg->super->nret;
+    int64_t nused = super->nused, nret = super->nret;
+    const struct { const char *name; int64_t value; } all[] = {
+        {"layout_version", TM_VERSION},
+        {"memory_bytes", (int64_t)super->memory_bytes},
+        {"used_bytes", nused * TM_CHUNK + (int64_t)seg->data_offset},
+        {"reserve_bytes", nret * TM_CHUNK},
+        {"metadata_bytes", u.meta * TM_CHUNK + (int64_t)seg->data_offset},
+        {"persistent_pages", persistent},
+        {"ephemeral_pages", ephemeral},
+        {"fill_pages", fill},
+        {"pages_max", (int64_t)super->most[MOST_PAGES]},
+        {"ephemeral_pages_max", (int64_t)super->most[MOST_EPHEMERAL]},
+        {"compressed_bytes", compressed},
+        {"objects", objects},
+        {"objects_max", (int64_t)super->most[MOST_OBJECTS]},
+        {"nodes", nodes},
+        {"nodes_max", (int64_t)super->most[MOST_NODES]},
+        {"operations", (int64_t)operations},
+        {"failed_operations", (int64_t)super->failed},
+        {"ephemeral_puts_new", fresh},
+        {"allocation_failures", (int64_t)super->no_memory},
+        {"evicted_pages", (int64_t)evicted},
+        {"eviction_attempts", (int64_t)super->drains},
+        {"evictions_per_request_max", (int64_t)super->drains_most},
+        {"trims", (int64_t)super->trims},
+        {"trimmed_bytes", (int64_t)super->trimmed_bytes},
+        {"relocated_pages", (int64_t)super->relocated},
+        {"chunks_total", seg->nchunks},
+        {"chunks_used", nused},
+        {"chunks_used_max", (int64_t)super->most[MOST_CHUNKS]},
+        {"chunks_free", (int64_t)seg->nchunks - nused},
+        {"dead_threads_repaired", (int64_t)super->deaths},
+    };
     PyObject *dict = PyDict_New();
-    if (dict
-        && (set_number(dict, "layout_version", TM_VERSION)
-            || set_number(dict, "memory_bytes", (int64_t)seg->super->memory_bytes)
-            || set_number(dict, "used_bytes", nused * TM_CHUNK + (int64_t)seg->data_offset)
-            || set_number(dict, "reserve_bytes", nret * TM_CHUNK)
-            || set_number(dict, "metadata_bytes", u.meta * TM_CHUNK + (int64_t)seg->data_offset)
-            || set_number(dict, "persistent_pages", persistent) || set_number(dict, "ephemeral_pages", ephemeral)
-            || set_number(dict, "fill_pages", fill) || set_number(dict, "evicted_pages", (int64_t)evicted)
-            || set_number(dict, "chunks_total", seg->nchunks) || set_number(dict, "chunks_used", nused)
-            || set_number(dict, "chunks_free", (int64_t)seg->nchunks - nused)
-            || set_number(dict, "dead_threads_repaired", (int64_t)atomic_load(&seg->super->deaths))))
-        Py_CLEAR(dict);
+    for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
+        if (set_number(dict, all[i].name, all[i].value))
+            Py_CLEAR(dict);
+    return dict;
+}
+
+static PyObject *timing(SegmentObject *self, PyObject *unused)
+{
+    static const char *const names[8] = {
+        [T_STORED] = "put_stored", [T_REFUSED] = "put_refused", [T_HIT] = "get_hit",
+        [T_MISSED] = "get_missed", [T_FLUSH] = "flush", [T_FLUSH_OBJECT] = "flush_object",
+        [T_COMPRESS] = "compress", [T_DECOMPRESS] = "decompress",
+    };
+    struct tm_segment *seg = segment_of(self);
+    PyObject *dict = seg ? PyDict_New() : NULL;
+    (void)unused;
+    for (unsigned i = 0; dict && i < 8; i++) {
+        const struct tm_timing *t = &seg->super->timing[i];
+        PyObject *item = Py_BuildValue("(KKKK)", (unsigned long long)t->samples, (unsigned long long)t->total_ns,
+                                       (unsigned long long)t->least_ns, (unsigned long long)t->most_ns);
+        if (!item || PyDict_SetItemString(dict, names[i], item))
+            Py_CLEAR(dict);
+        Py_XDECREF(item);
+    }
     return dict;
 }
 
@@ -253,12 +406,16 @@ static PyObject *with_bytes(SegmentObject *self, PyObject *arg, uint64_t (*work)
 
 static PyObject *populate(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, tm_populate); }
 static PyObject *trim(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, tm_trim); }
-static PyObject *evict(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, tm_evict); }
+static uint64_t evict_any(struct tm_ctx *ctx, uint64_t bytes) { return tm_evict(ctx, -1, bytes); }
+static PyObject *evict(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, evict_any); }
 
 static PyMethodDef segment_methods[] = {
     {"client", (PyCFunction)(void (*)(void))client, METH_VARARGS | METH_KEYWORDS, NULL},
     {"clients", (PyCFunction)clients, METH_NOARGS, NULL},
+    {"stage", (PyCFunction)stage, METH_O, NULL},
+    {"commit", (PyCFunction)commit, METH_NOARGS, NULL},
     {"statistics", (PyCFunction)statistics, METH_NOARGS, NULL},
+    {"timing", (PyCFunction)timing, METH_NOARGS, NULL},
     {"freeable_bytes", (PyCFunction)freeable, METH_NOARGS, NULL},
     {"check", (PyCFunction)check, METH_NOARGS, NULL},
     {"reap", (PyCFunction)reap, METH_NOARGS, NULL},
@@ -272,6 +429,7 @@ static PyGetSetDef segment_getset[] = {
     {"path", (getter)get_path, NULL, NULL, NULL},
     {"memory_bytes", (getter)get_memory, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
+    {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -282,201 +440,6 @@ PyTypeObject *make_segment_type(void)
                                   {Py_tp_getset, segment_getset},
                                   {0, NULL}};
     static PyType_Spec spec = {"tmem.backends._native.Segment", sizeof(SegmentObject), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
-    return (PyTypeObject *)PyType_FromSpec(&spec);
-}
-
-/* ---- Client ---- */
-
-PyObject *client_wrap(SegmentObject *owner, uint32_t id, uint32_t serial)
-{
-    ClientObject *self = PyObject_New(ClientObject, ClientType);
-    if (self) {
-        self->owner = (SegmentObject *)Py_NewRef((PyObject *)owner);
-        self->id = id;
-        self->serial = serial;
-    }
-    return (PyObject *)self;
-}
-
-static void client_dealloc(ClientObject *self)
-{
-    PyTypeObject *type = Py_TYPE((PyObject *)self);
-    Py_DECREF((PyObject *)self->owner);
-    PyObject_Free(self);
-    Py_DECREF((PyObject *)type);
-}
-
-static struct tm_client *client_of(ClientObject *self)
-{
-    struct tm_segment *seg = segment_of(self->owner);
-    if (!seg)
-        return NULL;
-    struct tm_client *c = &seg->clients[self->id];
-    if (atomic_load(&seg->super->alive) && atomic_load(&c->state) == 1 && atomic_load(&c->serial) == self->serial)
-        return c;
-    raise_result(TM_NOPOOL);
-    return NULL;
-}
-
-static PyObject *client_id(ClientObject *self, void *unused)
-{
-    (void)unused;
-    return PyLong_FromUnsignedLong(self->id);
-}
-
-static PyObject *client_name(ClientObject *self, void *unused)
-{
-    struct tm_client *c = client_of(self);
-    (void)unused;
-    return c ? PyUnicode_DecodeFSDefault(c->name) : NULL;
-}
-
-static PyObject *get_cap(ClientObject *self, void *unused)
-{
-    struct tm_client *c = client_of(self);
-    (void)unused;
-    return c ? PyLong_FromUnsignedLongLong(atomic_load(&c->cap_bytes)) : NULL;
-}
-
-static int set_cap(ClientObject *self, PyObject *value, void *unused)
-{
-    struct tm_client *c = client_of(self);
-    (void)unused;
-    if (!c)
-        return -1;
-    if (!value) {
-        PyErr_SetString(PyExc_AttributeError, "cap_bytes cannot be deleted; 0 is no limit");
-        return -1;
-    }
-    unsigned long long bytes = PyLong_AsUnsignedLongLong(value);
-    if (PyErr_Occurred())
-        return -1;
-    if (bytes > INT64_MAX) {
-        PyErr_SetString(PyExc_ValueError, "cap_bytes is too large");
-        return -1;
-    }
-    atomic_store(&c->cap_bytes, bytes);
-    return 0;
-}
-
-static PyObject *new_pool(ClientObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"persistent", "exclusive", NULL};
-    int persistent, exclusive;
-    PyObject *want = Py_None;
-    uint32_t pool = 0, serial = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "p|O:new_pool", names, &persistent, &want))
-        return NULL;
-    exclusive = want == Py_None ? !persistent : PyObject_IsTrue(want);
-    struct tm_ctx *ctx = exclusive < 0 || !client_of(self) ? NULL : context_of(self->owner);
-    if (!ctx)
-        return NULL;
-    int rc = pool_new(ctx, self->id, self->serial, persistent, exclusive, &pool, &serial);
-    return rc == TM_OK ? pool_wrap(self->owner, pool, serial) : raise_result(rc);
-}
-
-static PyObject *pools(ClientObject *self, PyObject *unused)
-{
-    PyObject *list = client_of(self) ? PyList_New(0) : NULL;
-    (void)unused;
-    for (uint32_t i = 0; list && i < TM_CLIENT_POOLS; i++) {
-        uint32_t pool = self->id * TM_CLIENT_POOLS + i;
-        if (atomic_load(&self->owner->seg->pools[pool].state) != 1)
-            continue;
-        PyObject *item = pool_wrap(self->owner, pool, atomic_load(&self->owner->seg->pools[pool].serial));
-        if (!item || PyList_Append(list, item))
-            Py_CLEAR(list);
-        Py_XDECREF(item);
-    }
-    return list;
-}
-
-static PyObject *one_pool(ClientObject *self, PyObject *arg)
-{
-    unsigned long id = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred() || !client_of(self))
-        return NULL;
-    uint32_t pool = self->id * TM_CLIENT_POOLS + (uint32_t)id;
-    if (id >= TM_CLIENT_POOLS || atomic_load(&self->owner->seg->pools[pool].state) != 1)
-        return PyErr_Format(PoolError, "client %s has no pool %lu", self->owner->seg->clients[self->id].name, id);
-    return pool_wrap(self->owner, pool, atomic_load(&self->owner->seg->pools[pool].serial));
-}
-
-static PyObject *client_statistics(ClientObject *self, PyObject *unused)
-{
-    struct tm_client *c = client_of(self);
-    int64_t persistent = 0, ephemeral = 0, npools = 0;
-    (void)unused;
-    if (!c)
-        return NULL;
-    for (uint32_t i = 0; i < TM_CLIENT_POOLS; i++) {
-        struct tm_pool *p = &self->owner->seg->pools[self->id * TM_CLIENT_POOLS + i];
-        if (atomic_load(&p->state) != 1)
-            continue;
-        *(p->persistent ? &persistent : &ephemeral) += p->pages;
-        npools++;
-    }
-    PyObject *dict = PyDict_New();
-    if (dict
-        && (set_number(dict, "id", self->id) || set_number(dict, "cap_bytes", (int64_t)atomic_load(&c->cap_bytes))
-            || set_number(dict, "used_bytes", c->used_bytes) || set_number(dict, "persistent_pages", persistent)
-            || set_number(dict, "ephemeral_pages", ephemeral) || set_number(dict, "pools", npools)))
-        Py_CLEAR(dict);
-    return dict;
-}
-
-static PyObject *destroy_client(ClientObject *self, PyObject *unused)
-{
-    struct tm_ctx *ctx = client_of(self) ? context_of(self->owner) : NULL;
-    int rc;
-    (void)unused;
-    if (!ctx)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    rc = client_destroy(ctx, self->id, self->serial);
-    Py_END_ALLOW_THREADS
-    if (rc != TM_OK)
-        return raise_result(rc);
-    Py_RETURN_NONE;
-}
-
-static PyObject *client_compare(PyObject *a, PyObject *b, int op)
-{
-    if (!PyObject_TypeCheck(b, ClientType) || (op != Py_EQ && op != Py_NE))
-        Py_RETURN_NOTIMPLEMENTED;
-    ClientObject *x = (ClientObject *)a, *y = (ClientObject *)b;
-    int same = x->id == y->id && x->serial == y->serial && x->owner->seg && y->owner->seg
-               && x->owner->seg->super->nonce == y->owner->seg->super->nonce;
-    return PyBool_FromLong(same == (op == Py_EQ));
-}
-
-static Py_hash_t client_hash(ClientObject *self) { return (Py_hash_t)self->id * 1000003 + self->serial; }
-
-static PyMethodDef client_methods[] = {
-    {"new_pool", (PyCFunction)(void (*)(void))new_pool, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"pools", (PyCFunction)pools, METH_NOARGS, NULL},
-    {"pool", (PyCFunction)one_pool, METH_O, NULL},
-    {"statistics", (PyCFunction)client_statistics, METH_NOARGS, NULL},
-    {"destroy", (PyCFunction)destroy_client, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-static PyGetSetDef client_getset[] = {
-    {"id", (getter)client_id, NULL, NULL, NULL},
-    {"name", (getter)client_name, NULL, NULL, NULL},
-    {"cap_bytes", (getter)get_cap, (setter)set_cap, NULL, NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
-PyTypeObject *make_client_type(void)
-{
-    static PyType_Slot slots[] = {{Py_tp_dealloc, (void *)client_dealloc},
-                                  {Py_tp_methods, client_methods},
-                                  {Py_tp_getset, client_getset},
-                                  {Py_tp_richcompare, (void *)client_compare},
-                                  {Py_tp_hash, (void *)client_hash},
-                                  {0, NULL}};
-    static PyType_Spec spec = {"tmem.backends._native.Client", sizeof(ClientObject), 0,
                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
     return (PyTypeObject *)PyType_FromSpec(&spec);
 }

@@ -25,7 +25,7 @@ static void drop_void_intents(struct tm_segment *seg, uint32_t bin)
 
 void repair_bin(struct tm_segment *seg, uint32_t bin)
 {
-    uint32_t units = TM_CHUNK / bin_stride(bin), head = 0;
+    uint32_t units = TM_CHUNK / bin_stride(bin), head = 0, room = 0;
     for (uint32_t c = 0; c < seg->nchunks; c++) {
         struct tm_chunk *d = &seg->chunks[c];
         if (atomic_load(&seg->states[c]) != CHUNK_USED || d->bin != bin)
@@ -44,8 +44,10 @@ void repair_bin(struct tm_segment *seg, uint32_t bin)
         if (head)
             seg->chunks[head - 1].prev = c + 1;
         head = c + 1;
+        room += d->nfree;
     }
     seg->bins[bin].partial = head;
+    atomic_store(&seg->bins[bin].room, room);
     drop_void_intents(seg, bin);
 }
 
@@ -54,8 +56,10 @@ void repair_chunks(struct tm_segment *seg)
     struct tm_super *s = seg->super;
     uint32_t nfree = 0, nret = 0, nused = 0;
     s->free_head = s->ret_head = s->fresh = 0;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+    for (uint32_t i = 0; i < TM_NACCOUNTS; i++) {
         memset(seg->clients[i].queues, 0, sizeof seg->clients[i].queues);
+        atomic_store(&seg->clients[i].index_chunks, 0);
+    }
     for (uint32_t c = seg->nchunks; c-- > 0;) {
         struct tm_chunk *d = &seg->chunks[c];
         uint8_t state = atomic_load(&seg->states[c]);
@@ -72,12 +76,14 @@ void repair_chunks(struct tm_segment *seg)
         } else if (state == CHUNK_USED || state == CHUNK_BUSY) {
             nused++;
         }
+        if (state == CHUNK_USED && d->bin >= BIN_LEAF && (d->bin - BIN_LEAF) / 3u < TM_FIRST_SHARED)
+            seg->clients[(d->bin - BIN_LEAF) / 3u / TM_CLIENT_POOLS].index_chunks++;
         if (state != CHUNK_USED || !d->queued || !bin_is_ephemeral(d->bin)) {
             d->queued = 0;
             continue;
         }
         /* The order of a queue is only advice: after a death it is that of the chunks. */
-        struct tm_queue *q = &seg->clients[bin_client(d->bin)].queues[bin_queue(d->bin)];
+        struct tm_queue *q = &seg->clients[bin_account(d->bin)].queues[bin_queue(d->bin)];
         d->qprev = 0;
         d->qnext = q->head;
         if (q->head)
@@ -224,8 +230,22 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
 }
 
 struct tally {
-    int64_t pages, fill, raw, bytes;
+    int64_t pages, fill, raw, bytes, objects, nodes;
 };
+
+/* The linked objects of all pools, and their index. */
+static void tally_objects(struct tm_segment *seg, struct tally *found)
+{
+    for (uint32_t b = 0; b < seg->super->nbuckets; b++)
+        for (uint32_t ref = atomic_load(&seg->buckets[b]); ref;) {
+            struct tm_object *o = meta_at(seg, ref);
+            if (o->pool < TM_MAX_POOLS) {
+                found[o->pool].objects++;
+                found[o->pool].nodes += object_units(seg, o);
+            }
+            ref = atomic_load(&o->next);
+        }
+}
 
 /* What the slots of a pool say. */
 static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
@@ -269,7 +289,8 @@ static uint64_t commits(struct tm_segment *seg)
         if (!atomic_load(&pool->state))
             continue;
         sum += pool->counters[C_STORED] + pool->counters[C_PUT_FLUSHED] + pool->counters[C_FLUSHED]
-               + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT];
+               + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT]
+               + pool->counters[C_DROPPED];
     }
     return sum;
 }
@@ -284,29 +305,41 @@ void recount(struct tm_ctx *ctx)
         uint64_t before = commits(seg);
         if (!grace(ctx, 100) || commits(seg) != before)
             continue;
-        int64_t used[TM_MAX_CLIENTS] = {0};
+        int64_t used[TM_NACCOUNTS] = {0}, ephemeral[TM_NACCOUNTS] = {0};
         static _Thread_local struct tally found[TM_MAX_POOLS];
+        memset(found, 0, sizeof found);
         struct tally held;
         for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
             if (atomic_load(&seg->pools[p].state))
                 found[p] = tally_pool(seg, p);
+        op_begin(ctx); /* what is walked cannot be freed */
+        tally_objects(seg, found);
+        op_end(ctx);
         if (!grace(ctx, 100) || commits(seg) != before)
             continue;
         for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
             struct tm_pool *pool = &seg->pools[p];
             if (!atomic_load(&pool->state))
                 continue;
-            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->bytes};
+            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages,
+                                  pool->bytes, pool->objects,    pool->nodes};
             /* Add the difference: operations that began meanwhile keep their count. */
             pool->pages += found[p].pages - held.pages;
             pool->fill_pages += found[p].fill - held.fill;
             pool->raw_pages += found[p].raw - held.raw;
             pool->bytes += found[p].bytes - held.bytes;
-            used[p / TM_CLIENT_POOLS] += found[p].bytes;
+            pool->objects += found[p].objects - held.objects;
+            pool->nodes += found[p].nodes - held.nodes;
+            used[account_of(p)] += found[p].bytes;
+            ephemeral[account_of(p)] += pool->persistent ? 0 : found[p].pages;
         }
-        for (uint32_t i_client = 0; i_client < TM_MAX_CLIENTS; i_client++)
-            if (atomic_load(&seg->clients[i_client].state))
-                seg->clients[i_client].used_bytes += used[i_client] - seg->clients[i_client].used_bytes;
+        for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
+            struct tm_client *c = &seg->clients[a];
+            if (a < TM_MAX_CLIENTS && !atomic_load(&c->state))
+                continue;
+            c->used_bytes += used[a] - c->used_bytes;
+            c->ephemeral += ephemeral[a] - c->ephemeral;
+        }
         atomic_store(&seg->super->recount, 0);
     }
 }

@@ -46,7 +46,7 @@ static bool geometry(struct tm_super *s, uint64_t memory_bytes)
     while ((uint64_t)s->nbuckets * 8192 < memory_bytes)
         s->nbuckets *= 2;
     take(&end, sizeof *s);
-    s->off_clients = take(&end, sizeof(struct tm_client) * TM_MAX_CLIENTS);
+    s->off_clients = take(&end, sizeof(struct tm_client) * TM_NACCOUNTS);
     s->off_pools = take(&end, sizeof(struct tm_pool) * TM_MAX_POOLS);
     s->off_threads = take(&end, sizeof(struct tm_thread) * TM_MAX_THREADS);
     s->off_bins = take(&end, sizeof(struct tm_bin) * TM_NBINS);

@@ -9,17 +9,24 @@
 
 static uint64_t number_of(struct tm_segment *seg, const slot_t *slot) { return off(seg, slot) / 8; }
 
-static bool stored(uint64_t word) { return slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_FILL; }
+bool slot_stored(uint64_t word) { return slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_FILL; }
 
 static uint32_t stride_at(struct tm_segment *seg, uint64_t block)
 {
     return bin_stride(seg->chunks[chunk_of(seg, block * 16)].bin);
 }
 
-static void add(_Atomic int64_t *counter, int64_t n)
+static int64_t add(_Atomic int64_t *counter, int64_t n)
 {
-    if (n)
-        atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+    return n ? atomic_fetch_add_explicit(counter, n, memory_order_relaxed) + n
+             : atomic_load_explicit(counter, memory_order_relaxed);
+}
+
+/* A maximum; between two threads the lesser may win for a moment. */
+static void raise_to(_Atomic int64_t *most, int64_t n)
+{
+    if (n > atomic_load_explicit(most, memory_order_relaxed))
+        atomic_store_explicit(most, n, memory_order_relaxed);
 }
 
 struct change { /* of a pool's sums by one commit */
@@ -43,11 +50,14 @@ static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change
 static void account(struct tm_segment *seg, uint32_t pool, const struct change *sum)
 {
     struct tm_pool *p = &seg->pools[pool];
-    add(&p->pages, sum->pages);
+    struct tm_client *who = &seg->clients[account_of(pool)];
+    raise_to(&p->pages_most, add(&p->pages, sum->pages));
+    if (!p->persistent)
+        raise_to(&who->ephemeral_most, add(&who->ephemeral, sum->pages));
     add(&p->fill_pages, sum->fill);
     add(&p->raw_pages, sum->raw);
     add(&p->bytes, sum->bytes);
-    add(&seg->clients[pool / TM_CLIENT_POOLS].used_bytes, sum->bytes);
+    add(&who->used_bytes, sum->bytes);
 }
 
 /* The block that `word` in `slot` refers to, if it is this slot's to free; 0 if not. A flipped bit in the slot must
@@ -109,14 +119,22 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
     return true;
 }
 
+/* What stays of a page that goes: of one that was exported, that it is gone. */
+static uint64_t empty_word(struct tm_segment *seg, uint32_t pool, uint64_t old)
+{
+    bool gone = seg->pools[pool].persistent && (old & SLOT_FREQ) && phase_of(seg, pool / TM_CLIENT_POOLS);
+    return slot_next(old, SLOT_EMPTY, gone && !MUTANT(7) ? SLOT_GONE : 0);
+}
+
 int slot_flush(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, unsigned type)
 {
     uint64_t old = atomic_load_explicit(slot, memory_order_acquire);
     for (;;) {
-        if (slot_type(old) == SLOT_DEAD || (type == SLOT_EMPTY && !stored(old)))
+        if (slot_type(old) == SLOT_DEAD || (type == SLOT_EMPTY && !slot_stored(old)))
             return 0;
-        int had = stored(old);
-        if (slot_replace(ctx, pool, slot, &old, slot_next(old, type, 0))) {
+        int had = slot_stored(old);
+        uint64_t next = type == SLOT_EMPTY ? empty_word(ctx->seg, pool, old) : slot_next(old, type, 0);
+        if (slot_replace(ctx, pool, slot, &old, next)) {
             if (had)
                 count(ctx->seg, pool, C_FLUSHED, 1);
             return had;
@@ -124,77 +142,141 @@ int slot_flush(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, unsigned type)
     }
 }
 
-/* Memory for `length` bytes within the client's cap; sets intent new_block. 0: refused. */
-static uint64_t room(struct tm_ctx *ctx, uint32_t pool, uint32_t length, uint64_t old)
+/* What the pool's memory grows by if the slot's page is replaced by one of `size`. Asked anew whenever something was
+ * evicted: that may have been the slot's own page. */
+static int64_t growth(struct tm_segment *seg, const slot_t *slot, int64_t size)
 {
-    struct tm_segment *seg = ctx->seg;
-    uint32_t client = pool / TM_CLIENT_POOLS, cls = size_class(length);
-    struct tm_client *who = &seg->clients[client];
-    int64_t cap = (int64_t)atomic_load_explicit(&who->cap_bytes, memory_order_relaxed);
-    if (cap) {
-        int64_t need = TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
-        if (slot_type(old) == SLOT_BLOCK && in_data(seg, (old & SLOT_VALUE) * 16))
-            need -= stride_at(seg, old & SLOT_VALUE);
-        for (unsigned tries = 0; atomic_load(&who->used_bytes) + need > cap; tries++)
-            if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= 2))
-                return 0;
-    }
-    if (seg->pools[pool].persistent)
-        return block_alloc(ctx, BIN_PERSISTENT + cls, -1, false);
-    /* A page that was evicted lately and comes again has proved itself. */
-    unsigned queue = slot_type(old) == SLOT_EMPTY && ghost_is_fresh(seg, pool, old) ? QUEUE_MAIN : QUEUE_PROBATION;
-    return block_alloc(ctx, bin_ephemeral(client, queue, cls), -1, false);
+    uint64_t old = atomic_load_explicit(slot, memory_order_relaxed), block = old & SLOT_VALUE;
+    return slot_type(old) == SLOT_BLOCK && in_data(seg, block * 16) ? size - stride_at(seg, block) : size;
 }
 
-int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, bool keep_old,
-             const uint64_t *expected)
+/* The block, unless it had to be so large that it goes beyond the cap: then 0, and it is freed. */
+static uint64_t within_cap(struct tm_ctx *ctx, const slot_t *slot, int64_t cap, uint64_t block)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t old = atomic_load_explicit(slot, memory_order_acquire), value, block = 0;
-    uint32_t length = 0;
-    bool fill = codec_fill(page, &value);
+    if (!block || !cap || client_bytes(seg, ctx->payer) + growth(seg, slot, stride_at(seg, block)) <= cap)
+        return block;
+    block_free_new(ctx);
+    return 0;
+}
 
-    if (expected && old != *expected)
+/* Memory for `length` bytes within the client's cap and what others were promised; sets intent new_block. 0: refused. */
+static uint64_t room(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint32_t length)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t client = ctx->payer, cls = size_class(length);
+    struct tm_client *who = &seg->clients[client];
+    int64_t cap = (int64_t)atomic_load_explicit(&who->cap_bytes, memory_order_relaxed);
+    int64_t size = TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
+    if (cap)
+        for (unsigned tries = 0; client_bytes(seg, client) + growth(seg, slot, size) > cap; tries++)
+            if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= 2))
+                return 0;
+    for (unsigned tries = 0; !may_grow(seg, client, growth(seg, slot, size)); tries++)
+        if (tries > 200 || (!evict_chunk(ctx, -1, tries >= 8) && !compact(ctx)))
+            return 0;
+    if (seg->pools[pool].persistent)
+        return within_cap(ctx, slot, cap, block_alloc(ctx, BIN_PERSISTENT + cls, ALLOC_NORMAL));
+    /* A page that was evicted lately and comes again has proved itself. */
+    uint64_t old = atomic_load_explicit(slot, memory_order_relaxed);
+    unsigned queue = slot_type(old) == SLOT_EMPTY && ghost_is_fresh(seg, pool, old) ? QUEUE_MAIN : QUEUE_PROBATION;
+    return within_cap(ctx, slot, cap, block_alloc(ctx, bin_ephemeral(account_of(pool), queue, cls), ALLOC_NORMAL));
+}
+
+/* Not stored. Semantics D1: what was there must not be seen again, unless the caller asks for it. */
+static int refuse(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, enum keep keep)
+{
+    struct tm_segment *seg = ctx->seg;
+    if (slot_type(atomic_load_explicit(slot, memory_order_relaxed)) == SLOT_DEAD)
         return TM_AGAIN;
-    if (slot_type(old) == SLOT_BLOCK && in_data(seg, (old & SLOT_VALUE) * 16)) { /* what freeing the old block will touch arrives while we compress */
-        __builtin_prefetch(block_at(seg, old & SLOT_VALUE));
-        __builtin_prefetch(&seg->chunks[chunk_of(seg, (old & SLOT_VALUE) * 16)], 1);
+    if (keep == KEEP_NOTHING && slot_flush(ctx, pool, slot, SLOT_EMPTY)) {
+        atomic_fetch_sub_explicit(&seg->pools[pool].counters[C_FLUSHED], 1, memory_order_relaxed);
+        count(seg, pool, C_PUT_FLUSHED, 1);
+    } else {
+        count(seg, pool, C_REFUSED, 1);
     }
-    if (!fill) {
-        length = codec_compress(ctx, page);
-        block = room(ctx, pool, length, old);
+    return TM_REFUSED;
+}
+
+/* What the next word of a slot must know of a handoff: has the other side an older version of the page? */
+static uint64_t copied_before(const struct tm_segment *seg, uint32_t pool, uint64_t old)
+{
+    if (!seg->pools[pool].persistent)
+        return 0;
+    return (slot_stored(old) ? (old & SLOT_FREQ) != 0 : (old & SLOT_VALUE) != 0) ? SLOT_STALE : 0;
+}
+
+int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *what, enum keep keep,
+               const uint64_t *expected)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t old = atomic_load_explicit(slot, memory_order_acquire), block = 0;
+    if (expected && ((old ^ *expected) & ~SLOT_FREQ))
+        return TM_AGAIN;
+    if (!what->fill) {
+        block = room(ctx, pool, slot, what->length);
         if (!block) {
-            if (slot_type(old) == SLOT_DEAD)
-                return TM_AGAIN;
-            /* Semantics D1: what was there must not be seen again, unless the caller asks for it. */
-            if (!keep_old && slot_flush(ctx, pool, slot, SLOT_EMPTY)) {
-                atomic_fetch_sub_explicit(&seg->pools[pool].counters[C_FLUSHED], 1, memory_order_relaxed);
-                count(seg, pool, C_PUT_FLUSHED, 1);
-            } else {
-                count(seg, pool, C_REFUSED, 1);
-            }
-            return TM_REFUSED;
+            atomic_fetch_add_explicit(&seg->clients[ctx->payer].no_memory, 1, memory_order_relaxed);
+            atomic_fetch_add_explicit(&seg->super->no_memory, 1, memory_order_relaxed);
+            return refuse(ctx, pool, slot, keep);
         }
         KP(44);
-        block_write(block_at(seg, block), number_of(seg, slot), length, length == TM_PAGE ? page : ctx->scratch);
+        block_write(block_at(seg, block), number_of(seg, slot), what->length, what->payload);
         KP(45);
-        value = block;
-        old = expected ? *expected : atomic_load_explicit(slot, memory_order_acquire);
+        what->value = block;
+        old = atomic_load_explicit(slot, memory_order_acquire);
     }
     for (;;) {
-        if (slot_type(old) == SLOT_DEAD || (expected && old != *expected)) {
+        if (slot_type(old) == SLOT_DEAD || (expected && ((old ^ *expected) & ~SLOT_FREQ))) {
             if (block)
                 block_free_new(ctx);
             return TM_AGAIN;
         }
-        bool had = stored(old);
-        if (slot_replace(ctx, pool, slot, &old, slot_next(old, fill ? SLOT_FILL : SLOT_BLOCK, value))) {
+        bool had = slot_stored(old);
+        uint64_t next = slot_next(old, what->fill ? SLOT_FILL : SLOT_BLOCK, what->value);
+        if (slot_replace(ctx, pool, slot, &old, next | copied_before(seg, pool, old))) {
             count(seg, pool, C_STORED, 1);
             if (had)
                 count(seg, pool, C_REPLACED, 1);
             return TM_OK;
         }
     }
+}
+
+/* What freeing the old block will touch arrives while we compress. */
+static void prefetch_old(struct tm_segment *seg, const slot_t *slot)
+{
+    uint64_t old = atomic_load_explicit(slot, memory_order_relaxed);
+    if (slot_type(old) != SLOT_BLOCK || !in_data(seg, (old & SLOT_VALUE) * 16))
+        return;
+    __builtin_prefetch(block_at(seg, old & SLOT_VALUE));
+    __builtin_prefetch(&seg->chunks[chunk_of(seg, (old & SLOT_VALUE) * 16)], 1);
+}
+
+bool refuses_puts(const struct tm_ctx *ctx)
+{
+    return mode_of(ctx->seg, ctx->client) != MODE_ON || phase_of(ctx->seg, ctx->client) >= PHASE_FROZEN;
+}
+
+int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, enum keep keep,
+             const uint64_t *expected)
+{
+    struct content what = {0};
+    /* Semantics D6: who refuses all puts must not keep what they would have replaced. */
+    if (refuses_puts(ctx) && keep == KEEP_OR_WAIT && phase_of(ctx->seg, ctx->client) >= PHASE_FROZEN)
+        return TM_WAIT;
+    if (refuses_puts(ctx))
+        return refuse(ctx, pool, slot, keep);
+    what.fill = codec_fill(page, &what.value);
+    if (!what.fill) {
+        prefetch_old(ctx->seg, slot);
+        uint64_t began = ctx->began_ns ? timing_now() : 0;
+        what.length = codec_compress(ctx, page);
+        what.payload = what.length == TM_PAGE ? page : ctx->scratch;
+        if (began)
+            timing_add(ctx->seg, T_COMPRESS, timing_now() - began);
+    }
+    return slot_store(ctx, pool, slot, &what, keep, expected);
 }
 
 /* A hit of a page that stays: it is worth more now. Saturated pages are not written to. */
@@ -214,14 +296,16 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
         bool good = true;
         if (seen)
             *seen = word;
-        if (!stored(word))
+        if (!slot_stored(word))
             return TM_MISS;
         if (slot_type(word) == SLOT_FILL) {
             codec_expand(word & SLOT_VALUE, page);
         } else {
-            uint64_t block = word & SLOT_VALUE;
+            uint64_t block = word & SLOT_VALUE, began = ctx->began_ns ? timing_now() : 0;
             good = in_data(seg, block * 16)
                    && block_read(block_at(seg, block), number_of(seg, slot), seg->size - block * 16, page);
+            if (began)
+                timing_add(seg, T_DECOMPRESS, timing_now() - began);
             atomic_thread_fence(memory_order_acquire);
             uint64_t now = atomic_load_explicit(slot, memory_order_relaxed);
             if (((now ^ word) & ~SLOT_FREQ) && !MUTANT(6))
@@ -238,7 +322,7 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
         if (!good && p->persistent)
             return TM_CORRUPT;
         /* Exclusive: ours alone only if we take it out. A corrupt ephemeral page goes the same way, as a miss. */
-        if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, 0))) {
+        if (slot_replace(ctx, pool, slot, &word, empty_word(seg, pool, word))) {
             count(seg, pool, good ? C_TAKEN : C_CORRUPT, 1);
             return good ? TM_OK : TM_MISS;
         }
@@ -253,18 +337,32 @@ static bool live(const struct tm_handle *h)
     return atomic_load(&h->seg->super->alive) && atomic_load(&p->state) == 1 && atomic_load(&p->serial) == h->serial;
 }
 
-/* Begin an operation on the pool of `h`; an error if it is gone. */
-int enter(const struct tm_handle *h, struct tm_ctx **ctx)
+int enter_departed(const struct tm_handle *h, struct tm_ctx **ctx)
 {
     if (atomic_load_explicit(&h->seg->closed, memory_order_relaxed))
         return TM_NOPOOL;
     if (!(*ctx = ctx_get(h->seg)))
         return TM_NOTHREAD;
     op_begin(*ctx);
-    if (live(h)) /* after op_begin: a destroyer waits for us or we see it */
+    if (live(h)) { /* after op_begin: a destroyer waits for us or we see it */
+        uint32_t link = h->seg->pools[h->pool].link;
+        (*ctx)->pool = link ? link : h->pool;
+        (*ctx)->client = h->pool / TM_CLIENT_POOLS;
+        (*ctx)->payer = payer_of(h->seg, (*ctx)->pool);
         return TM_OK;
+    }
     op_end(*ctx);
+    atomic_fetch_add_explicit(&h->seg->super->failed, 1, memory_order_relaxed);
     return TM_NOPOOL;
+}
+
+int enter(const struct tm_handle *h, struct tm_ctx **ctx)
+{
+    int rc = enter_departed(h, ctx);
+    if (rc != TM_OK || phase_of(h->seg, (*ctx)->client) != PHASE_DEPARTED)
+        return rc;
+    op_end(*ctx); /* what is changed here now would be lost */
+    return TM_WAIT;
 }
 
 /* After a slot or object turned out to be dying: let its destroyer finish, or finish for it. */
@@ -279,8 +377,47 @@ int again(const struct tm_handle *h, struct tm_ctx **ctx, unsigned tries)
 
 static void unpack(const uint8_t *oid, uint64_t out[3]) { memcpy(out, oid, TM_OID); }
 
+/* Count for the pool, and for a membership in a shared one also there: what this client did. */
+static void count_both(const struct tm_handle *h, const struct tm_ctx *ctx, unsigned counter, uint64_t n)
+{
+    count(h->seg, ctx->pool, counter, n);
+    if (h->pool != ctx->pool)
+        count(h->seg, h->pool, counter, n);
+}
+
+/* Of a shared pool's object: who used it last (semantics K2). */
+static void used_by(struct tm_ctx *ctx, uint32_t object, uint32_t client)
+{
+    struct tm_object *o = meta_at(ctx->seg, object);
+    if (atomic_load_explicit(&o->user, memory_order_relaxed) != client + 1)
+        atomic_store_explicit(&o->user, client + 1, memory_order_relaxed);
+}
+
+/* Is the client of `ctx` at its cap, with nothing of its own to evict? */
+static bool at_cap(struct tm_ctx *ctx)
+{
+    uint64_t cap = atomic_load_explicit(&ctx->seg->clients[ctx->payer].cap_bytes, memory_order_relaxed);
+    return cap && client_bytes(ctx->seg, ctx->payer) + TM_STRIDE_MIN > (int64_t)cap
+           && !client_chunks(ctx->seg, ctx->payer);
+}
+
+int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, const uint8_t *page, enum keep keep,
+                   struct cursor *cur)
+{
+    uint64_t value;
+    bool refused = refuses_puts(ctx);
+    if (!refused && !(page && at_cap(ctx) && !codec_fill(page, &value)))
+        return cursor_create(ctx, ctx->pool, oid, index, cur);
+    /* No index is made for a page that will be refused; what is there is still of interest. */
+    cursor_find(ctx->seg, ctx->pool, oid, index, cur);
+    if (cur->slots)
+        return TM_OK;
+    cur->valid = false;
+    return refused && keep == KEEP_OR_WAIT && phase_of(ctx->seg, ctx->client) >= PHASE_FROZEN ? TM_WAIT : TM_REFUSED;
+}
+
 int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, const uint8_t *data, uint32_t n,
-               bool keep_old)
+               enum keep keep)
 {
     struct tm_ctx *ctx;
     struct cursor cur = {0};
@@ -291,31 +428,42 @@ int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, co
     uint64_t attempted = 0;
     if (rc != TM_OK)
         return rc;
+    timing_begin(ctx);
     unpack(oid, id);
     for (uint32_t i = 0; i < n; i++) {
-        rc = cursor_create(ctx, h->pool, id, index + i, &cur);
+        rc = cursor_for_put(ctx, id, index + i, data + (size_t)i * TM_PAGE, keep, &cur);
         if (rc == TM_OK)
-            rc = slot_put(ctx, h->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, keep_old, NULL);
+            rc = slot_put(ctx, ctx->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, keep, NULL);
         else if (rc == TM_REFUSED)
-            count(h->seg, h->pool, C_REFUSED, 1); /* no leaf: nothing can be there */
+            count(h->seg, ctx->pool, C_REFUSED, 1); /* no leaf: nothing can be there */
         if (rc == TM_AGAIN) {
             cur = (struct cursor){0};
             if ((rc = again(h, &ctx, tries++)) != TM_OK) {
-                count(h->seg, h->pool, C_PUTS, attempted);
+                count_both(h, ctx, C_PUTS, attempted);
                 return rc;
             }
             i--;
             continue;
         }
-        attempted++;
-        if (rc == TM_OK)
-            done++;
-        else if (keep_old)
+        if (rc == TM_WAIT)
             break;
+        attempted++;
+        if (rc == TM_OK) {
+            done++;
+            if (ctx->pool != h->pool)
+                used_by(ctx, cur.object, payer_of(h->seg, ctx->pool));
+        } else if (keep) {
+            break;
+        }
     }
-    count(h->seg, h->pool, C_PUTS, attempted);
+    count_both(h, ctx, C_PUTS, attempted);
+    if (ctx->pool != h->pool)
+        count(h->seg, h->pool, C_STORED, (uint64_t)done);
+    if (done < (int64_t)attempted) /* perhaps objects were made for them in vain */
+        look_for_empty(h->seg);
+    timing_end(ctx, done == (int64_t)attempted ? T_STORED : T_REFUSED, attempted);
     op_end(ctx);
-    return done;
+    return rc == TM_WAIT ? TM_WAIT : done;
 }
 
 int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint8_t *data, uint32_t n)
@@ -327,18 +475,26 @@ int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, ui
     int rc = enter(h, &ctx);
     if (rc != TM_OK)
         return rc;
+    timing_begin(ctx);
     unpack(oid, id);
+    bool off = !h->seg->pools[ctx->pool].persistent && mode_of(h->seg, ctx->client) == MODE_OFF;
     for (uint32_t i = 0; i < n; i++) {
-        cursor_find(h->seg, h->pool, id, index + i, &cur);
-        rc = cur.slots ? slot_get(ctx, h->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, NULL)
-                       : TM_MISS;
+        cursor_find(h->seg, ctx->pool, id, index + i, &cur);
+        rc = cur.slots && !off
+                 ? slot_get(ctx, ctx->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, NULL)
+                 : TM_MISS;
         if (rc != TM_OK)
             break;
         done++;
     }
-    count(h->seg, h->pool, C_GETS, (uint64_t)done + (rc != TM_OK));
-    count(h->seg, h->pool, C_HITS, (uint64_t)done);
+    if (done && ctx->pool != h->pool)
+        used_by(ctx, cur.object, ctx->client);
+    count_both(h, ctx, C_GETS, (uint64_t)done + (rc != TM_OK));
+    count_both(h, ctx, C_HITS, (uint64_t)done);
+    timing_end(ctx, rc == TM_OK ? T_HIT : T_MISSED, (uint64_t)done + (rc != TM_OK));
     op_end(ctx);
+    if (rc == TM_CORRUPT)
+        atomic_fetch_add_explicit(&h->seg->super->failed, 1, memory_order_relaxed);
     return rc == TM_CORRUPT && !done ? TM_CORRUPT : done;
 }
 
@@ -350,15 +506,21 @@ int64_t tm_flush(const struct tm_handle *h, const uint8_t *oid, uint32_t index, 
     int rc = enter(h, &ctx);
     if (rc != TM_OK)
         return rc;
+    timing_begin(ctx);
     unpack(oid, id);
-    count(h->seg, h->pool, C_FLUSHES, n);
     for (uint64_t i = index; i < end; i++) {
-        cursor_find(h->seg, h->pool, id, (uint32_t)i, &cur);
+        cursor_find(h->seg, ctx->pool, id, (uint32_t)i, &cur);
         if (cur.slots)
-            found += (uint64_t)slot_flush(ctx, h->pool, &cur.slots[i - cur.first], SLOT_EMPTY);
+            found += (uint64_t)slot_flush(ctx, ctx->pool, &cur.slots[i - cur.first], SLOT_EMPTY);
         else
             i = cur.last;
     }
+    count_both(h, ctx, C_FLUSHES, n);
+    if (ctx->pool != h->pool)
+        count(h->seg, h->pool, C_FLUSHED, found);
+    if (found)
+        look_for_empty(h->seg);
+    timing_end(ctx, T_FLUSH, n);
     op_end(ctx);
     return (int64_t)found;
 }
@@ -371,14 +533,18 @@ int64_t tm_flush_object(const struct tm_handle *h, const uint8_t *oid)
     int rc = enter(h, &ctx);
     if (rc != TM_OK)
         return rc;
+    timing_begin(ctx);
     unpack(oid, id);
-    uint32_t ref = object_find(h->seg, h->pool, id);
+    uint32_t ref = object_find(h->seg, ctx->pool, id);
     if (ref) {
         found = object_flush(ctx, meta_at(h->seg, ref));
         atomic_fetch_add(&h->seg->super->emptied, 1);
     }
-    count(h->seg, h->pool, C_OBJECT_FLUSHES, 1);
-    count(h->seg, h->pool, C_OBJECTS_FLUSHED, found > 0);
+    count_both(h, ctx, C_OBJECT_FLUSHES, 1);
+    count_both(h, ctx, C_OBJECTS_FLUSHED, found > 0);
+    if (ctx->pool != h->pool)
+        count(h->seg, h->pool, C_FLUSHED, (uint64_t)found);
+    timing_end(ctx, T_FLUSH_OBJECT, 1);
     op_end(ctx);
     /* Mostly the manager does this; without one, or when files go faster than it looks, memory comes back here. */
     if (atomic_load(&h->seg->super->emptied) >= 1024 && atomic_exchange(&h->seg->super->emptied, 0))
@@ -398,8 +564,8 @@ int64_t tm_runs(const struct tm_handle *h, const uint8_t *oid, uint32_t index, u
         return rc;
     unpack(oid, id);
     for (uint64_t i = index; i < end && more;) {
-        cursor_find(h->seg, h->pool, id, (uint32_t)i, &cur);
-        bool now = cur.slots && stored(atomic_load_explicit(&cur.slots[i - cur.first], memory_order_relaxed));
+        cursor_find(h->seg, ctx->pool, id, (uint32_t)i, &cur);
+        bool now = cur.slots && slot_stored(atomic_load_explicit(&cur.slots[i - cur.first], memory_order_relaxed));
         if (now != is && i > start) {
             more = run(arg, start, i - start, is);
             start = i;

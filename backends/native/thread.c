@@ -20,6 +20,7 @@ static void forked(void) { atomic_fetch_add(&forks, 1); }
 static void forget(struct tm_ctx *ctx)
 {
     if (ctx->fork == atomic_load(&forks)) {
+        client_release(ctx, ctx->index);
         if (!atomic_load(&ctx->rec->doomed)) /* else a reaper finishes what waits for a grace period */
             atomic_store(&ctx->rec->used, 0);
         lock_drop(&ctx->rec->life);
@@ -51,6 +52,7 @@ static bool bury(struct tm_ctx *ctx, uint32_t i, int life)
         atomic_fetch_add(&ctx->seg->super->deaths, 1);
         atomic_store(&ctx->seg->super->recount, 1);
     }
+    client_release(ctx, i);
     if (!repair_thread(ctx, i))
         return false;
     atomic_store(&rec->used, 0);
@@ -102,6 +104,8 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->segment = seg->id;
     ctx->fork = atomic_load(&forks);
     ctx->ticks = 0;
+    ctx->client = ctx->payer = TM_MAX_CLIENTS;
+    ctx->began_ns = 0;
     ctx->rec = NULL;
     ctx->index = TM_MAX_THREADS; /* while repairing: nobody's */
     struct tm_thread *rec = claim(ctx, &ctx->index);
@@ -144,6 +148,7 @@ void op_end(struct tm_ctx *ctx)
                           memory_order_release);
     if (ctx->ticks-- == 0) {
         ctx->ticks = 255;
+        most_update(ctx->seg);
         chunk_maintain(ctx);
     }
 }
@@ -207,7 +212,8 @@ unsigned tm_reap(struct tm_ctx *ctx)
         if (&ctx->seg->threads[i] != ctx->rec && atomic_load(&ctx->seg->threads[i].used))
             reap_one(ctx, i, &found);
     pool_finish_dying(ctx);
-    if (atomic_exchange(&ctx->seg->super->emptied, 0))
+    most_update(ctx->seg);
+    if (atomic_exchange(&ctx->seg->super->emptied, 0) + atomic_exchange(&ctx->seg->super->look, 0))
         object_reap_empty(ctx, 4096);
     recount(ctx);
     return found;

@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 1u
+#define TM_VERSION 2u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -36,7 +36,14 @@
 
 #define TM_MAX_CLIENTS 64u
 #define TM_CLIENT_POOLS 16u
-#define TM_MAX_POOLS (TM_MAX_CLIENTS * TM_CLIENT_POOLS)
+#define TM_MAX_SHARED 16u
+/* Shared pools are numbered behind the clients' own; a member's own pool only links to one. Who pays for memory is
+ * an account: a client, or a shared pool, whose account is its owner's for as long as that owns it. */
+#define TM_FIRST_SHARED (TM_MAX_CLIENTS * TM_CLIENT_POOLS)
+#define TM_MAX_POOLS (TM_FIRST_SHARED + TM_MAX_SHARED)
+#define TM_NACCOUNTS (TM_MAX_CLIENTS + TM_MAX_SHARED)
+#define TM_UUID 16u
+#define TM_MAX_UUIDS 16u
 #define TM_MAX_THREADS 1024u
 #define TM_NSHARDS 64u
 #define TM_NAME 64u
@@ -47,7 +54,7 @@
 #define BIN_OBJECT 64u
 #define BIN_NODE 65u
 #define BIN_EPHEMERAL 66u
-#define BIN_LEAF (BIN_EPHEMERAL + TM_MAX_CLIENTS * 2u * TM_NCLASSES)
+#define BIN_LEAF (BIN_EPHEMERAL + TM_NACCOUNTS * 2u * TM_NCLASSES)
 #define TM_NBINS (BIN_LEAF + TM_MAX_POOLS * 3u)
 
 /* Results of store operations; negative values are errors. */
@@ -58,7 +65,9 @@ enum {
     TM_CORRUPT = -2,  /* a persistent page failed its checksum */
     TM_NOPOOL = -3,   /* the pool, client or segment is gone */
     TM_NOTHREAD = -4, /* no thread record is free, or no memory for the thread's buffers */
-    TM_AGAIN = -5     /* internal: the slot's leaf died, look up again */
+    TM_AGAIN = -5,    /* internal: the slot's leaf died, look up again */
+    TM_SHUT = -14,    /* an import found the client or the segment frozen or off */
+    TM_WAIT = -7      /* the client is being handed over: a device asks again */
 };
 
 /* ---- Slots ------------------------------------------------------------------------------------------------
@@ -73,6 +82,12 @@ typedef _Atomic uint64_t slot_t;
 
 static inline unsigned slot_type(uint64_t s) { return (unsigned)(s >> 38) & 7u; }
 static inline unsigned slot_freq(uint64_t s) { return (unsigned)(s >> 36) & 3u; }
+/* Of a persistent pool while its client is handed over: CLEAN, exported and not changed since; STALE, exported and put
+ * again since; and of an empty slot GONE, flushed since it was exported. Frequencies have no other use there, nor has
+ * the value of an empty slot. */
+#define SLOT_CLEAN SLOT_FREQ_ONE
+#define SLOT_STALE (SLOT_FREQ_ONE * 2)
+#define SLOT_GONE UINT64_C(1)
 static inline uint64_t slot_next(uint64_t old, unsigned type, uint64_t value)
 {
     return ((old & ~(SLOT_GEN_ONE - 1)) + SLOT_GEN_ONE) | ((uint64_t)type << 38) | value;
@@ -106,9 +121,12 @@ struct tm_super {
 
     /* From here on it changes. */
     _Atomic uint32_t alive;   /* 1, or 0 once destroyed */
+    _Atomic uint32_t mode;    /* of all clients at most */
+    _Atomic uint32_t nfloors; /* clients with a floor: without any, nobody looks at them */
     _Atomic uint32_t recount; /* a thread died: page counters may be off */
     _Atomic uint32_t nthreads; /* thread records ever used */
     _Atomic uint32_t emptied;  /* objects that were flushed since empty ones were last looked for */
+    _Atomic uint32_t look;     /* something else was emptied: a reaper should look */
     _Atomic uint32_t sweep;    /* chunk at which that look goes on */
     _Atomic uint64_t deaths;   /* threads repaired */
     struct tm_lock control;   /* clients and pools tables */
@@ -121,7 +139,23 @@ struct tm_super {
     _Atomic uint32_t nused;   /* chunks in use, being populated or being punched */
     _Atomic uint32_t keep;    /* RET chunks that were asked for last: not to be punched as surplus */
     struct tm_lock shards[TM_NSHARDS];
+
+    /* Statistics. */
+    _Atomic uint64_t failed;            /* operations that ended with an error */
+    _Atomic uint64_t retired_operations; /* of pools that are no more */
+    _Atomic uint64_t retired_evictions, retired_new;
+    _Atomic uint64_t drains;            /* chunks drained to get memory */
+    _Atomic uint64_t drains_most;       /* for one request */
+    _Atomic uint64_t no_memory;
+    _Atomic uint64_t trims, trimmed_bytes;
+    _Atomic uint64_t relocated;         /* persistent pages moved to free a chunk */
+    _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
+    struct tm_timing {
+        _Atomic uint64_t samples, total_ns, least_ns, most_ns;
+    } timing[8];
 };
+enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
+enum { T_STORED, T_REFUSED, T_HIT, T_MISSED, T_FLUSH, T_FLUSH_OBJECT, T_COMPRESS, T_DECOMPRESS };
 
 struct tm_queue { /* a client's ephemeral chunks, oldest first */
     uint32_t head, tail; /* 1-based */
@@ -129,34 +163,61 @@ struct tm_queue { /* a client's ephemeral chunks, oldest first */
 };
 enum { QUEUE_PROBATION, QUEUE_MAIN };
 
+enum { MODE_ON, MODE_FROZEN, MODE_OFF };
+enum { PHASE_NONE, PHASE_COPYING, PHASE_FROZEN, PHASE_DEPARTED }; /* of a handoff */
+enum { CODEC_LZ4, CODEC_NONE };
+enum { FREE, LIVE, DYING, STAGED }; /* states of clients and pools; STAGED clients are seen by their maker only */
+
+/* A client, and behind those the accounts of the shared pools, of which only the sums and queues are used. */
 struct tm_client {
     char name[TM_NAME];
-    _Atomic uint32_t state; /* 0 free, 1 live, 2 dying */
+    _Atomic uint32_t state;
     _Atomic uint32_t serial;
     _Atomic uint64_t cap_bytes;
-    _Atomic int64_t used_bytes; /* memory of all its blocks */
+    _Atomic uint64_t floor_bytes;
+    _Atomic int64_t used_bytes; /* memory of all blocks of the account */
     _Atomic uint64_t evict_clock; /* pages evicted so far: the time of ghosts */
     struct tm_queue queues[2];
-    uint8_t spare[136];
+    _Atomic uint32_t weight;
+    _Atomic uint32_t codec;
+    _Atomic uint32_t mode;
+    _Atomic uint32_t phase;
+    _Atomic uint32_t copier; /* thread index + 1 of who hands it over */
+    _Atomic uint32_t stager; /* thread index + 1 of who fills it */
+    _Atomic uint32_t held;   /* 0 never, 1 by a living thread, 2 not any more */
+    _Atomic uint32_t uuids_used; /* one bit for each of `uuids` */
+    uint8_t uuids[TM_MAX_UUIDS][TM_UUID]; /* shared pools that it may join */
+    _Atomic uint64_t no_memory;
+    _Atomic uint64_t busy_ns;
+    _Atomic int64_t ephemeral, ephemeral_most; /* pages of the account */
+    _Atomic uint64_t retired_puts, retired_hits[2]; /* of its pools that are no more; hits by persistent */
+    _Atomic uint32_t index_chunks; /* of leaves of its own pools; under the chunk lock */
+    _Atomic uint32_t departed; /* serial of the client of this number that departed last, 0 none */
+    uint8_t spare[32];
 };
 
 /* Counters of a pool, semantics section 6. */
 enum {
     C_PUTS, C_STORED, C_REFUSED, C_REPLACED, C_PUT_FLUSHED, C_GETS, C_HITS, C_FLUSHES, C_FLUSHED,
-    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_NCOUNTERS
+    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_DROPPED, C_NCOUNTERS
 };
 
 struct tm_pool {
-    _Atomic uint32_t state; /* 0 free, 1 live, 2 dying */
+    _Atomic uint32_t state;
     _Atomic uint32_t serial;
     uint32_t persistent;
     uint32_t exclusive;
+    uint32_t link;            /* number of the shared pool that this is a membership of, 0 none */
+    _Atomic uint32_t owner;   /* of a shared pool: the client that pays */
+    _Atomic uint64_t sharers; /* of a shared pool: one bit a client */
+    uint8_t uuid[TM_UUID];
+    _Atomic int64_t pages_most, objects, objects_most, nodes, nodes_most;
     _Atomic int64_t pages;
     _Atomic int64_t fill_pages;
     _Atomic int64_t raw_pages;
     _Atomic int64_t bytes;
     _Atomic uint64_t counters[C_NCOUNTERS];
-    uint8_t spare[208 - 8 * C_NCOUNTERS];
+    uint8_t spare[256 - 120 - 8 * C_NCOUNTERS];
 };
 
 /* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
@@ -166,6 +227,8 @@ struct tm_thread {
     uint32_t pid;          /* for people only */
     _Atomic uint64_t op;   /* odd inside an operation */
     uint32_t seq;          /* of the stamps */
+    _Atomic uint64_t serves; /* clients that it holds, one bit each */
+    _Atomic uint32_t commits; /* its staged clients are to be shown, not to be destroyed */
     /* Intents. */
     _Atomic uint32_t new_stamp, old_stamp;
     _Atomic uint64_t new_block; /* allocated, perhaps not yet in its slot */
@@ -183,7 +246,8 @@ struct tm_bin {
     struct tm_lock lock;
     uint32_t partial; /* chunks with a free unit, 1-based list */
     _Atomic uint32_t ready; /* the lock was initialised */
-    uint8_t spare[16];
+    _Atomic uint32_t room;  /* free units in all its chunks but those that somebody owns; derived */
+    uint8_t spare[12];
 };
 
 enum { CHUNK_FREE = 0, CHUNK_RET, CHUNK_USED, CHUNK_BUSY };
@@ -226,11 +290,12 @@ struct tm_object {
     _Atomic uint32_t root[8];     /* two levels of nodes above the leaves for the rest */
     uint32_t batch; /* next on the list of doomed objects */
     uint32_t owner; /* thread index + 1 of who destroys it */
-    uint32_t spare[3];
+    _Atomic uint32_t user; /* client + 1 that used it last: of a shared pool */
+    uint32_t spare[2];
 };
 
 _Static_assert(sizeof(struct tm_super) <= TM_PAGE * 2, "superblock");
-_Static_assert(sizeof(struct tm_client) == 256, "client");
+_Static_assert(sizeof(struct tm_client) == 512, "client");
 _Static_assert(sizeof(struct tm_pool) == 256, "pool");
 _Static_assert(sizeof(struct tm_thread) % 64 == 0, "thread");
 _Static_assert(sizeof(struct tm_bin) == 64, "bin");
@@ -270,6 +335,10 @@ struct tm_ctx {
     uint32_t segment;  /* seg->id, to tell a stale entry */
     uint32_t fork;     /* fork generation at registration */
     uint32_t ticks;    /* operations until the next look at what should be returned to the system */
+    uint32_t pool;     /* of the operation under way: the pool itself, not a membership */
+    uint32_t client;   /* that asked */
+    uint32_t payer;    /* for the pool's pages */
+    uint64_t began_ns; /* of an operation that is timed, else 0 */
     _Alignas(16) uint8_t lz4[16416];
     _Alignas(64) uint8_t scratch[TM_SCRATCH];
     _Alignas(64) uint8_t page[TM_PAGE];
@@ -304,6 +373,8 @@ void op_end(struct tm_ctx *ctx);
 bool grace(struct tm_ctx *ctx, unsigned timeout_ms); /* every operation that was running has ended */
 unsigned tm_reap(struct tm_ctx *ctx);
 
+void client_release(struct tm_ctx *ctx, uint32_t index); /* pool.c: what thread `index` held has no holder now */
+
 /* repair.c */
 bool repair_thread(struct tm_ctx *ctx, uint32_t index); /* false: must be tried again */
 void repair_bin(struct tm_segment *seg, uint32_t bin);
@@ -314,14 +385,17 @@ void recount(struct tm_ctx *ctx);
 void bin_ready(struct tm_segment *seg, uint32_t bin);
 uint32_t bin_stride(uint32_t bin);
 struct tm_bin *bin_lock(struct tm_segment *seg, uint32_t bin); /* taken, and repaired if its holder died */
-uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve); /* sets new_block; 0: none */
+/* Sets new_block; 0: none. ALLOC_RESERVE: the reserve may be used; ALLOC_LISTED: only chunks in use already. */
+enum alloc { ALLOC_NORMAL, ALLOC_RESERVE, ALLOC_LISTED };
+uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how);
 void block_free_old(struct tm_ctx *ctx);               /* frees and clears old_block */
 void block_free_new(struct tm_ctx *ctx);               /* frees and clears new_block */
 uint32_t meta_alloc(struct tm_ctx *ctx, uint32_t bin); /* sets meta_new */
 void meta_free(struct tm_ctx *ctx, uint32_t ref);      /* sets and clears meta_old */
 void meta_free_new(struct tm_ctx *ctx);
-bool chunk_own(struct tm_ctx *ctx, uint32_t c);    /* an ephemeral one that nobody owns, before emptying it */
-void chunk_settle(struct tm_ctx *ctx, uint32_t c); /* one that we own: list it, or release it if empty */
+/* Before emptying a chunk: it must still be of `bin`, as when its number was found, and nobody else's. */
+bool chunk_own(struct tm_ctx *ctx, uint32_t c, uint32_t bin);
+bool chunk_settle(struct tm_ctx *ctx, uint32_t c); /* one that we own: list it, or release it if empty (true) */
 uint64_t block_place(struct tm_segment *seg, uint64_t block, uint32_t *c, uint32_t *bit); /* 0: not a block */
 uint64_t meta_place(struct tm_segment *seg, uint32_t ref, uint32_t *c, uint32_t *bit);
 static inline bool bit_is_set(const struct tm_chunk *d, uint32_t bit) { return d->bitmap[bit / 64] >> (bit % 64) & 1; }
@@ -329,10 +403,11 @@ static inline bool bit_is_set(const struct tm_chunk *d, uint32_t bit) { return d
 /* chunk.c */
 void chunks_lock(struct tm_segment *seg); /* taken, and repaired if its holder died */
 void chunks_unlock(struct tm_segment *seg);
-uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, int client, bool reserve); /* 1-based, 0 none; OWNED */
+uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how); /* 1-based, 0 none; OWNED */
+uint32_t chunks_available(struct tm_segment *seg); /* that a put could take; exact under the chunk lock */
 void chunk_release(struct tm_ctx *ctx, uint32_t c); /* an OWNED one; clears intent chunk */
 void chunk_requeue(struct tm_ctx *ctx, uint32_t c); /* clears intent drain */
-uint32_t queue_pop(struct tm_ctx *ctx, uint32_t client, unsigned queue); /* 1-based; sets intent drain */
+uint32_t queue_pop(struct tm_ctx *ctx, uint32_t account, unsigned queue, uint32_t *bin); /* 1-based; sets intent drain */
 uint64_t tm_populate(struct tm_ctx *ctx, uint64_t bytes);
 uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes);
 void chunk_maintain(struct tm_ctx *ctx); /* outside operations: give much free memory back */
@@ -345,6 +420,7 @@ uint64_t checksum_wide(const uint8_t *data, size_t length);
 bool codec_fill(const uint8_t *page, uint64_t *value); /* same-filled, and the word fits a slot */
 void codec_expand(uint64_t value, uint8_t *page);
 uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page); /* length in ctx->scratch, TM_PAGE if raw */
+uint64_t codec_checksum(const uint8_t *data, size_t length); /* XXH3, 64 bits */
 void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8_t *payload);
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp);
 uint32_t block_length(uint64_t word);
@@ -369,21 +445,52 @@ enum { UNIT_TINY, UNIT_SMALL, UNIT_FULL, UNIT_NODE }; /* leaves of 16, 64, 512 s
 typedef bool (*unit_visitor)(void *arg, unsigned kind, uint32_t ref, _Atomic uint32_t *parent, uint32_t first);
 bool object_visit(struct tm_segment *seg, struct tm_object *o, unit_visitor visit, void *arg); /* children first */
 int64_t object_flush(struct tm_ctx *ctx, struct tm_object *o);
+int64_t object_units(struct tm_segment *seg, struct tm_object *o); /* leaves and nodes */
+uint32_t object_at(struct tm_segment *seg, uint32_t pool, uint32_t c, uint32_t bit); /* inside an operation; 0: none */
+void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t user); /* flush its objects; `user` 0: of everybody */
+void pool_unmark(struct tm_ctx *ctx, uint32_t pool); /* nothing has been exported */
 bool object_repair(struct tm_ctx *ctx); /* finish what a dead thread was destroying; false: not yet */
 unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most); /* outside operations */
 bool pool_sweep(struct tm_ctx *ctx, uint32_t pool); /* outside operations: destroy all objects of a dying pool */
 static inline uint32_t unit_slots(unsigned kind) { return kind == UNIT_TINY ? 16 : kind == UNIT_SMALL ? 64 : 512; }
 
+/* transfer.c: records of pages, see Exporter in _native.pyi */
+struct tm_export {
+    struct tm_handle pool;
+    bool changes;
+    uint32_t chunk, bit; /* of the object */
+    uint64_t index;
+};
+enum { TM_MALFORMED = -8 };
+int64_t tm_export_fill(struct tm_export *e, uint8_t *buffer, size_t size); /* bytes, 0 at the end, or an error */
+int64_t tm_import(const struct tm_handle *h, const uint8_t *records, size_t size); /* records, or an error */
+
 /* store.c; `slot` level operations run inside an operation */
-int enter(const struct tm_handle *h, struct tm_ctx **ctx); /* op_begin, if the pool lives */
+struct content { /* what a put stores: a fill value, or `length` bytes of payload */
+    bool fill;
+    uint64_t value;
+    uint32_t length;
+    const uint8_t *payload;
+};
+/* What a refused put leaves: a miss, or what was there; the latter also if it shall wait for a handoff (TM_WAIT). */
+enum keep { KEEP_NOTHING, KEEP_OLD, KEEP_OR_WAIT };
+int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *what, enum keep keep,
+               const uint64_t *expected);
+bool slot_stored(uint64_t word);
+bool refuses_puts(const struct tm_ctx *ctx); /* of its client, now */
+/* As cursor_create, but makes nothing for a page that will be refused; `page` NULL: not known yet. */
+int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, const uint8_t *page, enum keep keep,
+                   struct cursor *cur);
+int enter(const struct tm_handle *h, struct tm_ctx **ctx); /* op_begin, if the pool lives and has not departed */
+int enter_departed(const struct tm_handle *h, struct tm_ctx **ctx); /* also if it has */
 int again(const struct tm_handle *h, struct tm_ctx **ctx, unsigned tries);
-int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, bool keep_old,
+int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, enum keep keep,
              const uint64_t *expected);
 int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uint64_t *seen);
 int slot_flush(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, unsigned type); /* leaves EMPTY or DEAD; 1: a page went */
 bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old, uint64_t new_word);
 int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, const uint8_t *data, uint32_t n,
-               bool keep_old);
+               enum keep keep);
 int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint8_t *data, uint32_t n);
 int64_t tm_flush(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint64_t n);
 int64_t tm_flush_object(const struct tm_handle *h, const uint8_t *oid);
@@ -402,18 +509,60 @@ int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, u
 int dev_zero(const struct tm_device *d, uint64_t offset, uint64_t n);
 
 /* evict.c */
-bool evict_chunk(struct tm_ctx *ctx, int client, bool hard); /* client -1: whoever has most; false: none left */
-uint64_t tm_evict(struct tm_ctx *ctx, uint64_t bytes);
-bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot */
+bool evict_chunk(struct tm_ctx *ctx, int client, bool hard); /* client -1: whose turn it is; false: none left */
+uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes);
+bool compact(struct tm_ctx *ctx); /* free a chunk by moving persistent pages; false: there is nothing to gain */
+bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot; or it is GONE */
+
+/* share.c: who gets how much */
+uint32_t client_chunks(struct tm_segment *seg, uint32_t client); /* of its ephemeral pages */
+int64_t client_bytes(struct tm_segment *seg, uint32_t client);   /* of all its pages */
+int64_t client_ephemeral(struct tm_segment *seg, uint32_t client); /* pages */
+int victim(struct tm_segment *seg, int asker);              /* the account to evict from for that client, -1 none */
+int fullest_account(struct tm_segment *seg, uint32_t client);
+uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker); /* to other clients than that one */
+bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes); /* no promise would be broken */
+bool floors_fit(struct tm_segment *seg); /* under the chunk lock: could all floors be claimed now? */
+
+/* timing.c */
+void timing_begin(struct tm_ctx *ctx);
+void timing_end(struct tm_ctx *ctx, unsigned kind, uint64_t n); /* n pages */
+uint64_t timing_now(void);
+void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns);
+void most_update(struct tm_segment *seg);
 
 /* pool.c; >= 0 or an error */
-enum { TM_FULL = -6 }; /* the table of clients, or of a client's pools, is full */
+enum {
+    TM_FULL = -6,      /* the table of clients, of a client's pools, of its authorisations, or of shared pools, is full */
+    TM_DENIED = -9,    /* not authorised */
+    TM_TAKEN = -10,    /* the name or number is in use, or the pool is shared already */
+    TM_BUSY = -11,     /* a process is stopped in an operation, or another thread is at it */
+    TM_WRONG = -12,    /* a step that does not follow */
+    TM_TOO_MUCH = -13  /* so much cannot be promised */
+};
 int client_open(struct tm_ctx *ctx, const char *name, bool create, uint32_t *id, uint32_t *serial);
+int client_stage(struct tm_ctx *ctx, const char *name, uint32_t *id, uint32_t *serial);
+int client_commit(struct tm_ctx *ctx); /* the number shown */
 int client_destroy(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
-int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, bool persistent, bool exclusive,
-             uint32_t *pool, uint32_t *serial);
+int client_set_mode(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t mode);
+int segment_set_mode(struct tm_ctx *ctx, uint32_t mode);
+int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t bytes);
+int client_authorise(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid);
+int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid); /* TM_MISS: was not */
+enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC };
+bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_value which, uint64_t value);
+int client_hold(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
+int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t phase);
+struct pool_wish {
+    bool persistent, exclusive;
+    const uint8_t *uuid; /* NULL: private */
+    int id;              /* -1: any */
+};
+int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, const struct pool_wish *wish, uint32_t *pool,
+             uint32_t *serial);
 int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial);
 void pool_finish_dying(struct tm_ctx *ctx); /* what a dead destroyer left */
+bool client_lives(struct tm_segment *seg, uint32_t id, uint32_t serial); /* or is staged */
 
 /* check.c: calls `say` with one line per violation */
 void tm_check(struct tm_ctx *ctx, void (*say)(void *arg, const char *line), void *arg);
@@ -443,16 +592,41 @@ static inline bool bin_is_block(uint32_t bin)
     return bin < BIN_OBJECT || (bin >= BIN_EPHEMERAL && bin < BIN_LEAF);
 }
 static inline bool bin_is_ephemeral(uint32_t bin) { return bin >= BIN_EPHEMERAL && bin < BIN_LEAF; }
-static inline uint32_t bin_client(uint32_t bin) { return (bin - BIN_EPHEMERAL) / (2u * TM_NCLASSES); }
+static inline uint32_t bin_account(uint32_t bin) { return (bin - BIN_EPHEMERAL) / (2u * TM_NCLASSES); }
 static inline unsigned bin_queue(uint32_t bin) { return ((bin - BIN_EPHEMERAL) / TM_NCLASSES) & 1u; }
-static inline uint32_t bin_ephemeral(uint32_t client, unsigned queue, uint32_t cls)
+static inline uint32_t bin_ephemeral(uint32_t account, unsigned queue, uint32_t cls)
 {
-    return BIN_EPHEMERAL + (client * 2u + queue) * TM_NCLASSES + cls;
+    return BIN_EPHEMERAL + (account * 2u + queue) * TM_NCLASSES + cls;
+}
+static inline uint32_t account_of(uint32_t pool)
+{
+    return pool < TM_FIRST_SHARED ? pool / TM_CLIENT_POOLS : TM_MAX_CLIENTS + pool - TM_FIRST_SHARED;
+}
+/* The client that pays for the pages of a pool. */
+static inline uint32_t payer_of(const struct tm_segment *seg, uint32_t pool)
+{
+    return pool < TM_FIRST_SHARED ? pool / TM_CLIENT_POOLS
+                                  : atomic_load_explicit(&seg->pools[pool].owner, memory_order_relaxed);
+}
+static inline uint32_t mode_of(const struct tm_segment *seg, uint32_t client)
+{
+    uint32_t all = atomic_load_explicit(&seg->super->mode, memory_order_relaxed);
+    uint32_t own = atomic_load_explicit(&seg->clients[client].mode, memory_order_relaxed);
+    return own > all ? own : all;
+}
+static inline uint32_t phase_of(const struct tm_segment *seg, uint32_t client)
+{
+    return atomic_load_explicit(&seg->clients[client].phase, memory_order_relaxed);
 }
 static inline uint32_t size_class(uint32_t length)
 {
     uint32_t need = length + TM_HEADER;
     return need <= TM_STRIDE_MIN ? 0 : (need - TM_STRIDE_MIN + TM_STRIDE_STEP - 1) / TM_STRIDE_STEP;
+}
+static inline void look_for_empty(struct tm_segment *seg)
+{
+    if (!atomic_load_explicit(&seg->super->look, memory_order_relaxed))
+        atomic_store_explicit(&seg->super->look, 1, memory_order_relaxed);
 }
 static inline void count(struct tm_segment *seg, uint32_t pool, unsigned counter, uint64_t n)
 {

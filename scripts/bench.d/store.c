@@ -88,7 +88,7 @@ int main(int argc, char **argv)
     pool = id * TM_CLIENT_POOLS;
     pool_serial = atomic_load(&seg->pools[pool].serial);
     if (!join)
-        pool_new(ctx, id, serial, true, false, &pool, &pool_serial);
+        pool_new(ctx, id, serial, &(struct pool_wish){.persistent = true, .exclusive = false, .id = -1}, &pool, &pool_serial);
     struct tm_handle h = {seg, pool, pool_serial};
     uint8_t oid[TM_OID] = {0};
     double fill = 0, refill = 0;
@@ -96,7 +96,7 @@ int main(int argc, char **argv)
         tm_populate(ctx, UINT64_MAX / 2); /* as the manager does: faults are not the store's time */
         double start = cpu();
         for (uint32_t i = 0; i < n; i++)
-            if (tm_put(&h, oid, i, page(i), 1, true) != 1) {
+            if (tm_put(&h, oid, i, page(i), 1, KEEP_OLD) != 1) {
                 fprintf(stderr, "refused at %u\n", i);
                 return 4;
             }
@@ -104,7 +104,7 @@ int main(int argc, char **argv)
         tm_flush(&h, oid, 0, n);
         start = cpu();
         for (uint32_t i = 0; i < n; i++)
-            tm_put(&h, oid, i, page(i), 1, true);
+            tm_put(&h, oid, i, page(i), 1, KEEP_OLD);
         refill = (cpu() - start) / n;
     }
 
@@ -117,7 +117,7 @@ int main(int argc, char **argv)
         bare_put[r] = (cpu() - start) / ops;
         start = cpu();
         for (uint32_t i = 0; i < ops; i++)
-            if (tm_put(&h, oid, (uint32_t)(rnd() % n), page(rnd()), 1, true) != 1)
+            if (tm_put(&h, oid, (uint32_t)(rnd() % n), page(rnd()), 1, KEEP_OLD) != 1)
                 return 5;
         put[r] = (cpu() - start) / ops;
         start = cpu();

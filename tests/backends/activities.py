@@ -8,7 +8,8 @@ import os
 import random
 import threading
 
-from tmem.backends._native import Device, Segment
+from tmem.backends._native import Device, Segment, attach
+from tmem.errors import PoolError
 from tmem.types import PAGE_SIZE
 
 from . import operations as op
@@ -80,6 +81,102 @@ def contend(segment: Segment, wheres: list[Where], owner: int, seed: int, steps:
             case _:
                 pool.flush(shared, index, npages)
     return hits
+
+
+def churn(segment: Segment, wheres: list[Where], owner: int, steps: int) -> int:
+    """Put and get pages of all kinds, whatever comes of it; the pages stored."""
+    handles, some, buffer, stored = (
+        [op.find(segment, where) for where in wheres],
+        pages("mixed", owner, 50),
+        bytearray(PAGE_SIZE),
+        0,
+    )
+    for step in range(steps):
+        pool, index = handles[step % len(handles)], step * 7 % 997
+        stored += pool.put(oid(owner), index, some[step % 50])
+        pool.get(oid(owner), index * 3 % 997, buffer)
+    return stored
+
+
+def put_block(
+    segment: Segment, where: Where, o: bytes, first: int, npages: int, kind: str, at_once: int
+) -> int:
+    """Put pages of one kind, so many in a call and the same in each; the number stored."""
+    pool, data = op.find(segment, where), b"".join(pages(kind, 0, at_once))
+    stored = 0
+    for index in range(first, first + npages, at_once):
+        stored += pool.put(o, index, data)
+    return stored
+
+
+def replace(segment: Segment, where: Where, o: bytes, index: int, versions: list[bytes], times: int) -> None:
+    """Put one page after the other to the same handle."""
+    pool = op.find(segment, where)
+    for i in range(times):
+        demand(pool.put(o, index, versions[i % len(versions)]) == 1, "refused")
+
+
+def evict_and_leave(_: Segment, path: str, wheres: list[Where], owner: int, rounds: int) -> None:
+    """Attach, put, evict, close, again and again."""
+    for i in range(rounds):
+        segment = attach(path)
+        for where in wheres:
+            op.put(segment, where, oid(owner), 100 * i, b"".join(pages("mixed", i, 100)))
+        segment.evict(3 * 65536)
+        segment.trim(0)
+        segment.close()
+
+
+def use_until_gone(segment: Segment, where: Where, owner: int) -> str:
+    """Say so in an object of its own, then put, get and flush until somebody destroys the pool."""
+    buffer, i = bytearray(2 * PAGE_SIZE), 0
+    try:
+        pool = op.find(segment, where)
+        pool.put(oid(10 + owner), 0, stamped(owner))
+        while True:
+            i += 1
+            pool.put(oid(0), i % 100, stamped(i % 100))
+            if pool.get(oid(0), i * 7 % 100, buffer):
+                demand(stamp_of(bytes(buffer[:PAGE_SIZE])) == i * 7 % 100, "another page")
+            if i % 10 == 0:
+                pool.flush(oid(0), i * 3 % 100)
+            if i % 50 == owner:
+                pool.flush_object(oid(0))
+    except PoolError:
+        return "gone"
+
+
+def supersede(segment: Segment, where: Where, o: bytes, times: int) -> int:
+    """Put new versions of a few pages and get them: the last one, or none if evicted. The pages got."""
+    pool, buffer, got = op.find(segment, where), bytearray(PAGE_SIZE), 0
+    versions = [0] * 40
+    some = [b"", *pages("text", 0, 60), *pages("random", 0, 60)]
+    for i in range(times):
+        index = i * i % 40
+        if i % 3 == 0:
+            versions[index] = (i % 120 + 1) if pool.put(o, index, some[i % 120 + 1]) else 0
+        elif pool.get(o, index, buffer):
+            demand(buffer == some[versions[index]], f"index {index} is not the page that was put last")
+            got += 1
+        else:
+            demand(not pool.persistent or not versions[index], f"index {index} is lost")
+            versions[index] = 0
+    return got
+
+
+def squeeze(segment: Segment, times: int) -> None:
+    """Fill the memory and empty it, so that pages of others are moved about or evicted."""
+    client = segment.client("squeezer")
+    pool = client.new_pool(persistent=True)
+    for i in range(times):
+        pool.put(oid(i % 7), i * 10 % 3000, b"".join(pages("text" if i % 2 else "tail", i % 50, 10)), True)
+        if i % 100 == 99:
+            for first in range(0, 3000, 3):
+                pool.flush(oid(i % 7), first, 2)
+            segment.evict(10 * 65536)
+            put_block(segment, Where("squeezer", pool.id), oid(9), 0, 2000, "random", 50)
+            pool.flush_object(oid(9))
+    client.destroy()
 
 
 def fill_and_drop(segment: Segment, name: str, rounds: int) -> int:

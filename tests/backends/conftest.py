@@ -50,6 +50,27 @@ def small(directory: Path) -> Iterator[_native.Segment]:
 
 
 @pytest.fixture
+def client(small: _native.Segment) -> _native.Client:
+    return small.client("guest")
+
+
+@pytest.fixture
+def persistent(client: _native.Client) -> _native.Pool:
+    return client.new_pool(persistent=True)
+
+
+@pytest.fixture
+def ephemeral(client: _native.Client) -> _native.Pool:
+    return client.new_pool(persistent=False)
+
+
+@pytest.fixture
+def kept(client: _native.Client) -> _native.Pool:
+    """An ephemeral pool whose gets leave the page."""
+    return client.new_pool(persistent=False, exclusive=False)
+
+
+@pytest.fixture
 def workers() -> Iterator[list[Worker]]:
     """Three processes that attach whatever segment they are told to."""
     made: list[Worker] = []

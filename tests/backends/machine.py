@@ -1,8 +1,9 @@
 """The state machine that compares a real segment with the model, whatever processes the calls are made in.
 
-`test_state` runs it with two mappings in this process, `test_processes` with workers besides. Each example
-has a segment of its own, so small that eviction, refusal and the reuse of memory happen all the time.
-`check()` runs after every step. Rules take small numbers and reduce them to what exists: that shrinks well.
+Here are clients, their own pools and pages; `control` adds everything else. `test_state` runs both with two
+mappings in this process, `test_processes` with workers besides. Each example has a segment of its own, so
+small that eviction, refusal and the reuse of memory happen all the time. `check()` runs after every step.
+Rules take small numbers and reduce them to what exists: that shrinks well.
 """
 
 import shutil
@@ -19,12 +20,12 @@ from tmem.backends import _native
 from tmem.types import MAX_INDEX
 
 from . import operations as op
-from .model import ClientModel, Handle, PoolModel, demand
+from .model import ClientModel, Handle, PoolModel, SegmentModel, SharedModel, demand
 from .operations import Where
 from .pages import KINDS, oid, pages
 from .places import Local, Place
+from .sums import CHUNK, Growth, check_sums
 
-CHUNK = 65536
 RAW_BYTES = 4160
 """Memory of a page that does not compress, the most that one can need."""
 EDGES = (0, 16, 64, 512, 1024, 4096, 2**19, 2**20, 2**29, 2**32)
@@ -71,7 +72,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.places: list[Place] = [self.own, Local(self.path), *self.workers]
         for worker in self.workers:
             worker.attach(self.path)
-        self.clients: dict[str, ClientModel] = {}
+        self.oracle = SegmentModel()
+        self.growth = Growth()
 
     def teardown(self) -> None:
         for place in self.places[:2]:
@@ -87,14 +89,15 @@ class StoreMachine(RuleBasedStateMachine):
         return self.places[number % len(self.places)]
 
     def name(self, number: int) -> str:
-        return sorted(self.clients)[number % len(self.clients)]
+        return sorted(self.oracle.clients)[number % len(self.oracle.clients)]
 
     def where(self, number: int) -> Where:
-        every = sorted(Where(name, pool) for name, client in self.clients.items() for pool in client.pools)
+        clients = self.oracle.clients.items()
+        every = sorted(Where(name, pool) for name, client in clients for pool in client.pools)
         return every[number % len(every)]
 
     def model(self, where: Where) -> PoolModel:
-        return self.clients[where.client].pools[where.pool]
+        return self.oracle.clients[where.client].pools[where.pool]
 
     def known(self, where: Where, which: int) -> list[Handle]:
         """Return the handle number `which` of those that the pool may hold, or none if there is none."""
@@ -102,7 +105,10 @@ class StoreMachine(RuleBasedStateMachine):
         return [every[which % len(every)]] if every else []
 
     def some_pool(self) -> bool:
-        return any(client.pools for client in self.clients.values())
+        return any(client.pools for client in self.oracle.clients.values())
+
+    def some_client(self) -> bool:
+        return bool(self.oracle.clients)
 
     # Clients and pools.
 
@@ -117,7 +123,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(at=numbers, who=st.integers(0, len(NAMES) - 1), persistent=st.booleans(), exclusive=st.none())
     def add_pool(self, at: int, who: int, persistent: bool, exclusive: bool | None) -> None:
-        client = self.clients.setdefault(NAMES[who], ClientModel())
+        client = self.oracle.clients.setdefault(NAMES[who], ClientModel())
         if len(client.pools) == 16:
             return
         where = self.place(at).do(op.new_pool, NAMES[who], persistent, exclusive)
@@ -138,22 +144,27 @@ class StoreMachine(RuleBasedStateMachine):
             return
         where = self.where(pool)
         self.place(at).do(op.destroy_pool, where)
-        del self.clients[where.client].pools[where.pool]
+        self.oracle.leave(*where)
+        self.left()
 
-    @precondition(lambda self: len(self.clients) > 1)
+    @precondition(lambda self: len(self.oracle.clients) > 1)
     @rule(at=numbers, who=numbers, really=seldom)
     def destroy_client(self, at: int, who: int, really: bool) -> None:
         if not really:
             return
         name = self.name(who)
         self.place(at).do(op.destroy_client, name)
-        del self.clients[name]
+        self.oracle.destroy(name)
+        self.left()
+
+    def left(self) -> None:
+        """A pool or client is no more: for machines that extend this one."""
 
     @rule(at=numbers, who=numbers, cap=st.sampled_from((0, 0, 1, 10 * RAW_BYTES, 1 << 20, 3 << 20)))
     def set_cap(self, at: int, who: int, cap: int) -> None:
         name = self.name(who)
         self.place(at).do(op.set_cap, name, cap)
-        self.clients[name].cap_bytes = cap
+        self.oracle.clients[name].cap_bytes = cap
 
     # Pages.
 
@@ -197,33 +208,51 @@ class StoreMachine(RuleBasedStateMachine):
             self.put_pages(at, where, o, index, pages(kind, seed, min(n, 2**32 - index)), keep)
 
     def put_pages(self, at: int, where: Where, o: bytes, first: int, data: list[bytes], keep: bool) -> None:
-        place, cap = self.place(at), self.clients[where.client].cap_bytes
-        before = self.used_bytes(where.client)
+        place, model, payer = self.place(at), self.model(where), self.oracle.payer(*where)
+        before = self.used_bytes(payer)
         stored = place.do(op.put, where, o, first, b"".join(data), keep)
         present = self.place(at + 1).do(op.present, where, o, first, len(data))
-        self.model(where).put(o, first, data, stored, keep, present)
-        if stored < len(data) and (keep or len(data) == 1):
-            demand(self.is_short(where.client), f"refused for no reason: {self.segment.statistics()}")
-        if cap:
-            used = self.used_bytes(where.client)
+        model.put(o, first, data, stored, keep, present)
+        if stored and isinstance(model, SharedModel):
+            model.used(o, payer)
+        if not self.oracle.may_put(where.client):
+            demand(not stored, f"{stored} pages stored while {self.oracle.mode_of(where.client)}")
+        elif stored < len(data) and (keep or len(data) == 1):
+            demand(self.is_short(payer), f"refused for no reason: {self.segment.statistics()}")
+        if cap := self.oracle.clients[payer].cap_bytes:
+            used = self.used_bytes(payer)
             demand(used <= max(cap, before), f"{used} bytes used above the cap of {cap}, {before} before")
 
     def used_bytes(self, name: str) -> int:
         return self.segment.client(name, create=False).statistics()["used_bytes"]
 
     def is_short(self, name: str) -> bool:
-        """A put may be refused now: nothing is left to evict, and memory or the client's cap is used up."""
+        """A put may be refused now: the cap is used up, or memory, and nothing is left to evict.
+
+        Not what the client was promised, and not for memory that others were promised when they have it.
+        """
 
         def evictable(who: str) -> int:
-            models = self.clients[who].pools.items()
-            ephemeral = [Where(who, number) for number, model in models if not model.persistent]
-            return sum(self.own.do(op.statistics, where)["bytes"] for where in ephemeral)
+            return sum(
+                self.own.do(op.statistics, Where(payer, number))["bytes"]
+                for payer, number, model in self.oracle.each()
+                if payer == who and not model.persistent
+            )
 
-        cap, s = self.clients[name].cap_bytes, self.segment.statistics()
-        if cap and self.used_bytes(name) + RAW_BYTES > cap and evictable(name) == 0:
-            return True
-        reserve = min(8, s["chunks_total"] // 16)
-        return s["chunks_free"] <= reserve and sum(map(evictable, self.clients)) == 0
+        client, s, used = self.oracle.clients[name], self.segment.statistics(), self.used_bytes(name)
+        if client.cap_bytes and used + RAW_BYTES > client.cap_bytes:
+            return evictable(name) == 0
+        if used + RAW_BYTES <= client.floor_bytes:
+            return False
+        left = 0
+        kept = min(8, s["chunks_total"] // 16)
+        for who, other in self.oracle.clients.items():
+            missing = other.floor_bytes - self.used_bytes(who)
+            if who != name and missing > 0:
+                kept += missing // 55_000 + 6  # a chunk of raw pages, some index, and one chunk of each kind
+            if who == name or missing < 0 or not other.floor_bytes:
+                left += evictable(who)
+        return s["chunks_free"] <= kept and left == 0
 
     @precondition(some_pool)
     @rule(at=numbers, pool=numbers, o=objects, first=starts, n=counts)
@@ -243,7 +272,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.get_pages(at, self.where(pool), o, 0, 1600)
 
     def get_pages(self, at: int, where: Where, o: bytes, first: int, n: int) -> None:
-        self.model(where).get(o, first, n, self.place(at).do(op.get, where, o, first, n))
+        model, got = self.model(where), self.place(at).do(op.get, where, o, first, n)
+        if not model.persistent and self.oracle.mode_of(where.client) == "off":
+            demand(not got, f"{len(got)} pages came while off")
+            model.counts["gets"] += 1  # of a shared pool the others may still get it
+            return
+        model.get(o, first, n, got)
+        if got and isinstance(model, SharedModel):
+            model.used(o, where.client)
 
     @precondition(some_pool)
     @rule(at=numbers, pool=numbers, which=which, n=counts)
@@ -295,7 +331,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(at=numbers)
     def attach_again(self, at: int) -> None:
-        self.place(at).attach(self.path)
+        if self.may_attach(self.place(at)):
+            self.place(at).attach(self.path)
+
+    def may_attach(self, place: Place) -> bool:
+        """Whether nothing depends on the threads that `place` has now: for machines that extend this one."""
+        return True
 
     # What holds after every step.
 
@@ -306,25 +347,20 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def counted(self) -> None:
+        check_sums(self.segment)
+        self.growth.look(self.segment)
+        self.all_pools()
+        for payer, number, model in self.oracle.each():
+            model.compare(self.own.do(op.statistics, Where(payer, number)))
         s = self.segment.statistics()
-        pools = {where: self.own.do(op.statistics, where) for where in self.all_pools()}
-        for where, counters in pools.items():
-            self.model(where).compare(counters)
-        for kind, persistent in (("persistent_pages", True), ("ephemeral_pages", False)):
-            total = sum(p["pages"] for p in pools.values() if bool(p["persistent"]) is persistent)
-            demand(s[kind] == total, f"{kind} is {s[kind]}, the pools have {total}")
-        for name in self.clients:
-            used = sum(p["bytes"] for where, p in pools.items() if where.client == name)
-            demand(self.used_bytes(name) == used, f"client {name} uses {used} bytes")
         free = s["chunks_free"] * CHUNK
-        demand(s["chunks_used"] + s["chunks_free"] == s["chunks_total"], f"chunks do not add up: {s}")
         demand(free <= self.segment.freeable_bytes() <= s["memory_bytes"], f"freeable: {s}")
         demand(s["used_bytes"] + free <= s["memory_bytes"], f"more memory than there is: {s}")
         blocks = self.path.stat().st_blocks * 512
         demand(blocks <= s["used_bytes"] + s["reserve_bytes"], f"{blocks} bytes in the file: {s}")
 
-    def all_pools(self) -> list[Where]:
+    def all_pools(self) -> None:
         listed = [Where(c.name, pool.id) for c in self.segment.clients() for pool in c.pools()]
-        expected = {Where(name, number) for name, client in self.clients.items() for number in client.pools}
+        clients = self.oracle.clients.items()
+        expected = [Where(name, number) for name, client in clients for number in client.pools]
         demand(sorted(listed) == sorted(expected), f"pools are {listed}, not {expected}")
-        return listed

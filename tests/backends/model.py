@@ -7,7 +7,7 @@ justified the model cannot know: that is the caller's to judge. Not for speed; o
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Handle = tuple[bytes, int]
@@ -41,6 +41,10 @@ class PoolModel:
     exclusive: bool
     pages: dict[Handle, bytes] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    most: int = 0
+    """The most pages that there were, or may have been."""
+    changed: set[Handle] = field(default_factory=set)
+    """Handles that an export of changes may name: whoever exports empties this."""
 
     def put(
         self, oid: bytes, index: int, data: Sequence[bytes], stored: int, keep_old: bool, present: Runs
@@ -54,15 +58,19 @@ class PoolModel:
         if keep_old:
             data = data[: stored + refused]
         now = indexes(present)
+        if not self.persistent:  # what is evicted before the call returns was there
+            self.most = max(self.most, len(self.pages) + stored)
         for i, page in enumerate(data):
             handle = oid, index + i
             if keep_old and i == stored:
                 continue
             if handle[1] not in now:
-                self.counts["puts_flushed"] += self.pages.pop(handle, None) is not None
+                self.counts["puts_flushed"] += self._drop(handle)
             else:
                 self.counts["puts_replaced"] += handle in self.pages
                 self.pages[handle] = page
+                self.changed.add(handle)
+                self.most = max(self.most, len(self.pages))
         self.counts["puts"] += len(data)
         self.counts["puts_stored"] += stored
         taken = len(now & {index + i for i in range(len(data) - (keep_old and refused))})
@@ -78,7 +86,7 @@ class PoolModel:
             demand(handle in self.pages, f"index {index + i} came back without a put")
             demand(self.pages[handle] == page, f"index {index + i} has other bytes than were put last")
             if self.exclusive:
-                del self.pages[handle]
+                self._drop(handle)
         self.counts["gets"] += min(len(got) + 1, npages)
         self.counts["gets_hit"] += len(got)
         self.counts["gets_taken"] += len(got) * self.exclusive
@@ -99,11 +107,23 @@ class PoolModel:
 
     def _flushed(self, gone: Sequence[Handle], found: int) -> None:
         for handle in gone:
-            del self.pages[handle]
+            self._drop(handle)
         self.counts["flushes_found"] += found
         if self.persistent:
             demand(found == len(gone), f"flushed {found} pages where {len(gone)} were")
         demand(found <= len(gone), f"flushed {found} pages where at most {len(gone)} were")
+
+    def _drop(self, handle: Handle) -> bool:
+        """Forget a page; False if there was none."""
+        if self.pages.pop(handle, None) is None:
+            return False
+        self.changed.add(handle)
+        return True
+
+    def drop(self) -> None:
+        """The client was turned off: nothing of an ephemeral pool is left."""
+        if not self.persistent:
+            self.pages.clear()
 
     def present(self, oid: bytes, index: int, npages: int, runs: Runs) -> None:
         """The range was looked at and `runs` were there; what was not stays away (C2)."""
@@ -127,9 +147,14 @@ class PoolModel:
             exact += ["puts_replaced", "puts_flushed"]
             demand(s["pages"] == len(self.pages), f"{s['pages']} pages, {len(self.pages)} expected")
             demand(s["evictions"] == 0, f"{s['evictions']} persistent pages were evicted")
+            demand(s["pages_max"] == self.most, f"at most {s['pages_max']} pages, {self.most} expected")
         wrong = {key: (s[key], self.counts[key]) for key in exact if s[key] != self.counts[key]}
         demand(not wrong, f"counters (counted, expected): {wrong}")
         demand(s["pages"] <= len(self.pages), f"{s['pages']} pages, at most {len(self.pages)} expected")
+        demand(s["pages_max"] <= self.most, f"once {s['pages_max']} pages, at most {self.most} expected")
+        objects = len({oid for oid, _ in self.pages}) if self.persistent else s["pages"] > 0
+        demand(s["objects"] >= objects, f"{s['objects']} objects, at least {objects} have pages")
+        demand(s["nodes"] >= objects, f"{s['nodes']} leaves and nodes for {objects} objects with pages")
         check_identities(s)
 
 
@@ -137,7 +162,8 @@ def check_identities(s: Mapping[str, int]) -> None:
     """What must hold between a pool's counters whatever happened, while no operation is under way."""
     demand(s["puts"] == s["puts_stored"] + s["puts_refused"] + s["puts_flushed"], f"puts do not add up: {s}")
     left = s["puts_stored"] - s["puts_replaced"] - s["puts_flushed"] - s["flushes_found"] - s["gets_taken"]
-    demand(s["pages"] == left - s["evictions"] - lost_corrupt(s), f"pages do not add up: {s}")
+    left -= s["evictions"] + s["pages_dropped"] + lost_corrupt(s)
+    demand(s["pages"] == left, f"pages do not add up, {left} should be left: {s}")
     demand(
         s["pages"] == s["compressed_pages"] + s["raw_pages"] + s["fill_pages"], f"kinds do not add up: {s}"
     )
@@ -151,8 +177,100 @@ def lost_corrupt(s: Mapping[str, int]) -> int:
 
 
 @dataclass
+class SharedModel(PoolModel):
+    """A shared pool: its sharers, the one that joined first first, and who used each object last."""
+
+    sharers: list[str] = field(default_factory=list)
+    owner: str = ""
+    users: dict[bytes, str] = field(default_factory=dict)
+
+    def join(self, name: str) -> None:
+        self.sharers.append(name)
+        self.owner = self.owner or name
+
+    def used(self, oid: bytes, name: str) -> None:
+        """K2: after a put it is the owner's, whoever put, after a hit the getter's."""
+        self.users[oid] = name
+
+    def leave(self, name: str) -> bool:
+        """K2: what the leaver used last goes with it. False: it was the last sharer, and the pool is no more.
+
+        An owner that leaves has no successor yet: any of the sharers may be.
+        """
+        for handle in [handle for handle in self.pages if self.users.get(handle[0], self.owner) == name]:
+            self._drop(handle)
+        self.sharers.remove(name)
+        if self.owner == name:
+            self.owner = ""
+        return bool(self.sharers)
+
+
+MODES = ("on", "frozen", "off")
+
+
+@dataclass
 class ClientModel:
-    """One client: its cap (0: none) and its pools by id."""
+    """One client: its settings, what it may share, and its pools by id, shared ones among them."""
 
     cap_bytes: int = 0
+    floor_bytes: int = 0
+    weight: int = 100
+    compress: str = "lz4"
+    mode: str = "on"
+    phase: str = "none"
+    authorised: set[bytes] = field(default_factory=set)
     pools: dict[int, PoolModel] = field(default_factory=dict)
+
+
+@dataclass
+class SegmentModel:
+    """All clients by name, and all shared pools by UUID."""
+
+    mode: str = "on"
+    clients: dict[str, ClientModel] = field(default_factory=dict)
+    shared: dict[bytes, SharedModel] = field(default_factory=dict)
+
+    def mode_of(self, name: str) -> str:
+        """Return what the client may do: the stricter of its own mode and the segment's."""
+        return max(self.mode, self.clients[name].mode, key=MODES.index)
+
+    def may_put(self, name: str) -> bool:
+        return self.mode_of(name) == "on" and self.clients[name].phase in ("none", "copying")
+
+    def payer(self, name: str, pool: int) -> str:
+        """Return who is charged for the pages of a client's pool."""
+        model = self.clients[name].pools[pool]
+        return model.owner if isinstance(model, SharedModel) else name
+
+    def each(self) -> Iterator[tuple[str, int, PoolModel]]:
+        """Yield payer, id there and model of every pool, shared ones once."""
+        for name, client in self.clients.items():
+            for number, pool in client.pools.items():
+                if self.payer(name, number) == name:
+                    yield name, number, pool
+
+    def set_mode(self, name: str | None, mode: str) -> None:
+        """Restrict a client, or without a name all of them. Off: the ephemeral pages are dropped.
+
+        Those of a shared pool stay for the others.
+        """
+        if name is None:
+            self.mode = mode
+        else:
+            self.clients[name].mode = mode
+        if mode == "off":
+            for owner, _, pool in self.each():
+                if name is None or (name == owner and not isinstance(pool, SharedModel)):
+                    pool.drop()
+
+    def leave(self, name: str, pool: int) -> None:
+        """A client gives up a pool: a private one is destroyed, a shared one is left."""
+        model = self.clients[name].pools.pop(pool)
+        if isinstance(model, SharedModel) and not model.leave(name):
+            self.shared = {uuid: other for uuid, other in self.shared.items() if other is not model}
+
+    def destroy(self, name: str) -> None:
+        """Destroy a client (K3)."""
+        for number in list(self.clients[name].pools):
+            self.leave(name, number)
+        del self.clients[name]

@@ -84,7 +84,7 @@ def prepare(segment: _native.Segment, worker: Worker, directory: Path) -> Killer
     return Killer(worker, directory / "fifo", wheres)
 
 
-def test_one_process_is_killed(
+def test_11_one_process_is_killed(
     segment: _native.Segment, workers: list[Worker], directory: Path, effort: int
 ) -> None:
     killer, witness = prepare(segment, workers[0], directory), storm.Witness(PERSISTENT, EXCLUSIVE)
@@ -97,7 +97,9 @@ def test_one_process_is_killed(
     assert op.statistics(segment, killer.wheres[2])["evictions"] > 0
 
 
-def test_others_go_on(segment: _native.Segment, workers: list[Worker], directory: Path, effort: int) -> None:
+def test_11_others_go_on(
+    segment: _native.Segment, workers: list[Worker], directory: Path, effort: int
+) -> None:
     """Two processes verify their own pages all the time; nobody calls for a repair until the end."""
     killer, witness = prepare(segment, workers[0], directory), storm.Witness(PERSISTENT, EXCLUSIVE)
     own = [op.new_pool(segment, f"other {i}", persistent=i % 2 == 0) for i in range(4)]

@@ -8,7 +8,8 @@ from tmem.backends import _native
 
 from . import activities
 from . import operations as op
-from .machine import StoreMachine, bounded
+from .control import ControlMachine
+from .machine import bounded
 from .model import check_identities
 from .operations import Where
 from .pages import oid, pages
@@ -35,14 +36,14 @@ def check(segment: _native.Segment, wheres: list[Where], dead: int = 0) -> None:
 
 
 def test_random_operations_one_process_at_a_time(directory: Path, workers: list[Worker], effort: int) -> None:
-    class Machine(StoreMachine):
+    class Machine(ControlMachine):
         parent = directory
 
     Machine.workers = workers
     run_state_machine_as_test(Machine, settings=bounded(20 * effort, 60))
 
 
-def test_all_at_once_each_with_its_own_pages(directory: Path, workers: list[Worker], effort: int) -> None:
+def test_15_all_at_once_each_with_its_own_pages(directory: Path, workers: list[Worker], effort: int) -> None:
     segment = _native.create(str(directory / "shared"), MEMORY_BYTES)
     wheres = three_pools(segment)
     for seed in range(3 * effort):
@@ -55,7 +56,7 @@ def test_all_at_once_each_with_its_own_pages(directory: Path, workers: list[Work
     segment.close()
 
 
-def test_all_at_once_on_the_same_pages(directory: Path, workers: list[Worker], effort: int) -> None:
+def test_15_all_at_once_on_the_same_pages(directory: Path, workers: list[Worker], effort: int) -> None:
     segment = _native.create(str(directory / "shared"), MEMORY_BYTES)
     wheres = three_pools(segment)
     for seed in range(3 * effort):
@@ -85,14 +86,14 @@ def test_pools_come_and_go_beside_others(directory: Path, workers: list[Worker])
     segment.close()
 
 
-def test_threads_of_one_process(small: _native.Segment) -> None:
+def test_15_threads_of_one_process(small: _native.Segment) -> None:
     wheres = three_pools(small)
     results = activities.in_threads(small, wheres, [1, 2, 3, 4], 1, 300)
     assert len(results) == 8
     check(small, wheres)
 
 
-def test_threads_of_several_processes(directory: Path, workers: list[Worker]) -> None:
+def test_15_threads_of_several_processes(directory: Path, workers: list[Worker]) -> None:
     segment = _native.create(str(directory / "shared"), MEMORY_BYTES)
     wheres = three_pools(segment)
     for number, worker in enumerate(workers):

@@ -5,12 +5,26 @@ from pathlib import Path
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
+from .control import ControlMachine
 from .machine import StoreMachine, bounded
 
 
-@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 40), (16, 15)])
-def test_random_operations(directory: Path, memory_mib: int, examples: int, effort: int) -> None:
+@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 25), (16, 10)])
+def test_14_random_puts_gets_and_flushes(
+    directory: Path, memory_mib: int, examples: int, effort: int
+) -> None:
     class Machine(StoreMachine):
+        memory_bytes = memory_mib << 20
+        parent = directory
+
+    run_state_machine_as_test(Machine, settings=bounded(examples * effort, 60))
+
+
+@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 40), (16, 15)])
+def test_14_random_operations_of_every_kind(
+    directory: Path, memory_mib: int, examples: int, effort: int
+) -> None:
+    class Machine(ControlMachine):
         memory_bytes = memory_mib << 20
         parent = directory
 

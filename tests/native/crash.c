@@ -8,7 +8,7 @@
  * that was put there whole. A killed worker's successor first finds out, for the one operation of each thread
  * that was in flight, whether it happened; it must have happened entirely or not at all. At the end every
  * persistent page is compared and every invariant of the segment is checked. Exit status 1: something was lost. */
-#include "crash_keys.h"
+#include "crash_clients.h"
 
 #include <sys/wait.h>
 #include <time.h>
@@ -18,6 +18,27 @@ struct thread {
     uint32_t slot;
     pthread_t id;
 };
+
+static void do_client(struct tm_segment *seg, uint32_t slot, unsigned what, uint64_t *rng)
+{
+    switch (what) {
+    case 0:
+        do_pools(seg, slot, rng);
+        break;
+    case 1:
+    case 2:
+        do_shared(seg, slot, rng);
+        break;
+    case 3:
+        do_modes(seg, slot, rng);
+        break;
+    case 4:
+        do_handoff(seg, slot, rng);
+        break;
+    default:
+        object_reap_empty(ctx_get(seg), 16);
+    }
+}
 
 static void *work(void *arg)
 {
@@ -40,10 +61,7 @@ static void *work(void *arg)
             tm_reap(ctx_get(t->seg));
             break;
         case 3:
-            if ((r >> 40) % 16 == 0)
-                do_pools(t->seg, t->slot, &rng);
-            else
-                object_reap_empty(ctx_get(t->seg), 16);
+            do_client(t->seg, t->slot, (unsigned)(r >> 40) % 10, &rng);
             break;
         default:
             if (r % 64 < 14)
@@ -91,11 +109,14 @@ static void setup(struct tm_segment *seg)
         snprintf(name, sizeof name, "slot%u", i);
         client_open(ctx, name, true, &id, &serial);
         for (uint32_t p = 0; p < NPOOLS; p++)
-            pool_new(ctx, id, serial, p != EPHEMERAL, p == TAKEN, &s->pools[p], &s->serials[p]);
+            pool_new(ctx, id, serial,
+                     &(struct pool_wish){.persistent = p != EPHEMERAL, .exclusive = p == TAKEN, .id = -1}, &s->pools[p],
+                     &s->serials[p]);
     }
     client_open(ctx, "contended", true, &id, &serial);
-    pool_new(ctx, id, serial, true, false, &shared->contended_pool, &shared->contended_serial);
-    pool_new(ctx, id, serial, false, false, &shared->contended_epool, &shared->contended_eserial);
+    pool_new(ctx, id, serial, &(struct pool_wish){.persistent = true, .id = -1}, &shared->contended_pool,
+             &shared->contended_serial);
+    pool_new(ctx, id, serial, &(struct pool_wish){.id = -1}, &shared->contended_epool, &shared->contended_eserial);
 }
 
 static void say(void *arg, const char *line)
@@ -129,7 +150,8 @@ static void watch(const pid_t *pids, uint64_t *last, double *since)
 }
 
 static const uint8_t points[] = {1,  2,  3,  4,  5,  6,  7,  10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 25,
-                                 26, 27, 28, 29, 30, 31, 32, 33, 40, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 60};
+                                 26, 27, 28, 29, 30, 31, 32, 33, 40, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 60,
+                                 61, 62, 63, 64, 65, 66, 67, 68, 69, 80};
 
 static unsigned run(uint64_t *rng)
 {
@@ -236,11 +258,12 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < POINTS; i++)
         hit += atomic_load(&shared->hits_of[i]);
     printf("kills %u (at points %u) in %.1f s, steps %llu, puts %llu, refused %llu, excused %llu, gets %llu (hits %llu), "
-           "flushes %llu, objects %llu, repaired threads %llu\n",
+           "flushes %llu, objects %llu, repaired threads %llu, relocated %llu\n",
            kills, hit, took, (unsigned long long)ops, (unsigned long long)shared->puts,
            (unsigned long long)shared->refused, (unsigned long long)shared->excused, (unsigned long long)shared->gets,
            (unsigned long long)shared->hits, (unsigned long long)shared->flushes, (unsigned long long)shared->objects,
-           (unsigned long long)atomic_load(&seg->super->deaths));
+           (unsigned long long)atomic_load(&seg->super->deaths),
+           (unsigned long long)atomic_load(&seg->super->relocated));
     printf("points not reached:");
     for (unsigned i = 0; opt.points && i < sizeof points; i++)
         if (!atomic_load(&shared->hits_of[points[i]]))

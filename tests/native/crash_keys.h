@@ -8,7 +8,7 @@
 #include <stdarg.h>
 #include <unistd.h>
 
-enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 80, TINY_OBJECTS = 24 };
+enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 90, TINY_OBJECTS = 24 };
 enum { NONE, PUT, FLUSH, TAKE, FLUSH_OBJECT };
 enum { PERSISTENT, TAKEN, EPHEMERAL, NPOOLS }; /* TAKEN: persistent with exclusive gets */
 
@@ -224,7 +224,7 @@ static void do_contended(struct tm_segment *seg, uint64_t *rng)
     oid_make(oid, 7 + k % 2);
     if (r >> 32 & 1) {
         page_make(page, key, atomic_fetch_add(&shared->contended_version, 1) + 1);
-        if (tm_put(&h, oid, (uint32_t)k, page, 1, true) < 0)
+        if (tm_put(&h, oid, (uint32_t)k, page, 1, KEEP_OLD) < 0)
             fail("contended put");
     } else if (r >> 33 & 7) {
         uint64_t words[2];
@@ -244,43 +244,6 @@ static void do_contended(struct tm_segment *seg, uint64_t *rng)
     } else {
         tm_flush(&h, oid, (uint32_t)k, 1);
     }
-}
-
-/* Pools come and go as well; a successor destroys those that its predecessor left. */
-static void do_pools(struct tm_segment *seg, uint32_t slot, uint64_t *rng)
-{
-    char name[32];
-    uint32_t id, serial, pool, pool_serial;
-    uint8_t oid[TM_OID], page[TM_PAGE], back[TM_PAGE];
-    snprintf(name, sizeof name, "scratch%u", slot);
-    struct tm_ctx *ctx = ctx_get(seg);
-    if (client_open(ctx, name, true, &id, &serial) != TM_OK) {
-        fail("scratch client");
-        return;
-    }
-    for (uint32_t p = id * TM_CLIENT_POOLS; p < (id + 1) * TM_CLIENT_POOLS; p++)
-        pool_destroy(ctx, p, atomic_load(&seg->pools[p].serial));
-    int rc = pool_new(ctx, id, serial, next_random(rng) & 1, false, &pool, &pool_serial);
-    if (rc != TM_OK) {
-        if (rc != TM_FULL) /* all of them are dying, and whoever destroys them is stopped */
-            fail("scratch pool says %d", rc);
-        return;
-    }
-    struct tm_handle h = {seg, pool, pool_serial};
-    for (uint32_t i = 0; i < 20; i++) {
-        oid_make(oid, i % 3);
-        page_make(page, 77, i);
-        int64_t put = tm_put(&h, oid, i * 40, page, 1, false);
-        if (put == 1 && tm_get(&h, oid, i * 40, back, 1) == 1 && memcmp(page, back, TM_PAGE) != 0)
-            fail("scratch page differs");
-    }
-    if (next_random(rng) & 1)
-        pool_destroy(ctx, pool, pool_serial);
-    else
-        client_destroy(ctx, id, serial);
-    oid_make(oid, 0);
-    if (tm_get(&h, oid, 0, back, 1) != TM_NOPOOL)
-        fail("a destroyed pool answers");
 }
 
 #endif

@@ -4,167 +4,7 @@
  *
  * An actor is a child process that runs one operation and stops where it is told; the driver lets it go on, or
  * kills it there. Every scenario ends with a check of all invariants. */
-#include "witness.h"
-
-#include <signal.h>
-#include <stdarg.h>
-#include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { ACTORS = 4 };
-struct actor {
-    _Atomic uint32_t point, skip; /* stop at this point, after passing it `skip` times */
-    _Atomic uint32_t reached, go;
-    _Atomic int64_t result;
-    _Atomic uint32_t finished;
-    uint8_t page[TM_PAGE];
-};
-static struct actor *actors;
-static struct actor *self;
-static const char *path;
-static const char *scenario;
-static int failures;
-
-struct world {
-    struct tm_segment *seg;
-    struct tm_handle pool, taken, ephemeral; /* persistent, persistent with exclusive gets, ephemeral */
-};
-typedef int64_t (*operation)(struct world *w, struct actor *a);
-
-static void nap(void)
-{
-    struct timespec ts = {.tv_nsec = 200000};
-    nanosleep(&ts, NULL);
-}
-
-void kill_point(int n)
-{
-    if (!self || atomic_load(&self->point) != (uint32_t)n || atomic_load(&self->reached))
-        return;
-    if (atomic_load(&self->skip)) {
-        atomic_fetch_sub(&self->skip, 1);
-        return;
-    }
-    atomic_store(&self->reached, 1);
-    while (!atomic_load(&self->go))
-        nap();
-}
-
-static void expect(bool good, const char *format, ...)
-{
-    va_list args;
-    if (good)
-        return;
-    va_start(args, format);
-    fprintf(stderr, "FAIL %s: ", scenario);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    failures++;
-}
-
-static void open_world(struct world *w)
-{
-    uint32_t id, serial;
-    struct tm_ctx *ctx = ctx_get(w->seg);
-    client_open(ctx, "test", true, &id, &serial);
-    struct tm_handle *handles[] = {&w->pool, &w->taken, &w->ephemeral};
-    for (int i = 0; i < 3; i++) {
-        handles[i]->seg = w->seg;
-        uint32_t p = id * TM_CLIENT_POOLS + (uint32_t)i;
-        if (atomic_load(&w->seg->pools[p].state) == 1) {
-            handles[i]->pool = p;
-            handles[i]->serial = atomic_load(&w->seg->pools[p].serial);
-        } else {
-            pool_new(ctx, id, serial, i < 2, i == 1, &handles[i]->pool, &handles[i]->serial);
-        }
-    }
-}
-
-/* Start actor `i`; it runs `op` and stops at `point` (0: nowhere). */
-static pid_t start(int i, operation op, uint32_t point, uint32_t skip)
-{
-    struct actor *a = &actors[i];
-    memset(a, 0, sizeof *a);
-    a->point = point;
-    a->skip = skip;
-    pid_t pid = fork();
-    if (pid)
-        return pid;
-    struct world w = {0};
-    if (tm_attach(path, &w.seg))
-        _exit(3);
-    open_world(&w);
-    self = a;
-    atomic_store(&a->result, op(&w, a));
-    self = NULL;
-    atomic_store(&a->finished, 1);
-    tm_close(w.seg);
-    _exit(0);
-}
-
-static bool wait_for(_Atomic uint32_t *flag)
-{
-    for (int i = 0; i < 25000; i++) {
-        if (atomic_load(flag))
-            return true;
-        nap();
-    }
-    return false;
-}
-
-static void at_point(int i) { expect(wait_for(&actors[i].reached), "actor %d never came to point %u", i, actors[i].point); }
-
-static void die(pid_t pid)
-{
-    kill(pid, SIGKILL);
-    waitpid(pid, NULL, 0);
-}
-
-static void finish(int i, pid_t pid)
-{
-    int status = 0;
-    atomic_store(&actors[i].go, 1);
-    bool ended = wait_for(&actors[i].finished);
-    expect(ended, "actor %d does not get on", i);
-    if (!ended)
-        kill(pid, SIGKILL);
-    waitpid(pid, &status, 0);
-    expect(status == 0, "actor %d ended with status %x", i, status);
-}
-
-static void say(void *arg, const char *line)
-{
-    (void)arg;
-    expect(false, "check: %s", line);
-}
-
-static void check(struct world *w)
-{
-    tm_reap(ctx_get(w->seg));
-    tm_check(ctx_get(w->seg), say, NULL);
-}
-
-static uint8_t oid[TM_OID];
-
-static bool is(const uint8_t *page, uint32_t index, uint64_t version)
-{
-    return page_is(page, 5000 + index, version * 2654435761u); /* versions of which none is same-filled */
-}
-
-static int64_t put(const struct tm_handle *h, uint32_t index, uint64_t version)
-{
-    uint8_t page[TM_PAGE];
-    page_make(page, 5000 + index, version * 2654435761u);
-    return tm_put(h, oid, index, page, 1, true);
-}
-
-static bool holds(const struct tm_handle *h, uint32_t index, uint64_t version)
-{
-    uint8_t page[TM_PAGE];
-    return tm_get(h, oid, index, page, 1) == 1 && is(page, index, version);
-}
+#include "interleave.h"
 
 static int64_t get_one(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 1, a->page, 1); }
 static int64_t take_one(struct world *w, struct actor *a) { return tm_get(&w->taken, oid, 1, a->page, 1); }
@@ -182,7 +22,7 @@ static int64_t put_twin(struct world *w, struct actor *a)
     atomic_store(&a->reached, 0);
     atomic_store(&a->go, 0);
     page_make(page, 5001, 2654435761u);
-    return tm_put(&w->pool, oid, 2, page, 1, true);
+    return tm_put(&w->pool, oid, 2, page, 1, KEEP_OLD);
 }
 static int64_t destroy_pool(struct world *w, struct actor *a)
 {
@@ -353,6 +193,79 @@ static void reader_and_punch(struct world *w)
     check(w);
 }
 
+/* Copy the changes of the pool to `to`; TM_OK or an error. */
+static int64_t pass_on(const struct tm_handle *from, const struct tm_handle *to)
+{
+    uint8_t records[65536];
+    struct tm_export e = {.pool = *from, .changes = true};
+    int64_t n;
+    while ((n = tm_export_fill(&e, records, sizeof records)) > 0)
+        if ((n = tm_import(to, records, (size_t)n)) < 0)
+            return n;
+    return n;
+}
+
+/* Hand the client over to a staged one as far as freezing, and say what the copy holds of page 1. */
+static int64_t copy_all(struct world *w, struct actor *a)
+{
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    struct tm_handle to = {.seg = w->seg};
+    uint32_t client = w->pool.pool / TM_CLIENT_POOLS, serial = atomic_load(&w->seg->clients[client].serial), id, staged;
+    if (client_handoff(ctx, client, serial, PHASE_COPYING) != TM_OK || client_stage(ctx, "copy", &id, &staged) != TM_OK)
+        return -100;
+    pool_new(ctx, id, staged, &(struct pool_wish){.persistent = true, .id = -1}, &to.pool, &to.serial);
+    if (pass_on(&w->pool, &to) < 0 || pass_on(&w->pool, &to) < 0)
+        return -101;
+    if (client_handoff(ctx, client, serial, PHASE_FROZEN) != TM_OK || pass_on(&w->pool, &to) < 0)
+        return -102;
+    int64_t rc = tm_get(&to, oid, 1, a->page, 1);
+    client_handoff(ctx, client, serial, PHASE_NONE);
+    client_destroy(ctx, id, staged);
+    return rc;
+}
+
+/* A page is flushed after it was read for the copy and before that is noted: the copy must not keep it. */
+static void export_and_flush(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    pid_t copier = start(0, copy_all, 80, 0);
+    at_point(0);
+    tm_flush(&w->pool, oid, 1, 1);
+    finish(0, copier);
+    expect(actors[0].result == 0, "the copy says %lld of a flushed page", (long long)actors[0].result);
+    check(w);
+}
+
+/* The same with a put: the copy must have the new page. */
+static void export_and_put(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    pid_t copier = start(0, copy_all, 80, 0);
+    at_point(0);
+    put(&w->pool, 1, 2);
+    finish(0, copier);
+    expect(actors[0].result == 1 && is(actors[0].page, 1, 2), "the copy has not got the new page");
+    check(w);
+}
+
+/* A put is under way while its client is frozen for the last pass: who freezes waits for it, and copies it. */
+static void put_and_freeze(struct world *w)
+{
+    uint32_t client = w->pool.pool / TM_CLIENT_POOLS;
+    put(&w->pool, 1, 1);
+    pid_t putter = start(0, put_two, 45, 0);
+    at_point(0);
+    pid_t copier = start(1, copy_all, 0, 0);
+    for (int i = 0; i < 25000 && phase_of(w->seg, client) != PHASE_FROZEN; i++)
+        nap();
+    expect(phase_of(w->seg, client) == PHASE_FROZEN && !atomic_load(&actors[1].finished), "nobody waits for the put");
+    finish(0, putter);
+    finish(1, copier);
+    expect(actors[0].result == 1, "the put says %lld", (long long)actors[0].result);
+    expect(actors[1].result == 1 && is(actors[1].page, 1, 2), "the copy says %lld", (long long)actors[1].result);
+    check(w);
+}
+
 static const struct {
     const char *name;
     void (*run)(struct world *w);
@@ -361,7 +274,8 @@ static const struct {
     {"freed_and_reused", freed_and_reused},       {"take_and_replace", take_and_replace},
     {"put_and_destroy", put_and_destroy},         {"put_and_reap", put_and_reap},
     {"put_and_dead_reaper", put_and_dead_reaper}, {"reap_and_put", reap_and_put},
-    {"reader_and_punch", reader_and_punch},
+    {"reader_and_punch", reader_and_punch},       {"export_and_flush", export_and_flush},
+    {"export_and_put", export_and_put},           {"put_and_freeze", put_and_freeze},
 };
 
 int main(int argc, char **argv)

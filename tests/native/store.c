@@ -40,7 +40,8 @@ static struct tm_handle new_pool(struct tm_segment *seg, const char *client, boo
     struct tm_handle h = {seg, 0, 0};
     uint32_t id, serial;
     expect(client_open(ctx_get(seg), client, true, &id, &serial) == TM_OK, "client");
-    expect(pool_new(ctx_get(seg), id, serial, persistent, exclusive, &h.pool, &h.serial) == TM_OK, "pool");
+    expect(pool_new(ctx_get(seg), id, serial, &(struct pool_wish){.persistent = persistent, .exclusive = exclusive, .id = -1},
+                    &h.pool, &h.serial) == TM_OK, "pool");
     return h;
 }
 
@@ -55,7 +56,7 @@ static void codec(void)
         memset(page, (int)n, sizeof page);
         for (unsigned i = 0; i < n; i++)
             page[i] = (uint8_t)next_random(&rng);
-        expect(tm_put(&h, oid, n, page, 1, false) == 1, "put");
+        expect(tm_put(&h, oid, n, page, 1, KEEP_NOTHING) == 1, "put");
         expect(tm_get(&h, oid, n, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "page came back");
     }
     static const uint64_t words[] = {0, 1, 0xffffffffffffffffu, 0x1234567812345678u, (UINT64_C(1) << 35) - 1,
@@ -63,7 +64,7 @@ static void codec(void)
     for (unsigned i = 0; i < sizeof words / 8; i++) {
         for (unsigned k = 0; k < TM_PAGE; k += 8)
             memcpy(page + k, &words[i], 8);
-        expect(tm_put(&h, oid, 5000 + i, page, 1, false) == 1, "put of a word");
+        expect(tm_put(&h, oid, 5000 + i, page, 1, KEEP_NOTHING) == 1, "put of a word");
         expect(tm_get(&h, oid, 5000 + i, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "word came back");
     }
     tm_check(ctx_get(seg), say, NULL);
@@ -118,7 +119,7 @@ static void ranges(uint64_t seed)
         if (step % 500 == 0)
             tm_check(ctx_get(seg), say, NULL);
     }
-    tm_evict(ctx_get(seg), UINT64_MAX);
+    tm_evict(ctx_get(seg), -1, UINT64_MAX);
     expect(seg->pools[e.pool].pages == 0 || seg->pools[e.pool].bytes == 0, "evict leaves only same-filled pages");
     tm_check(ctx_get(seg), say, NULL);
     tm_close(seg);
@@ -161,7 +162,7 @@ static void corruption(void)
     for (uint32_t i = 0; i < 200; i++) {
         struct tm_handle *h = i % 2 ? &p : &e;
         page_make(page, 3, i * 16 + 5);
-        if (tm_put(h, oid, i, page, 1, false) != 1)
+        if (tm_put(h, oid, i, page, 1, KEEP_NOTHING) != 1)
             continue;
         struct cursor cur = {0};
         uint64_t id[3] = {0};
@@ -182,6 +183,61 @@ static void corruption(void)
     tm_close(seg);
 }
 
+/* A page of which the first `words` words are random: they need about as much memory. */
+static void sized_page(uint8_t *page, uint64_t seed, uint32_t words)
+{
+    uint64_t data[TM_PAGE / 8];
+    for (uint32_t i = 0; i < TM_PAGE / 8; i++)
+        data[i] = i < words ? mix(seed * 1000 + i) : seed;
+    memcpy(page, data, TM_PAGE);
+}
+
+/* Put pages of that size from index `first` on until one is refused; how many were stored. */
+static uint32_t put_until_refused(const struct tm_handle *h, uint32_t first, uint32_t words)
+{
+    static const uint8_t oid[TM_OID];
+    uint8_t page[TM_PAGE];
+    for (uint32_t i = 0;; i++) {
+        sized_page(page, first + i, words);
+        if (tm_put(h, oid, first + i, page, 1, KEEP_OLD) != 1)
+            return i;
+    }
+}
+
+/* Holes that flushed pages leave in every chunk are memory for pages of any other size, and nothing is lost. */
+static void compaction(void)
+{
+    enum { FEW = 5 };
+    static const uint8_t oid[TM_OID];
+    static const uint32_t sizes[] = {512, 60, 250, 350, 20}; /* 512: raw */
+    struct tm_segment *seg = fresh(16);
+    struct tm_handle h = new_pool(seg, "p", true, false);
+    uint8_t page[TM_PAGE], back[TM_PAGE];
+    uint32_t kept[8], first = 0;
+    for (uint32_t s = 0; s < sizeof sizes / sizeof *sizes; s++, first += 1000000) {
+        uint32_t n = put_until_refused(&h, first, sizes[s]), need = sizes[s] == 512 ? 4160 : sizes[s] * 8 + 128;
+        uint64_t room = (uint64_t)seg->nchunks * TM_CHUNK;
+        if ((uint64_t)n * need < room * 7 / 10) {
+            fprintf(stderr, "pages of %u words: only %u were stored\n", sizes[s], n);
+            expect(false, "holes are not used");
+        }
+        kept[s] = n;
+        for (uint32_t i = 0; i < n; i++)
+            if (i % 100 >= FEW)
+                tm_flush(&h, oid, first + i, 1);
+    }
+    first = 0;
+    for (uint32_t s = 0; s < sizeof sizes / sizeof *sizes; s++, first += 1000000)
+        for (uint32_t i = 0; i < kept[s]; i++) {
+            sized_page(page, first + i, sizes[s]);
+            int64_t rc = tm_get(&h, oid, first + i, back, 1);
+            expect(i % 100 < FEW ? rc == 1 && !memcmp(page, back, TM_PAGE) : rc == 0, "a page after compaction");
+        }
+    expect(atomic_load(&seg->super->relocated) > 0, "pages were moved");
+    tm_check(ctx_get(seg), say, NULL);
+    tm_close(seg);
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 2)
@@ -192,6 +248,7 @@ int main(int argc, char **argv)
     ranges(seed);
     device(seed);
     corruption();
+    compaction();
     unlink(path);
     printf("store: %s\n", failures ? "FAILED" : "ok");
     return failures != 0;

@@ -1,0 +1,174 @@
+/* Who gets how much of the memory: weights, floors, and what a client is charged.
+ *
+ * Weights divide what ephemeral pages occupy. Whoever needs memory takes it from the client that has most per
+ * weight, so under contention the shares converge to the ratio of the weights, whoever puts faster. Floors are
+ * promises: chunks are kept free for clients that are below theirs, and their ephemeral pages are left alone. */
+#include "tm.h"
+
+/* What a full chunk holds in blocks of the least favourable size class: 17 of 3648 bytes. */
+#define CHUNK_HOLDS 62016
+/* Index that a floor stands for: one chunk of each kind of unit, and a sixteenth of the pages. */
+enum { INDEX_KINDS = 5, INDEX_SHARE = 16 };
+
+static uint32_t account_chunks(struct tm_segment *seg, uint32_t account)
+{
+    const struct tm_queue *q = seg->clients[account].queues;
+    return atomic_load_explicit(&q[QUEUE_PROBATION].length, memory_order_relaxed)
+           + atomic_load_explicit(&q[QUEUE_MAIN].length, memory_order_relaxed);
+}
+
+static bool owns(struct tm_segment *seg, uint32_t client, uint32_t shared)
+{
+    const struct tm_pool *p = &seg->pools[TM_FIRST_SHARED + shared];
+    return atomic_load_explicit(&p->state, memory_order_relaxed) == LIVE
+           && atomic_load_explicit(&p->owner, memory_order_relaxed) == client;
+}
+
+uint32_t client_chunks(struct tm_segment *seg, uint32_t client)
+{
+    uint32_t sum = account_chunks(seg, client);
+    for (uint32_t i = 0; i < TM_MAX_SHARED; i++)
+        if (owns(seg, client, i))
+            sum += account_chunks(seg, TM_MAX_CLIENTS + i);
+    return sum;
+}
+
+int64_t client_bytes(struct tm_segment *seg, uint32_t client)
+{
+    int64_t sum = atomic_load_explicit(&seg->clients[client].used_bytes, memory_order_relaxed);
+    for (uint32_t i = 0; i < TM_MAX_SHARED; i++)
+        if (owns(seg, client, i))
+            sum += atomic_load_explicit(&seg->clients[TM_MAX_CLIENTS + i].used_bytes, memory_order_relaxed);
+    return sum;
+}
+
+int64_t client_ephemeral(struct tm_segment *seg, uint32_t client)
+{
+    int64_t sum = atomic_load_explicit(&seg->clients[client].ephemeral, memory_order_relaxed);
+    for (uint32_t i = 0; i < TM_MAX_SHARED; i++)
+        if (owns(seg, client, i))
+            sum += atomic_load_explicit(&seg->clients[TM_MAX_CLIENTS + i].ephemeral, memory_order_relaxed);
+    return sum;
+}
+
+int fullest_account(struct tm_segment *seg, uint32_t client)
+{
+    int best = -1;
+    uint32_t most = 0;
+    for (uint32_t i = 0; i <= TM_MAX_SHARED; i++) {
+        uint32_t account = i ? TM_MAX_CLIENTS + i - 1 : client;
+        uint32_t chunks = i && !owns(seg, client, i - 1) ? 0 : account_chunks(seg, account);
+        if (chunks > most) {
+            most = chunks;
+            best = (int)account;
+        }
+    }
+    return best;
+}
+
+static bool present(const struct tm_client *c)
+{
+    uint32_t state = atomic_load_explicit(&c->state, memory_order_relaxed);
+    return (state == LIVE || state == STAGED) && atomic_load_explicit(&c->held, memory_order_relaxed) != 2;
+}
+
+/* What the client was promised; nothing if it is gone. */
+static int64_t floor_of(const struct tm_client *c)
+{
+    return present(c) ? (int64_t)atomic_load_explicit(&c->floor_bytes, memory_order_relaxed) : 0;
+}
+
+int victim(struct tm_segment *seg, int asker)
+{
+    int best = -1;
+    uint64_t most = 0, its_weight = 1;
+    bool floors = atomic_load_explicit(&seg->super->nfloors, memory_order_relaxed) != 0;
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
+        struct tm_client *c = &seg->clients[i];
+        uint64_t chunks = client_chunks(seg, i);
+        if (!chunks)
+            continue;
+        if (floors && (int)i != asker && floor_of(c) > 0 && client_bytes(seg, i) < floor_of(c) + TM_CHUNK)
+            continue; /* a chunk goes at once, and not below the floor */
+        uint64_t weight = present(c) ? atomic_load_explicit(&c->weight, memory_order_relaxed) : 0;
+        /* chunks / weight > most / its_weight; without a weight it comes before all that have one. */
+        bool more = weight && its_weight ? chunks * its_weight > most * weight
+                                         : (weight == its_weight ? chunks > most : !weight);
+        if (best < 0 || more) {
+            best = (int)i;
+            most = chunks;
+            its_weight = weight;
+        }
+    }
+    if (best >= 0)
+        return fullest_account(seg, (uint32_t)best);
+    /* A shared pool whose members are all leaving belongs to nobody for a moment. */
+    for (uint32_t i = TM_MAX_CLIENTS; i < TM_NACCOUNTS; i++)
+        if (account_chunks(seg, i) && atomic_load(&seg->pools[TM_FIRST_SHARED + i - TM_MAX_CLIENTS].state) != LIVE)
+            return (int)i;
+    return -1;
+}
+
+/* What clients below their floors are still to get, but for the last piece that is less than a page. */
+struct promise {
+    uint64_t bytes;
+    uint32_t index; /* chunks */
+};
+
+static void add_promise(struct tm_segment *seg, uint32_t client, struct promise *sum)
+{
+    const struct tm_client *c = &seg->clients[client];
+    int64_t floor = floor_of(c), missing = floor - client_bytes(seg, client);
+    if (missing < (int64_t)(TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP))
+        return;
+    uint32_t has = atomic_load_explicit(&c->index_chunks, memory_order_relaxed);
+    uint32_t needs = INDEX_KINDS + (uint32_t)(floor / TM_CHUNK / INDEX_SHARE);
+    sum->bytes += (uint64_t)missing;
+    sum->index += needs > has ? needs - has : 0;
+}
+
+static uint32_t promise_chunks(const struct promise *p)
+{
+    return (uint32_t)((p->bytes + CHUNK_HOLDS - 1) / CHUNK_HOLDS) + p->index;
+}
+
+/* Chunks that size classes leave half full: one each. Promises are kept beside them, so they come on top for whoever
+ * has no promise to claim. */
+static uint32_t slack(const struct tm_segment *seg)
+{
+    return seg->nchunks / 16 < TM_NCLASSES ? seg->nchunks / 16 : TM_NCLASSES;
+}
+
+uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker)
+{
+    struct promise sum = {0, 0};
+    if (!atomic_load_explicit(&seg->super->nfloors, memory_order_relaxed))
+        return 0;
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        if (i != asker && atomic_load_explicit(&seg->clients[i].floor_bytes, memory_order_relaxed))
+            add_promise(seg, i, &sum);
+    bool claims = asker < TM_MAX_CLIENTS && client_bytes(seg, asker) < floor_of(&seg->clients[asker]);
+    return sum.bytes && !claims ? promise_chunks(&sum) + slack(seg) : promise_chunks(&sum);
+}
+
+bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes)
+{
+    if (bytes <= 0 || !atomic_load_explicit(&seg->super->nfloors, memory_order_relaxed))
+        return true;
+    if (client_bytes(seg, client) + bytes <= floor_of(&seg->clients[client]))
+        return true;
+    return chunks_available(seg) >= promised_chunks(seg, client);
+}
+
+bool floors_fit(struct tm_segment *seg)
+{
+    struct promise sum = {0, 0};
+    uint64_t have = chunks_available(seg);
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
+        uint64_t floor = (uint64_t)floor_of(&seg->clients[i]), used = (uint64_t)client_bytes(seg, i);
+        uint64_t ephemeral = client_chunks(seg, i), above = used > floor ? (used - floor) / TM_CHUNK : 0;
+        have += ephemeral < above ? ephemeral : above; /* what can be evicted */
+        add_promise(seg, i, &sum);
+    }
+    return promise_chunks(&sum) + slack(seg) <= have;
+}
