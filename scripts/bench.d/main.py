@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_fuse
 import bench_nbd
+import bench_save
 import bench_store
 import bench_swap
 from common import machine
@@ -22,7 +23,7 @@ from common import machine
 def main() -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("parts", nargs="*", help="store, nbd, swap, fuse; all of them by default")
+    parser.add_argument("parts", nargs="*", help="store, nbd, swap, fuse, save; all of them by default")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     options = parser.parse_args()
@@ -31,6 +32,7 @@ def main() -> int:
         "store": lambda: bench_store.run(400_000 if quick else 4_000_000, 70_000 if quick else 700_000),
         "nbd": lambda: bench_nbd.run(3 if quick else 7, 1 if quick else 2),
         "swap": lambda: bench_swap.run(1 if quick else 3, 3 if quick else 6),
+        "save": lambda: bench_save.run((128 if quick else 512) << 20, 3 if quick else 7),
         "fuse": lambda: bench_fuse.run(3 if quick else 7),
     }
     if unknown := [part for part in options.parts if part not in parts]:

@@ -35,6 +35,14 @@ class ServiceError(TmemError):
     """The manager service cannot be reached, or refused a request."""
 
 
+class SaveFileError(TmemError):
+    """A save file is missing, foreign, damaged or cut short, does not fit here, or cannot be written."""
+
+
+class HandoffError(TmemError):
+    """A handoff did not come about, or nobody can tell; the message says where the client is."""
+
+
 ERRNO: dict[type[TmemError], int] = {
     SegmentError: errno.ENODEV,
     CorruptPageError: errno.EIO,
@@ -42,6 +50,8 @@ ERRNO: dict[type[TmemError], int] = {
     NoSpaceError: errno.ENOSPC,
     AttachError: errno.EIO,
     ServiceError: errno.EIO,
+    SaveFileError: errno.EIO,
+    HandoffError: errno.EIO,
 }
 """What a program on the other side of NBD or FUSE sees of each exception."""
 
