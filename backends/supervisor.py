@@ -3,9 +3,11 @@
 A service is a command that the manager was asked to keep alive. Its record (``service-NAME.json`` in the
 state directory) holds the command and the process; a later supervisor adopts what still runs. A service is
 never killed: it gets SIGTERM on `unsupervise` and all the time it needs, since a swap device may hang on it.
-Not for what the servers do. Threading: trio tasks of one run; nothing here is thread-safe.
+One that serves a client is not started again once that is gone or was handed over to another place. Not for
+what the servers do. Threading: trio tasks of one run; nothing here is thread-safe.
 
     supervise -> running -> (died) waiting -> running ...        waiting: 0, 0.1, 0.2 ... 10 s
+                               (died, its client is gone) forgotten
                     unsupervise -> stopping -> (died) forgotten
 """
 
@@ -23,7 +25,7 @@ import trio
 from tmem.backends import processes
 from tmem.backends.paths import NAME_BYTES, SegmentPaths, check_name
 from tmem.backends.processes import Process
-from tmem.errors import ServiceError
+from tmem.errors import PoolError, SegmentError, ServiceError
 
 MARKER = "TMEM_SERVICE"
 """Environment variable by which a server is found that was started but not yet recorded."""
@@ -59,6 +61,7 @@ class _Service:
     name: str
     argv: list[str]
     env: dict[str, str]
+    client: str | None
     record: Path
     process: Process | None = None
     stopping: bool = False
@@ -73,6 +76,7 @@ class _Service:
             "name": self.name,
             "argv": self.argv,
             "env": self.env,
+            "client": self.client,
             "stopping": self.stopping,
             "process": None if self.process is None else asdict(self.process),
         }
@@ -130,11 +134,14 @@ class Supervisor:
             service.started_s = trio.current_time()
             self._nursery.start_soon(self._keep, service)
 
-    def supervise(self, name: str, argv: list[str], env: dict[str, str]) -> int | None:
+    def supervise(
+        self, name: str, argv: list[str], env: dict[str, str], client: str | None = None
+    ) -> int | None:
         """Start `argv` and keep it running; return its pid. The same name and command again is no change.
 
-        `env` is added to the manager's own environment. Raises `ServiceError` if the program cannot be
-        started, if the name is taken by another command or if it is being stopped.
+        `env` is added to the manager's own environment; `client` is the one that it serves. Raises
+        `ServiceError` if the program cannot be started, if the name is taken by another command or if it is
+        being stopped.
         """
         check_name(name, "service name", most=NAME_BYTES + 16)
         if service := self._services.get(name):
@@ -143,7 +150,7 @@ class Supervisor:
             if service.argv != argv:
                 raise ServiceError(f"{name} runs already with another command: remove it first")
             return service.process.pid if service.process else None
-        service = _Service(name, argv, env, self._paths.record("service", name))
+        service = _Service(name, argv, env, client, self._paths.record("service", name))
         try:
             self._start(service)
         except ServiceError:
@@ -176,26 +183,29 @@ class Supervisor:
         )
 
     async def _keep(self, service: _Service) -> None:
-        """Follow one service until it is to stop and has stopped."""
+        """Follow one service until it is to stop and has stopped, or has nobody left to serve."""
         delay_s = 0.0
         while True:
+            ended = ""
             if service.process:
                 await _ended(service.process)
                 code = processes.reap(service.process.pid)
+                ended = "ended" if code is None else f"ended with status {code}"
                 service.process = None
                 if trio.current_time() - service.started_s > _SETTLED_S:
                     delay_s = 0.0
-                _log.log(
-                    logging.INFO if service.stopping else logging.WARNING,
-                    "%s: ended%s%s",
-                    service.name,
-                    "" if code is None else f" with status {code}",
-                    "" if service.stopping else f" ({processes.last_line(service.output) or 'no output'})",
-                )
-            if not service.stopping and delay_s:
+            left = not service.stopping and self._has_left(service.client)
+            if left:
+                _log.info("%s: %s; forgotten, for its client is gone", service.name, ended or "does not run")
+            elif service.stopping:
+                _log.info("%s: %s", service.name, ended or "does not run")
+            elif ended:
+                said = processes.last_line(service.output) or "no output"
+                _log.warning("%s: %s (%s)", service.name, ended, said)
+            if not service.stopping and not left and delay_s:
                 with trio.move_on_after(delay_s):
                     await service.asked_to_stop.wait()
-            if service.stopping:
+            if service.stopping or left:
                 break
             delay_s = min(max(delay_s * 2, _FIRST_DELAY_S), _LONGEST_DELAY_S)
             try:
@@ -206,6 +216,23 @@ class Supervisor:
         service.output.unlink(missing_ok=True)
         del self._services[service.name]
         service.gone.set()
+
+    def _has_left(self, client: str | None) -> bool:
+        """Say whether the client is not in the segment, or has departed from it."""
+        if client is None:
+            return False
+        from tmem.backends import _native
+
+        try:
+            segment = _native.attach(str(self._paths.segment))
+        except (SegmentError, OSError):
+            return False
+        try:
+            return segment.client(client, create=False).phase == "departed"
+        except PoolError:
+            return True
+        finally:
+            segment.close()
 
     def _start(self, service: _Service) -> None:
         service.save()  # before the start too: what is started without a record is found by its marker
@@ -227,7 +254,14 @@ def _load(path: Path) -> _Service | None:
     try:
         value = json.loads(path.read_text())
         process = Process(**value["process"]) if value["process"] else None
-        service = _Service(value["name"], value["argv"], value["env"], path, stopping=value["stopping"])
+        service = _Service(
+            value["name"],
+            value["argv"],
+            value["env"],
+            value.get("client"),
+            path,
+            stopping=value["stopping"],
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         _log.warning("%s is damaged and left alone (%s)", path, error)
         return None

@@ -112,7 +112,7 @@ class Handlers(pyfuse3.Operations):
             return
         inode = self.table.known(status)
         if inode is not None and inode.state is not None:
-            self.coherence.discard(inode.state.oid, inode.state)
+            self.coherence.discard(inode.state.name, inode.state)
         else:
-            oid = object_id(status.st_dev, status.st_ino, handle_of(descriptor))
-            self.coherence.discard(oid, None)
+            name = object_id(status.st_dev, status.st_ino, handle_of(descriptor))
+            self.coherence.discard(name, None)

@@ -2,9 +2,10 @@
 
 *Foreign changes* (made underneath the mount) are found at open: `Coherence.validate` compares the lower
 file's version with the one its pages were validated for, and drops the object when they differ. So the mount
-is coherent from open to open, as NFS is. A version whose time stamp is too young to show the next change is
-never trusted, and a file that this mount has not validated yet (a new daemon, a forgotten inode) starts
-empty.
+is coherent from open to open, as NFS is. Never trusted is a version whose time stamp is too young to show the
+next change, and one that is seen while somebody has the file open for writing: the stamps of a write come
+before its bytes (`writers`). A file that this mount has not validated yet (a new daemon, a forgotten inode)
+starts empty.
 
 *Own changes* (through the mount) bracket the lower operation: flush, change, flush. They change the version
 too; if the file was as validated just before and nobody opened it meanwhile, the version after it is adopted
@@ -19,7 +20,8 @@ the put sees the new epoch and does nothing, or it ends before the change's firs
 its pages. (So the flush after the change finds nothing as long as this holds; it stays, as tmem's rule and a
 second line.)
 
-Threading: the event loop's thread, except `put_if` and `Change.flush`, which any thread may call.
+For a pool of the mount's own; `sharing` has the rules for one that other mounts use too. Threading: the event
+loop's thread, except `put_if` and `Change.flush`, which any thread may call.
 """
 
 import os
@@ -31,6 +33,7 @@ from dataclasses import dataclass, field
 
 from tmem.fs.identity import Version, is_settled, version_of
 from tmem.fs.precache import Precache
+from tmem.fs.writers import is_quiet
 from tmem.types import PAGE_SIZE
 
 REMEMBERED_FILES = 100_000
@@ -41,7 +44,10 @@ REMEMBERED_FILES = 100_000
 class FileState:
     """Coherence of one file's pages. Fields are read everywhere and written by the event loop's thread."""
 
+    name: bytes
+    """Names the file, see `identity.object_id`."""
     oid: bytes
+    """The object of its pages in the pool."""
     fine_stamps: bool = False
     """Whether the file's file system gives each change that follows a stat a time stamp of its own."""
     size: int = 0
@@ -54,6 +60,8 @@ class FileState:
     """Own changes under way."""
     suspect: bool = False
     """The changes under way met a foreign one or an open: drop all pages when they end."""
+    served: bool = True
+    """Whether the pool may be asked for its pages."""
     top: int = 0
     """No page at this index or above was ever put."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,32 +76,33 @@ class Coherence:
         self._now_ns = now_ns
         self._remembered: OrderedDict[bytes, tuple[Version, int]] = OrderedDict()
 
-    def recall(self, oid: bytes, fine_stamps: bool) -> FileState:
+    def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""
-        version, top = self._remembered.pop(oid, (None, 0))
-        return FileState(oid, fine_stamps, version=version, top=top)
+        version, top = self._remembered.pop(name, (None, 0))
+        return FileState(name, name, fine_stamps, version=version, top=top)
 
     def remember(self, state: FileState) -> None:
         """Keep what is known of a file that the kernel has forgotten: its pages outlive its inode."""
         if state.version is not None and not state.changes:
-            self._remembered[state.oid] = (state.version, state.top)
+            self._remembered[state.name] = (state.version, state.top)
             while len(self._remembered) > REMEMBERED_FILES:
                 self._remembered.popitem(last=False)
 
-    def discard(self, oid: bytes, state: FileState | None) -> None:
+    def discard(self, name: bytes, state: FileState | None) -> None:
         """Drop all pages of a file that has lost its last link."""
-        self._remembered.pop(oid, None)
-        if state is not None:
-            state.epoch += 1
-            state.version = None
-            with state.lock:
-                dropped = self._precache.flush_object(oid)
-        else:
-            dropped = self._precache.flush_object(oid)
-        self._precache.counters.flushed_pages += dropped
+        self._remembered.pop(name, None)
+        if state is None:
+            self._precache.counters.flushed_pages += self._precache.flush_object(name)
+            return
+        state.epoch += 1
+        state.version = None
+        self._drop(state)
 
-    def validate(self, state: FileState, status: os.stat_result) -> bool:
-        """Compare the lower file with what its pages are valid for, as every open must; True if unchanged."""
+    def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
+        """Compare the lower file with what its pages are valid for, as every open must; True if unchanged.
+
+        `descriptor` is one of the file, not O_PATH, and best open for reading only (see `is_quiet`).
+        """
         version = version_of(status)
         if state.changes:
             state.suspect = True  # whether the file is as expected cannot be told while it changes
@@ -103,19 +112,24 @@ class Coherence:
             return True
         if state.version is not None:
             self._precache.counters.foreign_changes += 1
-        self._start_over(state, version)
+        self._start_over(state, version, is_quiet(descriptor))  # in this order: not before `status`
         return False
 
     def read_token(self, state: FileState) -> int | None:
         """Return what `put_if` needs to put bytes that are read from now on; None: they may not be put."""
         return None if state.changes else state.epoch
 
-    def put_if(self, state: FileState, token: int | None, index: int, data: memoryview) -> int | None:
-        """Put whole pages unless a change overtook the read; the pages stored, None if overtaken."""
+    def put_if(
+        self, state: FileState, token: int | None, descriptor: int, index: int, data: memoryview
+    ) -> int | None:
+        """Put whole pages, read from `descriptor`, unless a change overtook the read.
+
+        The pages stored, None if overtaken.
+        """
         if token is None:
             return None
         with state.lock:
-            if state.epoch != token:
+            if state.epoch != token or not self._may_put(state, descriptor):
                 return None
             state.top = max(state.top, index + len(data) // PAGE_SIZE)
             return self._precache.put(state.oid, index, data)
@@ -124,16 +138,39 @@ class Coherence:
         """Return the bracket around an own change of the file open (O_PATH will do) at `descriptor`."""
         return Change(self, state, descriptor)
 
-    def _start_over(self, state: FileState, version: Version) -> None:
-        """Drop every page, and make what is read from now on valid for `version`."""
-        state.epoch += 1
+    def _may_put(self, state: FileState, descriptor: int) -> bool:
+        """Say whether what was just read from `descriptor` may stay when the file is opened again."""
+        return True  # whatever it was, the version tells
+
+    def _drop(self, state: FileState) -> None:
+        """Drop every page."""
         with state.lock:
             dropped = self._precache.flush_object(state.oid)
         self._precache.counters.flushed_pages += dropped
-        state.version = self._trusted(state, version)
 
-    def _trusted(self, state: FileState, version: Version) -> Version | None:
-        return version if is_settled(version, self._now_ns(), state.fine_stamps) else None
+    def _drop_range(self, state: FileState, start: int, end: int | None) -> int:
+        """Drop the pages that bytes `start` to `end` touch; their number."""
+        with state.lock:
+            first = start // PAGE_SIZE
+            last = state.top if end is None else min(-(-end // PAGE_SIZE), state.top)
+            return self._precache.flush(state.oid, first, last - first)
+
+    def _start_over(self, state: FileState, version: Version, quiet: bool | None) -> None:
+        """Drop every page, and make what is read from now on valid for `version`.
+
+        `quiet` says whether nobody had the file open for writing after `version` was seen, as `is_quiet`
+        does.
+        """
+        state.epoch += 1
+        self._drop(state)
+        state.version = self._trusted(state, version, quiet)
+
+    def _trusted(self, state: FileState, version: Version, quiet: bool | None) -> Version | None:
+        if quiet is None:  # an old stamp is then all that speaks against a write under way
+            settled = is_settled(version, self._now_ns(), fine_stamps=False)
+        else:
+            settled = quiet and is_settled(version, self._now_ns(), state.fine_stamps)
+        return version if settled else None
 
     def _begin(self, state: FileState, descriptor: int) -> None:
         if not state.changes:
@@ -150,9 +187,9 @@ class Coherence:
         if state.changes:
             return
         if state.suspect:
-            self._start_over(state, version)
+            self._start_over(state, version, quiet=False)
         elif state.version is not None:
-            state.version = self._trusted(state, version)
+            state.version = self._trusted(state, version, quiet=True)  # it was when it was validated
 
 
 class Change:
@@ -184,10 +221,5 @@ class Change:
 
         For any thread, one at a time: waits for a put that is under way.
         """
-        state = self._state
-        if state is None:
-            return
-        with state.lock:
-            first = start // PAGE_SIZE
-            last = state.top if end is None else min(-(-end // PAGE_SIZE), state.top)
-            self._dropped += self._precache.flush(state.oid, first, last - first)
+        if self._state is not None:
+            self._dropped += self._coherence._drop_range(self._state, start, end)

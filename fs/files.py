@@ -81,8 +81,21 @@ class Files(Namespace):
             node = self.table[inode]
             if flags & os.O_TRUNC:
                 return await self._open_truncated(node, flags)
-            descriptor = os.open(self.table.path(node), (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
-            return self._opened(node, descriptor, flags)
+            path = self.table.path(node)
+            unchanged: bool | None = None
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                # First with a descriptor that only reads: one of our own that writes hides other writers.
+                with contextlib.suppress(PermissionError):
+                    unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+            return self._opened(node, descriptor, flags, unchanged)
+
+    def _validate(self, inode: Inode, descriptor: int) -> bool:
+        """Check with `descriptor`, which is closed, whether the file's pages still show it."""
+        try:
+            return self.coherence.validate(self.state_of(inode), os.fstat(descriptor), descriptor)
+        finally:
+            os.close(descriptor)
 
     async def _open_truncated(self, inode: Inode, flags: int) -> "FileInfo":
         # Opened without O_TRUNC first: the change needs a descriptor before it happens.
@@ -120,12 +133,14 @@ class Files(Namespace):
                 raise
             return self._opened(node, descriptor, flags), entry
 
-    def _opened(self, inode: Inode, descriptor: int, flags: int) -> "FileInfo":
+    def _opened(self, inode: Inode, descriptor: int, flags: int, unchanged: bool | None = None) -> "FileInfo":
+        """Register an open file; `unchanged` is what its validation said, None if there was none yet."""
         try:
-            state = self.state_of(inode)
             self.precache.pool()  # senses a segment that has appeared
+            state = self.state_of(inode)
             status = os.fstat(descriptor)
-            unchanged = self.coherence.validate(state, status)
+            if unchanged is None:
+                unchanged = self.coherence.validate(state, status, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -145,13 +160,13 @@ class Files(Namespace):
         file = self._files[fh]
         pool = self.precache.pool()
         end = off + size
-        if pool is None or end > MAX_INDEX * PAGE_SIZE:
-            return await self._pass_through(file, off, size)
         state = file.state
+        if pool is None or not state.served or end > MAX_INDEX * PAGE_SIZE:
+            return await self._pass_through(file, off, size)
         if end > state.size or state.changes:
             status = os.fstat(file.descriptor)
             if status.st_size != state.size and not state.changes:
-                self.coherence.validate(state, status)
+                self.coherence.validate(state, status, file.descriptor)
             end = min(end, status.st_size)
             if end <= off:
                 return b""
@@ -191,7 +206,8 @@ class Files(Namespace):
                 return 0, 0, 0
             if count < whole * PAGE_SIZE:
                 missing[count : whole * PAGE_SIZE] = bytes(whole * PAGE_SIZE - count)
-            stored = self.coherence.put_if(state, token, first + found, missing[: whole * PAGE_SIZE])
+            pages = missing[: whole * PAGE_SIZE]
+            stored = self.coherence.put_if(state, token, descriptor, first + found, pages)
             if stored == whole:
                 lower.drop_cached(descriptor, start, start + whole * PAGE_SIZE, put_from, state.size)
             return count, whole, stored

@@ -3,12 +3,15 @@
 The object id names the file: its device and its file handle (which holds the inode's generation; inode number
 where the file system has no handles). It does not hold the version, so that a file which is written through
 the mount keeps its other pages. The version (mtime, ctime, size) is kept beside it, in memory, by
-`coherence`. Threading: plain functions and values.
+`coherence`. In a pool that several mounts share there is an object for each version instead (`sharing`).
+Nothing here depends on the mount: all mounts of a kernel give a file the same ids. Threading: plain functions
+and values.
 """
 
 import contextlib
 import hashlib
 import os
+import struct
 import time
 from typing import NamedTuple
 
@@ -33,9 +36,15 @@ def version_of(status: os.stat_result) -> Version:
 
 
 def object_id(device: int, inode: int, handle: bytes | None) -> bytes:
-    """Return the 24 bytes that name the file's object within the mount's pool."""
+    """Return the 24 bytes that name the file, and its object in a pool that is the mount's own."""
     name = b"h" + handle if handle else b"i" + inode.to_bytes(8, "little")
     return hashlib.blake2b(device.to_bytes(8, "little") + name, digest_size=OID_SIZE).digest()
+
+
+def version_object_id(name: bytes, version: Version) -> bytes:
+    """Return the 24 bytes that name one version of the file called `name` (its `object_id`)."""
+    stamps = struct.pack("<qqq", *version)
+    return hashlib.blake2b(name + stamps, digest_size=OID_SIZE).digest()
 
 
 def is_settled(version: Version, now_ns: int, fine_stamps: bool) -> bool:

@@ -53,7 +53,7 @@ def run(
         root = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise AttachError(f"cannot open {lower}: {error.strerror}") from None
-    precache = Precache(paths, options.client)
+    precache = Precache(paths, options.client, options.shared)
     readers = Readers()
     cache = _CacheRule(options.cache)
     overlay = build(

@@ -51,7 +51,7 @@ class Namespace(Handlers):
         if linked:
             self.coherence.remember(inode.state)
         else:
-            self.coherence.discard(inode.state.oid, inode.state)
+            self.coherence.discard(inode.state.name, inode.state)
 
     async def getattr(self, inode: int, ctx: "RequestContext") -> "EntryAttributes":
         """Return attributes."""

@@ -8,6 +8,7 @@ import enum
 import hashlib
 import os
 import re
+import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class MountOptions:
 
     client: str
     """The mount's client in the segment."""
+    shared: uuid.UUID | None = None
+    """The shared pool to use instead of one of the mount's own."""
     cache: Cache = Cache.AUTO
     loop: Loop = Loop.AUTO
     allow_other: bool = False
@@ -74,6 +77,8 @@ class MountOptions:
         try:
             if name == "client" and equals:
                 return replace(self, client=check_name(value, "client name"))
+            if name == "shared" and equals:
+                return replace(self, shared=_uuid(value))
             if name == "cache" and equals:
                 return replace(self, cache=Cache(value))
             if name == "loop" and equals:
@@ -93,14 +98,16 @@ class MountOptions:
         if _IGNORED.fullmatch(word):
             return replace(self, ignored=(*self.ignored, word))
         raise TmemError(
-            f"{word!r} is no mount option: use client=NAME, cache=auto|direct|kernel, loop=auto|fast|plain, "
-            "timeout=SECONDS, allow_other, default_permissions, ro, noexec, noatime, sync, dev or suid"
+            f"{word!r} is no mount option: use client=NAME, shared=UUID, cache=auto|direct|kernel, "
+            "loop=auto|fast|plain, timeout=SECONDS, allow_other, default_permissions, ro, noexec, noatime, "
+            "sync, dev or suid"
         )
 
 
 _CHOICES = {
     "cache": "use cache=auto, cache=direct or cache=kernel",
     "loop": "use loop=auto, loop=fast or loop=plain",
+    "shared": "use shared=UUID, neither all zeros nor all ones",
     "timeout": "use timeout=SECONDS with a number from 0 on",
 }
 
@@ -113,6 +120,13 @@ def default_client(mountpoint: str) -> str:
         digest = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
         name = f"{name[:46].rstrip('-_')}-{digest}"
     return check_name(name, "client name")
+
+
+def _uuid(text: str) -> uuid.UUID:
+    value = uuid.UUID(text)
+    if value.int in (0, (1 << 128) - 1):  # these say that a pool is not shared
+        raise ValueError(text)
+    return value
 
 
 def _seconds(text: str) -> float:

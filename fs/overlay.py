@@ -24,6 +24,7 @@ from tmem.fs.identity import has_fine_stamps
 from tmem.fs.inodes import InodeTable
 from tmem.fs.mounts import PID_ATTRIBUTE, STATISTICS_ATTRIBUTE
 from tmem.fs.precache import Precache
+from tmem.fs.sharing import SharedCoherence
 from tmem.fs.statistics import MountStatistics
 
 if TYPE_CHECKING:
@@ -76,10 +77,11 @@ def build(
     """
     if fine_stamps is None:
         fine_stamps = has_fine_stamps(root)
+    coherence = Coherence if precache.shared is None else SharedCoherence
     return Overlay(
         InodeTable(root, raise_descriptor_limit() // 2),  # the other half is for files that are open
         precache,
-        Coherence(precache, now_ns),
+        coherence(precache, now_ns),
         fine_stamps,
         timeout_seconds,
         waiting,

@@ -1,9 +1,12 @@
 """The mount's pool in the segment, if there is one: senses it, uses it, and never fails for it.
 
 One ephemeral, non-exclusive pool per mount (the overlay's reads do not stay in the kernel's page cache, so a
-hit must not remove the page). Without a segment, or after any error of the pool, reads pass through to the
-lower files; at most once a second `pool` looks whether a segment is there, and starts an empty pool in it.
-Threading: `pool` and `close` on the event loop's thread; `put` and the flushes on any thread.
+hit must not remove the page), or a shared one. Without a segment, or after any error of the pool, reads pass
+through to the lower files; at most once a second `pool` looks whether a segment is there, and starts an empty
+pool in it. While the client or the segment is off, reads pass through as well, but what changes is flushed
+all the same, so that turning it on again shows nothing of the past. The process holds its client: when it
+dies, so does the client's weight. Threading: `pool`, `claim` and `close` on the event loop's thread; `put`,
+`get` and the flushes on any thread.
 """
 
 import contextlib
@@ -12,9 +15,11 @@ import logging
 import os
 import struct
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tmem.backends.clients import end_if_unused
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import SegmentError, TmemError
 from tmem.fs.statistics import Counters
@@ -32,18 +37,27 @@ _LOCK_BASE = 1 << 40
 """Where the byte locks of clients start: far beyond the segment's data."""
 
 
-class ClientTakenError(TmemError):
-    """The mount's client belongs to a swap device or to another mount that is alive."""
+class ClaimError(TmemError):
+    """The mount's client belongs to a swap device or to another mount that is alive, or may not share."""
 
 
 class Precache:
     """The pool of the mount whose client is called `client`, in the segment at `paths`.
 
-    `clock` is a monotonic clock in seconds.
+    `shared` is the UUID of the shared pool to use instead of an own one. `clock` is a monotonic clock in
+    seconds.
     """
 
-    def __init__(self, paths: SegmentPaths, client: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        paths: SegmentPaths,
+        client: str,
+        shared: uuid.UUID | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.counters = Counters()
+        self.shared = shared
+        self._name = paths.name
         self._path = str(paths.segment)
         self._client_name = client
         self._clock = clock
@@ -57,11 +71,14 @@ class Precache:
 
     def pool(self) -> "Pool | None":
         """Return the pool to use for one request, or None to pass through. Cheap: called for every read."""
-        if self._pool is not None:
-            assert self._segment is not None
-            if self._segment.alive:
-                return self._pool
-            log.info("the segment %s has ended: passing through", self._path)
+        pool = self._pool
+        if pool is not None:
+            assert self._client is not None
+            if self._client.usable:
+                return pool
+            if pool.alive:
+                return None  # off: there is nothing to get, and flushes go to the pool without asking here
+            log.info("the pool in the segment %s has ended: passing through", self._path)
             self.abandon()
         now = self._clock()
         if now >= self._next_look:
@@ -75,13 +92,13 @@ class Precache:
     def claim(self) -> None:
         """Start using the segment if there is one, when the mount starts.
 
-        `ClientTakenError` if somebody else uses the client; any other trouble only means to pass through for
-        now.
+        `ClaimError` if somebody else uses the client or it may not share; any other trouble only means to
+        pass through for now.
         """
         self._next_look = self._clock() + SENSE_SECONDS
         try:
             self._look()
-        except ClientTakenError:
+        except ClaimError:
             raise
         except (TmemError, OSError) as error:
             self._complain(error)
@@ -95,10 +112,12 @@ class Precache:
 
     def put(self, oid: bytes, index: int, data: memoryview) -> int:
         """Put whole pages; the pages that the pool accepted."""
-        pool = self._pool
-        if pool is None:
+        pool, client, segment = self._pool, self._client, self._segment
+        if pool is None or client is None or segment is None:
             return 0
         try:
+            if client.mode != "on" or segment.mode != "on":
+                return 0  # a refused put would drop pages of the range that are there, and as good as these
             return pool.put(oid, index, data)
         except TmemError as error:
             self._lost(error)
@@ -135,15 +154,14 @@ class Precache:
             return 0
 
     def close(self) -> None:
-        """Destroy the pool, and the client if nothing else is in it, and detach."""
+        """Destroy the pool (leave a shared one), and the client if nothing is in it or set for it; detach."""
         client, segment = self._client, self._segment
         self._pool = self._client = self._segment = None
         self._next_look = float("inf")
         with contextlib.suppress(TmemError):
             if client is not None and self._locked == client.id:
                 _destroy_ephemeral(client)
-                if not client.pools():
-                    client.destroy()
+                end_if_unused(client)
         if segment is not None:
             segment.close()
         self._unlock()
@@ -177,12 +195,21 @@ class Precache:
             self._lock = _lock_client(self._path, self._client_name, self._client.id)
             self._locked = self._client.id
         if any(pool.persistent for pool in self._client.pools()):
-            raise ClientTakenError(
-                f"the client {self._client_name!r} has a swap device: mount with -o client=NAME"
-            )
+            raise ClaimError(f"the client {self._client_name!r} has a swap device: mount with -o client=NAME")
         _destroy_ephemeral(self._client)  # of a daemon that was killed: nobody has validated them since
-        self._pool = self._client.new_pool(persistent=False, exclusive=False)
+        self._client.hold()
+        self._pool = self._new_pool(self._client)
         log.info("using a pool of the segment %s", self._path)
+
+    def _new_pool(self, client: "Client") -> "Pool":
+        if self.shared is None:
+            return client.new_pool(persistent=False, exclusive=False)
+        if self.shared.bytes not in client.authorised():
+            raise ClaimError(
+                f"the client {self._client_name!r} may not share the pool {self.shared}: allow it with "
+                f"'tmem --name {self._name} authorise {self._client_name} {self.shared} --create'"
+            )
+        return client.new_pool(persistent=False, uuid=self.shared.bytes)
 
     def _unlock(self) -> None:
         if self._lock >= 0:
@@ -207,7 +234,5 @@ def _lock_client(path: str, name: str, client_id: int) -> int:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
     except OSError:
         os.close(descriptor)
-        raise ClientTakenError(
-            f"the client {name!r} is used by another mount: mount with -o client=NAME"
-        ) from None
+        raise ClaimError(f"the client {name!r} is used by another mount: mount with -o client=NAME") from None
     return descriptor

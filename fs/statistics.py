@@ -16,7 +16,7 @@ class MountStatistics:
     miss_reads: int
     """Read requests that needed the lower file although a pool was there."""
     passthrough_reads: int
-    """Read requests answered without a pool."""
+    """Read requests answered without a pool: there is none, or it is off."""
     hit_pages: int
     """Pages that came from the pool."""
     miss_pages: int
@@ -30,13 +30,13 @@ class MountStatistics:
     refused_pages: int
     """Pages that the pool refused."""
     overtaken_pages: int
-    """Pages that were not put because a change overtook the read."""
+    """Pages that were not put because a change overtook the read, or because one could not be ruled out."""
     flushed_pages: int
     """Pages dropped from the pool because of writes, truncation or removal."""
     foreign_changes: int
     """Files that were found changed underneath the mount, so that their pages were dropped."""
     pool_active: bool
-    """Whether a pool is in use right now."""
+    """Whether a pool is in use right now: it is there, and neither the client nor the segment is off."""
 
 
 @dataclass

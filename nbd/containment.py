@@ -34,7 +34,7 @@ class Containment:
 def examine(own_pids: Sequence[int], proc: Path = Path("/proc")) -> Containment | None:
     """Look at the groups of everything but the processes `own_pids`; None without a memory controller."""
     version = cgroup.version(proc)
-    root = _mount_point(version, proc)
+    root = cgroup.mount_point(proc)
     if version is None or root is None:
         return None
     own = {(_group(pid, version, proc) or "/").strip("/").split("/")[0] for pid in own_pids}
@@ -57,7 +57,7 @@ def examine(own_pids: Sequence[int], proc: Path = Path("/proc")) -> Containment 
 def swap_forbidden(pid: int, proc: Path = Path("/proc")) -> bool:
     """Return whether the kernel may never swap out memory charged to the control group of process `pid`."""
     version = cgroup.version(proc)
-    root, group = _mount_point(version, proc), _group(pid, version, proc)
+    root, group = cgroup.mount_point(proc), _group(pid, version, proc)
     if version is None or root is None or group is None or not group.strip("/"):
         return False
     directory = root / group.strip("/")
@@ -65,18 +65,6 @@ def swap_forbidden(pid: int, proc: Path = Path("/proc")) -> bool:
     with contextlib.suppress(OSError):
         return (directory / file).read_text(encoding="ascii").strip() == "0"
     return False
-
-
-def _mount_point(version: int | None, proc: Path) -> Path | None:
-    """Return where the hierarchy that limits memory is mounted."""
-    for line in (proc / "self/mountinfo").read_text(encoding="utf-8").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _source, options = after.split()
-        if (version == 2 and kind == "cgroup2") or (
-            version == 1 and kind == "cgroup" and "memory" in options.split(",")
-        ):
-            return Path(before.split()[4])
-    return None
 
 
 def _group(pid: int, version: int | None, proc: Path) -> str | None:

@@ -40,12 +40,22 @@ class Attachment:
 
 
 @dataclass(frozen=True)
+class SwapUse:
+    """How an attached export is used as swap: its priority (None: the kernel's choice) and whether the kernel
+    tells of freed pages."""
+
+    priority: int | None = None
+    discard: bool = True
+
+
+@dataclass(frozen=True)
 class Export:
     """An NBD export of `size_bytes`, one per client; its name is the client's.
 
     Exactly one of `unix` (path of the socket) and `tcp` (host, port) is set. `tls_psk` is the file of
     pre-shared keys with which connections over TCP must be encrypted, `tls_user` the key's owner in it.
-    `realtime` runs the server under SCHED_RR. `reserve` says that the whole size is set aside.
+    `realtime` runs the server under SCHED_RR. `reserve` says that the whole size is set aside. `use` is noted
+    once the attached device is in use as swap.
     """
 
     client: str
@@ -57,6 +67,7 @@ class Export:
     reserve: bool = False
     realtime: bool = False
     attachment: Attachment | None = None
+    use: SwapUse | None = None
 
     def __post_init__(self) -> None:
         check_name(self.client, "client name")
@@ -87,8 +98,8 @@ class Export:
         return f"nbds://{user}{address}/{self.client}?tls-psk-file={quote(self.tls_psk, safe='/')}"
 
     def replace_attachment(self, attachment: Attachment | None) -> "Export":
-        """Return the export attached as `attachment` says."""
-        return dataclasses.replace(self, attachment=attachment)
+        """Return the export attached as `attachment` says; what is not attached is not in use either."""
+        return dataclasses.replace(self, attachment=attachment, use=self.use if attachment else None)
 
     def save(self, paths: SegmentPaths) -> None:
         """Write the record, readable by its owner only, whole or not at all."""
@@ -164,6 +175,8 @@ def _parse(document: object, client: str) -> Export:
         if (process := attachment["process"]) is not None:
             attachment["process"] = Process(**process)
         document["attachment"] = Attachment(**attachment)
+    if (use := document.setdefault("use", None)) is not None:  # of a device added before there was it
+        document["use"] = SwapUse(**use)
     for key, types in _TYPES.items():
         if not isinstance(document[key], types) or (int in types and isinstance(document[key], bool)):
             raise ValueError(f"{key} is {document[key]!r}")
@@ -181,4 +194,5 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "reserve": (bool,),
     "realtime": (bool,),
     "attachment": (Attachment, type(None)),
+    "use": (SwapUse, type(None)),
 }

@@ -16,19 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmem.backends import processes, segment, service
+from tmem.backends import clients, processes, segment, service
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, PoolError, TmemError
 from tmem.nbd import attach, export, guards, server, swap
-from tmem.nbd.export import Export
+from tmem.nbd.export import Export, SwapUse
 from tmem.nbd.guards import Guard
-from tmem.types import format_size
+from tmem.types import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 60.0
+RAW_PAGE_BYTES = PAGE_SIZE + 64
+"""Memory of a page that does not compress: with its block's header, in the core's steps of 64 bytes."""
 _DISCONNECT_TIMEOUT_S = 2.0
 _HOPELESS_STARTS = 3
 
@@ -61,18 +63,18 @@ def add(
     is missing. Raises `TmemError`; then nothing is left that was not there before.
     """
     server.check_python()
-    with _exclusive(paths, wanted.client), _attached(paths) as store, contextlib.ExitStack() as undo:
+    with exclusive(paths, wanted.client), attached(paths) as store, contextlib.ExitStack() as undo:
         made = _recorded(paths, wanted)
         if made is None:
-            if wanted.reserve:
-                check_reserve(paths, store, wanted)
-            undo.callback(_forget, paths, wanted.client)
+            undo.callback(forget, paths, wanted.client)
             made = wanted
             made.save(paths)
         if _make_pool(store, wanted.client):
-            undo.callback(_drop_pool, store, wanted.client)
+            undo.callback(_drop_pool, store, wanted)
+        if wanted.reserve:
+            _reserve(paths, store, wanted, undo)
         if server.running(paths, wanted.client) is None:
-            undo.callback(_stop_server, paths, wanted.client)
+            undo.callback(stop_server, paths, wanted.client)
             _start_server(paths, made)
         _wait_ready(paths, made)
         if local is not None:
@@ -89,38 +91,17 @@ def remove(
     `progress` gets the bytes that swapoff has still to bring back. Safe to repeat after a failure. Raises
     `TmemError`, also while somebody else is connected to the server.
     """
-    with _exclusive(paths, client):
+    with exclusive(paths, client):
         made = export.load(paths, client)
         if made.attachment is not None and made.attachment.device is not None:
             swap.off(made.attachment.device, progress)
         made = attach.detach(paths, made)
         _check_unused(paths, made)
-        _stop_server(paths, client)
+        stop_server(paths, client)
         if paths.segment.exists():
-            with _attached(paths) as store:
-                _drop_pool(store, client)
-        _forget(paths, client)
-
-
-def check_reserve(paths: SegmentPaths, store: "_native.Segment", wanted: Export) -> None:
-    """Raise `TmemError` unless the segment can hold the whole device uncompressed, beside what is
-    reserved."""
-    others = [found for found in export.load_all(paths) if found.reserve and found.client != wanted.client]
-    reserved = sum(max(0, found.size_bytes - _held_bytes(store, found.client)) for found in others)
-    room = store.freeable_bytes() - reserved
-    if room < wanted.size_bytes:
-        raise TmemError(
-            f"{format_size(wanted.size_bytes)} cannot be reserved: segment {paths.name} has "
-            f"{format_size(store.memory_bytes)}, of which {format_size(max(0, room))} can be reserved; "
-            "make the device smaller, leave --reserve out, or use a larger segment"
-        )
-
-
-def _held_bytes(store: "_native.Segment", client: str) -> int:
-    try:
-        return store.client(client, create=False).statistics()["used_bytes"]
-    except PoolError:
-        return 0
+            with attached(paths) as store:
+                _drop_pool(store, made)
+        forget(paths, client)
 
 
 def _recorded(paths: SegmentPaths, wanted: Export) -> Export | None:
@@ -145,15 +126,35 @@ def _make_pool(store: "_native.Segment", client: str) -> bool:
     return True
 
 
-def _drop_pool(store: "_native.Segment", client: str) -> None:
-    """Drop the client's persistent pool, and the client unless other pools of it remain."""
+def _reserve(
+    paths: SegmentPaths, store: "_native.Segment", wanted: Export, undo: contextlib.ExitStack
+) -> None:
+    """Promise the client the memory of the whole device, uncompressed; TmemError if the segment lacks it."""
+    owner = store.client(wanted.client)
+    before, floor = owner.floor_bytes, wanted.size_bytes // PAGE_SIZE * RAW_PAGE_BYTES
+    if before >= floor:
+        return
+    try:
+        owner.floor_bytes = floor
+    except PoolError as error:
+        raise TmemError(
+            f"{format_size(wanted.size_bytes)} cannot be reserved: segment {paths.name} has "
+            f"{format_size(store.memory_bytes)}, and {error}; "
+            "make the device smaller, leave --reserve out, or use a larger segment"
+        ) from None
+    undo.callback(setattr, owner, "floor_bytes", before)
+
+
+def _drop_pool(store: "_native.Segment", made: Export) -> None:
+    """Drop the client's persistent pool, and the client unless other pools or settings of it remain."""
     with contextlib.suppress(PoolError):
-        owner = store.client(client, create=False)
+        owner = store.client(made.client, create=False)
         for pool in owner.pools():
             if pool.persistent:
                 pool.destroy()
-        if not owner.pools():
-            owner.destroy()
+        if made.reserve:
+            owner.floor_bytes = 0
+        clients.end_if_unused(owner)
 
 
 def _start_server(paths: SegmentPaths, made: Export) -> None:
@@ -168,6 +169,7 @@ def _start_server(paths: SegmentPaths, made: Export) -> None:
         "name": f"swap-{made.client}",
         "argv": argv,
         "env": environment,
+        "client": made.client,
     }
     service.request(paths, message)
 
@@ -209,7 +211,7 @@ def _check_unused(paths: SegmentPaths, made: Export) -> None:
         time.sleep(0.05)
 
 
-def _stop_server(paths: SegmentPaths, client: str) -> None:
+def stop_server(paths: SegmentPaths, client: str) -> None:
     """Stop the server through the manager, or by ourselves if it is not the manager's."""
     name = f"swap-{client}"
     if paths.record("service", name).exists():
@@ -253,11 +255,14 @@ def _attach(
     made = attach.attach(paths, made)
     assert made.attachment is not None
     assert made.attachment.device is not None
-    swap.on(made.attachment.device, local.priority, local.discard)
+    if not swap.is_active(made.attachment.device):
+        swap.on(made.attachment.device, local.priority, local.discard)
+        made = dataclasses.replace(made, use=SwapUse(local.priority, local.discard))
+        made.save(paths)
     return made
 
 
-def _forget(paths: SegmentPaths, client: str) -> None:
+def forget(paths: SegmentPaths, client: str) -> None:
     """Remove the record last: as long as it is there, the rest can be found."""
     for path in (
         server.report_path(paths, client),
@@ -269,7 +274,8 @@ def _forget(paths: SegmentPaths, client: str) -> None:
 
 
 @contextlib.contextmanager
-def _attached(paths: SegmentPaths) -> Iterator["_native.Segment"]:
+def attached(paths: SegmentPaths) -> Iterator["_native.Segment"]:
+    """Attach the segment for as long as the context lasts."""
     store = segment.attach(paths.name)
     try:
         yield store
@@ -278,8 +284,8 @@ def _attached(paths: SegmentPaths) -> Iterator["_native.Segment"]:
 
 
 @contextlib.contextmanager
-def _exclusive(paths: SegmentPaths, client: str) -> Iterator[None]:
-    """Hold the client's lock, or raise `TmemError` at once if another command has it."""
+def exclusive(paths: SegmentPaths, client: str) -> Iterator[None]:
+    """Hold the lock of the client's device, or raise `TmemError` at once if another command has it."""
     path = paths.state / f"swap-{client}.lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -4,12 +4,19 @@ It only introduces a native `Device` to nbdkit. Once the server has forked for t
 the names of the hot callbacks (pread, pwrite, zero, trim, extents) are bound to methods of the device, so
 that no Python frame runs for a request; everything else here is called once per process or connection.
 
+The server holds its client from its main thread, and ends together with it. When the client has been handed
+over to another place, requests that waited for that are never answered: the connection breaks instead, and
+whoever reconnects, to the new place, sends them again.
+
 Not for import by anything: it needs nbdkit's module, and nbdkit looks the callbacks up in ``__main__``.
-Threading: nbdkit calls the hot callbacks from all its threads at once, the rest before or between them.
+Threading: nbdkit calls the hot callbacks from all its threads at once, the rest before or between them; a
+thread of our own watches the client.
 """
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +31,8 @@ from tmem.types import OID_SIZE, PAGE_SIZE
 
 API_VERSION = 2
 MAX_REQUEST_BYTES = 32 << 20  # what libnbd and the kernel assume when a server does not say
+WATCH_S = 1.0
+"""How late a server without requests may notice that its client is gone; with requests it is at once."""
 
 _MODELS = {
     "parallel": nbdkit.THREAD_MODEL_PARALLEL,
@@ -56,7 +65,8 @@ class _Server:
             _refuse(f"model={self.parameters['model']} is unknown: known are {', '.join(_MODELS)}")
 
     def attach(self) -> _native.Device:
-        """Attach the segment and lock the memory of this process, in this order: locks follow the mapping."""
+        """Attach the segment, hold the client, and lock the memory of this process, which goes last: locks
+        follow the mapping."""
         path = self.parameters["segment"]
         try:
             self.segment = _native.attach(path)
@@ -66,12 +76,18 @@ class _Server:
                 _refuse(
                     f"client {client.name} has {len(pools)} persistent pools instead of one: add it again"
                 )
+            client.hold()
             self.device = device = _native.Device(
-                pools[0], bytes(OID_SIZE), int(self.parameters["size"]), pin_threads=True
+                pools[0],
+                bytes(OID_SIZE),
+                int(self.parameters["size"]),
+                pin_threads=True,
+                departed=_end,
             )
         except (TmemError, OSError) as error:
             _refuse(str(error))
         self._lock_and_report(Path(path))
+        threading.Thread(target=_watch, args=(pools[0],), daemon=True).start()
         return device
 
     def _lock_and_report(self, path: Path) -> None:
@@ -93,6 +109,19 @@ def _refuse(reason: str) -> NoReturn:
     """End the server, which serves nobody yet, with one line instead of nbdkit's copy of a traceback."""
     print(f"tmem: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _watch(pool: _native.Pool) -> None:
+    """End the server when its client is gone, also if nobody asks it for anything."""
+    while pool.alive:
+        time.sleep(WATCH_S)
+    _end()
+
+
+def _end() -> NoReturn:
+    """End the server at once, with no reply to anybody."""
+    print("tmem: the client is gone, and the server with it", file=sys.stderr, flush=True)
+    os._exit(0)
 
 
 _server = _Server()

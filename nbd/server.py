@@ -122,6 +122,7 @@ def serve(paths: SegmentPaths, export: Export) -> NoReturn:
         raise AttachError(
             f"the server of {export.client} runs already: stop it first, or leave it to the manager"
         )
+    _check_client(paths, export.client)
     if export.unix is not None:
         # A killed server leaves its socket, and nbdkit does not bind to a name that exists.
         Path(export.unix).unlink(missing_ok=True)
@@ -132,6 +133,21 @@ def serve(paths: SegmentPaths, export: Export) -> NoReturn:
     os.chdir("/")
     guarded.set_guards(export.realtime)
     os.execve(argv[0], argv, environment(os.environ))
+
+
+def _check_client(paths: SegmentPaths, client: str) -> None:
+    """Refuse to serve a client that is gone or has departed: its new place may listen at this address."""
+    from tmem.backends import _native
+
+    store = _native.attach(str(paths.segment))
+    try:
+        if store.client(client, create=False).phase == "departed":
+            raise AttachError(
+                f"{client} has been handed over: serve it at its new place, or, if that has failed, take it "
+                f"back with 'tmem --name {paths.name} thaw --force {client}'"
+            )
+    finally:
+        store.close()
 
 
 def running(paths: SegmentPaths, client: str) -> Process | None:

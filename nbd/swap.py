@@ -49,14 +49,15 @@ def takes_discards(device: str) -> bool:
     return limit.exists() and int(limit.read_text(encoding="ascii")) > 0
 
 
-def on(device: str, priority: int | None = None, discard: bool = True) -> None:
-    """Write a swap header on `device` and use it, unless it is in use already.
+def on(device: str, priority: int | None = None, discard: bool = True, header: bool = True) -> None:
+    """Use `device`, unless it is in use already, after writing a swap header on it unless told not to.
 
     With `discard` the kernel says which pages it has freed, where the device takes that. AttachError.
     """
     if is_active(device):
         return
-    run_tool("mkswap", device)
+    if header:
+        run_tool("mkswap", device)
     options = [] if priority is None else ["--priority", str(priority)]
     if discard and takes_discards(device):
         options.append("--discard=pages")

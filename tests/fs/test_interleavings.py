@@ -203,6 +203,46 @@ def test_two_writes_at_once_keep_the_other_pages(overlay: Overlay, gate: Gate) -
     trio.run(main)
 
 
+@pytest.mark.parametrize("mode", ["off", "frozen"])
+def test_a_read_overtaken_by_a_write_in_another_mode_does_not_put(
+    overlay: Overlay, gate: Gate, segment: "_native.Segment", mode: str
+) -> None:
+    async def change(fh: int) -> None:
+        segment.client("web", create=False).mode = mode
+        assert await overlay.write(fh, 0, NEW) == PAGE_SIZE
+        segment.client("web", create=False).mode = "on"
+
+    assert played(overlay, gate, "read:lower-read", change) == NEW
+    assert overlay.statistics().overtaken_pages == 1
+
+
+@pytest.mark.parametrize("point", ["write:flushed", "write:written"])
+@pytest.mark.parametrize("mode", ["off", "frozen"])
+def test_modes_that_change_during_a_write(
+    overlay: Overlay, gate: Gate, segment: "_native.Segment", point: str, mode: str
+) -> None:
+    async def main() -> None:
+        fh = await opened(overlay)
+        assert await read(overlay, fh, 0, 2 * PAGE_SIZE) == OLD * 2
+        client = segment.client("web", create=False)
+        client.mode = mode
+        gate.arm(point)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(overlay.write, fh, 0, NEW)
+            await gate.wait()
+            client.mode = "on"
+            assert await read(overlay, fh) == (OLD if point == "write:flushed" else NEW)
+            client.mode = mode
+            gate.opened.set()
+        assert await read(overlay, fh, 0, 2 * PAGE_SIZE) == NEW + OLD
+        client.mode = "on"
+        for _ in range(2):
+            assert await read(overlay, fh, 0, 2 * PAGE_SIZE) == NEW + OLD
+        assert overlay.statistics().hit_reads == 1
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize(("age_seconds", "hits"), [(0, 0), (3, 1)])
 def test_coarse_time_stamps_are_trusted_once_they_are_old(
     tmp_path: Path, segment: "_native.Segment", age_seconds: int, hits: int

@@ -1,14 +1,18 @@
 """Random operations on a mount with a pool, against a plain directory as the model.
 
 Each rule does the same to the mount and to the model and compares results or errors; some rules change the
-lower directory underneath. After every step all files and their attributes are the same.
+lower directory underneath, or the mode of the client. After every step all files and their attributes are the
+same. Also with two mounts that share a pool, each operation on one of them.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -18,22 +22,27 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
 NAMES = st.sampled_from(["a", "b", "c", "d", "d/e", "d/f"])
 OFFSETS = st.integers(0, 5 * PAGE_SIZE) | st.sampled_from([0, PAGE_SIZE, PAGE_SIZE - 1, 3 * PAGE_SIZE])
 SIZES = st.sampled_from([1, 100, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE, 20_000])
 
 
 class Mount(RuleBasedStateMachine):
-    """The machine; `place` is set by the test."""
+    """The machine; `places`, mounts of one directory that take turns, and `clients` are set by the test."""
 
-    place: Place
+    places: list[Place]
+    clients: "list[_native.Client]"
 
     def __init__(self) -> None:
         super().__init__()
+        self.turns = itertools.cycle(self.places)
         self.model = Path(tempfile.mkdtemp(prefix="tmem-test-"))
         self.model.chmod(0o755)
         self.handles: dict[str, tuple[int, int]] = {}
-        for path in self.place.lower.iterdir():
+        for path in self.lower.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def teardown(self) -> None:
@@ -41,10 +50,16 @@ class Mount(RuleBasedStateMachine):
             for descriptor in pair:
                 os.close(descriptor)
         shutil.rmtree(self.model)
+        for client in self.clients:
+            client.mode = "on"
+
+    @property
+    def lower(self) -> Path:
+        return self.places[0].lower
 
     def both(self, operation: Callable[[Path], object]) -> None:
-        """Do the same in the mount and in the model."""
-        assert outcome(operation, self.place.point) == outcome(operation, self.model)
+        """Do the same in the mount whose turn it is and in the model."""
+        assert outcome(operation, next(self.turns).point) == outcome(operation, self.model)
 
     @initialize()
     def start(self) -> None:
@@ -57,7 +72,7 @@ class Mount(RuleBasedStateMachine):
     @rule(name=NAMES, offset=OFFSETS, size=SIZES, byte=st.integers(1, 255))
     def write_underneath(self, name: str, offset: int, size: int, byte: int) -> None:
         data = bytes([byte]) * size
-        lower = outcome(lambda root: write_at(root / name, offset, data), self.place.lower)
+        lower = outcome(lambda root: write_at(root / name, offset, data), self.lower)
         assert lower == outcome(lambda root: write_at(root / name, offset, data), self.model)
 
     @rule(name=NAMES, size=OFFSETS)
@@ -66,7 +81,7 @@ class Mount(RuleBasedStateMachine):
 
     @rule(name=NAMES, size=OFFSETS)
     def truncate_underneath(self, name: str, size: int) -> None:
-        lower = outcome(lambda root: os.truncate(root / name, size), self.place.lower)
+        lower = outcome(lambda root: os.truncate(root / name, size), self.lower)
         assert lower == outcome(lambda root: os.truncate(root / name, size), self.model)
 
     @rule(name=NAMES, data=st.binary(max_size=10))
@@ -95,7 +110,7 @@ class Mount(RuleBasedStateMachine):
 
     @rule(old=NAMES, new=NAMES)
     def rename_underneath(self, old: str, new: str) -> None:
-        lower = outcome(lambda root: (root / old).rename(root / new) and None, self.place.lower)
+        lower = outcome(lambda root: (root / old).rename(root / new) and None, self.lower)
         assert lower == outcome(lambda root: (root / old).rename(root / new) and None, self.model)
 
     @rule(old=NAMES, new=NAMES)
@@ -117,7 +132,7 @@ class Mount(RuleBasedStateMachine):
             return
         pair = [
             outcome(lambda root: os.open(root / name, os.O_RDWR), root)
-            for root in (self.place.point, self.model)
+            for root in (next(self.turns).point, self.model)
         ]
         if isinstance(pair[0], int) and isinstance(pair[1], int):
             self.handles[name] = (pair[0], pair[1])
@@ -134,10 +149,16 @@ class Mount(RuleBasedStateMachine):
         for descriptor in self.handles.pop(name, ()):
             os.close(descriptor)
 
+    @rule(number=st.integers(0, 1), mode=st.sampled_from(["on", "on", "frozen", "off"]))
+    def set_mode(self, number: int, mode: str) -> None:
+        self.clients[number % len(self.clients)].mode = mode
+
     @invariant()
     def everything_is_the_same(self) -> None:
         for name in (".", "a", "b", "c", "d", "d/e", "d/f"):
-            self.both(lambda root, name=name: shown(root / name))  # type: ignore[misc]
+            expected = outcome(lambda root: shown(root / name), self.model)  # noqa: B023
+            for place in self.places:
+                assert outcome(lambda root: shown(root / name), place.point) == expected  # noqa: B023
 
 
 def outcome(operation: Callable[[Path], object], root: Path) -> object:
@@ -180,8 +201,24 @@ def shown(path: Path) -> object:
     return (*common, status.st_size, path.read_bytes())
 
 
-def test_the_mount_behaves_as_a_plain_directory(segment: object, mounter: Mounter) -> None:
-    Mount.place = mounter("timeout=0")
+def test_the_mount_behaves_as_a_plain_directory(segment: "_native.Segment", mounter: Mounter) -> None:
+    run(segment, [mounter("timeout=0,client=web1")])
+
+
+def test_mounts_on_a_shared_pool_behave_as_one_plain_directory(
+    segment: "_native.Segment", mounter: Mounter, tmp_path: Path
+) -> None:
+    shared = uuid.uuid4()
+    places = []
+    for name in ("web1", "web2"):
+        segment.client(name).authorise(shared.bytes)
+        places.append(mounter(f"timeout=0,client={name},shared={shared}", point=tmp_path / name))
+    run(segment, places)
+
+
+def run(segment: "_native.Segment", places: list[Place]) -> None:
+    Mount.places = places
+    Mount.clients = [segment.client(f"web{number + 1}", create=False) for number in range(len(places))]
     run_state_machine_as_test(
         Mount,
         settings=settings(
@@ -192,6 +229,8 @@ def test_the_mount_behaves_as_a_plain_directory(segment: object, mounter: Mounte
             database=None,
         ),
     )
-    statistics = Mount.place.statistics()
-    assert statistics.hit_reads > 0
-    assert statistics.foreign_changes > 0
+    for place in places:
+        statistics = place.statistics()
+        assert statistics.hit_reads > 0
+        assert statistics.foreign_changes > 0
+    assert segment.check() == []

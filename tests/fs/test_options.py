@@ -1,5 +1,7 @@
 """The options after -o."""
 
+import uuid
+
 import pytest
 
 from tmem.cli.mount import helper_arguments
@@ -9,8 +11,11 @@ from tmem.fs.options import Cache, Loop, MountOptions, default_client
 
 
 def test_everything_at_once() -> None:
-    options = MountOptions.parse(["client=web,cache=direct", "loop=plain,timeout=2.5,allow_other,ro"], "/mnt")
+    pool = uuid.uuid4()
+    words = [f"client=web,cache=direct,shared={pool}", "loop=plain,timeout=2.5,allow_other,ro"]
+    options = MountOptions.parse(words, "/mnt")
     assert options.client == "web"
+    assert options.shared == pool
     assert options.cache is Cache.DIRECT
     assert options.loop is Loop.PLAIN
     assert options.timeout_seconds == 2.5
@@ -21,6 +26,7 @@ def test_everything_at_once() -> None:
 def test_the_defaults_are_careful() -> None:
     options = MountOptions.parse([], "/mnt/data")
     assert options.client == "mnt-data"
+    assert options.shared is None
     assert not options.allow_other
     assert options.flags == syscalls.MS_NOSUID | syscalls.MS_NODEV
 

@@ -3,12 +3,16 @@
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tmem.types import PAGE_SIZE
 
 from .conftest import Server, nbd
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
 
 
 def test_all_connections_see_one_device(swap_server: Server) -> None:
@@ -49,6 +53,24 @@ def test_another_export_name_is_refused(swap_server: Server) -> None:
     with pytest.raises(nbd.Error, match="No such file or directory"):
         handle.connect_unix(swap_server.export.unix)
     assert "there is no export 'somebody-else' here: this server has 'guest1'" in swap_server.log.read_text()
+
+
+def test_the_export_of_another_client_is_refused(
+    make_server: Callable[..., Server], segment: "_native.Segment"
+) -> None:
+    """A server has its own client's pages only, whoever asks (it lists no other name: see below)."""
+    first, second = make_server("guest1"), make_server("guest2")
+    with second.client() as client:
+        client.pwrite(b"secret", 0)
+    (pool,) = segment.client("guest2", create=False).pools()
+    before = pool.statistics()
+    for name in ("guest2", "guest1/../guest2", "guest2\t", "GUEST1", "guest1 "):
+        handle = nbd.NBD()
+        handle.set_export_name(name)
+        with pytest.raises(nbd.Error, match="No such file or directory"):
+            handle.connect_unix(first.export.unix)
+    assert pool.statistics() == before
+    assert "there is no export 'guest2' here: this server has 'guest1'" in first.log.read_text()
 
 
 def test_the_export_is_listed_and_is_the_default(swap_server: Server) -> None:

@@ -9,7 +9,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import TmemError
 from tmem.nbd import export
-from tmem.nbd.export import Attachment, Export, load, parse_host_port
+from tmem.nbd.export import Attachment, Export, SwapUse, load, parse_host_port
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ EXPORTS = [
     Export("c", 8192, tcp=("host.example", 1), realtime=True, attachment=Attachment("nbd", "/dev/nbd3")),
     Export("d", 8192, unix="/s", attachment=Attachment("nbdfuse", "/dev/loop0", "/m", Process(12, 345))),
     Export("e", 8192, unix="/s", attachment=Attachment("nbdfuse", mount_dir="/m")),
+    Export("f", 8192, unix="/s", attachment=Attachment("nbd", "/dev/nbd0"), use=SwapUse(7, discard=False)),
 ]
 
 

@@ -6,11 +6,16 @@ import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tmem.types import PAGE_SIZE
+import pytest
+
+from tmem.errors import PoolError
+from tmem.types import OID_SIZE, PAGE_SIZE
 
 from .conftest import Server, eventually, nbd
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tmem.backends import _native
 
 DEPTH = 16
@@ -108,3 +113,45 @@ def write_until_killed(
             if done >= killed_after and server.process is not None and server.process.returncode is None:
                 server.kill()
     assert done >= killed_after
+
+
+def test_a_killed_server_holds_nothing_and_loses_nothing(
+    make_server: "Callable[..., Server]", segment: "_native.Segment"
+) -> None:
+    """Its pages stay; its weight and the memory promised to it are there for others, until it is back."""
+    noise = random.Random(9)
+    server = make_server("guest1")
+    client = segment.client("guest1", create=False)
+    data = noise.randbytes(256 * PAGE_SIZE)
+    with server.client() as handle:
+        handle.pwrite(data, 0)
+    client.floor_bytes = 40 << 20
+    # Ephemeral pages of the same client, cold, and of another one that is alive, colder.
+    others = segment.client("others")
+    others.hold()
+    survivor, victim = (of.new_pool(persistent=False, exclusive=False) for of in (others, client))
+    for pool in (survivor, victim):
+        for index in range(1000):
+            assert pool.put(bytes(OID_SIZE), index, noise.randbytes(PAGE_SIZE)) == 1
+    assert client.held
+    with pytest.raises(PoolError):
+        segment.client("third").floor_bytes = 40 << 20
+    server.kill()
+    segment.reap()
+    assert not client.held
+    assert not client.statistics()["held"]
+    # Others get what was promised to it; they take its ephemeral pages first.
+    hog = others.new_pool(persistent=True)
+    stored = 0
+    while hog.put(bytes(OID_SIZE), stored, noise.randbytes(PAGE_SIZE), keep_old=True):
+        stored += 1
+        if victim.statistics()["pages"]:
+            assert survivor.statistics()["pages"] == 1000
+    assert stored * PAGE_SIZE > segment.memory_bytes - (10 << 20)
+    assert victim.statistics()["pages"] == 0
+    server.start()
+    assert client.held
+    with server.client() as handle:
+        assert handle.pread(len(data), 0) == data
+    segment.reap()
+    assert segment.check() == []

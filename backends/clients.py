@@ -1,0 +1,25 @@
+"""When a client may end: not while it has pools, nor while somebody has set something for it.
+
+A mount and a swap device bring their client along and take it away again; what an operator has set for it
+(weight, cap, authorisations, ...) the next mount of the same name is to find. Any thread.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Client
+
+
+def has_settings(client: "Client") -> bool:
+    """Say whether anything about the client is not as it is with a new one."""
+    return (
+        (client.weight, client.cap_bytes, client.floor_bytes, client.compress) != (100, 0, 0, "lz4")
+        or client.mode != "on"
+        or bool(client.authorised())
+    )
+
+
+def end_if_unused(client: "Client") -> None:
+    """Destroy the client unless it has pools or settings. PoolError if it is gone already."""
+    if not client.pools() and not has_settings(client):
+        client.destroy()
