@@ -44,6 +44,12 @@ def version(proc: Path = Path("/proc")) -> int | None:
     return 2 if "memory" in controllers else None
 
 
+def mount_point(proc: Path = Path("/proc")) -> Path | None:
+    """Return where the hierarchy that limits memory is mounted; None without a memory controller."""
+    found = {1: "memory", 2: ""}.get(version(proc) or 0)
+    return None if found is None else _hierarchies(proc)[found].mount_point
+
+
 def memory_limit(proc: Path = Path("/proc"), pid: int | str = "self") -> MemoryLimit | None:
     """Return the tightest memory limit of the groups that process `pid` is in, or None.
 

@@ -1,10 +1,10 @@
 """The manager service of a segment: everything that must happen while nobody asks for a page.
 
 Every second it repairs what dead threads left, refills the reserve of backed memory and gives back what is
-free beyond it; it keeps the servers running and answers on the control socket. It is not in the data path:
-while it is down, puts, gets and flushes go on, and the servers that it started stay. One manager per segment,
-held by a lock file. Threading: one trio run; calls of the core that may take long run in worker threads. The
-protocol stands in `service`.
+free beyond it; it keeps the servers running and answers on the control socket, to its own user and root
+only. It is not in the data path: while it is down, puts, gets and flushes go on, and the servers that it
+started stay. One manager per segment, held by a lock file. Threading: one trio run; calls of the core that
+may take long run in worker threads. The protocol stands in `service`.
 """
 
 import ctypes
@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import signal
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +34,7 @@ PERIOD_S = 1.0
 HURRY_S = 0.1
 """The period while puts use up more than half of the reserve within one."""
 
+_UCRED = struct.Struct("iII")
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 _log = logging.getLogger(__name__)
@@ -167,12 +170,16 @@ class _Manager:
         """Serve one connection: a JSON object a line, an answer each, in order."""
         pending = bytearray()
         try:
+            # Others cannot open the socket unless somebody opens its directory to them.
+            stranger = _user_of(stream) not in (0, os.geteuid())
+            refusal = {"error": f"the manager is of user {os.geteuid()}: run this as that user or as root"}
             async for received in stream:
                 pending += received
                 while (end := pending.find(b"\n")) >= 0:
                     line = bytes(pending[:end])
                     del pending[: end + 1]
-                    await stream.send_all(json.dumps(await self._handle(line)).encode() + b"\n")
+                    answer = refusal if stranger else await self._handle(line)
+                    await stream.send_all(json.dumps(answer).encode() + b"\n")
                     if self._stopping:
                         self._scope.cancel()
                 if len(pending) > MAX_LINE_BYTES:
@@ -214,13 +221,21 @@ class _Manager:
             raise TypeError("argv")
         if not isinstance(env, dict) or not all(isinstance(word, str) for word in env.values()):
             raise TypeError("env")
-        return {"pid": self._supervisor.supervise(_text(message, "name"), argv, env)}
+        client = _text(message, "client") if "client" in message else None
+        return {"pid": self._supervisor.supervise(_text(message, "name"), argv, env, client)}
 
     async def _unsupervise(self, message: dict[str, object]) -> dict[str, object]:
         timeout_s = message["timeout_s"]
         if not isinstance(timeout_s, int | float):
             raise TypeError("timeout_s")
         return {"found": await self._supervisor.unsupervise(_text(message, "name"), timeout_s)}
+
+
+def _user_of(stream: trio.SocketStream) -> int:
+    """Return the user id with which the other side of a Unix socket connected."""
+    credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _pid, uid, _gid = _UCRED.unpack(credentials)
+    return int(uid)
 
 
 def _text(message: dict[str, object], key: str) -> str:

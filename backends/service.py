@@ -1,9 +1,9 @@
 """The client's side of the manager's control socket: one request, one answer.
 
 One JSON object a line each way over a Unix stream socket in the segment's state directory. Operations:
-``ping``, ``supervise`` (name, argv, env), ``unsupervise`` (name, timeout_s), ``services``, ``stop``. Not for
-pages: they never pass through the manager. Threading: blocking, callable from any thread, not from a trio
-task.
+``ping``, ``supervise`` (name, argv, env, client), ``unsupervise`` (name, timeout_s), ``services``, ``stop``.
+Not for pages: they never pass through the manager. Threading: blocking, callable from any thread, not from a
+trio task.
 """
 
 import json

@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +33,30 @@ def test_json_carries_every_counter(filled: "_native.Segment", capsys: pytest.Ca
     assert run(["list", "--json"]) == 0
     state = json.loads(capsys.readouterr().out)
     assert (state["name"], state["path"], state["manager_pid"]) == ("default", filled.path, None)
+    assert (state["mode"], state["timing"]["put_stored"].keys()) == (
+        "on",
+        {"samples", "total_ns", "least_ns", "most_ns"},
+    )
     assert state["memory"]["memory_bytes"] == filled.memory_bytes
     assert state["memory"]["freeable_bytes"] == filled.freeable_bytes()
     empty, web = state["clients"]
     assert (empty["name"], empty["pools"], web["name"]) == ("empty", [], "web1")
+    for name, value in {
+        "mode": "on",
+        "phase": "none",
+        "compress": "lz4",
+        "weight": 100,
+        "cap_bytes": 0,
+        "floor_bytes": 0,
+        "held": False,
+        "authorised": [],
+        "persistent_pages": 10,
+        "ephemeral_pages": 20,
+    }.items():
+        assert web[name] == value
     persistent, ephemeral = web["pools"]
     assert (persistent["type"], persistent["shared"], persistent["pages"]) == ("persistent", False, 10)
+    assert (persistent["uuid"], persistent["owner"], persistent["sharers"]) == (None, "web1", ["web1"])
     assert persistent["bytes"] >= 10 * PAGE_SIZE
     assert (ephemeral["type"], ephemeral["exclusive"], ephemeral["pages"]) == ("ephemeral", False, 20)
     assert ephemeral["fill_pages"] == 20  # "tmem" over and over is one repeated word
@@ -49,9 +69,100 @@ def test_table_is_for_people(filled: "_native.Segment", capsys: pytest.CaptureFi
     out = capsys.readouterr().out.splitlines()
     assert "64M" in out[0]
     assert "no manager runs" in out[0]
-    assert out[1].split()[:5] == ["CLIENT", "POOL", "TYPE", "PAGES", "DATA"]
-    assert [line.split()[0] for line in out[2:]] == ["empty", "web1", "web1"]
+    assert out[1].split()[:5] == ["CLIENT", "STATE", "POOL", "TYPE", "PAGES"]
+    assert [line.split()[:2] for line in out[2:]] == [
+        ["empty", "unserved"],
+        ["web1", "unserved"],
+        ["web1", "unserved"],
+    ]
     assert "50.0" in out[4].split()
+
+
+def test_one_client_alone(filled: "_native.Segment", capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "empty", "--json"]) == 0
+    assert [client["name"] for client in json.loads(capsys.readouterr().out)["clients"]] == ["empty"]
+    assert run(["list", "web1"]) == 0
+    out = capsys.readouterr().out
+    assert "empty" not in out
+    assert out.count("web1") == 2
+
+
+def test_the_long_form_has_every_value_of_the_json_form(
+    filled: "_native.Segment", capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["list", "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert run(["list", "-l"]) == 0
+    words = capsys.readouterr().out.split()
+    parts = [state["memory"], *state["timing"].values(), *state["clients"], *state["clients"][1]["pools"]]
+    assert {name for part in parts for name in part} - {"pools"} <= set(words)
+    assert str(filled.memory_bytes) in words
+
+
+def served(segment: "_native.Segment", name: str, ended: threading.Event) -> threading.Thread:
+    """A thread that holds the client, as the main thread of a server does."""
+    held = threading.Event()
+
+    def hold() -> None:
+        segment.client(name).hold()
+        held.set()
+        ended.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    return thread
+
+
+def states(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The column STATE, one a line."""
+    assert run(["list"]) == 0
+    return [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]]
+
+
+def test_states(segment: "_native.Segment", capsys: pytest.CaptureFixture[str]) -> None:
+    ended = threading.Event()
+    for name in ("a", "b", "c"):
+        segment.client(name)
+    thread = served(segment, "a", ended)
+    try:
+        segment.client("b").mode = "off"
+        assert states(capsys) == ["on", "off", "unserved"]
+        assert run(["list", "a", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["clients"][0]["held"] is True
+        segment.mode = "frozen"
+        assert states(capsys) == ["frozen", "off", "frozen"]
+        assert run(["list"]) == 0
+        assert capsys.readouterr().out.startswith("segment default: frozen, ")
+        segment.mode = "on"
+        segment.client("c").handoff("copy")
+        assert states(capsys) == ["on", "off", "copying"]
+        segment.client("c").handoff("end")
+    finally:
+        ended.set()
+        thread.join()
+    assert states(capsys) == ["unserved", "off", "unserved"]
+
+
+def test_a_shared_pool_is_shown_by_each_sharer(
+    segment: "_native.Segment", capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = uuid.UUID("6c1f0b2e-54a4-4c63-8a5e-0f7e9d1c2b3a")
+    for name in ("a", "b"):
+        segment.client(name).authorise(key.bytes)
+        segment.client(name).new_pool(persistent=False, uuid=key.bytes).put(
+            bytes(OID_SIZE), 0, os.urandom(PAGE_SIZE)
+        )
+    assert run(["list", "--json"]) == 0
+    clients = json.loads(capsys.readouterr().out)["clients"]
+    for client in clients:
+        (pool,) = client["pools"]
+        assert client["authorised"] == [str(key)]
+        assert (pool["type"], pool["shared"], pool["uuid"]) == ("ephemeral", True, str(key))
+        assert (pool["owner"], pool["sharers"], pool["pages"], pool["puts"]) == ("a", ["a", "b"], 1, 2)
+    assert [client["ephemeral_pages"] for client in clients] == [1, 0]  # the owner pays
+    assert run(["list"]) == 0
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[2:]] == ["shared", "shared"]
 
 
 def test_an_empty_segment_says_what_to_do(

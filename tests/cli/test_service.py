@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import pytest
+
 from tmem.backends import segment
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.backends.service import request
+from tmem.errors import PoolError
+from tmem.types import OID_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -114,6 +118,55 @@ def test_destroy_refuses_while_in_use(tmem: Tmem, segment: "_native.Segment") ->
     assert "tmem umount /mnt/one" in tmem("destroy", "--all").err
     # A daemon that was killed leaves its record, which holds nobody up.
     paths.record("mount", "one").write_text(json.dumps(mount | {"start_ticks": me.start_ticks - 1}))
+    assert tmem("destroy", "--all").status == 0
+    assert not segment.alive
+
+
+def test_destroy_really_destroys(tmem: Tmem, segment: "_native.Segment") -> None:
+    """In Xen it did nothing but thaw."""
+    doomed, other = segment.client("doomed"), segment.client("other")
+    pools = [doomed.new_pool(persistent=kind) for kind in (True, False)]
+    kept = other.new_pool(persistent=True)
+    for pool in (*pools, kept):
+        assert pool.put(bytes(OID_SIZE), 0, os.urandom(256 * PAGE_SIZE)) == 256
+    used = segment.statistics()["used_bytes"]
+    assert tmem("destroy", "doomed").status == 0
+    assert [client.name for client in segment.clients()] == ["other"]
+    assert not any(pool.alive for pool in pools)
+    for pool in pools:
+        with pytest.raises(PoolError):
+            pool.get(bytes(OID_SIZE), 0, bytearray(PAGE_SIZE))
+    after = segment.statistics()
+    assert after["used_bytes"] < used - 2 * 256 * PAGE_SIZE
+    assert (after["persistent_pages"], after["ephemeral_pages"]) == (256, 0)
+    # A client of that name is a new one.
+    assert segment.client("doomed").pools() == []
+    assert segment.check() == []
+
+
+SERVE = """
+import sys
+from tmem.backends import segment
+client = segment.attach("default").client(sys.argv[1])
+client.hold()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_destroy_refuses_what_a_process_serves(tmem: Tmem, segment: "_native.Segment") -> None:
+    argv = [sys.executable, "-c", SERVE, "one"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"held\n"
+        for arguments in (["one"], ["--all"], ["one", "--force"]):
+            refused = tmem("destroy", *arguments)
+            assert refused.status == 1
+            assert "a running process serves 'one'" in refused.err
+            assert refused.err.count("\n") == 1
+        server.kill()
+        server.wait()
+    assert tmem("destroy", "one").status == 0
     assert tmem("destroy", "--all").status == 0
     assert not segment.alive
 

@@ -1,43 +1,55 @@
 """The commands ``list`` and ``freeable``: what is in the segment.
 
 They read the segment itself, so they work while no manager runs. The JSON form is the contract with scripts:
-every statistic of the core under its name, units in the names. Not for live views.
+every statistic of the core under its name, units in the names. ``docs/operations.md`` says which of tmem's
+historic statistics each of them is. Not for live views.
 """
 
 import json
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import click
 
 from tmem.backends import segment, service
 from tmem.backends.paths import SegmentPaths
-from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics
+from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics, Timing
+from tmem.cli.clients import attached, find_client
 from tmem.cli.context import segment_name
 from tmem.errors import PoolError, ServiceError
 from tmem.types import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from tmem.backends import _native
 
 # Wide enough that a pipe sees every column in full.
 _PIPE_COLUMNS = 200
 
+_TEXTS = ("CLIENT", "STATE", "POOL", "TYPE")
+_NUMBERS = ("PAGES", "DATA", "MEMORY", "RATIO", "PUTS", "REFUSED", "GETS", "HIT%", "EVICTED", "CORRUPT")
+
 
 @click.command("list")
+@click.argument("client", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Everything that is counted, for programs.")
+@click.option("-l", "--long", is_flag=True, help="Everything that is counted, for people.")
 @click.pass_context
-def list_command(ctx: click.Context, as_json: bool) -> None:
-    """Show the memory of the segment, its clients and their pools."""
+def list_command(ctx: click.Context, client: str | None, as_json: bool, long: bool) -> None:
+    """Show the memory of the segment, its clients and their pools, or only CLIENT and its pools."""
     paths = SegmentPaths.of(segment_name(ctx))
     with closing(segment.attach(paths.name)) as opened:
-        state = describe(paths, opened)
+        clients = opened.clients() if client is None else [find_client(opened, client)]
+        state = describe(paths, opened, clients)
     if as_json:
         click.echo(json.dumps(state, indent=2))
     else:
-        _show(state)
+        _show(state, long)
 
 
 @click.command()
@@ -45,39 +57,60 @@ def list_command(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def freeable(ctx: click.Context, exact: bool) -> None:
     """Print the memory that is free or held by ephemeral pages, which give way to persistent ones."""
-    with closing(segment.attach(segment_name(ctx))) as opened:
+    with attached(ctx) as opened:
         size = opened.freeable_bytes()
     click.echo(str(size) if exact else format_size(size))
 
 
-def describe(paths: SegmentPaths, opened: "_native.Segment") -> dict[str, object]:
-    """Return the state of the segment in the shape of ``list --json``."""
+def describe(
+    paths: SegmentPaths, opened: "_native.Segment", clients: "list[_native.Client]"
+) -> dict[str, object]:
+    """Return the state of the segment and of `clients` in the shape of ``list --json``."""
     memory = asdict(SegmentStatistics.from_dict(opened.statistics()))
     memory["freeable_bytes"] = opened.freeable_bytes()
-    clients = []
-    for client in sorted(opened.clients(), key=lambda client: client.name):
+    described = []
+    for client in sorted(clients, key=lambda client: client.name):
         try:
-            clients.append(_client(client))
+            described.append(_client(client))
         except PoolError:
             continue  # it ended while we looked
     return {
         "name": paths.name,
         "path": opened.path,
+        "mode": opened.mode,
         "manager_pid": _manager_pid(paths),
         "memory": memory,
-        "clients": clients,
+        "timing": {name: asdict(Timing(*values)) for name, values in opened.timing().items()},
+        "clients": described,
     }
 
 
 def _client(client: "_native.Client") -> dict[str, object]:
     counts = asdict(ClientStatistics.from_dict(client.statistics()))
-    del counts["pools"]  # the number; the pools themselves follow
-    pools = []
-    for pool in client.pools():
-        values = asdict(PoolStatistics.from_dict(pool.statistics()))
-        kind = "persistent" if values.pop("persistent") else "ephemeral"
-        pools.append({"id": values.pop("id"), "type": kind, "shared": False, **values})
-    return {"name": client.name, **counts, "pools": pools}
+    del counts["pools"], counts["authorised_pools"]  # numbers of what follows in full
+    return {
+        "name": client.name,
+        "mode": client.mode,
+        "phase": client.phase,
+        "compress": client.compress,
+        **counts,
+        "authorised": [str(uuid.UUID(bytes=key)) for key in client.authorised()],
+        "pools": [_pool(pool) for pool in client.pools()],
+    }
+
+
+def _pool(pool: "_native.Pool") -> dict[str, object]:
+    counts = asdict(PoolStatistics.from_dict(pool.statistics()))
+    kind = "persistent" if counts.pop("persistent") else "ephemeral"
+    return {
+        "id": counts.pop("id"),
+        "type": kind,
+        "shared": counts.pop("shared"),
+        "uuid": None if pool.uuid is None else str(uuid.UUID(bytes=pool.uuid)),
+        "owner": pool.owner.name,
+        "sharers": sorted(client.name for client in pool.sharers),
+        **counts,
+    }
 
 
 def _manager_pid(paths: SegmentPaths) -> int | None:
@@ -88,10 +121,9 @@ def _manager_pid(paths: SegmentPaths) -> int | None:
     return pid if isinstance(pid, int) else None
 
 
-def _show(state: Mapping[str, object]) -> None:
+def _show(state: Mapping[str, object], long: bool) -> None:
     """Print `state` for a person."""
     from rich.console import Console
-    from rich.table import Table
 
     memory, clients = state["memory"], state["clients"]
     assert isinstance(memory, dict)
@@ -101,33 +133,48 @@ def _show(state: Mapping[str, object]) -> None:
         console = Console(highlight=False, width=_PIPE_COLUMNS)
     pid = state["manager_pid"]
     sizes = {name: format_size(value) for name, value in memory.items() if name.endswith("_bytes")}
+    mode = "" if state["mode"] == "on" else f"{state['mode']}, "
     console.print(
-        f"segment {state['name']}: {sizes['used_bytes']} of {sizes['memory_bytes']} used "
+        f"segment {state['name']}: {mode}{sizes['used_bytes']} of {sizes['memory_bytes']} used "
         f"({sizes['metadata_bytes']} for tables), {sizes['reserve_bytes']} in reserve, "
         f"{sizes['freeable_bytes']} freeable, {'no manager runs' if pid is None else f'manager pid {pid}'}"
     )
+    console.print(
+        _table(clients, str(state["mode"]))
+        if clients
+        else "no clients yet: add one with 'tmem swap add' or 'tmem mount'"
+    )
+    if long:
+        _show_counts(console, state)
+
+
+def _table(clients: list[Mapping[str, object]], segment_mode: str) -> "Table":
+    """One line a pool, and one for a client without pools."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("CLIENT", "POOL", "TYPE"):
+    for heading in _TEXTS:
         table.add_column(heading, no_wrap=True)
-    for heading in (
-        "PAGES",
-        "DATA",
-        "MEMORY",
-        "RATIO",
-        "PUTS",
-        "REFUSED",
-        "GETS",
-        "HIT%",
-        "EVICTED",
-        "CORRUPT",
-    ):
+    for heading in _NUMBERS:
         table.add_column(heading, justify="right", no_wrap=True)
     for client in clients:
-        for pool in client["pools"]:
-            table.add_row(client["name"], *_row(pool))
-        if not client["pools"]:
-            table.add_row(client["name"], "-")
-    console.print(table if clients else "no clients yet: add one with 'tmem swap add' or 'tmem mount'")
+        pools = client["pools"]
+        assert isinstance(pools, list)
+        first = str(client["name"]), _state(client, segment_mode)
+        for pool in pools:
+            table.add_row(*first, *_row(pool))
+        if not pools:
+            table.add_row(*first, "-")
+    return table
+
+
+def _state(client: Mapping[str, object], segment_mode: str) -> str:
+    """Say in a word what a client may do, and else whether anybody serves it."""
+    if client["phase"] != "none":
+        return str(client["phase"])
+    modes = (segment_mode, client["mode"])
+    strictest = next((mode for mode in ("off", "frozen") if mode in modes), None)
+    return strictest or ("on" if client["held"] else "unserved")
 
 
 def _row(pool: Mapping[str, int | str]) -> list[str]:
@@ -135,7 +182,7 @@ def _row(pool: Mapping[str, int | str]) -> list[str]:
     gets, hits = int(pool["gets"]), int(pool["gets_hit"])
     return [
         str(pool["id"]),
-        str(pool["type"]),
+        "shared" if pool["shared"] else str(pool["type"]),
         str(pool["pages"]),
         format_size(data),
         format_size(memory),
@@ -147,3 +194,54 @@ def _row(pool: Mapping[str, int | str]) -> list[str]:
         str(pool["evictions"]),
         str(pool["corrupt_pages"]),
     ]
+
+
+def _show_counts(console: "Console", state: Mapping[str, object]) -> None:
+    """Print every value under the name that it has in the JSON form."""
+    memory, timing, clients = state["memory"], state["timing"], state["clients"]
+    assert isinstance(memory, dict)
+    assert isinstance(timing, dict)
+    assert isinstance(clients, list)
+    _show_values(console, "memory", memory)
+    console.print()
+    console.print(_timing_table(timing))
+    for client in clients:
+        _show_values(console, f"client {client['name']}", client)
+        for pool in client["pools"]:
+            _show_values(console, f"client {client['name']}, pool {pool['id']}", pool)
+
+
+def _timing_table(timing: Mapping[str, Mapping[str, int]]) -> "Table":
+    """One line for each kind of operation."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("timing", no_wrap=True)
+    for heading in (*(field.name for field in fields(Timing)), "mean_ns"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, values in timing.items():
+        mean = values["total_ns"] // max(values["samples"], 1)
+        table.add_row(name, *map(str, values.values()), str(mean))
+    return table
+
+
+def _show_values(console: "Console", title: str, values: Mapping[str, object]) -> None:
+    console.print(f"\n{title}", style="bold")
+    lines = list(_lines(values))
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        console.print(f"  {name:<{width}}  {text}", markup=False)
+
+
+def _lines(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if name == "pools":
+            continue  # each gets a part of its own
+        if isinstance(value, bool):
+            yield name, "yes" if value else "no"
+        elif isinstance(value, int) and name.endswith("_bytes"):
+            yield name, f"{value} ({format_size(value)})" if value >= 1024 else str(value)
+        elif isinstance(value, list):
+            yield name, ", ".join(map(str, value)) or "-"
+        else:
+            yield name, "-" if value is None else str(value)

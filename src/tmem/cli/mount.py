@@ -13,8 +13,8 @@ from tmem.backends.paths import SegmentPaths
 from tmem.cli.context import segment_name
 
 _OPTIONS_HELP = (
-    "Mount options, comma-separated: client=NAME, cache=auto|direct|kernel, loop=auto|fast|plain, "
-    "timeout=SECONDS, allow_other, ro, noexec and others of mount(8)."
+    "Mount options, comma-separated: client=NAME, shared=UUID, cache=auto|direct|kernel, "
+    "loop=auto|fast|plain, timeout=SECONDS, allow_other, ro, noexec and others of mount(8)."
 )
 
 

@@ -17,8 +17,9 @@ import click
 
 from tmem.backends import processes, segment, service
 from tmem.backends.paths import SegmentPaths
+from tmem.cli.clients import departed_error, find_client, require_one
 from tmem.cli.context import segment_name, size_option
-from tmem.errors import PoolError, ServiceError, TmemError
+from tmem.errors import SegmentError, ServiceError, TmemError
 from tmem.types import format_size
 
 if TYPE_CHECKING:
@@ -66,16 +67,24 @@ def stop(ctx: click.Context) -> None:
 @click.command()
 @click.argument("client", required=False)
 @click.option("--all", "everything", is_flag=True, help="The whole segment, and the manager with it.")
+@click.option("--force", is_flag=True, help="End a client that departed in a handoff.")
 @click.pass_context
-def destroy(ctx: click.Context, client: str | None, everything: bool) -> None:
-    """End CLIENT, or with --all the whole segment, and every page of it."""
-    if everything == (client is not None):
-        raise click.UsageError("say which client, or --all")
+def destroy(ctx: click.Context, client: str | None, everything: bool, force: bool) -> None:
+    """End CLIENT, or with --all the whole segment, and every page of it.
+
+    Swap devices and mounts have to be taken away first.
+    """
+    require_one(client, everything)
+    if force and everything:
+        raise click.UsageError("--force goes with a client")
     paths = SegmentPaths.of(segment_name(ctx))
     if client is not None:
-        _destroy_client(paths, client)
+        _destroy_client(paths, client, force)
         return
     _refuse_if_used(paths)
+    with suppress(SegmentError), closing(segment.attach(paths.name)) as opened:  # damaged: nobody can use it
+        for one in opened.clients():
+            _refuse_if_held(opened, one)
     with suppress(ServiceError):  # no manager runs
         service.request(paths, {"op": "ping"})
         _stop_manager(paths)
@@ -137,12 +146,28 @@ def _stop_manager(paths: SegmentPaths) -> None:
         os.close(descriptor)
 
 
-def _destroy_client(paths: SegmentPaths, name: str) -> None:
+def _destroy_client(paths: SegmentPaths, name: str, force: bool) -> None:
     with closing(segment.attach(paths.name)) as opened:
-        if name not in [client.name for client in opened.clients()]:
-            raise PoolError(f"segment {paths.name!r} has no client {name!r}: see 'tmem list'")
-        _refuse_if_used(paths, name)
-        opened.client(name, create=False).destroy()
+        client = find_client(opened, name)
+        if client.phase == "departed":
+            # Its servers wait for exactly this, to tell their clients that the pages live elsewhere.
+            if not force:
+                raise departed_error(client)
+        else:
+            _refuse_if_used(paths, name)
+            _refuse_if_held(opened, client)
+        client.destroy()
+
+
+def _refuse_if_held(opened: "_native.Segment", client: "_native.Client") -> None:
+    """Raise `ServiceError` while a living process serves the client, though nothing is noted of it."""
+    if client.held:
+        opened.reap()  # it may be dead, and no manager there to notice
+    if client.held:
+        raise ServiceError(
+            f"a running process serves {client.name!r}: end it first ('fuser -v {opened.path}' lists who has "
+            "the segment open)"
+        )
 
 
 def _refuse_if_used(paths: SegmentPaths, client: str | None = None) -> None:

@@ -1,6 +1,6 @@
-"""The commands ``swap add``, ``swap remove`` and ``swap serve``.
+"""The commands ``swap add``, ``swap remove`` and ``swap serve``, and ``shrink``.
 
-They turn options into an `Export` and print; the work is done in `tmem.nbd.lifecycle` and `tmem.nbd.server`.
+They turn options into an `Export` and print; the work is done in `tmem.nbd`: `lifecycle`, `server`, `shrink`.
 What programs read goes to standard output, the NBD URI as the last line; the guards of a local device and
 progress go to standard error.
 """
@@ -16,6 +16,7 @@ import click
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.context import segment_name, size_option
 from tmem.errors import TmemError
+from tmem.types import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
     from tmem.nbd.guards import Guard
@@ -32,7 +33,7 @@ def swap() -> None:
 @click.argument("client")
 @click.option("--size", "size_bytes", required=True, callback=size_option, help="Such as 512M or 4G.")
 @click.option("--attach", "local", is_flag=True, help="Attach it here as a block device, and swap to it.")
-@click.option("--reserve", is_flag=True, help="Refuse unless all of it has room uncompressed.")
+@click.option("--reserve", is_flag=True, help="Promise it room for all of its pages, even uncompressed.")
 @click.option("--unix", metavar="PATH", help="Serve on this socket (default: one of its own).")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve on this address.")
 @click.option("--tls-psk", metavar="FILE", help="Encrypt TCP with the pre-shared keys in FILE.")
@@ -112,6 +113,31 @@ def serve(ctx: click.Context, client: str) -> None:
 
     paths = SegmentPaths.of(segment_name(ctx))
     server.serve(paths, export.load(paths, client))
+
+
+@click.command()
+@click.argument("client")
+@click.option("--to", "to_bytes", metavar="SIZE", callback=size_option, help="Only if it has more pages.")
+@click.option("--force", is_flag=True, help="Also where RAM may not suffice: then processes may be killed.")
+@click.pass_context
+def shrink(ctx: click.Context, client: str, to_bytes: int | None, force: bool) -> None:
+    """Bring the pages of CLIENT, a swap device of this machine, back into RAM, and go on with it empty.
+
+    The kernel keeps pages on a device for as long as nobody touches them, and those that were freed linger
+    until it says so. This is a swapoff, which drops the latter too, and a swapon. SIZE counts the pages as
+    they are without compression: DATA in 'tmem list'.
+    """
+    from tmem.nbd import shrink as shrinking
+
+    with _progress(f"swapoff {client}") as progress:
+        done = shrinking.shrink(SegmentPaths.of(segment_name(ctx)), client, to_bytes, force, progress)
+    if done.pages == done.pages_before and to_bytes is not None:
+        click.echo(f"nothing to do: {client} has {format_size(done.pages * PAGE_SIZE)} of pages")
+        return
+    before, now = (format_size(pages * PAGE_SIZE) for pages in (done.pages_before, done.pages))
+    click.echo(
+        f"{format_size(done.returned_bytes)} came back into RAM; {client} has {now} of pages, not {before}"
+    )
 
 
 def _show_guards(guards: "Sequence[Guard]") -> None:
