@@ -149,12 +149,13 @@ class Client:
     def handoff(self, step: str) -> None:
         """Take a step of a handoff: "copy", "freeze", "depart" or "end".
 
-        copy: `Exporter` with `changes` now finds what is new. freeze: additionally puts are refused (a
-        `Device` waits instead); when this returns, nothing that was under way before is still running.
-        depart: the pages are about to live elsewhere; devices wait, and end when the client is destroyed.
-        end: back to normal. The phases copying and frozen end with the thread that began them; departed stays
-        until "end" or the destruction of the client. PoolError if another thread is at it, or for a step that
-        does not follow.
+        copy: an export of `changes` now finds what is new; the first one after it has every page. freeze:
+        additionally puts are refused (a `Device` waits instead); when this returns, nothing that was under
+        way before is still running. depart: the pages are about to live elsewhere: a last export of changes
+        gives the flushes that came until then, everything else is refused; devices wait, and end when the
+        client is destroyed. end: back to normal. The phases copying and frozen end with the thread that began
+        them; departed stays until "end" or the destruction of the client. PoolError if another thread is at
+        it, or for a step that does not follow.
         """
 
     def hold(self) -> None:

@@ -47,8 +47,9 @@ class _Backing:
         self._thread = threading.Thread(target=self._run, name="tmem-backing", daemon=True)
         self._thread.start()
 
-    def used(self) -> None:
-        """Look again how much is backed."""
+    def used(self, size_bytes: int) -> None:
+        """Note that so much of what was expected has come."""
+        self._left_bytes -= size_bytes
         self._wake.set()
 
     def end(self) -> None:
@@ -59,10 +60,8 @@ class _Backing:
 
     def _run(self) -> None:
         with suppress(TmemError):  # then the puts do it
-            while self._left_bytes > 0 and not self._ended:
-                added = self._store.populate(min(_AHEAD_BYTES, self._left_bytes))
-                self._left_bytes -= added
-                if not added:
+            while (size := min(_AHEAD_BYTES, self._left_bytes)) > 0 and not self._ended:
+                if not self._store.populate(size):
                     self._wake.wait()
                     self._wake.clear()
 
@@ -203,7 +202,7 @@ class Restorer:
         except PoolError as error:
             raise self._no_room(str(error)) from None
         if self._backing is not None:
-            self._backing.used()
+            self._backing.used(len(frame.payload))
 
     def _end(self, frame: Frame) -> None:
         """Apply the settings as they were in the end: a cap or a mode might have refused the pages."""

@@ -113,12 +113,14 @@ int victim(struct tm_segment *seg, int asker)
 struct promise {
     uint64_t bytes;
     uint32_t index; /* chunks */
+    bool any;       /* somebody has a floor, whether or not it has reached it */
 };
 
 static void add_promise(struct tm_segment *seg, uint32_t client, struct promise *sum)
 {
     const struct tm_client *c = &seg->clients[client];
     int64_t floor = floor_of(c), missing = floor - client_bytes(seg, client);
+    sum->any |= floor > 0;
     if (missing < (int64_t)(TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP))
         return;
     uint32_t has = atomic_load_explicit(&c->index_chunks, memory_order_relaxed);
@@ -133,7 +135,7 @@ static uint32_t promise_chunks(const struct promise *p)
 }
 
 /* Chunks that size classes leave half full: one each. Promises are kept beside them, so they come on top for whoever
- * has no promise to claim. */
+ * has no promise to claim, for as long as anybody has a floor: who flushes and puts close below it needs them too. */
 static uint32_t slack(const struct tm_segment *seg)
 {
     return seg->nchunks / 16 < TM_NCLASSES ? seg->nchunks / 16 : TM_NCLASSES;
@@ -141,14 +143,16 @@ static uint32_t slack(const struct tm_segment *seg)
 
 uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker)
 {
-    struct promise sum = {0, 0};
+    struct promise sum = {0};
     if (!atomic_load_explicit(&seg->super->nfloors, memory_order_relaxed))
+        return 0;
+    /* Whoever is below its own floor takes what it was promised; all floors together fit. */
+    if (asker < TM_MAX_CLIENTS && client_bytes(seg, asker) < floor_of(&seg->clients[asker]))
         return 0;
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
         if (i != asker && atomic_load_explicit(&seg->clients[i].floor_bytes, memory_order_relaxed))
             add_promise(seg, i, &sum);
-    bool claims = asker < TM_MAX_CLIENTS && client_bytes(seg, asker) < floor_of(&seg->clients[asker]);
-    return sum.bytes && !claims ? promise_chunks(&sum) + slack(seg) : promise_chunks(&sum);
+    return sum.any ? promise_chunks(&sum) + slack(seg) : 0;
 }
 
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes)
@@ -162,7 +166,7 @@ bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes)
 
 bool floors_fit(struct tm_segment *seg)
 {
-    struct promise sum = {0, 0};
+    struct promise sum = {0};
     uint64_t have = chunks_available(seg);
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
         uint64_t floor = (uint64_t)floor_of(&seg->clients[i]), used = (uint64_t)client_bytes(seg, i);

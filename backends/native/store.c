@@ -96,6 +96,7 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
     struct change sum = {0};
     uint64_t block = block_of(ctx->seg, slot, *old);
     intend_old(ctx, block);
+    tally(ctx->seg, new, 1, &sum); /* before the swap: after it the page may be evicted, its chunk another bin's */
     if (MUTANT(5))
         atomic_store(slot, new);
     else if (!atomic_compare_exchange_strong_explicit(slot, old, new, memory_order_acq_rel, memory_order_acquire)) {
@@ -105,7 +106,6 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
     KP(41);
     atomic_store_explicit(&ctx->rec->new_block, 0, memory_order_release);
     KP(42);
-    tally(ctx->seg, new, 1, &sum);
     if (block || slot_type(*old) != SLOT_BLOCK) {
         tally(ctx->seg, *old, -1, &sum);
     } else { /* a damaged slot: how large its block was is not known, so the reaper counts anew */
@@ -416,6 +416,14 @@ int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, co
     return refused && keep == KEEP_OR_WAIT && phase_of(ctx->seg, ctx->client) >= PHASE_FROZEN ? TM_WAIT : TM_REFUSED;
 }
 
+/* There is no leaf for the page, so nothing can be there either. */
+static void refused_without_leaf(struct tm_ctx *ctx)
+{
+    count(ctx->seg, ctx->pool, C_REFUSED, 1);
+    if (!refuses_puts(ctx))
+        atomic_fetch_add_explicit(&ctx->seg->clients[ctx->payer].no_memory, 1, memory_order_relaxed);
+}
+
 int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, const uint8_t *data, uint32_t n,
                enum keep keep)
 {
@@ -435,7 +443,7 @@ int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, co
         if (rc == TM_OK)
             rc = slot_put(ctx, ctx->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, keep, NULL);
         else if (rc == TM_REFUSED)
-            count(h->seg, ctx->pool, C_REFUSED, 1); /* no leaf: nothing can be there */
+            refused_without_leaf(ctx);
         if (rc == TM_AGAIN) {
             cur = (struct cursor){0};
             if ((rc = again(h, &ctx, tries++)) != TM_OK) {

@@ -49,10 +49,12 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
         } else if (type == SLOT_BLOCK && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
             uint64_t block = word & SLOT_VALUE;
             const struct tm_block *b = block_at(seg, block);
-            good = in_data(seg, block * 16) && seg->size - block * 16 > TM_HEADER + TM_PAGE;
+            uint64_t most = in_data(seg, block * 16) ? seg->size - block * 16 : 0;
+            good = most > TM_HEADER;
             uint64_t header = good ? atomic_load_explicit(&b->word, memory_order_acquire) : 0;
             uint32_t length = block_length(header);
             good = good && header_slot(header) == off(seg, slot) / 8 && length && length <= TM_PAGE
+                   && TM_HEADER + length <= most
                    && b->checksum == block_checksum(b, header, atomic_load(&b->stamp));
             if (good)
                 emit(to, oid, (uint32_t)e->index, length == TM_PAGE ? KIND_RAW : KIND_LZ4, b + 1, length);

@@ -66,7 +66,7 @@ class _Peers:
 
     def __init__(self, segment: _native.Segment, memory: Path, disk: Path) -> None:
         self._segment = segment
-        self._other = memory / "other"
+        self._other, self._memory = memory / "other", memory / "dd"
         self._file, self._copy = disk / "save", disk / "dd"
         self.save()
         self._copy_out()
@@ -103,6 +103,15 @@ class _Peers:
         began = time.perf_counter()
         self._dd(f"if={self._copy}", "of=/dev/null")
         return self._speed(began)
+
+    def dd_memory(self) -> float:
+        """Like dd_read, but into fresh memory of a tmpfs, as a restore has to."""
+        drop_cache(self._copy)
+        began = time.perf_counter()
+        self._dd(f"if={self._copy}", f"of={self._memory}")
+        speed = self._speed(began)
+        self._memory.unlink()
+        return speed
 
     def _copy_out(self) -> None:
         blocks = self._file.stat().st_size >> 23
@@ -155,7 +164,7 @@ def run(size_bytes: int, rounds: int) -> dict[str, object]:
         segment = _native.create(str(memory / "bench"), size_bytes + size_bytes // 4 + (64 << 20))
         pages = fill(segment, size_bytes)
         peers = _Peers(segment, memory, disk)
-        names = ("save", "dd_write", "restore", "dd_read")
+        names = ("save", "dd_write", "restore", "dd_read", "dd_memory")
         speeds = take_turns({name: getattr(peers, name) for name in names}, rounds)
         frozen = stand_still(segment, memory, disk, pages, rounds)
         segment.close()
@@ -170,6 +179,7 @@ def run(size_bytes: int, rounds: int) -> dict[str, object]:
             f"  {ours} of {pages} pages: {speed[ours]:.0f} MB/s, dd with {what} {speed[peer]:.0f}: "
             f"{ratios[ours]:.2f}   target {TARGET:g} {verdict}"
         )
+    print(f"  dd from a cold cache into memory, for comparison: {speed['dd_memory']:.0f} MB/s")
     for what, values in medians(frozen).items():
         print(f"  {what} under a writer: it stood still for {values:.1f} ms")
     return {"pages": pages, "speeds_mb_s": speeds, "ratios": ratios, "frozen_ms": frozen}

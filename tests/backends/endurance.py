@@ -220,7 +220,8 @@ class _Trouble:
         if self.first:
             self.segment.mode = self.rng.choice(("frozen", "off"))
             if self.segment.mode == "off":
-                left = self.segment.statistics()["ephemeral_pages"]
+                pools = [pool for client in self.victims for pool in client.pools() if not pool.persistent]
+                left = sum(pool.statistics()["pages"] for pool in pools)
                 demand(left == 0, f"{left} ephemeral pages are left in a segment that is off")
             self.segment.mode = "on"
 

@@ -20,6 +20,9 @@ from tmem.backends import _native, handoff
 from tmem.backends.savefile import HEAD_BYTES, PREAMBLE_BYTES, Kind, aligned
 from tmem.errors import TmemError
 
+from .pages import oid, page
+from .saving import get_all, persistent
+
 _ROOT = Path(__file__).parents[2]
 
 Hook = Callable[[Kind], None]
@@ -122,6 +125,79 @@ class Handoff:
         errors = self.sender.end(), self.receiver.end()
         self.relay.join()
         return errors
+
+
+PAGES = {(oid(1), index): page("text" if index % 2 else "random", index) for index in range(1200)}
+"""What the client has in most tests."""
+
+KINDS = (Kind.HEADER, Kind.CLIENT, Kind.DATA, Kind.SYNC, Kind.CLIENT_END, Kind.DEPARTING, Kind.COMMIT)
+"""Of frames, in the order in which they come first."""
+
+
+def nothing(kind: Kind) -> None:
+    """Do nothing at any frame."""
+
+
+def hand_over(
+    source: _native.Segment, target: _native.Segment, before: Hook = nothing, after: Hook = nothing
+) -> tuple[str, str]:
+    """Hand ``one`` over; the errors of the sender and of the receiver."""
+    return Handoff(Path(source.path), Path(target.path), before, after).end()
+
+
+def is_here(segment: _native.Segment) -> bool:
+    """Whether ``one`` is a client of the segment that works."""
+    return [client.phase for client in segment.clients() if client.name == "one"] == ["none"]
+
+
+def expect_empty(segment: _native.Segment) -> None:
+    """Check that nothing is left of a client that was not to be."""
+    segment.reap()
+    assert segment.clients() == []
+    segment.reap()
+    assert segment.statistics()["persistent_pages"] == 0
+    assert segment.statistics()["objects"] == 0
+    assert segment.check() == []
+
+
+class Once:
+    """A hook that does something at the first frame of one kind."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.done = False
+        self.handoff: Handoff | None = None
+        self.ready = threading.Event()
+
+    def action(self, moving: Handoff) -> None:
+        raise NotImplementedError
+
+    def __call__(self, kind: Kind) -> None:
+        if kind is self.kind and not self.done:
+            self.done = True
+            assert self.ready.wait(20)
+            assert self.handoff is not None
+            self.action(self.handoff)
+
+
+def run(source: _native.Segment, target: _native.Segment, hook: Once, late: bool = False) -> Handoff:
+    """Begin a handoff with a hook before a frame is passed on, or `late`, after."""
+    hooks = (nothing, hook) if late else (hook, nothing)
+    moving = Handoff(Path(source.path), Path(target.path), *hooks)
+    hook.handoff = moving
+    hook.ready.set()
+    return moving
+
+
+def works(segment: _native.Segment) -> None:
+    """Check that ``one`` is in the segment, whole, and takes writes."""
+    segment.reap()
+    assert is_here(segment)
+    pool = persistent(segment)
+    assert get_all(pool, PAGES) == PAGES
+    assert pool.put(oid(9), 9, page("text", 9)) == 1
+    assert pool.flush(oid(9), 9) == 1
+    assert segment.check() == []
 
 
 def _main(role: str, path: str, answers: str, stream: str) -> None:

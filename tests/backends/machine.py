@@ -244,15 +244,17 @@ class StoreMachine(RuleBasedStateMachine):
             return evictable(name) == 0
         if used + RAW_BYTES <= client.floor_bytes:
             return False
-        left = 0
+        left = promised = 0
         kept = min(8, s["chunks_total"] // 16)
         for who, other in self.oracle.clients.items():
             missing = other.floor_bytes - self.used_bytes(who)
-            if who != name and missing > 0:
-                kept += missing // 55_000 + 6  # a chunk of raw pages, some index, and one chunk of each kind
-            if who == name or missing < 0 or not other.floor_bytes:
+            if who != name and other.floor_bytes:
+                # What size classes leave half full, chunks of raw pages, and some for the index.
+                promised = promised or min(64, s["chunks_total"] // 16)
+                promised += max(missing, 0) // 55_000 + 6 * (missing > 0)
+            if who == name or missing <= -CHUNK or not other.floor_bytes:  # chunks go at once, or not at all
                 left += evictable(who)
-        return s["chunks_free"] <= kept and left == 0
+        return s["chunks_free"] <= kept + promised and left == 0
 
     @precondition(some_pool)
     @rule(at=numbers, pool=numbers, o=objects, first=starts, n=counts)

@@ -51,6 +51,7 @@ def two_workers() -> Iterator[list[Worker]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_endurance(
     directory: Path, two_workers: list[Worker], effort: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

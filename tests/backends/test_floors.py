@@ -137,6 +137,33 @@ def test_after_churn_that_fragments(segment: _native.Segment, floored: _native.C
     assert segment.check() == []
 
 
+@pytest.mark.parametrize(
+    "kinds", [(True,), (False,), (True, True, False)], ids=["persistent", "ephemeral", "both"]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_of_several_clients_gets_what_it_was_promised(
+    segment: _native.Segment, kinds: tuple[bool, ...], seed: int
+) -> None:
+    """Four with floors and two without put and flush pages of all sizes: none is refused within its floor."""
+    rng = random.Random(seed)
+    clients = [segment.client(f"client {i}") for i in range(6)]
+    for client in clients[:4]:
+        client.floor_bytes = rng.randrange(1 << 18, 5 << 19)
+    pools = [[client.new_pool(kind, exclusive=False) for kind in kinds] for client in clients]
+    source = page("random", seed)
+    for step in range(15_000):
+        number, index = rng.randrange(6), rng.randrange(3000)
+        pool = rng.choice(pools[number])
+        if rng.random() < (0.9 if step // 2500 % 2 == 0 else 0.65):
+            length = PAGE_SIZE if rng.random() < 0.3 else rng.randrange(16, 4000)
+            client = clients[number]
+            within = client.statistics()["used_bytes"] + RAW_BYTES <= client.floor_bytes
+            stored = pool.put(OBJECT, index, source[:length].ljust(PAGE_SIZE, b"\0"), keep_old=True)
+            assert stored or not within, f"refused in step {step}: {segment.statistics()}"
+        else:
+            pool.flush(OBJECT, index, rng.choice((1, 1, 5, 60)))
+
+
 def test_only_what_is_above_the_floor_is_evicted_for_others(
     segment: _native.Segment, floored: _native.Client
 ) -> None:

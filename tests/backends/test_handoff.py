@@ -1,9 +1,7 @@
-"""A client moves while it works: it loses nothing, and it lives in one place, whoever dies when."""
+"""A client moves while it works: it loses nothing, and it lives in one place, whatever happens to it."""
 
 import os
-import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,55 +12,12 @@ from tmem.errors import HandoffError, PoolError
 from tmem.types import PAGE_SIZE
 
 from . import wanderer
-from .handing import Handoff, Hook
+from .handing import KINDS, PAGES, Handoff, Once, expect_empty, hand_over, is_here, run, works
 from .pages import oid, page
 from .places import Worker
-from .test_save import Pages, get_all, persistent, put_all
+from .saving import Pages, get_all, persistent, put_all, source, target
 
-PAGES = {(oid(1), index): page("text" if index % 2 else "random", index) for index in range(1200)}
-
-
-@pytest.fixture
-def source(directory: Path) -> Iterator[_native.Segment]:
-    yield from _segment(directory / "source")
-
-
-@pytest.fixture
-def target(directory: Path) -> Iterator[_native.Segment]:
-    yield from _segment(directory / "target")
-
-
-def _segment(path: Path) -> Iterator[_native.Segment]:
-    made = _native.create(str(path), 32 << 20)
-    yield made
-    assert made.check() == []
-    made.close()
-
-
-def nothing(kind: Kind) -> None:
-    """Do nothing at any frame."""
-
-
-def hand_over(
-    source: _native.Segment, target: _native.Segment, before: Hook = nothing, after: Hook = nothing
-) -> tuple[str, str]:
-    """Hand ``one`` over; the errors of the sender and of the receiver."""
-    return Handoff(Path(source.path), Path(target.path), before, after).end()
-
-
-def is_here(segment: _native.Segment) -> bool:
-    """Whether ``one`` is a client of the segment that works."""
-    return [client.phase for client in segment.clients() if client.name == "one"] == ["none"]
-
-
-def expect_empty(segment: _native.Segment) -> None:
-    """Check that nothing is left of a client that was not to be."""
-    segment.reap()
-    assert segment.clients() == []
-    segment.reap()
-    assert segment.statistics()["persistent_pages"] == 0
-    assert segment.statistics()["objects"] == 0
-    assert segment.check() == []
+__all__ = ["source", "target"]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 1200])
@@ -234,192 +189,6 @@ def test_a_client_that_works_at_random_finds_everything(
     assert target.check() == []
 
 
-# -- deaths
-
-KINDS = (Kind.HEADER, Kind.CLIENT, Kind.DATA, Kind.SYNC, Kind.CLIENT_END, Kind.DEPARTING, Kind.COMMIT)
-
-
-class Once:
-    """A hook that does something at the first frame of one kind."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.done = False
-        self.handoff: Handoff | None = None
-        self.ready = threading.Event()
-
-    def action(self, moving: Handoff) -> None:
-        raise NotImplementedError
-
-    def __call__(self, kind: Kind) -> None:
-        if kind is self.kind and not self.done:
-            self.done = True
-            assert self.ready.wait(20)
-            assert self.handoff is not None
-            self.action(self.handoff)
-
-
-class KillSender(Once):
-    def action(self, moving: Handoff) -> None:
-        moving.sender.kill()
-        raise EOFError  # the frame does not arrive
-
-
-class KillReceiver(Once):
-    def action(self, moving: Handoff) -> None:
-        moving.receiver.kill()
-
-
-class StopReceiver(Once):
-    def action(self, moving: Handoff) -> None:
-        moving.receiver.stop()
-
-
-def run(source: _native.Segment, target: _native.Segment, hook: Once, late: bool = False) -> Handoff:
-    """Begin a handoff with a hook before a frame is passed on, or `late`, after."""
-    hooks = (nothing, hook) if late else (hook, nothing)
-    moving = Handoff(Path(source.path), Path(target.path), *hooks)
-    hook.handoff = moving
-    hook.ready.set()
-    return moving
-
-
-def works(segment: _native.Segment) -> None:
-    """Check that ``one`` is in the segment, whole, and takes writes."""
-    segment.reap()
-    assert is_here(segment)
-    pool = persistent(segment)
-    assert get_all(pool, PAGES) == PAGES
-    assert pool.put(oid(9), 9, page("text", 9)) == 1
-    assert pool.flush(oid(9), 9) == 1
-    assert segment.check() == []
-
-
-@pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind is not Kind.COMMIT], ids=lambda kind: kind.name
-)
-def test_a_killed_sender_keeps_its_client(
-    source: _native.Segment, target: _native.Segment, kind: Kind
-) -> None:
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    moving = run(source, target, KillSender(kind))
-    _, said = moving.end()
-    assert "the handoff ends early" in said
-    expect_empty(target)
-    works(source)
-
-
-def test_a_sender_killed_when_it_has_departed(source: _native.Segment, target: _native.Segment) -> None:
-    """COMMIT is written and did not arrive: nobody can know, so the client waits for an operator."""
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    _, said = run(source, target, KillSender(Kind.COMMIT)).end()
-    assert "the handoff ends early" in said
-    expect_empty(target)
-    source.reap()
-    assert source.client("one").phase == "departed"
-    with pytest.raises(PoolError, match="handed over"):
-        persistent(source).put(oid(1), 1, page("text", 1))
-    source.client("one").handoff("end")
-    works(source)
-
-
-def test_a_sender_killed_when_its_commit_has_arrived(
-    source: _native.Segment, target: _native.Segment
-) -> None:
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    _, said = run(source, target, KillSender(Kind.COMMIT), late=True).end()
-    assert said == ""
-    works(target)
-    source.reap()
-    for left in source.clients():  # none if the answer was quicker than the signal
-        assert left.phase == "departed"
-        left.destroy()
-    expect_empty(source)
-
-
-LAST = [(Kind.DEPARTING, True), (Kind.COMMIT, False), (Kind.COMMIT, True)]
-"""Moments, and whether after them, at which the sender may have sent COMMIT."""
-
-
-@pytest.mark.parametrize(
-    ("kind", "late"),
-    [(kind, late) for kind in KINDS for late in (False, True) if (kind, late) not in LAST],
-    ids=lambda value: value.name if isinstance(value, Kind) else "after" if value else "before",
-)
-def test_a_killed_receiver_leaves_the_client_where_it_is(
-    source: _native.Segment, target: _native.Segment, kind: Kind, late: bool
-) -> None:
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    said, _ = run(source, target, KillReceiver(kind), late).end()
-    assert "'one' was not handed over and stays in segment 'source'" in said
-    expect_empty(target)
-    works(source)
-
-
-@pytest.mark.parametrize(
-    ("kind", "late"),
-    LAST,
-    ids=lambda value: value.name if isinstance(value, Kind) else "after" if value else "before",
-)
-def test_a_receiver_killed_at_the_commit(
-    source: _native.Segment, target: _native.Segment, kind: Kind, late: bool
-) -> None:
-    """The client is there or not there, the sender cannot know, and says what to do."""
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    said, _ = run(source, target, KillReceiver(kind), late).end()
-    if not said:
-        assert late  # it was quick enough to answer
-        works(target)
-        expect_empty(source)
-        return
-    if "stays in segment 'source'" in said:
-        assert kind is Kind.DEPARTING  # it was not quick enough to say READY
-        expect_empty(target)
-        works(source)
-        return
-    assert (
-        "did not say whether it has 'one' (it has ended), so that waits: look there with 'tmem list'" in said
-    )
-    assert "'tmem --name source destroy one --force'" in said
-    assert "'tmem --name source thaw one --force'" in said
-    assert source.client("one").phase == "departed"
-    target.reap()
-    if is_here(target):
-        assert late
-        works(target)
-        source.client("one").destroy()
-        expect_empty(source)
-    else:
-        expect_empty(target)
-        source.client("one").handoff("end")
-        works(source)
-
-
-@pytest.mark.parametrize("kind", [Kind.CLIENT_END, Kind.DEPARTING], ids=lambda kind: kind.name)
-def test_a_receiver_that_hangs_is_given_up(
-    source: _native.Segment, target: _native.Segment, kind: Kind
-) -> None:
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    moving = run(source, target, StopReceiver(kind))
-    assert "stays in segment 'source': nothing came for 2 s" in moving.sender.end()
-    works(source)
-    moving.receiver.kill()
-    moving.end()
-    expect_empty(target)
-
-
-def test_a_receiver_that_hangs_at_the_commit(source: _native.Segment, target: _native.Segment) -> None:
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    moving = run(source, target, StopReceiver(Kind.COMMIT))
-    assert "did not say whether it has 'one' (nothing came for 2 s)" in moving.sender.end()
-    assert source.client("one").phase == "departed"
-    moving.receiver.kill()
-    moving.end()
-    expect_empty(target)
-    source.client("one").handoff("end")
-    works(source)
-
-
 # -- what else can be in the way
 
 
@@ -548,32 +317,3 @@ def test_two_at_once(source: _native.Segment, target: _native.Segment, directory
     works(target)
     expect_empty(other)
     other.close()
-
-
-def test_random_moments(source: _native.Segment, target: _native.Segment, effort: int) -> None:
-    """Kills at the nth frame, whichever it is: the client is in one place, whole."""
-    rng = random.Random(1)
-    put_all(source.client("one").new_pool(persistent=True), PAGES)
-    here, there = source, target
-    for _ in range(8 * effort):
-        left = [rng.randrange(1, 14)]
-        victim = rng.choice([KillSender, KillReceiver])
-
-        class AtRandom(victim):  # type: ignore[misc, valid-type]
-            def __call__(self, kind: Kind, left: list[int] = left) -> None:
-                left[0] -= 1
-                self.kind = kind
-                if left[0] == 0:
-                    super().__call__(kind)
-
-        run(here, there, AtRandom(Kind.HEADER), late=rng.random() < 0.5).end()
-        for segment in (here, there):
-            segment.reap()
-        if is_here(there):
-            if here.clients():
-                here.client("one").destroy()
-            here, there = there, here
-        elif here.client("one").phase == "departed":
-            here.client("one").handoff("end")
-        works(here)
-        expect_empty(there)

@@ -329,7 +329,6 @@ sys.path.insert(0, sys.argv[2])
 from tmem.backends import _native
 from tmem.errors import TmemError
 from tests.backends.pages import oid, pages
-from tests.backends.test_conformance import sharers
 segment = _native.attach(sys.argv[1])
 client = segment.client("guest")
 pool = client.new_pool(True)

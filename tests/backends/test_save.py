@@ -3,9 +3,8 @@
 import io
 import os
 import random
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,66 +22,13 @@ from .conftest import flipped
 from .model import check_identities
 from .pages import KINDS, oid, page
 from .places import Worker
-from .streams import Stream, client, parts, pool, raw_record
+from .saving import Pages, get_all, persistent, put_all, restored, saved, source, target
+from .streams import Stream, client, raw_record
 
 EDGES = (0, 1, 15, 16, 63, 64, 511, 512, 4095, 4096, 2**20 - 1, 2**20, 2**31, MAX_INDEX - 1, MAX_INDEX)
 UUID = bytes(range(16))
-Pages = dict[tuple[bytes, int], bytes]
 
-
-@pytest.fixture
-def source(directory: Path) -> Iterator[_native.Segment]:
-    yield from _segment(directory / "source", 32 << 20)
-
-
-@pytest.fixture
-def target(directory: Path) -> Iterator[_native.Segment]:
-    yield from _segment(directory / "target", 32 << 20)
-
-
-def _segment(path: Path, size_bytes: int) -> Iterator[_native.Segment]:
-    made = _native.create(str(path), size_bytes)
-    yield made
-    assert made.check() == []
-    made.close()
-
-
-def saved(source: _native.Segment, *names: str) -> bytes:
-    """Save clients of `source`; the file's content."""
-    with tempfile.TemporaryFile() as file:
-        save.save(source, "source", file.fileno(), names)
-        file.seek(0)
-        return file.read()
-
-
-def restored(
-    target: _native.Segment, content: bytes, *names: str, called: str | None = None
-) -> save.Restored:
-    """Restore clients of a save file with that content."""
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.seek(0)
-        return save.restore(target, "target", file.fileno(), "the file", names, called)
-
-
-def put_all(pool: _native.Pool, pages: Pages) -> None:
-    for (object_id, index), data in pages.items():
-        assert pool.put(object_id, index, data) == 1
-
-
-def get_all(pool: _native.Pool, pages: Pages) -> Pages:
-    """Return what is there of the handles of `pages`."""
-    found = {}
-    buffer = bytearray(PAGE_SIZE)
-    for object_id, index in pages:
-        if pool.get(object_id, index, buffer):
-            found[object_id, index] = bytes(buffer)
-    return found
-
-
-def persistent(segment: _native.Segment, name: str = "one") -> _native.Pool:
-    (found,) = [pool for pool in segment.client(name, create=False).pools() if pool.persistent]
-    return found
+__all__ = ["source", "target"]
 
 
 def test_nothing_is_saved_and_restored(source: _native.Segment, target: _native.Segment) -> None:
@@ -206,117 +152,6 @@ def test_chosen_clients_and_another_name(source: _native.Segment, target: _nativ
     assert restored(target, part, called="five").clients == ("five",)
 
 
-def test_clients_that_exist_are_named(source: _native.Segment, target: _native.Segment) -> None:
-    for name in ("one", "two", "three"):
-        source.client(name)
-    target.client("one")
-    target.client("three")
-    with pytest.raises(SaveFileError, match="has 'one', 'three' already: destroy what is there"):
-        restored(target, saved(source))
-    assert sorted(found.name for found in target.clients()) == ["one", "three"]
-
-
-def test_too_small_a_segment_is_told_at_once(source: _native.Segment, directory: Path) -> None:
-    pages = {(oid(1), index): page("random", index) for index in range(4000)}
-    put_all(source.client("one").new_pool(persistent=True), pages)
-    small = _native.create(str(directory / "small"), 8 << 20)
-    with pytest.raises(
-        SaveFileError,
-        match=r"does not fit into segment 'target' .*: it needs about 1[56].*M, and 6.*M are left",
-    ):
-        restored(small, saved(source))
-    assert (small.clients(), small.check()) == ([], [])
-    small.close()
-
-
-def test_memory_that_runs_out_on_the_way_leaves_nothing(source: _native.Segment, directory: Path) -> None:
-    """The header promises less than there is: only the pages themselves show it."""
-    stream = Stream("one", "two")
-    for number, name in enumerate(("one", "two"), 1):
-        stream.document(Kind.CLIENT, client(name), number)
-        for index in range(0, 1500, 100):
-            records = b"".join(raw_record(index + at, page("random", index + at)) for at in range(100))
-            stream.data(records, number)
-        stream.document(Kind.CLIENT_END, client(name), number)
-    small = _native.create(str(directory / "small"), 8 << 20)
-    with pytest.raises(SaveFileError, match="does not fit into segment 'target'"):
-        restored(small, stream.end())
-    assert (small.clients(), small.statistics()["persistent_pages"]) == ([], 0)
-    small.reap()
-    assert small.check() == []
-    small.client("one").new_pool(persistent=True)  # the name is free
-    small.close()
-
-
-def test_a_floor_that_cannot_be_promised_there(source: _native.Segment, directory: Path) -> None:
-    source.client("one").floor_bytes = 16 << 20
-    small = _native.create(str(directory / "small"), 8 << 20)
-    with pytest.raises(SaveFileError, match="'one' was promised 16M, which segment 'target' cannot"):
-        restored(small, saved(source))
-    assert (small.clients(), small.check()) == ([], [])
-    small.close()
-
-
-def test_a_segment_that_is_frozen_says_so(source: _native.Segment, target: _native.Segment) -> None:
-    source.client("one")
-    content = saved(source)
-    target.mode = "frozen"
-    with pytest.raises(SaveFileError, match="segment 'target' is frozen: thaw it first"):
-        restored(target, content)
-
-
-def wrong_streams() -> dict[str, bytes]:
-    """Streams that are sound frame by frame and cannot be all the same."""
-
-    def stream(*frames: Callable[[Stream], None], purpose: str = "save", **header: object) -> bytes:
-        made = Stream("one", purpose=purpose, **header)
-        for frame in frames:
-            frame(made)
-        return made.end()
-
-    def begin(made: Stream, **changes: object) -> None:
-        made.document(Kind.CLIENT, {**client(), **changes})
-
-    def end(made: Stream, **changes: object) -> None:
-        made.document(Kind.CLIENT_END, {**client(), **changes})
-
-    def data(made: Stream, records: bytes = raw_record(1, page("text", 1)), pool: int = 0) -> None:
-        made.data(records, pool=pool)
-
-    return {
-        "no end of the client": stream(begin, data),
-        "an end without a beginning": stream(end),
-        "pages before the client": stream(data, begin, end),
-        "a client twice": stream(begin, begin, end),
-        "another client's end": stream(begin, lambda s: end(s, name="two")),
-        "pages of a pool that is not there": stream(begin, lambda s: data(s, pool=1), end),
-        "another pool in the end": stream(begin, lambda s: end(s, pools=[pool(id=1)])),
-        "a pool of another version": stream(lambda s: begin(s, pools=[pool(flags=1)]), end),
-        "records cut short": stream(begin, lambda s: data(s, raw_record(1, page("text", 1))[:-1]), end),
-        "no records at all": stream(begin, lambda s: data(s, b"x" * 100), end),
-        "a frame of a handoff": stream(begin, lambda s: s.document(Kind.SYNC), end),
-        "a second header": stream(lambda s: s.document(Kind.HEADER, {}, 0), begin, end),
-        "another machine's bytes": stream(begin, end, byteorder="big"),
-        "another size of pages": stream(begin, end, page_size=65536),
-        "a handoff": stream(begin, end, purpose="handoff"),
-        "a strange header": stream(begin, end, colour="red"),
-    }
-
-
-@pytest.mark.parametrize("name", wrong_streams())
-def test_a_stream_that_cannot_be(target: _native.Segment, name: str) -> None:
-    with pytest.raises(SaveFileError, match=r"the file .*; |the file .*: use"):
-        restored(target, wrong_streams()[name])
-    assert (target.clients(), target.statistics()["persistent_pages"]) == ([], 0)
-
-
-def test_totals_that_do_not_fit(target: _native.Segment) -> None:
-    stream = Stream("one")
-    stream.document(Kind.END, {"clients": 0, "frames": 7, "data_bytes": 0}, 0)
-    with pytest.raises(SaveFileError, match="totals"):
-        restored(target, stream.value)
-
-
 def test_a_client_that_begins_again_is_the_second_one(target: _native.Segment) -> None:
     stream = Stream("one")
     for number in (1, 2):
@@ -326,24 +161,6 @@ def test_a_client_that_begins_again_is_the_second_one(target: _native.Segment) -
     restored(target, stream.end())
     found = persistent(target)
     assert get_all(found, {(bytes(24), 1): b"", (bytes(24), 2): b""}) == {(bytes(24), 2): page("text", 2)}
-
-
-def test_damage_anywhere_restores_nothing(source: _native.Segment, target: _native.Segment) -> None:
-    for name in ("one", "two"):
-        pages = {(oid(1), index): page("text", index) for index in range(100)}
-        put_all(source.client(name).new_pool(persistent=True), pages)
-    content, rng = saved(source), random.Random(9)
-    places = [rng.randrange(len(content)) for _ in range(60)]
-    for at in [*places, *(part.start for part in parts(content)), *(part.end - 1 for part in parts(content))]:
-        damaged = bytearray(content)
-        damaged[at] ^= 1 << rng.randrange(8)
-        with pytest.raises(SaveFileError, match="the file "):
-            restored(target, bytes(damaged))
-        with pytest.raises(SaveFileError, match="the file "):
-            restored(target, content[:at])
-        assert target.clients() == []
-    assert target.statistics()["persistent_pages"] == 0
-    assert restored(target, content).clients == ("one", "two")
 
 
 def test_a_corrupt_page_is_not_saved_as_if_it_were_sound(source: _native.Segment, directory: Path) -> None:
@@ -500,96 +317,6 @@ def test_more_changes_than_there_is_memory_for_are_in_order(
         del pages[oid(1), 3]
         assert get_all(persistent(target), {**pages, (oid(1), 3): b""}) == pages
         target.client("one").destroy()
-
-
-# -- the file
-
-
-def test_a_file_appears_whole_and_for_its_owner_only(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with save.target(path) as descriptor:
-        os.write(descriptor, b"content")
-        assert not path.exists()
-    assert path.read_bytes() == b"content"
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with pytest.raises(ZeroDivisionError), save.target(path, force=True) as descriptor:
-        os.write(descriptor, b"content" * (1 // 0))
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_that_exists_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with (
-        pytest.raises(SaveFileError, match="exists already: give another name, or --force"),
-        save.target(path),
-    ):
-        pytest.fail("not reached")
-    with save.target(path, force=True) as descriptor:
-        os.write(descriptor, b"after")
-    assert path.read_bytes() == b"after"
-
-
-def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with pytest.raises(SaveFileError, match="exists already"), save.target(path):
-        path.write_bytes(b"quicker")
-    assert path.read_bytes() == b"quicker"
-
-
-def test_what_a_killed_save_left_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "file.partial").write_bytes(b"much more than is written now")
-    with save.target(tmp_path / "file") as descriptor:
-        os.write(descriptor, b"short")
-    assert (tmp_path / "file").read_bytes() == b"short"
-
-
-def test_two_saves_to_one_file(tmp_path: Path) -> None:
-    with (
-        save.target(tmp_path / "file"),
-        pytest.raises(SaveFileError, match="is being written by another save"),
-        save.target(tmp_path / "file"),
-    ):
-        pytest.fail("not reached")
-    assert (tmp_path / "file").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("", "no ordinary file"), ("none/file", "No such file"), ("fifo", "no ordinary file")],
-    ids=["a directory", "nowhere", "a FIFO"],
-)
-def test_places_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(SaveFileError, match=reason), save.target(tmp_path / name, force=True):
-        pytest.fail("not reached")
-
-
-def test_a_full_disk_is_said_and_leaves_nothing(source: _native.Segment, root: None, tmp_path: Path) -> None:
-    pages = {(oid(1), index): page("random", index) for index in range(1000)}
-    put_all(source.client("one").new_pool(persistent=True), pages)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmem-test", str(disk)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs")
-    try:
-        with (
-            pytest.raises(SaveFileError, match="cannot be written: No space left"),
-            save.target(disk / "file") as descriptor,
-        ):
-            save.save(source, "source", descriptor)
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    assert source.client("one").phase == "none"
 
 
 def test_a_stream_restores_as_a_file_does(source: _native.Segment, target: _native.Segment) -> None:

@@ -2,7 +2,8 @@
 
 What is measured is `ephemeral_bytes`, the chunks that a client's ephemeral pages occupy. Each client is a
 process of its own; in each round all put at once, each as many pages as its rate says. Nothing sleeps: a test
-ends when the shares have stayed within 5 % of their weights for some rounds, or fails after many.
+ends when the ratios of the shares have stayed within 5 % of those of the weights for some rounds, or fails
+after many.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -85,11 +86,10 @@ class Contest:
     def bytes(self) -> list[int]:
         return [client.statistics()["ephemeral_bytes"] for client in self.clients]
 
-    def deviations(self) -> list[float]:
-        """Return by how much each client's share is off what its weight says, relative to that."""
-        have, weights = self.bytes(), [client.weight for client in self.clients]
-        expected = [sum(have) * weight / sum(weights) for weight in weights]
-        return [h / e - 1 if e else 0.0 for h, e in zip(have, expected, strict=True)]
+    def deviation(self) -> float:
+        """Return by how much the ratio of any two clients' shares is off that of their weights, at most."""
+        each = [have / client.weight for have, client in zip(self.bytes(), self.clients, strict=True)]
+        return max(each) / min(each) - 1 if min(each) else float("inf")
 
     def settle(self) -> None:
         """Go on until the shares are right and stay right; fail if they do not become so."""
@@ -97,11 +97,11 @@ class Contest:
         for _ in range(MOST_ROUNDS):
             self.round()
             full = self.segment.statistics()["chunks_free"] <= 16
-            good = full and max(map(abs, self.deviations())) <= TOLERANCE
+            good = full and self.deviation() <= TOLERANCE
             steady = steady + 1 if good else 0
             if steady == STEADY_ROUNDS:
                 return
-        pytest.fail(f"after {self.rounds} rounds {self.bytes()} bytes, off by {self.deviations()}")
+        pytest.fail(f"after {self.rounds} rounds {self.bytes()} bytes, off by {self.deviation()}")
 
 
 CONTESTS = [

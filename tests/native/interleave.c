@@ -4,7 +4,7 @@
  *
  * An actor is a child process that runs one operation and stops where it is told; the driver lets it go on, or
  * kills it there. Every scenario ends with a check of all invariants. */
-#include "interleave.h"
+#include "scenarios.h"
 
 static int64_t get_one(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 1, a->page, 1); }
 static int64_t take_one(struct world *w, struct actor *a) { return tm_get(&w->taken, oid, 1, a->page, 1); }
@@ -266,10 +266,7 @@ static void put_and_freeze(struct world *w)
     check(w);
 }
 
-static const struct {
-    const char *name;
-    void (*run)(struct world *w);
-} scenarios[] = {
+static const struct scenario scenarios[] = {
     {"reader_and_reuse", reader_and_reuse},       {"repair_beside_living", repair_beside_living},
     {"freed_and_reused", freed_and_reused},       {"take_and_replace", take_and_replace},
     {"put_and_destroy", put_and_destroy},         {"put_and_reap", put_and_reap},
@@ -280,29 +277,5 @@ static const struct {
 
 int main(int argc, char **argv)
 {
-    unsigned ran = 0;
-    if (argc < 2) {
-        fprintf(stderr, "usage: interleave PATH [scenario]\n");
-        return 2;
-    }
-    path = argv[1];
-    actors = shared_memory(sizeof *actors * ACTORS);
-    for (size_t i = 0; i < sizeof scenarios / sizeof *scenarios; i++) {
-        struct world w = {0};
-        if (argc > 2 && strcmp(argv[2], scenarios[i].name))
-            continue;
-        scenario = scenarios[i].name;
-        unlink(path);
-        if (tm_create(path, 16u << 20, &w.seg))
-            return 2;
-        open_world(&w);
-        int before = failures;
-        scenarios[i].run(&w);
-        printf("%-22s %s\n", scenario, failures == before ? "ok" : "FAILED");
-        fflush(stdout);
-        tm_close(w.seg);
-        unlink(path);
-        ran++;
-    }
-    return failures || !ran;
+    return run_scenarios(argc, argv, scenarios, sizeof scenarios / sizeof *scenarios);
 }

@@ -1,7 +1,7 @@
 /* The native core against arrays, in one process: built with the address and undefined-behaviour sanitizers.
  *
  *   store PATH [seed] */
-#include "witness.h"
+#include "sizes.h"
 
 #include <unistd.h>
 
@@ -181,27 +181,6 @@ static void corruption(void)
         block[at_bit / 8] ^= (uint8_t)(1 << at_bit % 8);
     }
     tm_close(seg);
-}
-
-/* A page of which the first `words` words are random: they need about as much memory. */
-static void sized_page(uint8_t *page, uint64_t seed, uint32_t words)
-{
-    uint64_t data[TM_PAGE / 8];
-    for (uint32_t i = 0; i < TM_PAGE / 8; i++)
-        data[i] = i < words ? mix(seed * 1000 + i) : seed;
-    memcpy(page, data, TM_PAGE);
-}
-
-/* Put pages of that size from index `first` on until one is refused; how many were stored. */
-static uint32_t put_until_refused(const struct tm_handle *h, uint32_t first, uint32_t words)
-{
-    static const uint8_t oid[TM_OID];
-    uint8_t page[TM_PAGE];
-    for (uint32_t i = 0;; i++) {
-        sized_page(page, first + i, words);
-        if (tm_put(h, oid, first + i, page, 1, KEEP_OLD) != 1)
-            return i;
-    }
 }
 
 /* Holes that flushed pages leave in every chunk are memory for pages of any other size, and nothing is lost. */

@@ -5,7 +5,7 @@ when its command ends.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,8 +31,9 @@ def attached(ctx: click.Context) -> Iterator["_native.Segment"]:
 def find_client(opened: "_native.Segment", name: str) -> "_native.Client":
     """Return the client called `name`; PoolError if there is none. Never creates one."""
     for client in opened.clients():
-        if client.name == name:
-            return client
+        with suppress(PoolError):  # it ended while we looked
+            if client.name == name:
+                return client
     raise PoolError(f"segment {Path(opened.path).name!r} has no client {name!r}: see 'tmem list'")
 
 

@@ -18,7 +18,7 @@ import click
 from tmem.backends import segment
 from tmem.backends.paths import SegmentPaths, check_name
 from tmem.cli.context import segment_name
-from tmem.errors import SaveFileError
+from tmem.errors import SaveFileError, TmemError
 from tmem.types import format_size
 
 _REFRESH_S = 0.1
@@ -183,7 +183,11 @@ def _lock_memory(paths: SegmentPaths) -> None:
     """If this machine swaps to a device of the segment, keep this process out of it: we freeze it."""
     from tmem.nbd import export, locking
 
-    if any(found.attachment is not None for found in export.load_all(paths)):
+    try:
+        local = any(found.attachment is not None for found in export.load_all(paths))
+    except TmemError:
+        local = True  # a damaged record says nothing, and is no reason not to save
+    if local:
         locking.lock_process(paths.segment, lock_segment=False)
 
 
