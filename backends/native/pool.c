@@ -1,4 +1,4 @@
-/* The tables of clients and pools. Changes are made under the control lock and commit with the store of `state`,
+/* Pools: their table, sharing, and the end of pools and clients. Changes are made under the control lock and commit with the store of `state`,
  * so a death leaves either nothing or everything; what operations check is `state` and `serial`. Whatever else
  * follows from the states (who shares a pool, how many have floors) is derived anew after a death.
  *
@@ -8,8 +8,6 @@
 
 #include <sched.h>
 #include <string.h>
-
-static uint64_t bit_of(uint32_t client) { return UINT64_C(1) << client; }
 
 /* The client after `client` among `sharers`, around. */
 static uint32_t next_sharer(uint64_t sharers, uint32_t client)
@@ -27,12 +25,9 @@ static void share_among(struct tm_segment *seg, uint32_t number, uint64_t sharer
     KP(61);
     if (!sharers)
         atomic_store(&p->state, DYING);
-    else if (!(sharers & bit_of(owner)) && !MUTANT(8))
+    else if (!(sharers & client_bit(owner)) && !MUTANT(8))
         atomic_store(&p->owner, next_sharer(sharers, owner)); /* and with it the account, exactly */
 }
-
-static void show_staged(struct tm_segment *seg, uint32_t index);
-static void note_held(struct tm_segment *seg, uint32_t id, uint32_t but);
 
 /* The holder of the control lock died: derive what follows from states, and finish what it had committed. */
 static void repair_tables(struct tm_segment *seg)
@@ -42,7 +37,7 @@ static void repair_tables(struct tm_segment *seg)
     for (uint32_t p = 0; p < TM_FIRST_SHARED; p++) {
         uint32_t link = seg->pools[p].link;
         if (atomic_load(&seg->pools[p].state) == LIVE && link >= TM_FIRST_SHARED && link < TM_MAX_POOLS)
-            members[link - TM_FIRST_SHARED] |= bit_of(p / TM_CLIENT_POOLS);
+            members[link - TM_FIRST_SHARED] |= client_bit(p / TM_CLIENT_POOLS);
     }
     for (uint32_t i = 0; i < TM_MAX_SHARED; i++)
         if (atomic_load(&seg->pools[TM_FIRST_SHARED + i].state) == LIVE)
@@ -52,12 +47,12 @@ static void repair_tables(struct tm_segment *seg)
     atomic_store(&seg->super->nfloors, floors);
     for (uint32_t i = 0; i < TM_MAX_THREADS; i++)
         if (atomic_load(&seg->threads[i].commits))
-            show_staged(seg, i);
+            client_show_staged(seg, i);
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
-        note_held(seg, i, TM_MAX_THREADS);
+        client_note_held(seg, i, TM_MAX_THREADS);
 }
 
-static struct tm_lock *control(struct tm_segment *seg)
+struct tm_lock *control_lock(struct tm_segment *seg)
 {
     if (lock_take(&seg->super->control))
         repair_tables(seg);
@@ -71,214 +66,17 @@ bool client_lives(struct tm_segment *seg, uint32_t id, uint32_t serial)
 }
 
 /* Take the control lock for a change of a client that lives; NULL, and no lock, if it does not. */
-static struct tm_lock *control_of(struct tm_segment *seg, uint32_t id, uint32_t serial)
+struct tm_lock *control_of(struct tm_segment *seg, uint32_t id, uint32_t serial)
 {
-    struct tm_lock *lock = control(seg);
+    struct tm_lock *lock = control_lock(seg);
     if (client_lives(seg, id, serial))
         return lock;
     lock_drop(lock);
     return NULL;
 }
 
-/* ---- Clients ---------------------------------------------------------------------------------------------- */
-
-/* The client of that name in `state`, or a free number in `*empty`; TM_MAX_CLIENTS where there is none. */
-static uint32_t find_client(struct tm_segment *seg, const char *name, uint32_t *empty)
-{
-    uint32_t found = TM_MAX_CLIENTS;
-    *empty = TM_MAX_CLIENTS;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS && found == TM_MAX_CLIENTS; i++) {
-        uint32_t state = atomic_load(&seg->clients[i].state);
-        if (state == FREE && *empty == TM_MAX_CLIENTS)
-            *empty = i;
-        if (state == LIVE && strncmp(seg->clients[i].name, name, TM_NAME) == 0)
-            found = i;
-    }
-    return found;
-}
-
-static void client_make(struct tm_segment *seg, uint32_t id, const char *name, uint32_t state)
-{
-    struct tm_client *c = &seg->clients[id];
-    for (uint32_t bin = 0; bin < 2 * TM_NCLASSES; bin++)
-        bin_ready(seg, bin_ephemeral(id, 0, 0) + bin);
-    memset(c->name, 0, sizeof c->name);
-    strncpy(c->name, name, TM_NAME - 1);
-    atomic_store(&c->cap_bytes, 0);
-    atomic_store(&c->floor_bytes, 0);
-    atomic_store(&c->used_bytes, 0);
-    atomic_store(&c->evict_clock, 0);
-    atomic_store(&c->weight, 100);
-    atomic_store(&c->codec, CODEC_LZ4);
-    atomic_store(&c->mode, MODE_ON);
-    atomic_store(&c->phase, PHASE_NONE);
-    atomic_store(&c->copier, 0);
-    atomic_store(&c->stager, 0);
-    atomic_store(&c->held, 0);
-    atomic_store(&c->uuids_used, 0);
-    atomic_store(&c->no_memory, 0);
-    atomic_store(&c->busy_ns, 0);
-    atomic_store(&c->ephemeral, 0);
-    atomic_store(&c->ephemeral_most, 0);
-    atomic_store(&c->retired_puts, 0);
-    atomic_store(&c->retired_hits[0], 0);
-    atomic_store(&c->retired_hits[1], 0);
-    atomic_fetch_add(&c->serial, 1);
-    atomic_store(&c->state, state);
-}
-
-int client_open(struct tm_ctx *ctx, const char *name, bool create, uint32_t *id, uint32_t *serial)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t empty;
-    struct tm_lock *lock = control(seg);
-    uint32_t found = find_client(seg, name, &empty);
-    if (found == TM_MAX_CLIENTS && create && empty < TM_MAX_CLIENTS)
-        client_make(seg, found = empty, name, LIVE);
-    if (found < TM_MAX_CLIENTS) {
-        *id = found;
-        *serial = atomic_load(&seg->clients[found].serial);
-    }
-    lock_drop(lock);
-    return found < TM_MAX_CLIENTS ? TM_OK : create ? TM_FULL : TM_MISS;
-}
-
-static bool staged_by(struct tm_segment *seg, uint32_t id, uint32_t thread)
-{
-    return atomic_load(&seg->clients[id].state) == STAGED && atomic_load(&seg->clients[id].stager) == thread + 1;
-}
-
-int client_stage(struct tm_ctx *ctx, const char *name, uint32_t *id, uint32_t *serial)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t empty;
-    struct tm_lock *lock = control(seg);
-    bool taken = find_client(seg, name, &empty) < TM_MAX_CLIENTS;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
-        taken |= staged_by(seg, i, ctx->index) && strncmp(seg->clients[i].name, name, TM_NAME) == 0;
-    if (!taken && empty < TM_MAX_CLIENTS) {
-        client_make(seg, empty, name, FREE);
-        atomic_store(&seg->clients[empty].stager, ctx->index + 1);
-        atomic_store(&seg->clients[empty].state, STAGED);
-        *id = empty;
-        *serial = atomic_load(&seg->clients[empty].serial);
-    }
-    lock_drop(lock);
-    return taken ? TM_TAKEN : empty < TM_MAX_CLIENTS ? TM_OK : TM_FULL;
-}
-
-/* Show what thread `index` has staged: it said so with one store, and whoever repairs it goes on from there. */
-static void show_staged(struct tm_segment *seg, uint32_t index)
-{
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
-        if (staged_by(seg, i, index)) {
-            atomic_store(&seg->clients[i].state, LIVE);
-            KP(63);
-        }
-    atomic_store(&seg->threads[index].commits, 0);
-}
-
-int client_commit(struct tm_ctx *ctx)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t unused;
-    int n = 0;
-    struct tm_lock *lock = control(seg);
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS && n >= 0; i++)
-        if (staged_by(seg, i, ctx->index))
-            n = find_client(seg, seg->clients[i].name, &unused) < TM_MAX_CLIENTS ? TM_TAKEN : n + 1;
-    if (n > 0) {
-        KP(62);
-        atomic_store(&ctx->rec->commits, 1);
-        show_staged(seg, ctx->index);
-    }
-    lock_drop(lock);
-    return n;
-}
-
-/* Under the control lock: does any thread, `but` that one, hold the client? */
-static void note_held(struct tm_segment *seg, uint32_t id, uint32_t but)
-{
-    bool any = false;
-    uint32_t n = atomic_load(&seg->super->nthreads);
-    for (uint32_t i = 0; i < n; i++)
-        any |= i != but && (atomic_load(&seg->threads[i].serves) & bit_of(id)) != 0;
-    if (any || atomic_load(&seg->clients[id].held))
-        atomic_store(&seg->clients[id].held, any ? 1 : 2);
-}
-
-int client_hold(struct tm_ctx *ctx, uint32_t id, uint32_t serial)
-{
-    struct tm_lock *lock = control_of(ctx->seg, id, serial);
-    if (!lock)
-        return TM_NOPOOL;
-    atomic_fetch_or(&ctx->rec->serves, bit_of(id));
-    note_held(ctx->seg, id, TM_MAX_THREADS);
-    lock_drop(lock);
-    return TM_OK;
-}
-
-void client_release(struct tm_ctx *ctx, uint32_t index)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint64_t served = atomic_load(&seg->threads[index].serves), any = served;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
-        any |= atomic_load(&seg->clients[i].copier) == index + 1 || atomic_load(&seg->clients[i].stager) == index + 1;
-    if (!any)
-        return;
-    struct tm_lock *lock = control(seg);
-    KP(91);
-    if (atomic_load(&seg->threads[index].commits))
-        show_staged(seg, index);
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
-        struct tm_client *c = &seg->clients[i];
-        if (served & bit_of(i))
-            note_held(seg, i, index);
-        if (atomic_load(&c->copier) == index + 1) {
-            if (atomic_load(&c->phase) != PHASE_DEPARTED)
-                atomic_store(&c->phase, PHASE_NONE);
-            atomic_store(&c->copier, 0);
-        }
-        if (staged_by(seg, i, index))
-            atomic_store(&c->state, DYING); /* a reaper frees it */
-        if (atomic_load(&c->stager) == index + 1)
-            atomic_store(&c->stager, 0);
-    }
-    atomic_store(&seg->threads[index].serves, 0); /* last: a repairer that dies is followed by another */
-    lock_drop(lock);
-}
-
-int client_authorise(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid)
-{
-    struct tm_client *c = &ctx->seg->clients[id];
-    struct tm_lock *lock = control_of(ctx->seg, id, serial);
-    int rc = TM_FULL;
-    if (!lock)
-        return TM_NOPOOL;
-    uint32_t used = atomic_load(&c->uuids_used);
-    for (uint32_t i = 0; i < TM_MAX_UUIDS; i++)
-        if (used >> i & 1 && memcmp(c->uuids[i], uuid, TM_UUID) == 0)
-            rc = TM_OK;
-    for (uint32_t i = 0; i < TM_MAX_UUIDS && rc == TM_FULL; i++)
-        if (!(used >> i & 1)) {
-            memcpy(c->uuids[i], uuid, TM_UUID);
-            atomic_store(&c->uuids_used, used | 1u << i);
-            rc = TM_OK;
-        }
-    lock_drop(lock);
-    return rc;
-}
-
-static bool authorised(const struct tm_client *c, const uint8_t *uuid)
-{
-    for (uint32_t i = 0; i < TM_MAX_UUIDS; i++)
-        if (atomic_load(&c->uuids_used) >> i & 1 && memcmp(c->uuids[i], uuid, TM_UUID) == 0)
-            return true;
-    return false;
-}
-
 /* The client's membership in the shared pool `uuid`, TM_MAX_POOLS if there is none. Under the control lock. */
-static uint32_t membership(struct tm_segment *seg, uint32_t client, const uint8_t *uuid)
+uint32_t pool_membership(struct tm_segment *seg, uint32_t client, const uint8_t *uuid)
 {
     for (uint32_t p = client * TM_CLIENT_POOLS; p < (client + 1) * TM_CLIENT_POOLS; p++)
         if (atomic_load(&seg->pools[p].state) == LIVE && seg->pools[p].link
@@ -286,174 +84,6 @@ static uint32_t membership(struct tm_segment *seg, uint32_t client, const uint8_
             return p;
     return TM_MAX_POOLS;
 }
-
-int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid)
-{
-    struct tm_client *c = &ctx->seg->clients[id];
-    struct tm_lock *lock = control_of(ctx->seg, id, serial);
-    int rc = TM_MISS;
-    uint32_t pool_serial = 0;
-    if (!lock)
-        return TM_NOPOOL;
-    for (uint32_t i = 0; i < TM_MAX_UUIDS; i++)
-        if (atomic_load(&c->uuids_used) >> i & 1 && memcmp(c->uuids[i], uuid, TM_UUID) == 0) {
-            atomic_fetch_and(&c->uuids_used, ~(1u << i));
-            rc = TM_OK;
-        }
-    uint32_t pool = membership(ctx->seg, id, uuid);
-    if (pool < TM_MAX_POOLS)
-        pool_serial = atomic_load(&ctx->seg->pools[pool].serial);
-    lock_drop(lock);
-    if (pool < TM_MAX_POOLS)
-        pool_destroy(ctx, pool, pool_serial);
-    return rc;
-}
-
-/* Drop what turned-off clients have in ephemeral pools. */
-static void drop_ephemeral(struct tm_ctx *ctx, uint32_t first, uint32_t end)
-{
-    for (uint32_t p = first; p < end; p++)
-        if (atomic_load(&ctx->seg->pools[p].state) == LIVE && !ctx->seg->pools[p].persistent && !ctx->seg->pools[p].link)
-            pool_drop(ctx, p, 0);
-}
-
-/* Turned off, the pools are emptied once every operation that could put more has ended; and again before they are
- * turned on, in case somebody had been stopped in one: nothing from before may be seen (semantics D6). */
-static int before_mode(struct tm_ctx *ctx, uint32_t old, uint32_t next, uint32_t first, uint32_t end)
-{
-    if (old != MODE_OFF || next == MODE_OFF)
-        return TM_OK;
-    if (!grace(ctx, 5000))
-        return TM_BUSY;
-    drop_ephemeral(ctx, first, end);
-    return TM_OK;
-}
-
-static int after_mode(struct tm_ctx *ctx, uint32_t next, uint32_t first, uint32_t end)
-{
-    KP(69);
-    bool settled = next == MODE_ON || grace(ctx, 5000);
-    if (next == MODE_OFF)
-        drop_ephemeral(ctx, first, end);
-    return settled ? TM_OK : TM_BUSY;
-}
-
-int client_set_mode(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t mode)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t first = id * TM_CLIENT_POOLS, end = first + TM_CLIENT_POOLS;
-    if (!client_lives(seg, id, serial))
-        return TM_NOPOOL;
-    int rc = before_mode(ctx, atomic_load(&seg->clients[id].mode), mode, first, end);
-    struct tm_lock *lock = rc == TM_OK ? control_of(seg, id, serial) : NULL; /* anew: the number may be another's */
-    if (!lock)
-        return rc == TM_OK ? TM_NOPOOL : rc;
-    atomic_store(&seg->clients[id].mode, mode);
-    lock_drop(lock);
-    return after_mode(ctx, mode, first, end);
-}
-
-int segment_set_mode(struct tm_ctx *ctx, uint32_t mode)
-{
-    int rc = before_mode(ctx, atomic_load(&ctx->seg->super->mode), mode, 0, TM_MAX_POOLS);
-    if (rc == TM_OK) {
-        atomic_store(&ctx->seg->super->mode, mode);
-        rc = after_mode(ctx, mode, 0, TM_MAX_POOLS);
-    }
-    return rc;
-}
-
-bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_value which, uint64_t value)
-{
-    struct tm_client *c = &ctx->seg->clients[id];
-    struct tm_lock *lock = control_of(ctx->seg, id, serial);
-    if (!lock)
-        return false;
-    if (which == VALUE_CAP)
-        atomic_store(&c->cap_bytes, value);
-    else
-        atomic_store(which == VALUE_WEIGHT ? &c->weight : &c->codec, (uint32_t)value);
-    lock_drop(lock);
-    return true;
-}
-
-static void store_floor(struct tm_segment *seg, uint32_t id, uint64_t bytes)
-{
-    bool had = atomic_exchange(&seg->clients[id].floor_bytes, bytes) != 0;
-    if (had && !bytes)
-        atomic_fetch_sub(&seg->super->nfloors, 1);
-    else if (!had && bytes)
-        atomic_fetch_add(&seg->super->nfloors, 1);
-}
-
-int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t bytes)
-{
-    struct tm_segment *seg = ctx->seg;
-    struct tm_lock *lock = control_of(seg, id, serial);
-    if (!lock)
-        return TM_NOPOOL;
-    uint64_t before = atomic_load(&seg->clients[id].floor_bytes);
-    if (bytes > seg->super->memory_bytes) {
-        lock_drop(lock);
-        return TM_TOO_MUCH;
-    }
-    store_floor(seg, id, bytes); /* from here on nobody takes what it needs */
-    chunks_lock(seg);
-    bool fits = bytes <= before || floors_fit(seg);
-    chunks_unlock(seg);
-    if (!fits)
-        store_floor(seg, id, before);
-    lock_drop(lock);
-    return fits ? TM_OK : TM_TOO_MUCH;
-}
-
-/* In this order a copier that dies in between leaves a handoff that its repair ends. */
-static void store_phase(struct tm_client *c, uint32_t phase, uint32_t copier)
-{
-    uint32_t serial = atomic_load(&c->serial);
-    if (phase == PHASE_DEPARTED)
-        atomic_store(&c->departed, serial); /* survives the client, for its servers */
-    else if (atomic_load(&c->departed) == serial)
-        atomic_store(&c->departed, 0);
-    if (phase)
-        atomic_store(&c->copier, copier);
-    KP(90);
-    atomic_store(&c->phase, phase);
-    if (!phase)
-        atomic_store(&c->copier, 0);
-}
-
-int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t phase)
-{
-    struct tm_segment *seg = ctx->seg;
-    struct tm_client *c = &seg->clients[id];
-    struct tm_lock *lock = control_of(seg, id, serial);
-    int rc = TM_OK;
-    if (!lock)
-        return TM_NOPOOL;
-    uint32_t now = atomic_load(&c->phase), copier = atomic_load(&c->copier);
-    if (copier && copier != ctx->index + 1)
-        rc = TM_BUSY;
-    else if (phase ? now != phase - 1 : now == PHASE_NONE)
-        rc = TM_WRONG;
-    if (rc == TM_OK)
-        store_phase(c, phase, ctx->index + 1);
-    lock_drop(lock);
-    if (rc == TM_OK && phase >= PHASE_FROZEN && !grace(ctx, 5000)) {
-        if ((lock = control_of(seg, id, serial))) {
-            store_phase(c, phase - 1, ctx->index + 1);
-            lock_drop(lock);
-        }
-        rc = TM_BUSY;
-    }
-    if (rc == TM_OK && phase == PHASE_COPYING)
-        for (uint32_t p = id * TM_CLIENT_POOLS; p < (id + 1) * TM_CLIENT_POOLS; p++)
-            if (atomic_load(&seg->pools[p].state) == LIVE && seg->pools[p].persistent)
-                pool_unmark(ctx, p);
-    return rc;
-}
-
-/* ---- Pools ------------------------------------------------------------------------------------------------ */
 
 static void pool_make(struct tm_segment *seg, uint32_t pool, const struct pool_wish *wish, uint32_t link)
 {
@@ -521,16 +151,16 @@ int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, const 
             found = first + i;
     if (found == TM_MAX_POOLS)
         rc = wish->id < 0 ? TM_FULL : TM_TAKEN;
-    else if (wish->uuid && !authorised(&seg->clients[client], wish->uuid))
+    else if (wish->uuid && !client_authorised(&seg->clients[client], wish->uuid))
         rc = TM_DENIED;
-    else if (wish->uuid && membership(seg, client, wish->uuid) < TM_MAX_POOLS)
+    else if (wish->uuid && pool_membership(seg, client, wish->uuid) < TM_MAX_POOLS)
         rc = TM_TAKEN;
     else if (!wish->uuid || (link = shared_open(seg, client, wish)) < TM_MAX_POOLS)
         rc = TM_OK;
     if (rc == TM_OK) {
         pool_make(seg, found, wish, link);
         if (link) {
-            atomic_fetch_or(&seg->pools[link].sharers, bit_of(client));
+            atomic_fetch_or(&seg->pools[link].sharers, client_bit(client));
             KP(65);
         }
         *serial = atomic_load(&seg->pools[found].serial);
@@ -581,7 +211,7 @@ static bool finish(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
     if (!link && !pool_sweep(ctx, pool))
         return false;
     KP(66);
-    struct tm_lock *lock = control(seg);
+    struct tm_lock *lock = control_lock(seg);
     if (is_dying(seg, pool, serial)) {
         retire(seg, pool);
         atomic_store(&seg->pools[pool].state, FREE);
@@ -605,13 +235,13 @@ static bool doom(struct tm_segment *seg, uint32_t pool, uint32_t serial)
     atomic_store(&seg->pools[pool].state, DYING);
     KP(67);
     if (link)
-        share_among(seg, link, atomic_load(&seg->pools[link].sharers) & ~bit_of(pool / TM_CLIENT_POOLS));
+        share_among(seg, link, atomic_load(&seg->pools[link].sharers) & ~client_bit(pool / TM_CLIENT_POOLS));
     return true;
 }
 
 int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
 {
-    struct tm_lock *lock = control(ctx->seg);
+    struct tm_lock *lock = control_lock(ctx->seg);
     uint32_t link = ctx->seg->pools[pool].link;
     bool mine = doom(ctx->seg, pool, serial);
     lock_drop(lock);
@@ -629,10 +259,10 @@ int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
 /* The number is free again. Under the control lock. */
 static void client_end(struct tm_segment *seg, uint32_t id)
 {
-    store_floor(seg, id, 0);
+    client_store_floor(seg, id, 0);
     for (uint32_t i = 0; i < TM_MAX_THREADS; i++)
-        if (atomic_load(&seg->threads[i].serves) & bit_of(id))
-            atomic_fetch_and(&seg->threads[i].serves, ~bit_of(id));
+        if (atomic_load(&seg->threads[i].serves) & client_bit(id))
+            atomic_fetch_and(&seg->threads[i].serves, ~client_bit(id));
     atomic_store(&seg->clients[id].state, FREE);
 }
 
@@ -666,7 +296,7 @@ void pool_finish_dying(struct tm_ctx *ctx)
         if (atomic_load(&c->state) == FREE)
             continue;
         if (dying) { /* its destroyer may have died on the way */
-            struct tm_lock *lock = control(seg);
+            struct tm_lock *lock = control_lock(seg);
             doom_all(seg, i);
             lock_drop(lock);
         }
@@ -674,7 +304,7 @@ void pool_finish_dying(struct tm_ctx *ctx)
             left |= !finish_if_dying(ctx, p);
         if (!dying || left)
             continue;
-        struct tm_lock *lock = control(seg);
+        struct tm_lock *lock = control_lock(seg);
         for (uint32_t p = i * TM_CLIENT_POOLS; p < (i + 1) * TM_CLIENT_POOLS; p++)
             left |= atomic_load(&seg->pools[p].state) != FREE;
         if (!left && atomic_load(&c->state) == DYING)

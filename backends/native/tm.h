@@ -373,7 +373,7 @@ void op_end(struct tm_ctx *ctx);
 bool grace(struct tm_ctx *ctx, unsigned timeout_ms); /* every operation that was running has ended */
 unsigned tm_reap(struct tm_ctx *ctx);
 
-void client_release(struct tm_ctx *ctx, uint32_t index); /* pool.c: what thread `index` held has no holder now */
+void client_release(struct tm_ctx *ctx, uint32_t index); /* client.c: what thread `index` held has no holder now */
 
 /* repair.c */
 bool repair_thread(struct tm_ctx *ctx, uint32_t index); /* false: must be tried again */
@@ -465,7 +465,7 @@ enum { TM_MALFORMED = -8 };
 int64_t tm_export_fill(struct tm_export *e, uint8_t *buffer, size_t size); /* bytes, 0 at the end, or an error */
 int64_t tm_import(const struct tm_handle *h, const uint8_t *records, size_t size); /* records, or an error */
 
-/* store.c; `slot` level operations run inside an operation */
+/* slot.c and store.c; `slot` level operations run inside an operation */
 struct content { /* what a put stores: a fill value, or `length` bytes of payload */
     bool fill;
     uint64_t value;
@@ -531,7 +531,7 @@ uint64_t timing_now(void);
 void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns);
 void most_update(struct tm_segment *seg);
 
-/* pool.c; >= 0 or an error */
+/* client.c and pool.c; >= 0 or an error */
 enum {
     TM_FULL = -6,      /* the table of clients, of a client's pools, of its authorisations, or of shared pools, is full */
     TM_DENIED = -9,    /* not authorised */
@@ -563,6 +563,15 @@ int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, const 
 int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial);
 void pool_finish_dying(struct tm_ctx *ctx); /* what a dead destroyer left */
 bool client_lives(struct tm_segment *seg, uint32_t id, uint32_t serial); /* or is staged */
+struct tm_lock *control_lock(struct tm_segment *seg); /* taken, and the tables repaired if its holder died */
+struct tm_lock *control_of(struct tm_segment *seg, uint32_t id, uint32_t serial); /* NULL: not that client any more */
+/* Under the control lock: */
+void client_show_staged(struct tm_segment *seg, uint32_t index);
+void client_note_held(struct tm_segment *seg, uint32_t id, uint32_t but);
+void client_store_floor(struct tm_segment *seg, uint32_t id, uint64_t bytes);
+bool client_authorised(const struct tm_client *c, const uint8_t *uuid);
+uint32_t pool_membership(struct tm_segment *seg, uint32_t client, const uint8_t *uuid);
+static inline uint64_t client_bit(uint32_t client) { return UINT64_C(1) << client; }
 
 /* check.c: calls `say` with one line per violation */
 void tm_check(struct tm_ctx *ctx, void (*say)(void *arg, const char *line), void *arg);
