@@ -1,10 +1,11 @@
 """A client whose every state is known: numbered writes and trims of a device, in a fixed order.
 
-`work` does operations 1 to `count` of a turn; `verify` proves that what is in a segment is the state after
-some operation, whichever. `work` runs in a worker process.
+`work` does operations 1, 2, ... of a turn until told that it is enough; `verify` proves that what is in a
+segment is the state after some operation, whichever. `work` runs in a worker process.
 """
 
 import random
+from pathlib import Path
 
 from tmem.backends import _native
 from tmem.types import PAGE_SIZE
@@ -31,18 +32,26 @@ def place(number: int) -> int:
     return number * _STEP % PAGES
 
 
-def work(segment: _native.Segment, turn: int, count: int) -> int:
-    """Do the operations of a turn on the client ``one``; how many were done."""
+def work(segment: _native.Segment, turn: int, begun: Path, enough: Path) -> int:
+    """Do the operations of a turn on the client ``one``; how many were done.
+
+    Makes the file `begun` after the first and ends when there is a file `enough`: a fixed number of them may
+    be done before a save has come to its first page.
+    """
     pool = segment.client("one", create=False).pools()[0]
     device = _native.Device(pool, bytes(24), PAGES * PAGE_SIZE)
     device.trim(None, PAGES * PAGE_SIZE, 0, 0)
-    for number in range(1, count + 1):
+    number = 0
+    while not enough.exists():
+        number += 1
         data, offset = content(turn, number), place(number) * PAGE_SIZE
         if data is None:
             device.trim(None, PAGE_SIZE, offset, 0)
         else:
             device.pwrite(None, data, offset, 0)
-    return count
+        if number == 1:
+            begun.touch()
+    return number
 
 
 def verify(segment: _native.Segment, turn: int) -> int:
