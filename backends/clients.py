@@ -1,13 +1,16 @@
-"""When a client may end: not while it has pools, nor while somebody has set something for it.
+"""Clients by name, and when one may end: not while it has pools, nor while somebody has set something for it.
 
 A mount and a swap device bring their client along and take it away again; what an operator has set for it
 (weight, cap, authorisations, ...) the next mount of the same name is to find. Any thread.
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from tmem.errors import PoolError
+
 if TYPE_CHECKING:
-    from tmem.backends._native import Client
+    from tmem.backends._native import Client, Segment
 
 
 def has_settings(client: "Client") -> bool:
@@ -23,3 +26,12 @@ def end_if_unused(client: "Client") -> None:
     """Destroy the client unless it has pools or settings. PoolError if it is gone already."""
     if not client.pools() and not has_settings(client):
         client.destroy()
+
+
+def clients_by_name(store: "Segment") -> "dict[str, Client]":
+    """Return the clients of a segment, without those that end meanwhile."""
+    found = {}
+    for client in store.clients():
+        with suppress(PoolError):
+            found[client.name] = client
+    return found

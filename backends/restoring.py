@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
+from tmem.backends.clients import clients_by_name
 from tmem.backends.savefile import Frame, Kind
 from tmem.backends.saverecords import ClientRecord, Header, PoolRecord, Summary, Totals
 from tmem.backends.streams import FrameInput
@@ -309,15 +310,6 @@ class Restorer:
 
     def _malformed(self, what: str) -> SaveFileError:
         return SaveFileError(f"{self._name} cannot be: it has {what}; use the version of tmem that wrote it")
-
-
-def clients_by_name(store: "_native.Segment") -> "dict[str, _native.Client]":
-    """Return the clients of a segment, without those that end meanwhile."""
-    found = {}
-    for client in store.clients():
-        with suppress(PoolError):
-            found[client.name] = client
-    return found
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends import interrupts
+from tmem.backends.clients import clients_by_name
 from tmem.backends.copying import ClientCopy, PoolsChangedError, Spool
-from tmem.backends.restoring import Restorer, clients_by_name
+from tmem.backends.restoring import Restorer
 from tmem.backends.savefile import Kind
 from tmem.backends.saverecords import Header, Summary, Totals, summaries
 from tmem.backends.streams import FrameInput, FrameOutput

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tmem.backends import _native
-from tmem.backends.restoring import clients_by_name
+from tmem.backends.clients import clients_by_name
 from tmem.errors import PoolError
 from tmem.types import PAGE_SIZE
 

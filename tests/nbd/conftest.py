@@ -5,6 +5,7 @@ run-time directory goes with it.
 """
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -39,6 +40,17 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {DEADLINE_S:.0f} s: {what}")
         time.sleep(0.005)
+
+
+def refused(write: Callable[..., object], *arguments: object) -> bool:
+    """Say whether a write gets ENOSPC, and no other error."""
+    try:
+        write(*arguments)
+    except nbd.Error as error:
+        if error.errnum != errno.ENOSPC:
+            raise
+        return True
+    return False
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """An export whose client is frozen or off: writes get ENOSPC and change nothing, all else goes on."""
 
-import errno
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ import pytest
 
 from tmem.types import PAGE_SIZE
 
-from .conftest import Server, nbd
+from .conftest import Server, refused
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -26,17 +25,6 @@ def set_mode(request: pytest.FixtureRequest, segment: "_native.Segment", swap_se
         where.mode = mode
 
     return set_it
-
-
-def refused(write: Callable[..., object], *arguments: object) -> bool:
-    """Say whether a write gets ENOSPC, and no other error."""
-    try:
-        write(*arguments)
-    except nbd.Error as error:
-        if error.errnum != errno.ENOSPC:
-            raise
-        return True
-    return False
 
 
 @pytest.mark.parametrize("mode", ["frozen", "off"])

@@ -4,7 +4,6 @@ Named as ``tests/backends/test_rules.py`` and ``test_history.py`` do: K4 what be
 block device needs instead of D1, 10.13 log lines that a client can cause.
 """
 
-import errno
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.backends.supervisor import OUTPUT_BYTES
 from tmem.types import PAGE_SIZE
 
-from .conftest import Server, eventually, nbd
+from .conftest import Server, eventually, nbd, refused
 
 if TYPE_CHECKING:
     from subprocess import CompletedProcess
@@ -21,17 +20,6 @@ if TYPE_CHECKING:
     from tmem.backends import _native
 
     Tmem = Callable[..., CompletedProcess[str]]
-
-
-def refused(write: Callable[..., object], *arguments: object) -> bool:
-    """Say whether a write gets ENOSPC, and no other error."""
-    try:
-        write(*arguments)
-    except nbd.Error as error:
-        if error.errnum != errno.ENOSPC:
-            raise
-        return True
-    return False
 
 
 def test_k4_discarding_a_whole_device_keeps_its_pool(

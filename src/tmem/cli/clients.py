@@ -5,13 +5,14 @@ when its command ends.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from tmem.backends import segment
+from tmem.backends.clients import clients_by_name
 from tmem.cli.context import segment_name
 from tmem.errors import PoolError
 
@@ -30,10 +31,8 @@ def attached(ctx: click.Context) -> Iterator["_native.Segment"]:
 
 def find_client(opened: "_native.Segment", name: str) -> "_native.Client":
     """Return the client called `name`; PoolError if there is none. Never creates one."""
-    for client in opened.clients():
-        with suppress(PoolError):  # it ended while we looked
-            if client.name == name:
-                return client
+    if (found := clients_by_name(opened).get(name)) is not None:
+        return found
     raise PoolError(f"segment {Path(opened.path).name!r} has no client {name!r}: see 'tmem list'")
 
 
