@@ -18,11 +18,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tmem.backends import processes
+from tmem.backends import guarded, processes
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import AttachError
-from tmem.nbd import guarded, handshake, swap
+from tmem.nbd import handshake, swap
 from tmem.nbd.export import Attachment, Export
 from tmem.nbd.netlink import NbdControl
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tmem.backends import service
+from tmem.backends import locking, service
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, ServiceError
-from tmem.nbd import containment, locking, server
+from tmem.nbd import containment, server
 from tmem.nbd.export import Export, load_all
 from tmem.types import format_size
 

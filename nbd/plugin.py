@@ -23,9 +23,8 @@ from typing import NoReturn
 
 import nbdkit
 
-from tmem.backends import _native, processes
+from tmem.backends import _native, guarded, locking, processes
 from tmem.errors import TmemError
-from tmem.nbd import guarded, locking
 from tmem.nbd.export import write_json
 from tmem.types import OID_SIZE, PAGE_SIZE
 

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from tmem.backends import guarded
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import AttachError, TmemError
-from tmem.nbd import guarded, handshake
+from tmem.nbd import handshake
 from tmem.nbd.export import Export, load
 
 THREADS = 4

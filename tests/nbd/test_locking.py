@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tmem.nbd import guards, locking, server
+from tmem.backends import locking
+from tmem.nbd import guards, server
 
 from .conftest import Server
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tmem.nbd import swap
 from tmem.types import PAGE_SIZE
 
@@ -18,8 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["device"]
 
 
+@pytest.fixture
+def device_size() -> int:
+    """Twice what the hog can fill.
+
+    On a device of 56 MiB the kernel killed the hog in 5 of some 60 runs, each time with just under half of
+    the device in use (from there on it frees slots as fast as it takes them). Why was not found.
+    """
+    return 128 * MIB
+
+
 def test_a_swapping_kernel_is_saved(
     device: str,
+    device_size: int,
     cgroup: Callable[[int], Path],
     tmem: "Callable[..., subprocess.CompletedProcess[str]]",
     segment: "_native.Segment",
@@ -44,7 +57,7 @@ def test_a_swapping_kernel_is_saved(
     most = max(saves)
     assert most > 2000
     swap.off(device)
-    segment.client("guest1").pools()[0].flush(bytes(24), 1, 56 * MIB // PAGE_SIZE)  # room for the copy
+    segment.client("guest1").pools()[0].flush(bytes(24), 1, device_size // PAGE_SIZE)  # room for the copy
     assert tmem("restore", str(tmp_path / str(saves.index(most))), "--as", "again").returncode == 0
     pool = segment.client("again", create=False).pools()[0]
     first = bytearray(PAGE_SIZE)

@@ -24,10 +24,16 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def device(make_server: Callable[..., Server]) -> Iterator[str]:
-    """A swap device of 56 MiB, attached, not in use: the segment has room for it even uncompressed."""
+def device_size() -> int:
+    """The segment has room for so much even uncompressed."""
+    return 56 * MIB
+
+
+@pytest.fixture
+def device(make_server: Callable[..., Server], device_size: int) -> Iterator[str]:
+    """A swap device of `device_size` bytes, attached, not in use."""
     needs_root()
-    server = make_server("guest1", 56 * MIB)
+    server = make_server("guest1", device_size)
     attached = attach.attach(server.paths, server.export)
     assert attached.attachment is not None
     assert attached.attachment.device is not None

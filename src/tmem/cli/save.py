@@ -181,7 +181,8 @@ def _refuse_terminal(descriptor: int, reason: str) -> None:
 
 def _lock_memory(paths: SegmentPaths) -> None:
     """If this machine swaps to a device of the segment, keep this process out of it: we freeze it."""
-    from tmem.nbd import export, locking
+    from tmem.backends import locking
+    from tmem.nbd import export
 
     try:
         local = any(found.attachment is not None for found in export.load_all(paths))

@@ -4,7 +4,7 @@ PR_SET_IO_FLUSHER and the scheduling policy belong to a thread and are inherited
 launcher sets them and execs; the OOM score belongs to the process. All of them survive exec, memory locks do
 not (`locking`). What the kernel does not permit is skipped here and shown by `guards`.
 
-``python -m tmem.nbd.guarded [--realtime] COMMAND [ARGUMENT ...]`` does it for programs that are not ours.
+``python -m tmem.backends.guarded [--realtime] COMMAND [ARGUMENT ...]`` does so for programs not ours.
 Only for a process with one thread.
 """
 
@@ -53,14 +53,14 @@ def io_flusher() -> bool:
 
 def command(argv: Sequence[str], realtime: bool) -> list[str]:
     """Return the command that becomes `argv` with the guards set."""
-    return [sys.executable, "-m", "tmem.nbd.guarded", *(["--realtime"] if realtime else []), *argv]
+    return [sys.executable, "-m", "tmem.backends.guarded", *(["--realtime"] if realtime else []), *argv]
 
 
 def _main(arguments: list[str]) -> None:
     realtime = arguments[:1] == ["--realtime"]
     argv = arguments[realtime:]
     if not argv:
-        raise SystemExit("usage: python -m tmem.nbd.guarded [--realtime] COMMAND [ARGUMENT ...]")
+        raise SystemExit("usage: python -m tmem.backends.guarded [--realtime] COMMAND [ARGUMENT ...]")
     set_guards(realtime)
     try:
         os.execvpe(argv[0], argv, os.environ | MALLOC_ENVIRONMENT)
