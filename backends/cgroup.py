@@ -1,15 +1,24 @@
-"""The memory limit of the control group that a process is charged to, for cgroup v1 and v2.
+"""Looks at control groups and their memory, v1 and v2: which one a process is charged to, and its limit.
 
 The store has to stay below it: at the limit the kernel does not refuse memory, it kills a process of the
 group, and what a put has touched stays charged to the group of whoever touched it first. Not for creating or
 configuring groups. Pure functions of files below ``/proc`` and ``/sys``; callable from any thread.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+LIMIT_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}
+"""The file with the limit of a group, by version."""
+
 # v1 shows "no limit" as the largest page-aligned long; anything near it is none.
 _UNLIMITED = 1 << 60
+
+# What memory.stat counts that a group cannot be made to give up (without swap).
+_HELD_V1 = ("total_rss", "total_shmem")  # its kernel memory is counted in a file of its own
+_HELD_V2 = ("anon", "shmem", "kernel_stack", "pagetables", "percpu", "sock", "slab_unreclaimable")
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,55 @@ def mount_point(proc: Path = Path("/proc")) -> Path | None:
     """Return where the hierarchy that limits memory is mounted; None without a memory controller."""
     found = {1: "memory", 2: ""}.get(version(proc) or 0)
     return None if found is None else _hierarchies(proc)[found].mount_point
+
+
+def group_of(pid: int | str, proc: Path = Path("/proc")) -> Path | None:
+    """Return the directory of the group to which the memory of process `pid` is charged, None if not known.
+
+    In a container this is the nearest one that can be seen.
+    """
+    hierarchy = _hierarchies(proc).get({1: "memory", 2: ""}.get(version(proc) or 0, "none"))
+    for controllers, group in _groups(proc, pid):
+        if hierarchy is not None and (
+            "memory" in controllers.split(",") if hierarchy.limit_file == LIMIT_FILES[1] else not controllers
+        ):
+            return _ancestors(hierarchy, group)[0]
+    return None
+
+
+def user_processes(group: Path, recursive: bool, proc: Path = Path("/proc")) -> Iterator[int]:
+    """Yield the processes of the group with this directory, without kernel threads: those have no command
+    line."""
+    for listing in group.rglob("cgroup.procs") if recursive else [group / "cgroup.procs"]:
+        with contextlib.suppress(OSError):
+            for word in listing.read_text(encoding="ascii").split():
+                with contextlib.suppress(OSError):
+                    if (proc / word / "cmdline").read_bytes():
+                        yield int(word)
+
+
+def limit_of(group: Path) -> int | None:
+    """Return the memory limit in bytes of the group with this directory, None if it has none."""
+    return next((limit for name in LIMIT_FILES.values() if (limit := _read_limit(group / name))), None)
+
+
+def statistics(group: Path) -> dict[str, int]:
+    """Return the numbers of a group's memory.stat; empty if it is gone."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    return {fields[0]: int(fields[1]) for line in lines if len(fields := line.split()) == 2}
+
+
+def held_bytes(group: Path) -> int:
+    """Return the memory of a group and its children that is no page cache: it stays until it is freed or
+    swapped out."""
+    counts = statistics(group)
+    total = sum(counts.get(name, 0) for name in (_HELD_V1 if "total_rss" in counts else _HELD_V2))
+    with contextlib.suppress(OSError, ValueError):
+        total += int((group / "memory.kmem.usage_in_bytes").read_text(encoding="ascii"))
+    return total
 
 
 def memory_limit(proc: Path = Path("/proc"), pid: int | str = "self") -> MemoryLimit | None:
@@ -90,9 +148,9 @@ def _hierarchies(proc: Path) -> dict[str, _Hierarchy]:
         if not separator or len(fields) < 5 or len(source) < 3:
             continue
         if source[0] == "cgroup2":
-            found.setdefault("", _Hierarchy(Path(fields[4]), fields[3], "memory.max"))
+            found.setdefault("", _Hierarchy(Path(fields[4]), fields[3], LIMIT_FILES[2]))
         elif source[0] == "cgroup" and "memory" in source[2].split(","):
-            found.setdefault("memory", _Hierarchy(Path(fields[4]), fields[3], "memory.limit_in_bytes"))
+            found.setdefault("memory", _Hierarchy(Path(fields[4]), fields[3], LIMIT_FILES[1]))
     return found
 
 

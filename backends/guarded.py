@@ -1,8 +1,11 @@
 """What a process in the path of local swap must have before its first thread exists: set it, then exec.
 
 PR_SET_IO_FLUSHER and the scheduling policy belong to a thread and are inherited by the threads it makes, so a
-launcher sets them and execs; the OOM score belongs to the process. All of them survive exec, memory locks do
-not (`locking`). What the kernel does not permit is skipped here and shown by `guards`.
+launcher sets them and execs; the OOM score belongs to the process, and so does the control group in which
+its memory is charged (`groups`). All of them survive exec, memory locks do not (`locking`). What the kernel
+does not permit is skipped here and shown by `guards`.
+
+SCHED_RR passes on to what a process starts: under a manager that has it, every server has it, too.
 
 ``python -m tmem.backends.guarded [--realtime] COMMAND [ARGUMENT ...]`` does so for programs not ours.
 Only for a process with one thread.
@@ -15,9 +18,12 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from tmem.backends import groups
 from tmem.errors import AttachError
 
+PR_SET_PDEATHSIG = 1
 PR_SET_IO_FLUSHER = 57
 PR_GET_IO_FLUSHER = 58
 STACK_BYTES = 512 << 10
@@ -45,6 +51,21 @@ def set_guards(realtime: bool) -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
 
 
+def become(argv: Sequence[str], realtime: bool) -> NoReturn:
+    """Exec `argv` in our control group, with the guards set. Raises `AttachError` if it cannot be started."""
+    groups.enter()
+    set_guards(realtime)
+    try:
+        os.execvpe(argv[0], list(argv), os.environ | MALLOC_ENVIRONMENT)
+    except OSError as error:
+        raise AttachError(f"{argv[0]} cannot be started: {error.strerror}") from None
+
+
+def outlive_parent() -> None:
+    """Take back what nbdkit 1.32 does unasked: it has the kernel send it SIGTERM when its parent ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
 def io_flusher() -> bool:
     """Return whether the calling thread is an I/O flusher, read back from the kernel."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -61,11 +82,10 @@ def _main(arguments: list[str]) -> None:
     argv = arguments[realtime:]
     if not argv:
         raise SystemExit("usage: python -m tmem.backends.guarded [--realtime] COMMAND [ARGUMENT ...]")
-    set_guards(realtime)
     try:
-        os.execvpe(argv[0], argv, os.environ | MALLOC_ENVIRONMENT)
-    except OSError as error:
-        raise SystemExit(str(AttachError(f"{argv[0]} cannot be started: {error.strerror}"))) from None
+        become(argv, realtime)
+    except AttachError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

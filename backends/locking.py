@@ -26,12 +26,14 @@ _UNLOCKABLE = ("[vvar", "[vdso]", "[vsyscall]")
 
 @dataclass(frozen=True)
 class Mapping:
-    """One line of /proc/PID/maps: addresses, permissions such as ``rw-p``, and the name (may be empty)."""
+    """One line of /proc/PID/maps: addresses, permissions such as ``rw-p``, the name (may be empty), and which
+    file it is: (major, minor, inode), zeros for none. A name changes when the file is renamed or removed."""
 
     start: int
     end: int
     permissions: str
     name: str
+    file: tuple[int, int, int]
 
     @property
     def size_bytes(self) -> int:
@@ -51,14 +53,15 @@ def parse_maps(text: str) -> list[Mapping]:
     """Parse the text of /proc/PID/maps."""
     mappings = []
     for line in text.splitlines():
-        addresses, permissions, _offset, _device, _inode, *name = line.split(maxsplit=5)
+        addresses, permissions, _offset, device, inode, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
-        mappings.append(Mapping(start, end, permissions, name[0] if name else ""))
+        major, minor = (int(number, 16) for number in device.split(":"))
+        mappings.append(Mapping(start, end, permissions, name[0] if name else "", (major, minor, int(inode))))
     return mappings
 
 
-def to_lock(mappings: Iterable[Mapping], executable: str, segment: str) -> Iterator[Mapping]:
-    """Yield the mappings worth locking, the segment at path `segment` not among them."""
+def to_lock(mappings: Iterable[Mapping], executable: str, segment: tuple[int, int, int]) -> Iterator[Mapping]:
+    """Yield the mappings worth locking, those of the file `segment` not among them."""
     previous: Mapping | None = None
     for mapping in mappings:
         # The static zero-filled data of a program is the nameless mapping right behind its data segment.
@@ -71,14 +74,14 @@ def to_lock(mappings: Iterable[Mapping], executable: str, segment: str) -> Itera
         )
         previous = mapping
         accessible = any(mode in mapping.permissions[:3] for mode in "rwx")
-        if accessible and not bss and mapping.name != segment and not mapping.name.startswith(_UNLOCKABLE):
+        if accessible and not bss and mapping.file != segment and not mapping.name.startswith(_UNLOCKABLE):
             yield mapping
 
 
 def lock_process(segment: Path, lock_segment: bool) -> LockReport:
     """Lock this process's memory, the mapping of the segment only if told to.
 
-    Never raises for what the kernel refuses: the report says it.
+    Never raises for what the kernel refuses: the report says it. OSError if there is no file `segment`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     mappings = parse_maps(Path("/proc/self/maps").read_text(encoding="utf-8"))
@@ -94,11 +97,11 @@ def lock_process(segment: Path, lock_segment: bool) -> LockReport:
         return 0
 
     executable = str(Path("/proc/self/exe").readlink())
-    locked_bytes = sum(lock(mapping, 0) for mapping in to_lock(mappings, executable, str(segment)))
+    status = segment.stat()
+    file = os.major(status.st_dev), os.minor(status.st_dev), status.st_ino
+    locked_bytes = sum(lock(mapping, 0) for mapping in to_lock(mappings, executable, file))
     if lock_segment:
-        locked_bytes += sum(
-            lock(mapping, MLOCK_ONFAULT) for mapping in mappings if mapping.name == str(segment)
-        )
+        locked_bytes += sum(lock(mapping, MLOCK_ONFAULT) for mapping in mappings if mapping.file == file)
     if refused:
         # With the limit on locked memory reached, MCL_FUTURE would make every new thread fail.
         return LockReport(locked_bytes, tuple(refused))

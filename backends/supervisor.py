@@ -8,6 +8,7 @@ what the servers do. Threading: trio tasks of one run; nothing here is thread-sa
 
     supervise -> running -> (died) waiting -> running ...        waiting: 0, 0.1, 0.2 ... 10 s
                                (died, its client is gone) forgotten
+                    restart -> (killed) running, with another command
                     unsupervise -> stopping -> (died) forgotten
 """
 
@@ -31,8 +32,8 @@ MARKER = "TMEM_SERVICE"
 """Environment variable by which a server is found that was started but not yet recorded."""
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 10.0
-# A server that has run this long was all right: the next start is immediate again.
-_SETTLED_S = 10.0
+# A server that has run this long had come up: when it is killed, the next start is immediate again.
+_SETTLED_S = 1.0
 
 OUTPUT_BYTES = 1 << 20
 """How much of what a service says is kept at most."""
@@ -65,6 +66,7 @@ class _Service:
     record: Path
     process: Process | None = None
     stopping: bool = False
+    replacing: bool = False
     starts: int = 0
     started_s: float = 0.0  # trio's clock
     asked_to_stop: trio.Event = field(default_factory=trio.Event)
@@ -109,6 +111,10 @@ class Supervisor:
             )
             for _, service in sorted(self._services.items())
         ]
+
+    def keeps(self, prefix: str) -> bool:
+        """Say whether a service whose name begins so is kept running."""
+        return any(name.startswith(prefix) for name in self._services)
 
     def trim_outputs(self) -> None:
         """Empty the outputs that have grown beyond OUTPUT_BYTES: they lie in memory, next to the pages.
@@ -173,7 +179,7 @@ class Supervisor:
         service.save()
         service.asked_to_stop.set()
         if service.process:
-            _terminate(service.process)
+            _signal(service.process, signal.SIGTERM)
         with trio.move_on_after(timeout_s):
             await service.gone.wait()
             return True
@@ -181,6 +187,20 @@ class Supervisor:
         raise ServiceError(
             f"{name} (pid {pid}) still runs {timeout_s:g} s after SIGTERM: wait, then try again"
         )
+
+    def restart(self, name: str, argv: list[str], env: dict[str, str]) -> None:
+        """Kill the service, and start `argv` in its place at once; `ServiceError` if there is none.
+
+        SIGKILL, because a server of nbdkit 1.32 does not end while somebody is connected. What it has
+        acknowledged stays; what it has not, its client sends again to the next one.
+        """
+        service = self._services.get(name)
+        if service is None or service.stopping:
+            raise ServiceError(f"{name} is not kept running here: there is nothing to restart")
+        service.argv, service.env, service.replacing = argv, env, True
+        service.save()
+        if service.process:
+            _signal(service.process, signal.SIGKILL)
 
     async def _keep(self, service: _Service) -> None:
         """Follow one service until it is to stop and has stopped, or has nobody left to serve."""
@@ -192,12 +212,12 @@ class Supervisor:
                 code = processes.reap(service.process.pid)
                 ended = "ended" if code is None else f"ended with status {code}"
                 service.process = None
-                if trio.current_time() - service.started_s > _SETTLED_S:
+                if service.replacing or trio.current_time() - service.started_s > _SETTLED_S:
                     delay_s = 0.0
             left = not service.stopping and self._has_left(service.client)
             if left:
                 _log.info("%s: %s; forgotten, for its client is gone", service.name, ended or "does not run")
-            elif service.stopping:
+            elif service.stopping or service.replacing:
                 _log.info("%s: %s", service.name, ended or "does not run")
             elif ended:
                 said = processes.last_line(service.output) or "no output"
@@ -208,6 +228,7 @@ class Supervisor:
             if service.stopping or left:
                 break
             delay_s = min(max(delay_s * 2, _FIRST_DELAY_S), _LONGEST_DELAY_S)
+            service.replacing = False
             try:
                 self._start(service)
             except (ServiceError, OSError) as error:
@@ -235,7 +256,10 @@ class Supervisor:
             segment.close()
 
     def _start(self, service: _Service) -> None:
-        service.save()  # before the start too: what is started without a record is found by its marker
+        # Before the start too: what is started without a record is found by its marker. Where there is no
+        # room for a record, on a tmpfs that is full, a server matters more.
+        with suppress(OSError):
+            service.save()
         with suppress(OSError):
             if service.output.stat().st_size > 1 << 20:
                 os.truncate(service.output, 0)
@@ -245,7 +269,8 @@ class Supervisor:
         service.started_s = trio.current_time()
         # None when it has ended already: then the zombie is ours, and its pid is pinned.
         service.process = Process.of(pid) or Process(pid, -1)
-        service.save()
+        with suppress(OSError):
+            service.save()
         _log.info("%s: started, pid %d", service.name, pid)
 
 
@@ -282,13 +307,13 @@ def _find_marked(record: Path) -> Process | None:
     return None
 
 
-def _terminate(process: Process) -> None:
+def _signal(process: Process, number: signal.Signals) -> None:
     descriptor = process.open_pidfd()
     if descriptor is None:
         return
     try:
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+            signal.pidfd_send_signal(descriptor, number)
     finally:
         os.close(descriptor)
 

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 
 from tmem.fs.identity import Version, is_settled, version_of
 from tmem.fs.precache import Precache
+from tmem.fs.state import SavedFileState, SavedVersion
 from tmem.fs.writers import is_quiet
 from tmem.types import PAGE_SIZE
 
@@ -67,6 +68,18 @@ class FileState:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Orders puts and the flushes that follow changes; held for one call into the pool, by any thread."""
 
+    def saved(self) -> SavedFileState:
+        """Return all of it for `restored`. Of a file that is being changed, nothing will be trusted."""
+        version = None if self.version is None or self.changes else (*self.version,)
+        return self.name, self.oid, self.fine_stamps, self.size, version, self.epoch, self.served, self.top
+
+    @classmethod
+    def restored(cls, saved: SavedFileState) -> "FileState":
+        """Return the state that was `saved`."""
+        name, oid, fine_stamps, size, version, epoch, served, top = saved
+        known = None if version is None else Version(*version)
+        return cls(name, oid, fine_stamps, size, known, epoch, served=served, top=top)
+
 
 class Coherence:
     """The rules above for all files of a mount. `now_ns` is the wall clock."""
@@ -75,6 +88,14 @@ class Coherence:
         self._precache = precache
         self._now_ns = now_ns
         self._remembered: OrderedDict[bytes, tuple[Version, int]] = OrderedDict()
+
+    def saved(self) -> list[tuple[bytes, SavedVersion, int]]:
+        """Return what is known of files that the kernel has forgotten, for `restore`."""
+        return [(name, (*version,), top) for name, (version, top) in self._remembered.items()]
+
+    def restore(self, saved: list[tuple[bytes, SavedVersion, int]]) -> None:
+        """Know what was `saved`; the pool must be the same, or empty."""
+        self._remembered.update((name, (Version(*version), top)) for name, version, top in saved)
 
     def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""

@@ -1,9 +1,13 @@
 """The FUSE device: mount it, and settle with the kernel what libfuse cannot ask for.
 
-libfuse takes ``/dev/fd/N`` as a mount point that is mounted already. N is first one end of a socket pair: the
-kernel's INIT request is handed through it, pyfuse3 answers, the answer is amended and given to the kernel,
-and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and the kernel.
-Amended: mmap with MAP_SHARED on direct_io files (ENODEV without it). Not for anything after INIT.
+libfuse takes ``/dev/fd/N`` as a mount point that is mounted already. N is first one end of a socket pair:
+the kernel's INIT request is handed through it, pyfuse3 answers, the answer is amended and given to the
+kernel, and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and
+the kernel. Amended: mmap with MAP_SHARED on direct_io files (ENODEV without it).
+
+Request and answer are kept. New code that takes over a device whose connection is open (`restart`) hands
+the same request to its own libfuse: if that answers as the old one did, it will understand what the kernel
+goes on sending. Not for anything after INIT.
 """
 
 import os
@@ -26,6 +30,7 @@ _IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
 _OUT_FLAGS, _OUT_FLAGS2 = _OUT_HEADER + 12, _OUT_HEADER + 32
 _INIT_EXT = 1 << 30
 _DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
+_INIT_SECONDS = 10
 _NAMES = {
     syscalls.MS_RDONLY: "ro",
     syscalls.MS_NOEXEC: "noexec",
@@ -43,6 +48,10 @@ class Device:
     channel: socket.socket
     direct_mmap: bool = False
     """Whether files with direct_io can be mapped shared; known after `negotiate`."""
+    request: bytes = b""
+    """The kernel's INIT request, once it was read."""
+    reply: bytes = b""
+    """What it was answered with."""
 
     def close(self) -> None:
         """Close all ends. The kernel then ends the mount's connection."""
@@ -64,28 +73,61 @@ def mount(lower: str, mountpoint: str, options: MountOptions) -> Device:
     return Device(opened, theirs.detach(), ours)
 
 
+def taken_over(descriptor: int, request: bytes, reply: bytes) -> Device:
+    """Return a device whose connection is open: `descriptor` is /dev/fuse, `reply` answered `request`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Device(descriptor, theirs.detach(), ours, request=request, reply=reply)
+
+
 async def negotiate(device: Device) -> None:
     """Let pyfuse3 (initialised on `device.session`) and the kernel agree, and connect them for good."""
-    request = await trio.to_thread.run_sync(os.read, device.descriptor, 1 << 21)
-    if struct.unpack_from("=I", request, 4)[0] != _INIT_OPCODE:
+    device.request = await trio.to_thread.run_sync(os.read, device.descriptor, 1 << 21)
+    if struct.unpack_from("=I", device.request, 4)[0] != _INIT_OPCODE:
         raise AttachError("the kernel did not start the FUSE protocol: is another program using this mount?")
-    device.channel.send(request)
+    await agree(device)
+    _connect(device)
+    os.write(device.session, device.reply)
+
+
+async def take_over(device: Device) -> None:
+    """Let pyfuse3 (initialised on `device.session`) go on where other code has left the connection."""
+    await agree_as_before(device)
+    _connect(device)
+
+
+async def agree_as_before(device: Device) -> None:
+    """Have pyfuse3 answer `device.request`. AttachError if not with `device.reply`, which the kernel has."""
+    before = device.reply
+    await agree(device)
+    if device.reply != before:
+        raise AttachError("its libfuse speaks otherwise to the kernel: unmount and mount again")
+
+
+async def agree(device: Device) -> None:
+    """Have pyfuse3 answer `device.request`; what the kernel is to be told is then `device.reply`."""
     reply = bytearray()
+    device.channel.send(device.request)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pyfuse3.main, 1, 1)
-        await trio.lowlevel.wait_readable(device.channel.fileno())
+        with trio.fail_after(_INIT_SECONDS):
+            await trio.lowlevel.wait_readable(device.channel.fileno())
         reply += device.channel.recv(4096)
         nursery.cancel_scope.cancel()
-    offered = struct.unpack_from("=II", request, _IN_FLAGS) if len(request) >= _IN_FLAGS2 + 4 else (0, 0)
+    offered = (0, 0)
+    if len(device.request) >= _IN_FLAGS2 + 4:
+        offered = struct.unpack_from("=II", device.request, _IN_FLAGS)
     if offered[0] & _INIT_EXT and offered[1] & _DIRECT_IO_ALLOW_MMAP and len(reply) >= _OUT_FLAGS2 + 4:
         _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
         _set_bits(reply, _OUT_FLAGS2, _DIRECT_IO_ALLOW_MMAP)
         device.direct_mmap = True
+    device.reply = bytes(reply)
+
+
+def _connect(device: Device) -> None:
     os.dup2(device.descriptor, device.session, inheritable=False)
     os.close(device.descriptor)
     device.descriptor = -1
     device.channel.close()
-    os.write(device.session, reply)
 
 
 def _set_bits(reply: bytearray, offset: int, bits: int) -> None:

@@ -12,6 +12,7 @@ import pyfuse3
 
 from tmem.fs.base import Handlers, errors
 from tmem.fs.inodes import Inode
+from tmem.fs.state import SavedListing
 
 if TYPE_CHECKING:
     from pyfuse3 import ReaddirToken, RequestContext
@@ -68,6 +69,24 @@ class Directories(Handlers):
         """Make a directory's names durable."""
         with errors():
             await self.in_thread(os.fsync, self._listings[fh].descriptor)
+
+    def used_by_listings(self) -> list[Inode]:
+        """Return the inodes of open directories."""
+        return [listing.inode for listing in self._listings.values()]
+
+    def saved_listings(self, places: dict[Inode, int]) -> tuple[list[SavedListing], int]:
+        """Return the open directories, with their inodes as `places`, and the next handle."""
+        listings = [
+            (number, places[listing.inode], listing.descriptor, listing.names)
+            for number, listing in self._listings.items()
+        ]
+        return listings, self._next_listing
+
+    def restore_listings(self, saved: list[SavedListing], next_listing: int, inodes: list[Inode]) -> None:
+        """Have the directories open that were saved."""
+        self._next_listing = next_listing
+        for number, place, descriptor, names in saved:
+            self._listings[number] = _Listing(inodes[place], descriptor, names)
 
     def close_directories(self) -> None:
         """Close what is still open at the end of the mount."""

@@ -24,6 +24,7 @@ from tmem.fs.buffers import Buffers
 from tmem.fs.coherence import FileState
 from tmem.fs.inodes import Inode
 from tmem.fs.namespace import Namespace
+from tmem.fs.state import SavedFile
 from tmem.types import MAX_INDEX, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -298,6 +299,27 @@ class Files(Namespace):
         else:
             super().resize(descriptor, size, fh)
         self._pause("truncate:done")
+
+    def used_by_files(self) -> list[Inode]:
+        """Return the inodes of open files."""
+        return [file.inode for file in self._files.values()]
+
+    def saved_files(self, places: dict[Inode, int]) -> tuple[list[SavedFile], int]:
+        """Return the open files, with their inodes as `places`, and the next handle."""
+        files = [
+            (number, places[file.inode], file.descriptor, file.writable, file.append)
+            for number, file in self._files.items()
+        ]
+        return files, self._next_file
+
+    def restore_files(self, saved: list[SavedFile], next_file: int, inodes: list[Inode]) -> None:
+        """Have the files open that were saved."""
+        self._next_file = next_file
+        for number, place, descriptor, writable, append in saved:
+            inode = inodes[place]
+            assert inode.state is not None
+            self._files[number] = OpenFile(inode, inode.state, descriptor, writable, append)
+            inode.opens += 1
 
     def close_files(self) -> None:
         """Close what is still open at the end of the mount."""

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pyfuse3
@@ -19,6 +20,7 @@ import pyfuse3
 from tmem.fs import syscalls
 from tmem.fs.coherence import FileState
 from tmem.fs.identity import handle_of
+from tmem.fs.state import SavedInode, SavedInodes
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
@@ -160,6 +162,46 @@ class InodeTable:
         self._by_id.clear()
         self._by_key.clear()
         self._open.clear()
+
+    def saved(self, used: Iterable[Inode]) -> tuple[SavedInodes, dict[Inode, int]]:
+        """Return the table for `restore`, and where each inode stands in it.
+
+        `used` are inodes that are needed although the kernel may have forgotten them.
+        """
+        closable = [self._by_id[nodeid] for nodeid in self._open]
+        ordered = dict.fromkeys([*closable, *self._by_id.values(), *used])
+        places = {inode: place for place, inode in enumerate(ordered)}
+        nodes = [self._saved_inode(inode) for inode in ordered]
+        return SavedInodes(root=self._root, next_foreign=self._next_foreign, nodes=nodes), places
+
+    def restore(self, saved: SavedInodes) -> list[Inode]:
+        """Fill the new table, made with the same root; return the inodes in their order."""
+        self._next_foreign = saved["next_foreign"]
+        inodes = []
+        for nodeid, device, number, kind, descriptor, lookups, handle, by_id, by_key, state in saved["nodes"]:
+            inode = Inode(nodeid, (device, number), kind, descriptor, lookups, handle)
+            inode.state = FileState.restored(state) if state else None
+            if by_id:
+                self._by_id[nodeid] = inode
+            if by_key:
+                self._by_key[inode.key] = inode
+            if descriptor >= 0 and nodeid != pyfuse3.ROOT_INODE:
+                self._open[nodeid] = inode
+            inodes.append(inode)
+        return inodes
+
+    def _saved_inode(self, inode: Inode) -> SavedInode:
+        return (
+            inode.nodeid,
+            *inode.key,
+            inode.kind,
+            inode.descriptor,
+            inode.lookups,
+            inode.handle,
+            self._by_id.get(inode.nodeid) is inode,
+            self._by_key.get(inode.key) is inode,
+            inode.state.saved() if inode.state else None,
+        )
 
     def _match(self, status: os.stat_result, descriptor: int) -> Inode | None:
         """Return the inode that `descriptor` shows, unless its number was recycled while it was closed."""

@@ -1,8 +1,9 @@
 """What is mounted, and taking mounts down: look up, sweep dead ones, unmount and wait for the daemon.
 
-Reads /proc/self/mountinfo, because a dead FUSE mount answers no other question. A mount is found by the file
-system type ``fuse.tmem``; its daemon answers for itself through two extended attributes of the root directory
-that are not listed: ``user.tmem.pid`` and ``user.tmem.statistics``. Threading: plain blocking functions.
+Reads /proc/self/mountinfo, because a dead FUSE mount answers no other question. A mount is found by the
+file system type ``fuse.tmem``; its daemon answers for itself through extended attributes of the root
+directory that are not listed: ``user.tmem.pid``, ``user.tmem.statistics`` and ``user.tmem.restart``.
+Threading: plain blocking functions.
 """
 
 import contextlib
@@ -11,18 +12,22 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.backends.processes import Process
 from tmem.errors import AttachError
 from tmem.fs import syscalls
-from tmem.fs.statistics import MountStatistics
+from tmem.fs.statistics import MountStatistics, RestartStatus
 
 KIND = "fuse.tmem"
 PID_ATTRIBUTE = b"user.tmem.pid"
 STATISTICS_ATTRIBUTE = b"user.tmem.statistics"
+RESTART_ATTRIBUTE = b"user.tmem.restart"
+_POLL_SECONDS = 0.02
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
@@ -93,6 +98,51 @@ def daemon_of(mountpoint: str) -> Process | None:
         return Process.of(int(os.getxattr(mountpoint, PID_ATTRIBUTE)))
     except (OSError, ValueError):
         return None
+
+
+def restart_status(mountpoint: str) -> RestartStatus:
+    """Ask a mount's daemon about its restarts. AttachError if it does not answer or knows of none."""
+    try:
+        return RestartStatus(**json.loads(os.getxattr(mountpoint, RESTART_ATTRIBUTE)))
+    except (OSError, ValueError, TypeError):
+        raise AttachError(
+            f"the daemon of {mountpoint} cannot be restarted: unmount and mount it again"
+        ) from None
+
+
+def restart(mountpoint: str, timeout_seconds: float = 60) -> RestartStatus:
+    """Have a mount's daemon go on with the code that is installed now; open files stay open.
+
+    AttachError says why it goes on with its old code instead, or that it is no mount of ours.
+    """
+    mountpoint = resolve(mountpoint)
+    top = top_mount(mountpoint)
+    if top is None or top.kind != KIND:
+        raise AttachError(f"{mountpoint} is no mount of tmem: 'findmnt -t {KIND}' lists them")
+    before = restart_status(mountpoint)
+    if before.under_way:
+        raise AttachError(f"{mountpoint} is being restarted already: try again in a moment")
+    daemon = Process(before.pid, before.start_ticks)
+    pidfd = daemon.open_pidfd()  # None in another namespace of processes: who has the number there is spared
+    if pidfd is None:
+        raise AttachError(f"the daemon of {mountpoint} is not among this system's processes")
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGUSR1)
+    except PermissionError:
+        raise AttachError(f"the mount on {mountpoint} is another user's: run this as root") from None
+    finally:
+        os.close(pidfd)
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        status = restart_status(mountpoint)  # waits while the code is being replaced
+        if status.attempts != before.attempts and not status.under_way:
+            if status.failure:
+                raise AttachError(f"{mountpoint} goes on as before: {status.failure}")
+            return status
+        time.sleep(_POLL_SECONDS)
+    raise AttachError(
+        f"{mountpoint} was not restarted within {timeout_seconds:.0f} s: look at its daemon's log"
+    )
 
 
 def umount(mountpoint: str, lazily: bool = False, timeout_seconds: float = 30) -> None:

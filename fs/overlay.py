@@ -22,10 +22,11 @@ from tmem.fs.directories import Directories
 from tmem.fs.files import Files, Pause, no_pause
 from tmem.fs.identity import has_fine_stamps
 from tmem.fs.inodes import InodeTable
-from tmem.fs.mounts import PID_ATTRIBUTE, STATISTICS_ATTRIBUTE
+from tmem.fs.mounts import PID_ATTRIBUTE, RESTART_ATTRIBUTE, STATISTICS_ATTRIBUTE
 from tmem.fs.precache import Precache
 from tmem.fs.sharing import SharedCoherence
-from tmem.fs.statistics import MountStatistics
+from tmem.fs.state import SavedOverlay
+from tmem.fs.statistics import MountStatistics, RestartStatus
 
 if TYPE_CHECKING:
     from pyfuse3 import RequestContext
@@ -38,19 +39,52 @@ class Overlay(Files, Directories):
         False  # "." of a directory that the kernel has forgotten: only needed to export over NFS
     )
     enable_acl = True  # or default_permissions would ignore access control lists
+    restarts = RestartStatus()
+    """What there is to say about restarts; set by `serving`."""
 
     def statistics(self) -> MountStatistics:
         """Return what the mount has counted."""
         return self.precache.counters.snapshot(self.precache.pool() is not None)
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
-        """Return an extended attribute; the root directory has two more, which `mounts` asks for."""
+        """Return an extended attribute; the root directory has three more, which `mounts` asks for."""
         if inode == pyfuse3.ROOT_INODE:
             if name == PID_ATTRIBUTE:
                 return b"%d" % os.getpid()
             if name == STATISTICS_ATTRIBUTE:
                 return json.dumps(dataclasses.asdict(self.statistics())).encode()
+            if name == RESTART_ATTRIBUTE:
+                return json.dumps(dataclasses.asdict(self.restarts)).encode()
         return await super().getxattr(inode, name, ctx)
+
+    def saved(self) -> SavedOverlay:
+        """Return everything that the kernel relies on, for `restore` in the code that takes over.
+
+        Exact once no request is in hand; before that, good enough to try it out with.
+        """
+        inodes, places = self.table.saved([*self.used_by_files(), *self.used_by_listings()])
+        files, next_file = self.saved_files(places)
+        listings, next_listing = self.saved_listings(places)
+        return SavedOverlay(
+            inodes=inodes,
+            files=files,
+            next_file=next_file,
+            listings=listings,
+            next_listing=next_listing,
+            remembered=self.coherence.saved(),
+            pool=self.precache.saved(),
+            counters=vars(self.precache.counters).copy(),
+            fine_stamps=self._fine_stamps,
+        )
+
+    def restore(self, saved: SavedOverlay) -> None:
+        """Become, from new, what was `saved`. Owns its descriptors then, and leaves the pool to `claim`."""
+        inodes = self.table.restore(saved["inodes"])
+        self.restore_files(saved["files"], saved["next_file"], inodes)
+        self.restore_listings(saved["listings"], saved["next_listing"], inodes)
+        self.coherence.restore(saved["remembered"])
+        counters = vars(self.precache.counters)
+        counters.update((name, value) for name, value in saved["counters"].items() if name in counters)
 
     def close(self) -> None:
         """Close every descriptor, and destroy the pool."""

@@ -17,11 +17,13 @@ import struct
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends.clients import end_if_unused
 from tmem.backends.paths import SegmentPaths
-from tmem.errors import SegmentError, TmemError
+from tmem.errors import PoolError, SegmentError, TmemError
+from tmem.fs.state import SavedPool
 from tmem.fs.statistics import Counters
 
 if TYPE_CHECKING:
@@ -90,18 +92,52 @@ class Precache:
         return self._pool
 
     def claim(self) -> None:
-        """Start using the segment if there is one, when the mount starts.
+        """Start using the segment if there is one, when the mount starts, or go on with what `restore` found.
 
         `ClaimError` if somebody else uses the client or it may not share; any other trouble only means to
         pass through for now.
         """
         self._next_look = self._clock() + SENSE_SECONDS
         try:
-            self._look()
+            if self._pool is None:
+                self._look()
+            elif self._client is not None:
+                self._client.hold()
         except ClaimError:
             raise
         except (TmemError, OSError) as error:
             self._complain(error)
+
+    def saved(self) -> SavedPool:
+        """Return what `restore` needs to go on with the same pool."""
+        client, pool = self._client, self._pool
+        if client is None or pool is None or self._lock < 0:
+            return SavedPool(segment=None, client=-1, pool=-1, lock=self._lock)
+        status = os.fstat(self._lock)
+        return SavedPool(
+            segment=(status.st_dev, status.st_ino), client=client.id, pool=pool.id, lock=self._lock
+        )
+
+    def restore(self, saved: SavedPool) -> None:
+        """Find the pool again that was `saved`, with its pages; without it a new one begins at `claim`.
+
+        TmemError if the segment is there and cannot be used.
+        """
+        from tmem.backends import _native
+
+        self._lock, self._locked = saved["lock"], saved["client"]
+        try:
+            status = Path(self._path).stat()
+        except FileNotFoundError:
+            return
+        if (status.st_dev, status.st_ino) != saved["segment"]:
+            return  # another one has taken its place
+        self._segment = _native.attach(self._path)
+        with contextlib.suppress(PoolError):  # it has ended meanwhile
+            client = self._segment.client(self._client_name, create=False)
+            if client.id == saved["client"]:
+                self._client = client
+                self._pool = client.pool(saved["pool"])
 
     def abandon(self) -> None:
         """Stop using the pool, after an error; a new one is looked for within a second. For any thread.

@@ -39,6 +39,26 @@ class MountStatistics:
     """Whether a pool is in use right now: it is there, and neither the client nor the segment is off."""
 
 
+@dataclass(frozen=True)
+class RestartStatus:
+    """What a mount's daemon tells about restarts with other code (`restart`)."""
+
+    pid: int = 0
+    """The daemon's process; it stays the same."""
+    start_ticks: int = 0
+    """When that process began; see `processes.Process`."""
+    count: int = 0
+    """Restarts since it was mounted."""
+    attempts: int = 0
+    """Restarts that were asked for."""
+    under_way: bool = False
+    """Whether one is being tried right now."""
+    failure: str = ""
+    """Why the last one did not come about; empty if it did."""
+    pause_ns: int = 0
+    """How long requests waited for the last one."""
+
+
 @dataclass
 class Counters:
     """The mutable counterpart of `MountStatistics`."""

@@ -3,22 +3,25 @@ out?
 
 Looks at the first level below the root of the memory controller's hierarchy, v1 or v2: every group that has
 processes needs a limit, except the groups of our own processes, in which nobody else may be. Processes in the
-root can have no limit. Kernel threads and process 1 do not count. Only looks; any thread.
+root can have no limit. Kernel threads and process 1 do not count. Only looks (`contain` acts); any thread.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.backends import cgroup
 
-ROOM_BYTES = 60 << 20
-"""What the limits must leave beside the segment, for the kernel and the servers."""
+ROOM_BYTES = 96 << 20
+"""What the limits must leave beside the segment, for the kernel and for the processes of one device.
 
-# systemd keeps nothing but process 1 there, and it cannot be limited.
-_EXEMPT = ("init.scope",)
-_UNLIMITED = 1 << 60
+Manager 21 MiB and each of two servers 13 MiB (anonymous memory, user-mode-linux 6.1), the keeper, and 22 MiB
+of code that they share, all of it locked.
+"""
+
+EXEMPT = ("init.scope",)
+"""Groups without a limit that are no trouble: systemd keeps nothing but process 1 there."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +34,25 @@ class Containment:
     stray_processes: int
 
 
-def examine(own_pids: Sequence[int], proc: Path = Path("/proc")) -> Containment | None:
-    """Look at the groups of everything but the processes `own_pids`; None without a memory controller."""
-    version = cgroup.version(proc)
-    root = cgroup.mount_point(proc)
-    if version is None or root is None:
+def examine(
+    own_pids: Collection[int], proc: Path = Path("/proc"), root: Path | None = None
+) -> Containment | None:
+    """Look at the groups of everything but the processes `own_pids`; None without a memory controller.
+
+    `root` is the group below which to look, by default the root of the hierarchy.
+    """
+    root = root or cgroup.mount_point(proc)
+    if root is None:
         return None
-    own = {(_group(pid, version, proc) or "/").strip("/").split("/")[0] for pid in own_pids}
+    own = {name for pid in own_pids if (name := first_level(pid, root, proc)) is not None}
     limits, unlimited = 0, []
-    stray = set(_user_processes(root, proc, recursive=False))
+    stray = set(cgroup.user_processes(root, recursive=False, proc=proc))
     for group in sorted(path for path in root.iterdir() if path.is_dir()):
-        members = set(_user_processes(group, proc, recursive=True))
+        members = set(cgroup.user_processes(group, recursive=True, proc=proc))
         if group.name in own:
             stray |= members
-        elif members and group.name not in _EXEMPT:
-            limit = _limit(group, version)
+        elif members and group.name not in EXEMPT:
+            limit = cgroup.limit_of(group)
             if limit is None:
                 unlimited.append(group.name)
             else:
@@ -54,46 +61,30 @@ def examine(own_pids: Sequence[int], proc: Path = Path("/proc")) -> Containment 
     return Containment(limits, tuple(unlimited), len(stray))
 
 
+def first_level(pid: int, root: Path, proc: Path = Path("/proc")) -> str | None:
+    """Return the name of the group directly below `root` that holds process `pid`; None if none does."""
+    group = cgroup.group_of(pid, proc)
+    if group is None or root not in group.parents:
+        return None
+    return group.relative_to(root).parts[0]
+
+
 def swap_forbidden(pid: int, proc: Path = Path("/proc")) -> bool:
-    """Return whether the kernel may never swap out memory charged to the control group of process `pid`."""
-    version = cgroup.version(proc)
-    root, group = cgroup.mount_point(proc), _group(pid, version, proc)
-    if version is None or root is None or group is None or not group.strip("/"):
+    """Return whether the kernel, when it swaps, spares what is charged to the control group of process `pid`.
+
+    In v2 (memory.swap.max 0, also of a parent) it never swaps that out. In v1 (memory.swappiness 0) it does,
+    but only when the machine has no page cache left.
+    """
+    root, group = cgroup.mount_point(proc), cgroup.group_of(pid, proc)
+    if root is None or group is None:
         return False
-    directory = root / group.strip("/")
-    file = "memory.swap.max" if version == 2 else "memory.swappiness"
+    if cgroup.version(proc) == 1:
+        return group != root and _text(group / "memory.swappiness") == "0"
+    above = [group, *group.parents]
+    return any(_text(at / "memory.swap.max") == "0" for at in above[: above.index(root)])
+
+
+def _text(file: Path) -> str:
     with contextlib.suppress(OSError):
-        return (directory / file).read_text(encoding="ascii").strip() == "0"
-    return False
-
-
-def _group(pid: int, version: int | None, proc: Path) -> str | None:
-    """Return the path of the process's group within the hierarchy, such as ``/system.slice/x.service``."""
-    try:
-        lines = (proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _number, controllers, path = line.split(":", 2)
-        if (version == 1 and "memory" in controllers.split(",")) or (version == 2 and not controllers):
-            return path
-    return None
-
-
-def _user_processes(group: Path, proc: Path, recursive: bool) -> Iterator[int]:
-    """Yield the processes of a group, without kernel threads: those have no command line."""
-    for listing in group.rglob("cgroup.procs") if recursive else [group / "cgroup.procs"]:
-        with contextlib.suppress(OSError):
-            for word in listing.read_text(encoding="ascii").split():
-                with contextlib.suppress(OSError):
-                    if (proc / word / "cmdline").read_bytes():
-                        yield int(word)
-
-
-def _limit(group: Path, version: int) -> int | None:
-    try:
-        name = "memory.max" if version == 2 else "memory.limit_in_bytes"
-        text = (group / name).read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return None if text == "max" or int(text) >= _UNLIMITED else int(text)
+        return file.read_text(encoding="ascii").strip()
+    return ""

@@ -153,13 +153,14 @@ def warm(connection: socket.socket, info: ExportInfo, requests: int = 32) -> Non
         struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _CMD_READ, n, 0, length) for n in range(requests)
     )
     connection.sendall(request)
+    data = memoryview(bytearray(length))  # one for all: a keeper does this when memory may be short
     for _ in range(requests):
         magic, error, _cookie = struct.unpack(">IIQ", _receive(connection, 16))
         if magic != _SIMPLE_REPLY_MAGIC or error:
             raise AttachError(
                 f"the server failed a read of its first {length} bytes (error {error}): see its log"
             )
-        _receive(connection, length)
+        _receive_into(connection, data)
 
 
 def _receive_reply(connection: socket.socket, option: int) -> tuple[int, bytes]:
@@ -170,10 +171,14 @@ def _receive_reply(connection: socket.socket, option: int) -> tuple[int, bytes]:
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
-    received = bytearray()
-    while len(received) < size:
-        part = connection.recv(size - len(received))
-        if not part:
-            raise AttachError("the server closed the connection: see its log")
-        received += part
+    received = bytearray(size)
+    _receive_into(connection, memoryview(received))
     return bytes(received)
+
+
+def _receive_into(connection: socket.socket, wanted: memoryview) -> None:
+    while wanted:
+        size = connection.recv_into(wanted)
+        if not size:
+            raise AttachError("the server closed the connection: see its log")
+        wanted = wanted[size:]

@@ -1,4 +1,4 @@
-"""A swap device from its first to its last moment: pool, record, server, attachment, in this order and back.
+"""A swap device from its first to its last moment: pool, record, servers, attachment, in this order and back.
 
 Every step may be repeated after a failure. What `add` has made when it fails is taken away again; `remove`
 goes on where it stopped. One command at a time per client (a lock file). Blocking; the caller may be the
@@ -9,17 +9,15 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import select
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmem.backends import clients, processes, segment, service
+from tmem.backends import clients, segment
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, PoolError, TmemError
-from tmem.nbd import attach, export, guards, server, swap
+from tmem.nbd import attach, export, guards, server, services, swap
 from tmem.nbd.export import Export, SwapUse
 from tmem.nbd.guards import Guard
 from tmem.types import PAGE_SIZE, format_size
@@ -27,12 +25,9 @@ from tmem.types import PAGE_SIZE, format_size
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-START_TIMEOUT_S = 15.0
-STOP_TIMEOUT_S = 60.0
 RAW_PAGE_BYTES = PAGE_SIZE + 64
 """Memory of a page that does not compress: with its block's header, in the core's steps of 64 bytes."""
 _DISCONNECT_TIMEOUT_S = 2.0
-_HOPELESS_STARTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +69,10 @@ def add(
         if wanted.reserve:
             _reserve(paths, store, wanted, undo)
         if server.running(paths, wanted.client) is None:
-            undo.callback(stop_server, paths, wanted.client)
-            _start_server(paths, made)
-        _wait_ready(paths, made)
+            undo.callback(services.stop_server, paths, wanted.client)
+            services.start_server(paths, made)
+        else:
+            services.wait_server(paths, made)
         if local is not None:
             made = _attach(paths, made, local, show, undo)
         undo.pop_all()
@@ -95,9 +91,11 @@ def remove(
         made = export.load(paths, client)
         if made.attachment is not None and made.attachment.device is not None:
             swap.off(made.attachment.device, progress)
+        services.stop(paths, client, "keeper")
         made = attach.detach(paths, made)
+        services.stop_server(paths, client, "standby")
         _check_unused(paths, made)
-        stop_server(paths, client)
+        services.stop_server(paths, client)
         if paths.segment.exists():
             with attached(paths) as store:
                 _drop_pool(store, made)
@@ -157,48 +155,6 @@ def _drop_pool(store: "_native.Segment", made: Export) -> None:
         clients.end_if_unused(owner)
 
 
-def _start_server(paths: SegmentPaths, made: Export) -> None:
-    environment = {
-        name: value
-        for name in ("PATH", "PYTHONPATH", "TMEM_RUNTIME_DIR")
-        if (value := os.environ.get(name)) is not None
-    }
-    argv = server.command(paths, made.client)
-    message: dict[str, object] = {
-        "op": "supervise",
-        "name": f"swap-{made.client}",
-        "argv": argv,
-        "env": environment,
-        "client": made.client,
-    }
-    service.request(paths, message)
-
-
-def _wait_ready(paths: SegmentPaths, made: Export) -> None:
-    """Wait until the server answers; `AttachError` with what it said once it has died several times."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            server.wait_ready(made, timeout_s=0.5)
-        except AttachError as error:
-            if time.monotonic() < deadline and _starts(paths, made.client) < _HOPELESS_STARTS:
-                continue
-            said = processes.last_line(paths.record("service", f"swap-{made.client}").with_suffix(".log"))
-            raise AttachError(f"{error}; the server said: {said or 'nothing'}") from None
-        return
-
-
-def _starts(paths: SegmentPaths, client: str) -> int:
-    """Return how often the manager has started the server of `client`."""
-    services = service.request(paths, {"op": "services"}).get("services")
-    found = (
-        [entry for entry in services if entry["name"] == f"swap-{client}"]
-        if isinstance(services, list)
-        else []
-    )
-    return int(found[0]["starts"]) if found else 0
-
-
 def _check_unused(paths: SegmentPaths, made: Export) -> None:
     """Raise `AttachError` if clients stay connected: their pages would be dropped, and nbdkit waits for
     them."""
@@ -211,35 +167,6 @@ def _check_unused(paths: SegmentPaths, made: Export) -> None:
         time.sleep(0.05)
 
 
-def stop_server(paths: SegmentPaths, client: str) -> None:
-    """Stop the server through the manager, or by ourselves if it is not the manager's."""
-    name = f"swap-{client}"
-    if paths.record("service", name).exists():
-        service.request(paths, {"op": "unsupervise", "name": name, "timeout_s": STOP_TIMEOUT_S})
-    process = server.running(paths, client)
-    if process is None:
-        return
-    # Never SIGKILL: requests under way are pages that a kernel waits for.
-    if not _ended(process, STOP_TIMEOUT_S):
-        raise AttachError(
-            f"the server of {client} (process {process.pid}) does not stop: disconnect its clients"
-        )
-
-
-def _ended(process: processes.Process, timeout_s: float) -> bool:
-    """Ask `process` to end (SIGTERM) and wait; whether it has ended within `timeout_s` seconds."""
-    descriptor = process.open_pidfd()
-    if descriptor is None:
-        return True
-    try:
-        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-        return bool(select.select([descriptor], [], [], timeout_s)[0])
-    except ProcessLookupError:
-        return True
-    finally:
-        os.close(descriptor)
-
-
 def _attach(
     paths: SegmentPaths,
     made: Export,
@@ -247,6 +174,10 @@ def _attach(
     show: Callable[[Sequence[Guard]], None],
     undo: contextlib.ExitStack,
 ) -> Export:
+    if attach.kernel_driver():
+        if not services.exists(paths, made.client, "standby"):
+            undo.callback(services.stop_server, paths, made.client, "standby")
+        services.start_server(paths, made, "standby")
     found = guards.inspect(paths, made)
     show(found)
     guards.require(found, local.force)
@@ -255,6 +186,10 @@ def _attach(
     made = attach.attach(paths, made)
     assert made.attachment is not None
     assert made.attachment.device is not None
+    if made.attachment.kind == "nbd":
+        if not services.exists(paths, made.client, "keeper"):
+            undo.callback(services.stop, paths, made.client, "keeper")
+        services.start_keeper(paths, made)
     if not swap.is_active(made.attachment.device):
         swap.on(made.attachment.device, local.priority, local.discard)
         made = dataclasses.replace(made, use=SwapUse(local.priority, local.discard))
@@ -266,6 +201,7 @@ def forget(paths: SegmentPaths, client: str) -> None:
     """Remove the record last: as long as it is there, the rest can be found."""
     for path in (
         server.report_path(paths, client),
+        server.report_path(paths, client, "standby"),
         Path(default_socket(paths, client)),
         attach.log_path(paths, client),
         paths.record("swap", client),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from tmem.backends import service
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, HandoffError, TmemError
-from tmem.nbd import export, lifecycle
+from tmem.nbd import export, lifecycle, services
 from tmem.nbd.export import Export
 
 
@@ -43,7 +43,7 @@ def leave(paths: SegmentPaths, device: Export) -> None:
     """Take away what serves `device` here; its client has gone already."""
     # The record first: a server that a service file starts again must not take the socket from the new one.
     paths.record("swap", device.client).unlink(missing_ok=True)
-    lifecycle.stop_server(paths, device.client)
+    services.stop_server(paths, device.client)
     lifecycle.forget(paths, device.client)
 
 

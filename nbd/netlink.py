@@ -1,11 +1,11 @@
-"""The kernel's nbd driver over generic netlink: connect, disconnect, status.
+"""The kernel's nbd driver over generic netlink: connect, reconnect, disconnect, status, and what it reports.
 
 Messages are built and taken apart by pure functions (`pack_message`, `parse_messages`), so that they can be
 compared byte for byte with linux/netlink.h, linux/genetlink.h and linux/nbd-netlink.h; `NbdControl` sends
-them. First form: a dead server is not handed a new socket yet (NBD_CMD_RECONFIGURE), but a dead connection
-parks requests for a day instead of failing them, which is what that will build on.
+them, `NbdEvents` receives. A dead connection parks requests for a day instead of failing them, until the
+device gets another (`NbdControl.reconnect`).
 
-A control belongs to one thread. Needs CAP_SYS_ADMIN.
+A control, and events, belong to one thread. Needs CAP_SYS_ADMIN.
 """
 
 import errno
@@ -27,8 +27,11 @@ _NLA_TYPE_MASK = 0x3FFF
 
 _CONTROL_FAMILY = 16
 _CTRL_CMD_GETFAMILY, _CTRL_ATTR_FAMILY_ID, _CTRL_ATTR_FAMILY_NAME = 3, 1, 2
+_CTRL_ATTR_MCAST_GROUPS, _CTRL_ATTR_MCAST_GRP_NAME, _CTRL_ATTR_MCAST_GRP_ID = 7, 1, 2
+_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1
+_EVENT_GROUP = "nbd_mc_group"
 
-CMD_CONNECT, CMD_DISCONNECT, CMD_STATUS = 1, 2, 5
+CMD_CONNECT, CMD_DISCONNECT, CMD_RECONFIGURE, CMD_LINK_DEAD, CMD_STATUS = 1, 2, 3, 4, 5
 ATTR_INDEX, ATTR_SIZE_BYTES, ATTR_BLOCK_SIZE_BYTES, ATTR_TIMEOUT = 1, 2, 3, 4
 ATTR_SERVER_FLAGS, ATTR_SOCKETS, ATTR_DEAD_CONN_TIMEOUT, ATTR_DEVICE_LIST = 5, 7, 8, 9
 _SOCK_ITEM, _SOCK_FD = 1, 1
@@ -93,6 +96,17 @@ def connect_attributes(descriptor: int, size_bytes: int, flags: int) -> list[byt
     ]
 
 
+def reconnect_attributes(index: int, descriptor: int) -> list[bytes]:
+    """Return the attributes of NBD_CMD_RECONFIGURE that give device `index` a socket for its dead one.
+
+    Neither size nor block size: changing those would freeze the queue, which waits for the dead connection.
+    """
+    return [
+        u32(ATTR_INDEX, index),
+        nested(ATTR_SOCKETS, [nested(_SOCK_ITEM, [u32(_SOCK_FD, descriptor)])]),
+    ]
+
+
 def parse_attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield (type, payload) of each attribute in `data`; ValueError if it is cut short."""
     offset = 0
@@ -130,6 +144,16 @@ def parse_status(attributes: dict[int, bytes]) -> dict[int, bool]:
     return devices
 
 
+def parse_group(attributes: dict[int, bytes], name: str) -> int | None:
+    """Return the number of the multicast group `name` in a reply to CTRL_CMD_GETFAMILY, None without it."""
+    for _, item in parse_attributes(attributes.get(_CTRL_ATTR_MCAST_GROUPS, b"")):
+        fields = dict(parse_attributes(item))
+        if fields.get(_CTRL_ATTR_MCAST_GRP_NAME, b"").rstrip(b"\0") == name.encode():
+            (number,) = struct.unpack("=I", fields[_CTRL_ATTR_MCAST_GRP_ID])
+            return int(number)
+    return None
+
+
 class NbdControl:
     """A netlink socket to the kernel's nbd driver; a context manager.
 
@@ -141,7 +165,9 @@ class NbdControl:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_GENERIC)
         try:
             self._socket.bind((0, 0))
-            self._family = self.family("nbd")
+            reply = self.family("nbd")
+            (self._family,) = struct.unpack("=H", reply[_CTRL_ATTR_FAMILY_ID])
+            self._events = parse_group(reply, _EVENT_GROUP)
         except BaseException:
             self._socket.close()
             raise
@@ -152,23 +178,37 @@ class NbdControl:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._socket.close()
 
-    def family(self, name: str) -> int:
-        """Return the number that the kernel gave to the generic netlink family `name`."""
+    def family(self, name: str) -> dict[int, bytes]:
+        """Return the attributes of the generic netlink family `name` (CTRL_CMD_NEWFAMILY)."""
         request = [attribute(_CTRL_ATTR_FAMILY_NAME, name.encode() + b"\0")]
         try:
-            reply = self._transact(_CONTROL_FAMILY, _CTRL_CMD_GETFAMILY, request)
+            return self._transact(_CONTROL_FAMILY, _CTRL_CMD_GETFAMILY, request)
         except FileNotFoundError:
             raise AttachError(
                 f"the kernel has no {name} driver: load it with modprobe {name}, or attach by nbdfuse"
             ) from None
-        (number,) = struct.unpack("=H", reply[_CTRL_ATTR_FAMILY_ID])
-        return int(number)
+
+    def events(self) -> "NbdEvents":
+        """Return the driver's reports from now on."""
+        if self._events is None:
+            raise AttachError(
+                "the kernel's nbd driver does not report dead connections: use Linux 4.12 or later"
+            )
+        return NbdEvents(self._events)
 
     def connect(self, connection: socket.socket, size_bytes: int, flags: int) -> int:
         """Give the kernel a socket that is past the handshake; the index of the device (0 for /dev/nbd0)."""
         attributes = connect_attributes(connection.fileno(), size_bytes, flags)
         (index,) = struct.unpack("=I", self._request(CMD_CONNECT, attributes)[ATTR_INDEX])
         return int(index)
+
+    def reconnect(self, index: int, connection: socket.socket) -> None:
+        """Give device `index` a socket past the handshake in the place of its dead one.
+
+        Without a dead one the kernel does nothing, and says nothing. AttachError if the device is not
+        connected.
+        """
+        self._request(CMD_RECONFIGURE, reconnect_attributes(index, connection.fileno()))
 
     def disconnect(self, index: int) -> None:
         """Disconnect a device; the kernel closes its sockets. A device that is not connected is left
@@ -200,3 +240,42 @@ class NbdControl:
                         raise OSError(message.errno, os.strerror(message.errno))
                     return collected
                 collected |= message.attributes
+
+
+class NbdEvents:
+    """The kernel's reports of dead connections; poll `fileno`, then call `dead`."""
+
+    def __init__(self, group: int) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_GENERIC)
+        try:
+            self._socket.bind((0, 0))
+            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+            self._socket.setblocking(False)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        """Return the descriptor, readable when there is a report."""
+        return self._socket.fileno()
+
+    def dead(self, index: int) -> bool:
+        """Take the reports that have come; whether one is, or may have been, of device `index`."""
+        found = False
+        while True:
+            try:
+                data = self._socket.recv(1 << 14)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                found = True  # reports were dropped
+                continue
+            for message in parse_messages(data):
+                if message.command == CMD_LINK_DEAD:
+                    found |= message.attributes.get(ATTR_INDEX) == struct.pack("=I", index)
+
+    def close(self) -> None:
+        """Give the reports up."""
+        self._socket.close()

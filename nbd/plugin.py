@@ -13,6 +13,7 @@ Threading: nbdkit calls the hot callbacks from all its threads at once, the rest
 thread of our own watches the client.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -66,6 +67,7 @@ class _Server:
     def attach(self) -> _native.Device:
         """Attach the segment, hold the client, and lock the memory of this process, which goes last: locks
         follow the mapping."""
+        guarded.outlive_parent()  # the manager may end or die: the servers stay
         path = self.parameters["segment"]
         try:
             self.segment = _native.attach(path)
@@ -101,7 +103,8 @@ class _Server:
                 "locked_bytes": report.locked_bytes,
                 "refused": list(report.refused),
             }
-            write_json(Path(self.parameters["report"]), document)
+            with contextlib.suppress(OSError):  # no room on the tmpfs: to serve matters more
+                write_json(Path(self.parameters["report"]), document)
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -1,8 +1,11 @@
 """The launcher: from an export's record to a running nbdkit.
 
-``python -m tmem.nbd.server DIRECTORY NAME CLIENT`` reads the record, sets what must be set before the first
-thread exists, and becomes nbdkit in the foreground. The manager runs exactly this, and again whenever it
-dies, so it must need nothing but the record. ``tmem swap serve`` ends here too.
+``python -m tmem.nbd.server DIRECTORY NAME CLIENT [standby]`` reads the record, sets what must be set before
+the first thread exists, and becomes nbdkit in the foreground. The manager runs exactly this, and again
+whenever it dies, so it must need nothing but the record. ``tmem swap serve`` ends here too.
+
+A device that is attached here has two servers, the second on a socket of its own: all that they know is in
+the segment, so either may serve at any moment, and when one dies the other is there, warm.
 
 Not for supervision (`tmem.backends.manager`). Single-threaded until the exec.
 """
@@ -14,10 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
-from tmem.backends import guarded
+from tmem.backends import groups, guarded
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import AttachError, TmemError
@@ -37,17 +41,31 @@ side in both: where many CPUs swap out at once, use several.
 
 PLUGIN = Path(__file__).with_name("plugin.py")
 
+Role = Literal["swap", "standby"]
+"""Which of a device's servers: the first, or the second. Its service and its files are called ROLE-CLIENT."""
 
-def report_path(paths: SegmentPaths, client: str) -> Path:
+
+def report_path(paths: SegmentPaths, client: str, role: Role = "swap") -> Path:
     """Return the file in which a running server says who it is and what it could lock."""
-    return paths.state / f"swap-{client}.server"
+    return paths.state / f"{role}-{client}.server"
 
 
-def arguments(paths: SegmentPaths, export: Export, threads: int = THREADS, model: str = MODEL) -> list[str]:
+def as_served(paths: SegmentPaths, export: Export, role: Role) -> Export:
+    """Return `export` with the address at which that server of it listens."""
+    if role == "swap":
+        return export
+    socket = str(paths.state / f"{role}-{export.client}.sock")
+    return replace(export, unix=socket, tcp=None, tls_psk=None, tls_user=None)
+
+
+def arguments(
+    paths: SegmentPaths, export: Export, threads: int = THREADS, model: str = MODEL, role: Role = "swap"
+) -> list[str]:
     """Return the command line of nbdkit for `export`.
 
     `threads` workers per connection and the thread model are parameters for measurement only.
     """
+    export = as_served(paths, export, role)
     argv = [find_nbdkit(), "-f", "-t", str(threads)]
     if export.tcp is None:
         argv += ["-U", str(export.unix)]
@@ -63,7 +81,7 @@ def arguments(paths: SegmentPaths, export: Export, threads: int = THREADS, model
         f"segment={paths.segment}",
         f"client={export.client}",
         f"size={export.size_bytes}",
-        f"report={report_path(paths, export.client)}",
+        f"report={report_path(paths, export.client, role)}",
         f"model={model}",
     ]
 
@@ -111,27 +129,29 @@ def check_python(dump: str | None = None) -> None:
         )
 
 
-def command(paths: SegmentPaths, client: str) -> list[str]:
+def command(paths: SegmentPaths, client: str, role: Role = "swap") -> list[str]:
     """Return the command that serves `client` in the foreground, for the manager and for service files."""
-    return [sys.executable, "-m", "tmem.nbd.server", str(paths.directory), paths.name, client]
+    words = [sys.executable, "-m", "tmem.nbd.server", str(paths.directory), paths.name, client]
+    return words if role == "swap" else [*words, role]
 
 
-def serve(paths: SegmentPaths, export: Export) -> NoReturn:
+def serve(paths: SegmentPaths, export: Export, role: Role = "swap") -> NoReturn:
     """Become the server of `export`. Raises `TmemError` if it cannot be started."""
     check_python()
-    if running(paths, export.client) is not None:
+    if running(paths, export.client, role) is not None:
         raise AttachError(
             f"the server of {export.client} runs already: stop it first, or leave it to the manager"
         )
     _check_client(paths, export.client)
-    if export.unix is not None:
+    if (socket := as_served(paths, export, role).unix) is not None:
         # A killed server leaves its socket, and nbdkit does not bind to a name that exists.
-        Path(export.unix).unlink(missing_ok=True)
+        Path(socket).unlink(missing_ok=True)
     if export.tls_psk is not None and not os.access(export.tls_psk, os.R_OK):
         raise AttachError(f"the file of pre-shared keys {export.tls_psk} cannot be read: see --tls-psk")
-    argv = arguments(paths, export)
+    argv = arguments(paths, export, role=role)
     os.umask(0o077)
     os.chdir("/")
+    groups.enter()  # of a server that the manager did not start
     guarded.set_guards(export.realtime)
     os.execve(argv[0], argv, environment(os.environ))
 
@@ -151,9 +171,9 @@ def _check_client(paths: SegmentPaths, client: str) -> None:
         store.close()
 
 
-def running(paths: SegmentPaths, client: str) -> Process | None:
+def running(paths: SegmentPaths, client: str, role: Role = "swap") -> Process | None:
     """Return the server process of `client`, None if none runs."""
-    report = read_report(paths, client)
+    report = read_report(paths, client, role)
     if report is None:
         return None
     pid, start_ticks = report.get("pid"), report.get("start_ticks")
@@ -180,10 +200,10 @@ def connections(paths: SegmentPaths, export: Export) -> int:
     return max(0, sum(str(found.laddr) == export.unix for found in sockets) - 1)
 
 
-def read_report(paths: SegmentPaths, client: str) -> dict[str, object] | None:
+def read_report(paths: SegmentPaths, client: str, role: Role = "swap") -> dict[str, object] | None:
     """Return what the last server of `client` said of itself, None if it said nothing."""
     try:
-        document = json.loads(report_path(paths, client).read_text(encoding="utf-8"))
+        document = json.loads(report_path(paths, client, role).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
@@ -212,13 +232,12 @@ def wait_ready(export: Export, timeout_s: float = 15.0) -> handshake.ExportInfo 
 
 
 def _main(argv: list[str]) -> None:
-    try:
-        directory, name, client = argv
-    except ValueError:
-        raise SystemExit("usage: python -m tmem.nbd.server DIRECTORY NAME CLIENT") from None
+    if len(argv) not in (3, 4) or argv[3:] not in ([], *([role] for role in get_args(Role))):
+        raise SystemExit("usage: python -m tmem.nbd.server DIRECTORY NAME CLIENT [standby]")
+    directory, name, client = argv[:3]
     paths = SegmentPaths(name, Path(directory))
     try:
-        serve(paths, load(paths, client))
+        serve(paths, load(paths, client), "standby" if argv[3:] == ["standby"] else "swap")
     except (TmemError, OSError) as error:
         raise SystemExit(f"tmem: {error}") from None
 

@@ -32,7 +32,8 @@ class Finding:
     """One thing that was looked at."""
 
     group: str
-    """``program``, ``kernel``, ``privilege``, ``segment`` or ``guard``."""
+    """``program``, ``kernel``, ``privilege``, ``segment``, ``guard`` (of devices that this machine swaps to),
+    or without such a device ``local swap``: what it would need."""
     name: str
     """What was looked at."""
     state: str
@@ -95,9 +96,13 @@ def _kernel() -> Iterator[Finding]:
             "kernel", "fuse", MISSING, "/dev/fuse cannot be opened; mounts need it", "modprobe fuse"
         )
     if _has_nbd_driver():
-        yield Finding("kernel", "nbd driver", OK, "attaches swap devices")
+        yield Finding(
+            "kernel", "nbd driver", OK, "attaches swap devices, and keeps requests while a server is away"
+        )
     else:
-        detail = "none; swap devices attach through nbdfuse and a loop device"
+        detail = (
+            "none; swap devices attach through nbdfuse and a loop device, and do not outlive their server"
+        )
         yield Finding("kernel", "nbd driver", NOTE, detail, "modprobe nbd, if this kernel has the module")
     if Path("/dev/loop-control").exists():
         yield Finding("kernel", "loop devices", OK, "/dev/loop-control")
@@ -203,15 +208,21 @@ def _services(paths: SegmentPaths) -> list[str] | None:
 
 
 def _guards(paths: SegmentPaths) -> Iterator[Finding]:
-    """Yield the guards of every device that this machine itself swaps to; others need none."""
+    """Yield the guards of every device that this machine itself swaps to, or what it would need to do so.
+
+    Devices that others swap to need none.
+    """
     try:
         found = guards.report(paths)
     except TmemError as error:
         yield Finding("guard", "records", MISSING, str(error), f"look into {paths.state}")
         return
+    group = "guard"
+    if not found:
+        group, found = "local swap", guards.prospect(paths)
     for guard in found:
         state = OK if guard.state is guards.State.ON else NOTE
-        yield Finding("guard", guard.name, state, f"{guard.state}: {guard.why}", guard.remedy)
+        yield Finding(group, guard.name, state, f"{guard.state}: {guard.why}", guard.remedy)
 
 
 def _has_nbd_driver() -> bool:

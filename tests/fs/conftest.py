@@ -15,9 +15,10 @@ import pytest
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError
 from tmem.fs import mounts
-from tmem.fs.mount import daemonise
+from tmem.fs.mount import SUCCESSOR, daemonise
 from tmem.fs.options import MountOptions
-from tmem.fs.statistics import MountStatistics
+from tmem.fs.plan import Successor
+from tmem.fs.statistics import MountStatistics, RestartStatus
 
 
 @dataclass
@@ -35,6 +36,9 @@ class Place:
     def umount(self) -> None:
         mounts.umount(str(self.point))
 
+    def restart(self) -> RestartStatus:
+        return mounts.restart(str(self.point))
+
     def kill(self) -> None:
         """Kill the daemon as a crash would, and wait until it is gone."""
         os.kill(self.pid, signal.SIGKILL)
@@ -51,17 +55,22 @@ Mounter = Callable[..., Place]
 
 @pytest.fixture
 def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
-    """A function that mounts: ``mounter(options="", lower=..., point=...)``."""
+    """A function that mounts: ``mounter(options="", lower=..., point=..., successor=...)``."""
     places: list[Place] = []
 
-    def mount(options: str = "", lower: Path | None = None, point: Path | None = None) -> Place:
+    def mount(
+        options: str = "",
+        lower: Path | None = None,
+        point: Path | None = None,
+        successor: Successor = SUCCESSOR,
+    ) -> Place:
         lower = lower or tmp_path / "lower"
         point = point or tmp_path / "mount"
         lower.mkdir(exist_ok=True)
         if mounts.top_mount(str(point)) is None:
             point.mkdir(exist_ok=True)
         parsed = MountOptions.parse([options], str(point))
-        pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of("default"))
+        pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of("default"), successor)
         places.append(Place(lower, point, pid))
         return places[-1]
 

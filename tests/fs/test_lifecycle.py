@@ -193,6 +193,8 @@ try:
     open("mount/file", "w").write("text")
     assert open("lower/file").read() == "text"
     file = open("mount/file")
+    assert run(["mount", "--restart", "mount"]) == 0
+    assert file.read(2) == "te"
     assert run(["umount", "mount"]) == 1
     file.close()
 finally:

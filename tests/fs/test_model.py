@@ -1,8 +1,8 @@
 """Random operations on a mount with a pool, against a plain directory as the model.
 
 Each rule does the same to the mount and to the model and compares results or errors; some rules change the
-lower directory underneath, or the mode of the client. After every step all files and their attributes are the
-same. Also with two mounts that share a pool, each operation on one of them.
+lower directory underneath, the mode of the client, or the daemon's code. After every step all files and their
+attributes are the same. Also with two mounts that share a pool, each operation on one of them.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -161,6 +162,14 @@ class Mount(RuleBasedStateMachine):
                 assert outcome(lambda root: shown(root / name), place.point) == expected  # noqa: B023
 
 
+class RestartedMount(Mount):
+    """The same, and now and then the daemon's code is replaced, whatever is open."""
+
+    @rule(number=st.integers(0, 1))
+    def restart(self, number: int) -> None:
+        self.places[number % len(self.places)].restart()
+
+
 def outcome(operation: Callable[[Path], object], root: Path) -> object:
     """Return what the operation returned, or the errno that it failed with."""
     try:
@@ -205,6 +214,13 @@ def test_the_mount_behaves_as_a_plain_directory(segment: "_native.Segment", moun
     run(segment, [mounter("timeout=0,client=web1")])
 
 
+@pytest.mark.slow
+def test_restarts_do_not_show(segment: "_native.Segment", mounter: Mounter) -> None:
+    place = mounter("timeout=0,client=web1")
+    run(segment, [place], RestartedMount, examples=10)
+    assert place.restart().count > 3
+
+
 def test_mounts_on_a_shared_pool_behave_as_one_plain_directory(
     segment: "_native.Segment", mounter: Mounter, tmp_path: Path
 ) -> None:
@@ -216,13 +232,15 @@ def test_mounts_on_a_shared_pool_behave_as_one_plain_directory(
     run(segment, places)
 
 
-def run(segment: "_native.Segment", places: list[Place]) -> None:
+def run(
+    segment: "_native.Segment", places: list[Place], machine: type[Mount] = Mount, examples: int = 20
+) -> None:
     Mount.places = places
     Mount.clients = [segment.client(f"web{number + 1}", create=False) for number in range(len(places))]
     run_state_machine_as_test(
-        Mount,
+        machine,
         settings=settings(
-            max_examples=20,
+            max_examples=examples,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

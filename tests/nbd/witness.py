@@ -114,7 +114,7 @@ class Witness:
                         self.longest_s = max(self.longest_s, time.monotonic() - last)
                         last = time.monotonic()
         except nbd.Error:
-            if handle.aio_is_ready():
+            if not (handle.aio_is_dead() or handle.aio_is_closed()):
                 raise  # an answer that is an error, not a connection that broke
             return [*waiting, *under_way.values()]
 

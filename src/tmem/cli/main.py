@@ -28,6 +28,7 @@ class Entry:
 COMMANDS = {
     "start": Entry("tmem.cli.service", "start", "Create the segment if absent and run the manager service."),
     "stop": Entry("tmem.cli.service", "stop", "Stop the manager; pages and servers stay."),
+    "restart": Entry("tmem.cli.restart", "restart", "Go on with the installed version, while all is in use."),
     "swap": Entry("tmem.cli.swap", "swap", "Add, serve and remove swap devices."),
     "mount": Entry("tmem.cli.mount", "mount", "Mount a directory through the precache."),
     "umount": Entry("tmem.cli.mount", "umount", "Unmount such a directory."),
@@ -46,7 +47,10 @@ COMMANDS = {
     "restore": Entry("tmem.cli.save", "restore", "Make the clients of such a file."),
     "handoff": Entry("tmem.cli.save", "handoff", "Move a working client to another segment."),
     "receive": Entry("tmem.cli.save", "receive", "Take such a client; run by handoff."),
+    "contain": Entry("tmem.cli.contain", "contain", "Limit everything else, so that local swap cannot hang."),
+    "watermarks": Entry("tmem.cli.contain", "watermarks", "Let the kernel keep more memory free."),
     "doctor": Entry("tmem.cli.doctor", "doctor", "Check the machine, the segment and the manager."),
+    "install": Entry("tmem.cli.install", "install", "Write unit files for systemd and the mount helper."),
 }
 """Every command, in the order of the overview."""
 

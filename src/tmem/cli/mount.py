@@ -11,6 +11,7 @@ import click
 
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.context import segment_name
+from tmem.errors import AttachError
 
 _OPTIONS_HELP = (
     "Mount options, comma-separated: client=NAME, shared=UUID, cache=auto|direct|kernel, "
@@ -18,25 +19,65 @@ _OPTIONS_HELP = (
 )
 
 
-@click.command()
-@click.argument("lower", type=click.Path())
-@click.argument("mountpoint", type=click.Path())
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("places", nargs=-1, type=click.Path(), metavar="LOWER MOUNTPOINT")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help=_OPTIONS_HELP)
 @click.option("-f", "--foreground", is_flag=True, help="Serve the mount in the foreground.")
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Have the daemons of the given MOUNTPOINTs go on with the code that is installed now.",
+)
+@click.option("--all", "everything", is_flag=True, help="With --restart: of all mounts.")
 @click.pass_context
 def mount(
-    ctx: click.Context, lower: str, mountpoint: str, options: tuple[str, ...], foreground: bool
-) -> None:
-    """Mount LOWER on MOUNTPOINT through the precache; comes back when the mount answers."""
+    ctx: click.Context,
+    places: tuple[str, ...],
+    options: tuple[str, ...],
+    foreground: bool,
+    restart: bool,
+    everything: bool,
+) -> int:
+    """Mount LOWER on MOUNTPOINT through the precache; comes back when the mount answers.
+
+    After an upgrade, 'tmem mount --restart MOUNTPOINT...' (or --restart --all) replaces the code of daemons
+    while files are open: programs that use them wait for a moment. Where the new code cannot take over, the
+    old one goes on.
+    """
+    if restart:
+        if options or foreground or bool(places) == everything:
+            raise click.UsageError("--restart takes mount points, or --all, and nothing else")
+        return _restart(places)
+    if everything or len(places) != 2:
+        raise click.UsageError("name two directories: LOWER and MOUNTPOINT")
     from tmem.fs import mount as life
     from tmem.fs.options import MountOptions
 
+    lower, mountpoint = places
     paths = SegmentPaths.of(segment_name(ctx))
     parsed = MountOptions.parse(options, mountpoint)
     if foreground:
         life.run(lower, mountpoint, parsed, paths)
     else:
         life.daemonise(lower, mountpoint, parsed, paths)
+    return 0
+
+
+def _restart(places: tuple[str, ...]) -> int:
+    """Restart the daemons of `places` (none: of all mounts), one after the other; the exit status."""
+    from tmem.fs import mounts
+
+    failed = False
+    for place in places or dict.fromkeys(
+        mount.mountpoint for mount in mounts.mounts() if mount.kind == mounts.KIND
+    ):
+        try:
+            pause_ms = mounts.restart(place).pause_ns / 1e6
+            click.echo(f"{place}: restarted, requests waited {pause_ms:.0f} ms")
+        except AttachError as error:  # the others are none the worse
+            click.echo(f"tmem: {error}", err=True)
+            failed = True
+    return int(failed)
 
 
 @click.command()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import sys
 import time
 from contextlib import closing, suppress
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tmem.backends import processes, segment, service
+from tmem.backends import guarded, processes, segment, service
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.clients import departed_error, find_client, require_one
 from tmem.cli.context import segment_name, size_option
@@ -39,22 +40,29 @@ _ROUNDING_BYTES = 4 << 20
     help="Bound of the segment, such as 2G. Default: half of the RAM.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the manager answers.")
+@click.option("--realtime", is_flag=True, help="Run it, and all that it starts, under SCHED_RR.")
+@click.option("--launched", is_flag=True, hidden=True, help="What the process sets for itself is set.")
 @click.pass_context
-def start(ctx: click.Context, memory: int | None, detach: bool) -> None:
+def start(ctx: click.Context, memory: int | None, detach: bool, realtime: bool, launched: bool) -> None:
     """Create the segment if absent, and run the manager service in the foreground."""
     paths = SegmentPaths.of(segment_name(ctx))
-    opened = _open_segment(paths, memory)
-    with closing(opened):
-        size = format_size(opened.memory_bytes)
-        if not detach:
-            from tmem.backends import manager
+    if detach:
+        _start_detached(paths, memory, realtime)
+        return
+    if not launched:
+        # Memory is charged to the group in which it is touched first, and threads inherit the guards.
+        guarded.become([*_command(paths, memory, realtime), "--launched"], realtime)
+    with closing(_open_segment(paths, memory)) as opened:
+        from tmem.backends import manager
 
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
-            manager.run(paths, opened)
-            return
-    pid, fresh = _start_detached(paths)
-    state = "runs" if fresh else "runs already"
-    click.echo(f"manager of segment {paths.name!r} ({size}) {state}, pid {pid}")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
+        if realtime and not _realtime(os.getpid()):
+            logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
+        renewed = manager.run(paths, opened)
+    if renewed:
+        # The same process: whoever watches over it (a service file, a test) sees no end of it.
+        argv = [*_command(paths, memory, realtime), "--launched"]
+        os.execv(argv[0], argv)
 
 
 @click.command()
@@ -107,23 +115,55 @@ def _open_segment(paths: SegmentPaths, memory: int | None) -> "_native.Segment":
     return opened
 
 
-def _start_detached(paths: SegmentPaths) -> tuple[int, bool]:
-    """Start the manager in a session of its own unless one runs; return its pid and whether it is new."""
-    with suppress(ServiceError):
-        return _ping(paths), False
+def _start_detached(paths: SegmentPaths, memory: int | None, realtime: bool) -> None:
+    """Start the manager in a session of its own unless one runs, and say so."""
+    if segment.exists(paths.name):
+        _open_segment(paths, memory).close()  # what is wrong with it is said here
+    try:
+        pid, state = _ping(paths), "runs already"
+    except ServiceError:
+        pid, state = _launch(paths, _command(paths, memory, realtime)), "runs"
+    if realtime and not _realtime(pid):
+        raise ServiceError(
+            f"the manager (pid {pid}) {state}, but not under SCHED_RR: 'tmem --name {paths.name} stop', "
+            "then start it with CAP_SYS_NICE, or LimitRTPRIO=1"
+        )
+    with closing(segment.attach(paths.name)) as opened:
+        size = format_size(opened.memory_bytes)
+    click.echo(f"manager of segment {paths.name!r} ({size}) {state}, pid {pid}")
+
+
+def _launch(paths: SegmentPaths, argv: list[str]) -> int:
+    """Start the manager, which makes the segment if need be, and return its pid once it answers."""
+    segment.prepare_runtime_dir()
+    segment.prepare_state_dir(paths)
     output = paths.state / "manager.log"
-    argv = [sys.executable, "-P", "-m", "tmem", "--name", paths.name, "start"]
     child = processes.spawn(argv, os.environ, output)
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(ServiceError):
-            return _ping(paths), True
+            return _ping(paths)
         if processes.reap(child) is not None:
             break
         time.sleep(0.02)
-    raise ServiceError(
-        processes.last_line(output).partition("tmem: ")[2] or f"the manager failed: see {output}"
-    )
+    said = processes.last_line(output).partition("tmem: ")[2]
+    if not segment.exists(paths.name):
+        shutil.rmtree(paths.state, ignore_errors=True)
+    raise ServiceError(said or f"the manager failed: see {output}")
+
+
+def _command(paths: SegmentPaths, memory: int | None, realtime: bool) -> list[str]:
+    """Return the command that runs the manager in the foreground."""
+    size = [] if memory is None else ["--memory", str(memory)]
+    return [
+        *(sys.executable, "-P", "-m", "tmem", "--name", paths.name, "start"),
+        *size,
+        *(["--realtime"] if realtime else []),
+    ]
+
+
+def _realtime(pid: int) -> bool:
+    return os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_RR, os.SCHED_FIFO)
 
 
 def _ping(paths: SegmentPaths) -> int:

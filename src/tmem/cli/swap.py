@@ -61,8 +61,8 @@ def add(
         raise click.UsageError("give either --unix or --tcp")
     if tls_psk is not None and tcp is None:
         raise click.UsageError("--tls-psk goes with --tcp")
-    if tls_psk is not None and local:
-        raise click.UsageError("TLS and local swap do not mix: leave out --tls-psk or --attach")
+    if tcp is not None and local:
+        raise click.UsageError("a device of this machine is for nobody else: leave out --tcp or --attach")
     if not local and (priority is not None or force):
         raise click.UsageError("--priority and --force go with --attach")
     # Imported here so that `tmem --help` stays quick.

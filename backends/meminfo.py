@@ -1,0 +1,26 @@
+"""The machine's memory as /proc/meminfo has it. Any thread."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Memory:
+    """RAM in all, and what could be had without swapping; bytes."""
+
+    total_bytes: int
+    available_bytes: int
+
+    @property
+    def taken_bytes(self) -> int:
+        """What cannot be had: programs, the kernel, and what it keeps free for itself."""
+        return max(self.total_bytes - self.available_bytes, 0)
+
+
+def read(proc: Path = Path("/proc")) -> Memory:
+    """Read it."""
+    numbers = {}
+    for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        numbers[name] = int(value.split()[0]) << 10
+    return Memory(numbers["MemTotal"], numbers.get("MemAvailable", 0))

@@ -1,0 +1,59 @@
+"""The daemon's memory is locked, and no more of it than it uses."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Mounter, Place
+
+
+def kilobytes(place: Place, field: str) -> int:
+    """Return a value of the daemon's status."""
+    text = Path(f"/proc/{place.pid}/status").read_text()
+    return int(dict(line.split(":", 1) for line in text.splitlines())[field].split()[0])
+
+
+@pytest.fixture
+def locked(mounter: Mounter, root: None) -> Place:
+    """A mount without a segment, whose daemon may lock its memory."""
+    place = mounter("timeout=0")
+    if not kilobytes(place, "VmLck"):
+        pytest.skip("needs CAP_IPC_LOCK")
+    return place
+
+
+def test_all_that_is_resident_is_locked_also_after_a_restart(locked: Place) -> None:
+    for _ in range(2):
+        assert kilobytes(locked, "VmLck") > kilobytes(locked, "VmRSS") - 4096  # pages of no mapping of ours
+        assert kilobytes(locked, "VmRSS") < 100_000
+        locked.restart()
+
+
+def test_a_segment_that_appears_is_not_filled_by_locking_it(
+    locked: Place, runtime_dir: Path, eventually: Callable[..., None]
+) -> None:
+    from tmem.backends import _native
+
+    path = runtime_dir / "default"
+    _native.create(str(path), 256 << 20).close()
+    before = path.stat().st_blocks
+    (locked.lower / "file").write_bytes(os.urandom(100_000))
+    # Looked for once a second, at reads and opens.
+    eventually(lambda: (locked.point / "file").read_bytes() and locked.statistics().hit_pages > 0)
+    assert (path.stat().st_blocks - before) * 512 < 4 << 20
+    assert kilobytes(locked, "VmRSS") < 100_000
+
+
+def test_threads_have_small_stacks(locked: Place) -> None:
+    (locked.lower / "file").write_bytes(bytes(100_000))
+    (locked.point / "file").read_bytes()
+    with (locked.point / "file").open("rb+") as file:
+        file.write(b"x")
+        os.fsync(file.fileno())  # by a worker thread
+    assert len(list(Path(f"/proc/{locked.pid}/task").iterdir())) > 1
+    maps = Path(f"/proc/{locked.pid}/maps").read_text().splitlines()
+    sizes = [int(end, 16) - int(start, 16) for start, end in (line.split()[0].split("-") for line in maps)]
+    assert 8 << 20 not in sizes
+    assert 512 << 10 in sizes

@@ -1,0 +1,169 @@
+"""New code that cannot take over a mount does not get it: the old code goes on and says why."""
+
+import fcntl
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tmem.errors import AttachError
+from tmem.fs import state
+from tmem.fs.plan import Successor
+
+from .conftest import Mounter, Place
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+TAKE_OVER = "import sys; from tmem.fs.takeover import main; sys.exit(main(sys.argv[1:]))"
+
+
+class NewCode:
+    """A program that is the new code of a mount, and can be changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, *lines: str) -> None:
+        """Make it a shell script; ``$python`` is the interpreter."""
+        partial = self.path.with_suffix(".new")
+        partial.write_text("\n".join(["#!/bin/sh", f"python='{sys.executable}'", *lines]) + "\n")
+        partial.chmod(0o755)
+        partial.replace(self.path)
+
+    def python(self, *lines: str) -> None:
+        """Make it ours, with `lines` of Python run first."""
+        script = "; ".join([*lines, TAKE_OVER])
+        self.write(f'exec "$python" -P -c "{script}" "$@"')
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> NewCode:
+    return NewCode(tmp_path / "code")
+
+
+@pytest.fixture
+def place(mounter: Mounter, code: NewCode) -> Place:
+    return mounter(successor=Successor((str(code.path),), drain_seconds=0.5))
+
+
+def goes_on(place: Place, code: NewCode, message: str) -> None:
+    """Show that a restart fails with `message`, that nothing has suffered, and that good code can follow."""
+    (place.lower / "file").write_text("0123456789")
+    with (place.point / "file").open("r+") as file:
+        assert file.read(3) == "012"
+        with pytest.raises(AttachError, match=f"^{place.point} goes on as before: .*{message}") as raised:
+            place.restart()
+        assert "\n" not in str(raised.value)
+        assert os.pread(file.fileno(), 10, 0) == b"0123456789"
+        (place.point / "other").write_text("other")
+        code.python()
+        status = place.restart()
+        assert (status.count, status.attempts, status.failure, status.pid) == (1, 2, "", place.pid)
+        assert file.read() == "3456789"
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_code_that_cannot_be_imported(place: Place, code: NewCode) -> None:
+    code.write('exec "$python" -c "import nothing_of_this_name"')
+    goes_on(place, code, "cannot take over: ModuleNotFoundError: No module named 'nothing_of_this_name'")
+
+
+def test_code_that_is_not_there(place: Place, code: NewCode) -> None:
+    goes_on(place, code, "cannot take over: .*: No such file or directory")
+
+
+def test_code_that_dies(place: Place, code: NewCode) -> None:
+    code.write("kill -9 $$")
+    goes_on(place, code, "cannot take over: it ended with status -9")
+
+
+def test_code_of_another_format(place: Place, code: NewCode) -> None:
+    code.python("import tmem.fs.state as state", "state.FORMAT = 1000")
+    goes_on(place, code, "the mount's state has format 1, the new code reads 1000: unmount and mount again")
+
+
+def test_code_that_speaks_otherwise_to_the_kernel(place: Place, code: NewCode) -> None:
+    code.python("import tmem.fs.overlay as overlay", "overlay.Overlay.enable_acl = False")
+    goes_on(place, code, "its libfuse speaks otherwise to the kernel: unmount and mount again")
+
+
+def test_code_that_cannot_read_the_segment(
+    place: Place, code: NewCode, segment: "_native.Segment", eventually: Callable[..., None]
+) -> None:
+    eventually(lambda: place.statistics().pool_active)
+    code.write(
+        f'printf x | dd of="{segment.path}" conv=notrunc bs=1 count=1 status=none',
+        f'"$python" -P -c "{TAKE_OVER}" "$@"',
+        "status=$?",
+        f'printf t | dd of="{segment.path}" conv=notrunc bs=1 count=1 status=none',
+        "exit $status",
+    )
+    first = Path(segment.path).read_bytes()[:1]
+    assert first == b"t"
+    goes_on(place, code, "segment")
+
+
+def test_exec_that_fails(place: Place, code: NewCode) -> None:
+    code.write('[ "$1" = --check ] || exit 9', f'"$python" -P -c "{TAKE_OVER}" "$@" && rm "{code.path}"')
+    goes_on(place, code, f"cannot run {code.path}: No such file or directory")
+
+
+def test_requests_that_take_too_long(place: Place, code: NewCode) -> None:
+    """Truncation of the lower file waits for a lease that is ours."""
+    code.python()
+    (place.lower / "file").write_text("0123456789")
+    (place.lower / "other").write_text("other")
+    with (place.lower / "file").open() as lease:
+        fcntl.fcntl(lease, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        script = "import os, sys; os.truncate(sys.argv[1], 5)"
+        command = [sys.executable, "-c", script, str(place.point / "file")]
+        with subprocess.Popen(command) as truncating:
+            try:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    truncating.wait(1)
+                with pytest.raises(AttachError, match=r"requests took longer than 0\.5 s: try again later"):
+                    place.restart()
+                assert (place.point / "other").read_text() == "other"
+                fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                assert truncating.wait(20) == 0
+            finally:
+                truncating.kill()
+    assert place.restart().count == 1
+    assert (place.point / "file").read_text() == "01234"
+
+
+def test_states_that_are_refused() -> None:
+    content = {"plan": "plain"}
+    good = struct.pack("<8sI4x", b"tmemfuse", state.FORMAT) + pickle.dumps(content)
+    assert load(good) == content
+    for wrong, message in (
+        (b"", "no state of a mount"),
+        (b"x" * 100, "no state of a mount"),
+        (
+            struct.pack("<8sI4x", b"tmemfuse", state.FORMAT + 1) + good[16:],
+            "has format 2, the new code reads 1",
+        ),
+        (good[:-3], "cannot be read"),
+        (good[:16] + pickle.dumps(Path("/")), "it refers to pathlib"),
+    ):
+        with pytest.raises(AttachError, match=message):
+            load(wrong)
+
+
+def load(content: bytes) -> object:
+    descriptor = os.memfd_create("test")
+    try:
+        os.write(descriptor, content)
+        return state.load(descriptor)
+    finally:
+        os.close(descriptor)
