@@ -26,7 +26,7 @@ from tmem.nbd import handshake, swap
 from tmem.nbd.export import Attachment, Export
 from tmem.nbd.netlink import NbdControl
 
-TIMEOUT_S = 15.0
+TIMEOUT_S = 60.0
 _WARM_BYTES = 128 << 10
 _WARM_THREADS = 16
 _IO_TIMEOUT_MS = 2000

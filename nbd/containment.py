@@ -20,6 +20,9 @@ Manager 21 MiB and each of two servers 13 MiB (anonymous memory, user-mode-linux
 of code that they share, all of it locked.
 """
 
+OURS = ("tmem", "tmem.slice")
+"""Our own groups, without systemd and with it."""
+
 EXEMPT = ("init.scope",)
 """Groups without a limit that are no trouble: systemd keeps nothing but process 1 there."""
 
@@ -49,7 +52,9 @@ def examine(
     stray = set(cgroup.user_processes(root, recursive=False, proc=proc))
     for group in sorted(path for path in root.iterdir() if path.is_dir()):
         members = set(cgroup.user_processes(group, recursive=True, proc=proc))
-        if group.name in own:
+        if group.name in OURS:
+            continue  # whoever puts a process there says that it belongs to us
+        if group.name in own and cgroup.limit_of(group) is None:
             stray |= members
         elif members and group.name not in EXEMPT:
             limit = cgroup.limit_of(group)

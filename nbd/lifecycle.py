@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tmem.backends import clients, segment
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, PoolError, TmemError
-from tmem.nbd import attach, export, guards, server, services, swap
+from tmem.nbd import attach, export, guards, room, server, services, swap
 from tmem.nbd.export import Export, SwapUse
 from tmem.nbd.guards import Guard
 from tmem.types import PAGE_SIZE, format_size
@@ -80,16 +80,22 @@ def add(
 
 
 def remove(
-    paths: SegmentPaths, client: str, progress: Callable[[int], None] = lambda left_bytes: None
+    paths: SegmentPaths,
+    client: str,
+    progress: Callable[[int], None] = lambda left_bytes: None,
+    force: bool = False,
 ) -> None:
     """Take the swap device of `client` away: swapoff, detach, stop the server, drop the pool, forget it.
 
     `progress` gets the bytes that swapoff has still to bring back. Safe to repeat after a failure. Raises
-    `TmemError`, also while somebody else is connected to the server.
+    `TmemError`, also while somebody else is connected to the server, and, without `force`, where RAM or the
+    limit of a control group does not suffice for what comes back: the kernel would kill processes.
     """
     with exclusive(paths, client):
         made = export.load(paths, client)
         if made.attachment is not None and made.attachment.device is not None:
+            if not force:
+                _check_room(client, made.attachment.device)
             swap.off(made.attachment.device, progress)
         services.stop(paths, client, "keeper")
         made = attach.detach(paths, made)
@@ -153,6 +159,15 @@ def _drop_pool(store: "_native.Segment", made: Export) -> None:
         if made.reserve:
             owner.floor_bytes = 0
         clients.end_if_unused(owner)
+
+
+def _check_room(client: str, device: str) -> None:
+    used = swap.entry(device)
+    if used is not None and used.used_bytes and (reasons := room.lacking(used.used_bytes)):
+        raise AttachError(
+            f"{client} holds {format_size(used.used_bytes)} that would come back, and {'; '.join(reasons)}: "
+            "free memory or raise the limits first, or insist with --force"
+        )
 
 
 def _check_unused(paths: SegmentPaths, made: Export) -> None:

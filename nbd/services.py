@@ -17,7 +17,8 @@ from tmem.nbd import keeper, server
 from tmem.nbd.export import Export
 from tmem.nbd.server import Role
 
-START_TIMEOUT_S = 15.0
+START_TIMEOUT_S = 60.0
+"""A server needs a third of a second; a machine that boots, or has no memory left, gives it much less."""
 STOP_TIMEOUT_S = 60.0
 _HOPELESS_STARTS = 3
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "TMEM_RUNTIME_DIR")

@@ -3,6 +3,8 @@
 Thin over util-linux and /proc; knows nothing of NBD. Any thread; needs root but for `entries`.
 """
 
+import errno
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from pathlib import Path
 from tmem.errors import AttachError
 
 _PROGRESS_INTERVAL_S = 0.1
+_ELSEWHERE_S = 20.0
+"""How long somebody else's swapoff may bring nothing back before it is not waited for any longer."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,25 @@ def off(device: str, progress: Callable[[int], None] = lambda left_bytes: None) 
             process.terminate()  # swapoff(2) gives up at a signal and leaves the device in use
             raise
         complaint = process.stderr.read()
+    if process.returncode != 0 and _ends_elsewhere(device, complaint, progress):
+        return
     if process.returncode != 0:
         raise AttachError(f"{_last_line(complaint) or 'swapoff failed'}: free some memory, then try again")
     progress(0)
+
+
+def _ends_elsewhere(device: str, complaint: str, progress: Callable[[int], None]) -> bool:
+    """Say whether somebody else (systemd, at shutdown) was swapping it off already, and is done."""
+    if os.strerror(errno.EINVAL) not in complaint:
+        return False
+    used = -1
+    quiet_since = time.monotonic()
+    while (now := entry(device)) is not None and time.monotonic() < quiet_since + _ELSEWHERE_S:
+        if now.used_bytes != used:
+            used, quiet_since = now.used_bytes, time.monotonic()
+            progress(used)
+        time.sleep(_PROGRESS_INTERVAL_S)
+    return now is None
 
 
 def run_tool(*argv: str) -> str:

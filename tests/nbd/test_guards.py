@@ -57,7 +57,7 @@ class Machine:
         (directory / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
         for pid in pids:
             entry = self.proc / str(pid)
-            (entry / "task" / str(pid)).mkdir(parents=True)
+            (entry / "task" / str(pid)).mkdir(parents=True, exist_ok=True)
             controllers = "0::" if self.version == 2 else "4:memory:"
             (entry / "cgroup").write_text(f"{controllers}{path}\n")
             (entry / "cmdline").write_bytes(b"" if pid == KERNEL_THREAD else b"program\0")
@@ -117,8 +117,22 @@ def test_processes_outside_any_group(machine: Machine) -> None:
 
 
 def test_strangers_in_the_servers_group(machine: Machine) -> None:
+    """In a group of another name than ours it is by accident that one of us is there."""
     machine.group("/tmem.slice/other.service", None, DAEMON)
-    assert machine.contained().state is State.MISSING
+    assert machine.contained().state is State.ON
+    machine.group("/servers", None, MANAGER)
+    machine.group("/servers/other.service", None, SHELL)
+    guard = machine.contained()
+    assert guard.state is State.MISSING
+    assert "1 processes" in guard.why
+
+
+def test_one_of_ours_in_a_limited_group(machine: Machine) -> None:
+    """As a mount that systemd made of an fstab line."""
+    machine.group("/system.slice", 2 * GIB)
+    machine.group("/system.slice/mnt.mount", None, MANAGER)
+    machine.group("/system.slice/other.service", None, SHELL)
+    assert machine.contained().state is State.ON
 
 
 def test_no_memory_controller(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ What programs read goes to standard output, the NBD URI as the last line; the gu
 progress go to standard error.
 """
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,13 +96,16 @@ def add(
 
 @swap.command()
 @click.argument("client")
+@click.option("--force", is_flag=True, help="Also where RAM may not suffice: then processes may be killed.")
 @click.pass_context
-def remove(ctx: click.Context, client: str) -> None:
+def remove(ctx: click.Context, client: str, force: bool) -> None:
     """Stop swapping to CLIENT's device, stop its server and drop its pages."""
     from tmem.nbd import lifecycle
 
     with _progress(f"swapoff {client}") as progress:
-        lifecycle.remove(SegmentPaths.of(segment_name(ctx)), client, progress)
+        # What has no room then is of programs that the shutdown is about to end as well.
+        force = force or _shutting_down()
+        lifecycle.remove(SegmentPaths.of(segment_name(ctx)), client, progress, force)
 
 
 @swap.command()
@@ -138,6 +142,16 @@ def shrink(ctx: click.Context, client: str, to_bytes: int | None, force: bool) -
     click.echo(
         f"{format_size(done.returned_bytes)} came back into RAM; {client} has {now} of pages, not {before}"
     )
+
+
+def _shutting_down() -> bool:
+    """Say whether systemd is shutting this machine down."""
+    if not Path("/run/systemd/system").is_dir():
+        return False
+    state = subprocess.run(
+        ["systemctl", "is-system-running"], capture_output=True, text=True, check=False
+    ).stdout
+    return state.strip() == "stopping"
 
 
 def _show_guards(guards: "Sequence[Guard]") -> None:
