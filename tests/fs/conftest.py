@@ -44,6 +44,15 @@ class Place:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
+    def inherited(self) -> list[str]:
+        """Return what a child of the daemon would inherit beyond the standard streams."""
+        found = []
+        for info in Path(f"/proc/{self.pid}/fdinfo").iterdir():
+            flags = dict(line.split(":", 1) for line in info.read_text().splitlines())["flags"]
+            if int(info.name) > 2 and not int(flags, 8) & os.O_CLOEXEC:
+                found.append(str(Path(f"/proc/{self.pid}/fd/{info.name}").readlink()))
+        return found
+
     def read_by_daemon(self) -> int:
         """Return the bytes that the daemon's read calls have returned so far."""
         text = Path(f"/proc/{self.pid}/io").read_text()

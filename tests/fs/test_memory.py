@@ -1,10 +1,15 @@
 """The daemon's memory is locked, and no more of it than it uses."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tmem.fs import mounts
 
 from .conftest import Mounter, Place
 
@@ -17,8 +22,14 @@ def kilobytes(place: Place, field: str) -> int:
 
 @pytest.fixture
 def locked(mounter: Mounter, root: None) -> Place:
-    """A mount without a segment, whose daemon may lock its memory."""
-    place = mounter("timeout=0")
+    """A mount without a segment, whose daemon may lock its memory and has none of the tests. process."""
+    place = mounter()
+    place.umount()
+    command = [sys.executable, "-m", "tmem", "mount", "-o", "timeout=0", str(place.lower), str(place.point)]
+    subprocess.run(command, check=True, timeout=60)
+    daemon = mounts.daemon_of(str(place.point))
+    assert daemon is not None
+    place = replace(place, pid=daemon.pid)
     if not kilobytes(place, "VmLck"):
         pytest.skip("needs CAP_IPC_LOCK")
     return place

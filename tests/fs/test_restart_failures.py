@@ -57,12 +57,14 @@ def place(mounter: Mounter, code: NewCode) -> Place:
 def goes_on(place: Place, code: NewCode, message: str) -> None:
     """Show that a restart fails with `message`, that nothing has suffered, and that good code can follow."""
     (place.lower / "file").write_text("0123456789")
+    inherited = place.inherited()  # from the test's process
     with (place.point / "file").open("r+") as file:
         assert file.read(3) == "012"
         with pytest.raises(AttachError, match=f"^{place.point} goes on as before: .*{message}") as raised:
             place.restart()
         assert "\n" not in str(raised.value)
         assert os.pread(file.fileno(), 10, 0) == b"0123456789"
+        assert place.inherited() == inherited
         (place.point / "other").write_text("other")
         code.python()
         status = place.restart()
