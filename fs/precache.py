@@ -39,8 +39,16 @@ _LOCK_BASE = 1 << 40
 """Where the byte locks of clients start: far beyond the segment's data."""
 
 
+CLAIM_SECONDS = 2.0
+"""How long a client may seem to be in use: a daemon that was killed lets go of its mount before its locks."""
+
+
 class ClaimError(TmemError):
     """The mount's client belongs to a swap device or to another mount that is alive, or may not share."""
+
+
+class InUseError(ClaimError):
+    """Another mount uses the client, or one that is just ending."""
 
 
 class Precache:
@@ -98,15 +106,23 @@ class Precache:
         pass through for now.
         """
         self._next_look = self._clock() + SENSE_SECONDS
-        try:
-            if self._pool is None:
-                self._look()
-            elif self._client is not None:
-                self._client.hold()
-        except ClaimError:
-            raise
-        except (TmemError, OSError) as error:
-            self._complain(error)
+        deadline = time.monotonic() + CLAIM_SECONDS
+        while True:
+            try:
+                if self._pool is None:
+                    self._look()
+                elif self._client is not None:
+                    self._client.hold()
+            except InUseError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+                continue
+            except ClaimError:
+                raise
+            except (TmemError, OSError) as error:
+                self._complain(error)
+            return
 
     def saved(self) -> SavedPool:
         """Return what `restore` needs to go on with the same pool."""
@@ -270,5 +286,5 @@ def _lock_client(path: str, name: str, client_id: int) -> int:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
     except OSError:
         os.close(descriptor)
-        raise ClaimError(f"the client {name!r} is used by another mount: mount with -o client=NAME") from None
+        raise InUseError(f"the client {name!r} is used by another mount: mount with -o client=NAME") from None
     return descriptor

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +265,24 @@ def test_a_damaged_segment_is_passed_by(runtime_dir: Path, mounter: Mounter) -> 
     (place.lower / "file").write_text("x")
     assert (place.point / "file").read_text() == "x"
     assert not place.statistics().pool_active
+
+
+def test_a_daemon_that_is_just_ending_is_waited_for(segment: "_native.Segment", mounter: Mounter) -> None:
+    """One that was killed lets go of its mount, which is swept, a moment before it lets go of its client."""
+    held = f"_lock_client({segment.path!r}, 'web', {segment.client('web').id})"
+    script = (
+        f"import time; from tmem.fs.precache import _lock_client; {held}; print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as dying:
+        assert dying.stdout is not None
+        dying.stdout.readline()
+        ending = threading.Timer(0.3, dying.kill)
+        ending.start()
+        place = mounter("client=web")
+        ending.join()
+    assert place.statistics().pool_active
 
 
 def test_a_client_has_one_mount_at_a_time(

@@ -5,7 +5,8 @@ costs nothing.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import click
 
@@ -118,4 +119,14 @@ def helper() -> None:
     """Be ``/sbin/mount.fuse.tmem``."""
     from tmem.cli.main import run
 
-    sys.exit(run(helper_arguments(sys.argv[1:])))
+    arguments = sys.argv[1:]
+    options = [word for at in _values(arguments, "-o") for word in at.split(",")]
+    if "remount" in options:
+        sys.exit("tmem: a mount cannot be remounted: unmount it, then mount it again")
+    if any(set(argument) <= set("-sfnv") and "f" in argument for argument in arguments):
+        sys.exit(0)  # mount(8) only wants to know whether we are there
+    sys.exit(run(helper_arguments(arguments)))
+
+
+def _values(arguments: Sequence[str], option: str) -> Iterator[str]:
+    return (value for at, value in pairwise(arguments) if at == option)
