@@ -1,10 +1,11 @@
 """The guards of swap that is served by this very machine, each as data: what holds, why, and what to do.
 
 A kernel that swaps to its own userspace waits for itself as soon as the server, or anything on its way, needs
-a page while none is free. Locked memory, PR_SET_IO_FLUSHER and the OOM score are needed and not enough: only
-two measures have kept a machine from hanging, *containment* (everything else lives in groups whose limits
-leave room) and *realtime* (SCHED_RR with enough free memory kept). Without one of them `require` refuses, and
-for a device that its segment cannot hold: a kernel whose swap writes are refused tries again without end.
+a page while none is free. Locked memory, PR_SET_IO_FLUSHER and the OOM score are needed and not enough, and
+*realtime* (SCHED_RR with more memory kept free) helps and is not enough either: with all of them one of two
+emulated machines hung. *Containment* is (everything else lives in groups whose limits leave room), so
+`require` refuses without it, and for a device that its segment cannot hold: a kernel whose swap writes are
+refused tries again without end.
 
 A device that another machine swaps to needs none of this. Reads /proc and the control groups, changes
 nothing; `proc` is a parameter so that tests can show a machine made of files. Any thread.
@@ -25,7 +26,7 @@ from tmem.nbd.export import Export, load_all
 from tmem.nbd.family import KEEPER, MANAGER, NBDFUSE, SERVER, STANDBY, Member
 from tmem.types import format_size
 
-_ROOM = "room"
+_CONTAINMENT, _ROOM = "containment", "room"
 _SCHED_FIFO, _SCHED_RR = 1, 2
 # What PR_SET_IO_FLUSHER sets in a thread's flags: PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE.
 _IO_FLUSHER = 0x180000
@@ -99,21 +100,19 @@ def prospect(paths: SegmentPaths, proc: Path = Path("/proc")) -> list[Guard]:
 
 
 def require(guards: Iterable[Guard], force: bool) -> None:
-    """Raise `AttachError` unless containment or realtime holds and there is room, or the caller insists."""
+    """Raise `AttachError` unless containment holds and there is room, or the caller insists."""
     if force:
         return
     guards = list(guards)
     for guard in guards:
         if guard.name == _ROOM and guard.state is State.MISSING:
             raise AttachError(f"the device is too large: {guard.why}; {guard.remedy}; or insist with --force")
-    decisive = [guard for guard in guards if guard.name in ("containment", "realtime")]
-    if any(guard.state is State.ON for guard in decisive):
-        return
-    advice = "; or ".join(guard.remedy for guard in decisive if guard.remedy)
-    raise AttachError(
-        "this machine could hang while it swaps to itself, for neither containment nor realtime holds: "
-        f"{advice}; or insist with --force"
-    )
+    for guard in guards:
+        if guard.name == _CONTAINMENT and guard.state is not State.ON:
+            raise AttachError(
+                f"this machine could hang while it swaps to itself, for {guard.why}: {guard.remedy}; "
+                "or insist with --force"
+            )
 
 
 def room_guard(export: Export, memory_bytes: int) -> Guard:
@@ -133,12 +132,12 @@ def containment_guard(
 ) -> Guard:
     """Say whether the limits of everything but `own_pids` leave room for a segment of `memory_bytes` and its
     servers."""
-    name = "containment"
+    name = _CONTAINMENT
     found = containment.examine(own_pids, proc, root)
     budget = meminfo.read(proc).total_bytes - memory_bytes - containment.ROOM_BYTES
     advice = f"run 'tmem contain', which limits everything else to {format_size(max(budget, 0))} at most"
     if found is None:
-        advice = "boot with cgroup_enable=memory, or use 'tmem watermarks' and 'tmem start --realtime'"
+        advice = "boot with cgroup_enable=memory"
         return Guard(name, State.MISSING, "there is no memory controller", advice)
     if found.stray_processes or found.unlimited_groups:
         reasons = [f"{group} has no limit" for group in found.unlimited_groups[:3]]

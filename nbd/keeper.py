@@ -30,12 +30,15 @@ from tmem.errors import AttachError, TmemError
 from tmem.nbd import handshake, server
 from tmem.nbd.export import Export, load
 from tmem.nbd.netlink import NbdControl
+from tmem.nbd.receiver import Receiver
 from tmem.nbd.server import Role
 
 LOOK_MS = 20
 """How often a server that does not answer is tried while the kernel waits for one."""
 IDLE_MS = 500
 """How often it is otherwise, and how often the kernel's connection is looked for: a report can be lost."""
+_RECEIVER_S = 2.0
+"""So long the worker that read from a dead connection is awaited; one that waits for the next cannot end."""
 _HANDSHAKE_S = 5.0
 _CONNECTED = "03"  # state of a connected unix socket in /proc/net/unix (SS_CONNECTED)
 
@@ -63,6 +66,7 @@ class Keeper:
         self._poll = select.poll()
         self._poll.register(self._events.fileno(), select.POLLIN)
         self._said = ""
+        self._receiver = Receiver(index)
 
     def run(self) -> NoReturn:
         """Keep the device connected until this process is ended."""
@@ -72,6 +76,7 @@ class Keeper:
     def turn(self) -> None:
         """Find a spare if there is none, wait for something to happen, and act if it was a death."""
         self.find_spare()
+        self._receiver.find()
         self._poll.poll(IDLE_MS)
         if self._events.dead(self._index) or not self._kernel_connected():
             self.replace()
@@ -98,6 +103,7 @@ class Keeper:
         while (taken := self.spare or self._first_answer()) is None:
             time.sleep(LOOK_MS / 1000)
         self._forget_spare()
+        self._await_receiver()
         said = f"/dev/nbd{self._index} goes on with server {taken.role}"
         with taken.connection:
             try:
@@ -110,6 +116,17 @@ class Keeper:
         if said != self._said:
             _say(said)
         self._said = said
+
+    def _await_receiver(self) -> None:
+        """Wait until nobody reads from the dead connection, or they would read from the next (`receiver`)."""
+        self._receiver.find()
+        deadline = time.monotonic() + _RECEIVER_S
+        while not self._receiver.ended():
+            if time.monotonic() > deadline:
+                _say(f"/dev/nbd{self._index}: the reader of the dead connection does not end")
+                self._receiver.forget()
+                return
+            time.sleep(0.001)
 
     def _first_answer(self) -> Spare | None:
         # The other one first: the one that was in use has just died.

@@ -234,16 +234,18 @@ def test_the_attachment() -> None:
     assert guards.attachment_guard("nbdfuse", everybody).state is State.PARTIAL
 
 
-def test_one_of_the_two_is_required() -> None:
-    def judge(containment: State, realtime: State, force: bool = False) -> None:
-        found = [Guard("containment", containment, "", "c"), Guard("realtime", realtime, "", "r")]
-        guards.require([*found, Guard("locked memory", State.ON, "")], force)
+def test_containment_is_required() -> None:
+    """SCHED_RR, watermarks and all other guards without it: one of two emulated machines hung."""
 
-    judge(State.ON, State.MISSING)
-    judge(State.PARTIAL, State.ON)
-    judge(State.MISSING, State.MISSING, force=True)
-    with pytest.raises(AttachError, match="c; or r; or insist with --force"):
-        judge(State.PARTIAL, State.PARTIAL)
+    def judge(containment: State, force: bool = False) -> None:
+        found = [Guard("containment", containment, "it is not limited", "limit it")]
+        guards.require([*found, Guard("realtime", State.ON, ""), Guard("locked memory", State.ON, "")], force)
+
+    judge(State.ON)
+    judge(State.MISSING, force=True)
+    for state in (State.PARTIAL, State.MISSING, State.UNKNOWN):
+        with pytest.raises(AttachError, match="for it is not limited: limit it; or insist with --force"):
+            judge(state)
 
 
 def test_this_machine(swap_server: Server) -> None:

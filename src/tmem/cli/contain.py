@@ -95,7 +95,7 @@ def contain(
 @click.option("--dry-run", is_flag=True, help="Print what would be done.")
 @click.option("--undo", is_flag=True, help="Set what was there before.")
 def watermarks(dry_run: bool, undo: bool) -> None:
-    """Let the kernel keep 5 % of RAM free: what 'tmem start --realtime' needs to be safe without 'contain'.
+    """Let the kernel keep 5 % of RAM free: what 'tmem start --realtime' needs to be of use.
 
     Ends with a reboot. To keep it, write the lines that are printed into a file in /etc/sysctl.d.
     """
