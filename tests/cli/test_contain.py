@@ -1,27 +1,13 @@
 """``contain`` and ``watermarks`` as people use them; here they only say what they would do."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 
 from tmem.backends import cgroup
 
-
-class Result(Protocol):
-    """How a command line ended; `conftest` has it."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def out(self) -> str: ...
-    @property
-    def err(self) -> str: ...
-
-
-Tmem = Callable[..., Result]
+from .conftest import Tmem
 
 
 @pytest.fixture(autouse=True)

@@ -8,30 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tmem.types import OID_SIZE, PAGE_SIZE
 
+from .conftest import Tmem
+
 if TYPE_CHECKING:
     from tmem.backends import _native
 
 OID = bytes(OID_SIZE)
-
-
-class Result(Protocol):
-    """How a command line ended; `conftest` has it."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def out(self) -> str: ...
-    @property
-    def err(self) -> str: ...
-
-
-Tmem = Callable[..., Result]
 
 
 @pytest.fixture

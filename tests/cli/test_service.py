@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,22 +18,10 @@ from tmem.backends.service import request
 from tmem.errors import PoolError
 from tmem.types import OID_SIZE, PAGE_SIZE
 
+from .conftest import Tmem
+
 if TYPE_CHECKING:
     from tmem.backends import _native
-
-
-class Result(Protocol):
-    """How a command line ended; `conftest` has it."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def out(self) -> str: ...
-    @property
-    def err(self) -> str: ...
-
-
-Tmem = Callable[..., Result]
 
 
 def manager_pid(tmem: Tmem) -> int | None:
