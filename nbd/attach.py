@@ -29,8 +29,9 @@ from tmem.nbd.netlink import NbdControl
 TIMEOUT_S = 60.0
 _WARM_BYTES = 128 << 10
 _WARM_THREADS = 16
-_IO_TIMEOUT_MS = 2000
-"""After a server's restart requests that were under way are sent again at this tick (the default is 30 s)."""
+_IO_TIMEOUT_MS = 500
+"""Requests that were under way when a server died are sent again at this tick (the default is 30 s). Thirty
+kills in a guest each: at 2000 ms the worst wait for a server was 14.2 s, at 1000 ms 9.1 s, at 500 2.5 s."""
 
 
 def kernel_driver() -> bool:

@@ -1,13 +1,13 @@
 """Has the kernel thread that read the replies of a dead connection ended?
 
 The nbd driver has a worker for each connection, which knows only the number of the connection and takes the
-socket that is there at the moment (Linux 6.1, `recv_work`). When a failed *send* reports the death, that worker
-may still be on its way out of the old socket. If the device is given another one then, the old worker reads
-from it, too: two readers share one stream of replies, and a page may be completed with a neighbour's bytes
-(seen as "Wrong magic" three times in 30 kills); or it declares the new connection dead.
+socket that is there at the moment (Linux 6.1, `recv_work`). When a failed *send* reports the death, that
+worker may still be on its way out of the old socket. If the device is given another one then, the old worker
+reads from it, too: two readers share one stream of replies, and a page may be completed with bytes of
+another (three times "Wrong magic" in 60 kills); or it declares the new connection dead.
 
-A worker tells in its name what it works on: ``kworker/u4:2+nbd0-recv``, with a minus sign when it has ended. Only
-looks. One thread; to look again costs one read a worker, and no memory.
+A worker tells in its name what it works on: ``kworker/u4:2+nbd0-recv``, with a minus sign when it has ended.
+Only looks. One thread; to look again costs one read a worker.
 """
 
 import contextlib
@@ -27,11 +27,9 @@ class Receiver:
         """Look for the workers, unless some are known; reads the name of every process."""
         if self._names:
             return
-        for entry in os.listdir(self._proc):
-            if not entry.isdecimal():
-                continue
+        for process in self._proc.glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
-                name = os.open(self._proc / entry / "comm", os.O_RDONLY | os.O_CLOEXEC)
+                name = os.open(process / "comm", os.O_RDONLY | os.O_CLOEXEC)
                 if self._works(name):
                     self._names.append(name)
                 else:

@@ -15,8 +15,10 @@ die() {
 # shellcheck disable=SC2034 # used by those who source this
 run_packages=(fio fuse3 gcc libc6-dev libfuse3-dev liblz4-dev libnbd-bin libxxhash-dev mount nbdkit
     nbdkit-plugin-python pkg-config procps python3 python3-dev python3-libnbd python3-venv util-linux)
+# The second line is what guests need: see tests/guest.
 # shellcheck disable=SC2034
-test_packages=(acl attr bindfs e2fsprogs)
+test_packages=(acl attr bindfs e2fsprogs
+    busybox-static kmod nbd-client qemu-system-x86 user-mode-linux)
 
 # packages NAME...: installs what is missing, touching the network only then.
 packages() {
