@@ -1,11 +1,12 @@
 """The guards of swap that is served by this very machine, each as data: what holds, why, and what to do.
 
 A kernel that swaps to its own userspace waits for itself as soon as the server, or anything on its way, needs
-a page while none is free. Locked memory, PR_SET_IO_FLUSHER and the OOM score are needed and not enough, and
-*realtime* (SCHED_RR with more memory kept free) helps and is not enough either: with all of them one of two
-emulated machines hung. *Containment* is (everything else lives in groups whose limits leave room), so
-`require` refuses without it, and for a device that its segment cannot hold: a kernel whose swap writes are
-refused tries again without end.
+a page while none is free. Locked memory, PR_SET_IO_FLUSHER and the OOM score are needed and not enough.
+*Realtime* (SCHED_RR with more memory kept free) has been enough only where the segment could not be swapped
+out and there were two CPUs: three of three emulated machines hung without the former, one CPU did with both.
+*Containment* (everything else lives in groups whose limits leave room) is enough, so `require` refuses
+without it, and for a device that its segment cannot hold: a kernel whose swap writes are refused tries again
+without end.
 
 A device that another machine swaps to needs none of this. Reads /proc and the control groups, changes
 nothing; `proc` is a parameter so that tests can show a machine made of files. Any thread.

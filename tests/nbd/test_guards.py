@@ -235,7 +235,7 @@ def test_the_attachment() -> None:
 
 
 def test_containment_is_required() -> None:
-    """SCHED_RR, watermarks and all other guards without it: one of two emulated machines hung."""
+    """SCHED_RR and watermarks do not take its place: see docs/operations.md."""
 
     def judge(containment: State, force: bool = False) -> None:
         found = [Guard("containment", containment, "it is not limited", "limit it")]
