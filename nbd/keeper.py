@@ -37,9 +37,11 @@ LOOK_MS = 20
 """How often a server that does not answer is tried while the kernel waits for one."""
 IDLE_MS = 500
 """How often it is otherwise, and how often the kernel's connection is looked for: a report can be lost."""
-_RECEIVER_S = 2.0
+_RECEIVER_S = 5.0
 """So long the worker that read from a dead connection is awaited; one that waits for the next cannot end."""
 _HANDSHAKE_S = 5.0
+_WARM_READS = 8
+"""A server has one thread that answers; a death meanwhile is seen only after them."""
 _CONNECTED = "03"  # state of a connected unix socket in /proc/net/unix (SS_CONNECTED)
 
 
@@ -109,9 +111,7 @@ class Keeper:
             try:
                 self._control.reconnect(self._index, taken.connection)
                 self.used = taken.role
-            except (
-                AttachError
-            ) as error:  # the device is being taken away, or memory is short: run tries again
+            except AttachError as error:  # it is being taken away, or memory is short: tried again
                 said = str(error)
         if said != self._said:
             _say(said)
@@ -131,20 +131,21 @@ class Keeper:
     def _first_answer(self) -> Spare | None:
         # The other one first: the one that was in use has just died.
         for role in sorted(self.servers, key=lambda role: role == self.used):
-            connection = self._connect(role)
+            connection = self._connect(role, warm=False)  # the kernel waits
             if connection is not None:
                 return Spare(role, connection)
         return None
 
-    def _connect(self, role: Role) -> socket.socket | None:
-        """Return a connection to that server, past the handshake and warm, or None if it does not answer."""
+    def _connect(self, role: Role, warm: bool = True) -> socket.socket | None:
+        """Return a connection to that server, past the handshake, or None if it does not answer."""
         try:
             connection, info = handshake.connect(self.servers[role], _HANDSHAKE_S)
         except (OSError, AttachError):
             return None
         try:
             connection.settimeout(_HANDSHAKE_S)
-            handshake.warm(connection, info)
+            if warm:
+                handshake.warm(connection, info, _WARM_READS)
             connection.settimeout(None)
         except (OSError, AttachError):
             connection.close()

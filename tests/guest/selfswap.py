@@ -50,7 +50,7 @@ class Plan:
     files_mib: int = 48
     stall_s: int = 60
     """After so long without a page of the hog the machine counts as hung."""
-    limit_s: int = 900
+    limit_s: int = 1800
     """For how long the hog may take, of the host's time."""
     strikes: int = 0
     """How many processes to kill or stop; the first as soon as the hog swaps, while it writes its pages."""
@@ -132,7 +132,9 @@ PLANS: dict[str, Plan] = {
         KILLS,
         *(replace(KILLS, name=f"kills-{ms}", io_timeout_ms=ms) for ms in (500, 1000, 2000)),
         replace(KILLS, name="kills-only-contain", guards=SELF.guards - {"realtime", "watermarks"}),
-        replace(SELF, name="upgrade", upgrade=True, touch_s=60),
+        replace(
+            SELF, name="upgrade", upgrade=True, memory_mib=448, segment_mib=96, device_mib=400, hog_mib=384
+        ),
         replace(SHORT, name="short-kills", guards=SELF.guards - {"realtime", "watermarks"}, strikes=2),
         replace(SHORT, name="short-realtime", guards=SELF.guards - {"contain"}),
     )

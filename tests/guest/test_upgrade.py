@@ -10,7 +10,7 @@ from .selfswap import PLANS
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("series", kernels.SERIES)
 def test_every_process_is_replaced(show: Callable[..., Figures], long: None, series: str) -> None:
     row = show(lambda setting: scenarios_self.show(setting, PLANS["upgrade"]), kernel=series)

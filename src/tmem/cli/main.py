@@ -109,7 +109,19 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line of this process."""
+    enter_group()
     sys.exit(run(sys.argv[1:]))
+
+
+def enter_group() -> None:
+    """Join tmem's control group on a contained machine.
+
+    What a command touches first in the segment, and its stack while it holds a lock, are not to be swapped
+    out to a device of the segment.
+    """
+    from tmem.backends import groups
+
+    groups.enter()
 
 
 if __name__ == "__main__":

@@ -117,8 +117,9 @@ def helper_arguments(arguments: Sequence[str]) -> list[str]:
 
 def helper() -> None:
     """Be ``/sbin/mount.fuse.tmem``."""
-    from tmem.cli.main import run
+    from tmem.cli.main import enter_group, run
 
+    enter_group()
     arguments = sys.argv[1:]
     options = [word for at in _values(arguments, "-o") for word in at.split(",")]
     if "remount" in options:
