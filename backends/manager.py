@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -293,8 +293,9 @@ def _exclusive(paths: SegmentPaths) -> Iterator[None]:
                 f"a manager runs already for segment {paths.name!r} (pid {holder}): "
                 f"stop it with 'tmem --name {paths.name} stop'"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        # For people only: no reason to fail where the tmpfs is full. What is written over needs no room.
+        with suppress(OSError):
+            os.pwrite(descriptor, f"{os.getpid():<15}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
