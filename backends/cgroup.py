@@ -86,7 +86,8 @@ def user_processes(group: Path, recursive: bool, proc: Path = Path("/proc")) -> 
 
 def limit_of(group: Path) -> int | None:
     """Return the memory limit in bytes of the group with this directory, None if it has none."""
-    return next((limit for name in LIMIT_FILES.values() if (limit := _read_limit(group / name))), None)
+    limits = (_read_limit(group / name) for name in LIMIT_FILES.values())
+    return next((limit for limit in limits if limit is not None), None)
 
 
 def statistics(group: Path) -> dict[str, int]:

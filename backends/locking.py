@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-MCL_FUTURE = 2
+_MCL_FUTURE, _MCL_ONFAULT = 2, 4
 MLOCK_ONFAULT = 1
 _UNUSED_BSS_BYTES = 64 << 20
 """A zero-filled region of the executable above this size is nbdkit's table of buffers (201 MB in 1.32)."""
@@ -60,7 +60,9 @@ def parse_maps(text: str) -> list[Mapping]:
     return mappings
 
 
-def to_lock(mappings: Iterable[Mapping], executable: str, segment: tuple[int, int, int]) -> Iterator[Mapping]:
+def to_lock(
+    mappings: Iterable[Mapping], executable: str, segment: tuple[int, int, int] | None
+) -> Iterator[Mapping]:
     """Yield the mappings worth locking, those of the file `segment` not among them."""
     previous: Mapping | None = None
     for mapping in mappings:
@@ -78,9 +80,13 @@ def to_lock(mappings: Iterable[Mapping], executable: str, segment: tuple[int, in
             yield mapping
 
 
-def lock_process(segment: Path, lock_segment: bool) -> LockReport:
-    """Lock this process's memory, the mapping of the segment only if told to.
+def lock_process(
+    segment: Path | None, lock_segment: bool = False, future_on_fault: bool = False
+) -> LockReport:
+    """Lock this process's memory, the mapping of the segment (None: there is none yet) only if told to.
 
+    What is mapped from now on is faulted in at once, or, with `future_on_fault`, locked page by page as it is
+    touched: for who maps a segment later, all of which would be backed otherwise.
     Never raises for what the kernel refuses: the report says it. OSError if there is no file `segment`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -97,17 +103,22 @@ def lock_process(segment: Path, lock_segment: bool) -> LockReport:
         return 0
 
     executable = str(Path("/proc/self/exe").readlink())
-    status = segment.stat()
-    file = os.major(status.st_dev), os.minor(status.st_dev), status.st_ino
+    file = _file(segment) if segment is not None else None
     locked_bytes = sum(lock(mapping, 0) for mapping in to_lock(mappings, executable, file))
     if lock_segment:
         locked_bytes += sum(lock(mapping, MLOCK_ONFAULT) for mapping in mappings if mapping.file == file)
     if refused:
         # With the limit on locked memory reached, MCL_FUTURE would make every new thread fail.
         return LockReport(locked_bytes, tuple(refused))
-    if libc.mlockall(MCL_FUTURE) != 0:
+    if libc.mlockall(_MCL_FUTURE | (_MCL_ONFAULT if future_on_fault else 0)) != 0:
         refused.append(f"future mappings: {os.strerror(ctypes.get_errno())}")
     return LockReport(locked_bytes, tuple(refused))
+
+
+def _file(path: Path) -> tuple[int, int, int]:
+    """Return which file it is, as `Mapping.file` has it."""
+    status = path.stat()
+    return os.major(status.st_dev), os.minor(status.st_dev), status.st_ino
 
 
 def swappable(path: Path, mountinfo: str | None = None) -> bool:

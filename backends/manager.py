@@ -7,7 +7,6 @@ started stay. One manager per segment, held by a lock file. Threading: one trio 
 may take long run in worker threads. The protocol stands in `service`.
 """
 
-import ctypes
 import fcntl
 import json
 import logging
@@ -37,7 +36,6 @@ HURRY_S = 0.1
 """The period while puts use up more than half of the reserve within one."""
 
 _UCRED = struct.Struct("iII")
-_MCL_ONFAULT = 4
 
 _log = logging.getLogger(__name__)
 
@@ -309,9 +307,7 @@ def _lock_memory(paths: SegmentPaths) -> None:
     reserve. What is mapped from now on is locked as it is touched: to look into the segment once more must
     not back all of it.
     """
-    report = locking.lock_process(paths.segment, locking.swappable(paths.segment))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not report.refused:
-        libc.mlockall(locking.MCL_FUTURE | _MCL_ONFAULT)
-        return
-    _log.info("memory is not all locked (%s): fine unless this machine swaps to it", report.refused[0])
+    swappable = locking.swappable(paths.segment)
+    report = locking.lock_process(paths.segment, swappable, future_on_fault=True)
+    if report.refused:
+        _log.info("memory is not all locked (%s): fine unless this machine swaps to it", report.refused[0])

@@ -12,7 +12,6 @@ what the servers do. Threading: trio tasks of one run; nothing here is thread-sa
                     unsupervise -> stopping -> (died) forgotten
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -91,6 +90,12 @@ class _Service:
     def output(self) -> Path:
         return self.record.with_suffix(".log")
 
+    def trim_output(self) -> None:
+        """Empty the output if it has grown beyond OUTPUT_BYTES."""
+        with suppress(OSError):
+            if self.output.stat().st_size > OUTPUT_BYTES:
+                os.truncate(self.output, 0)
+
 
 class Supervisor:
     """All services of one segment. Its tasks live in `nursery` and leave the servers alone when cancelled."""
@@ -123,9 +128,7 @@ class Supervisor:
         appending, so it goes on at the new end.
         """
         for service in self._services.values():
-            with contextlib.suppress(OSError):
-                if service.output.stat().st_size > OUTPUT_BYTES:
-                    os.truncate(service.output, 0)
+            service.trim_output()
 
     def adopt(self) -> None:
         """Take over the recorded services: those that still run as they are, the others by starting them."""
@@ -260,9 +263,7 @@ class Supervisor:
         # room for a record, on a tmpfs that is full, a server matters more.
         with suppress(OSError):
             service.save()
-        with suppress(OSError):
-            if service.output.stat().st_size > 1 << 20:
-                os.truncate(service.output, 0)
+        service.trim_output()
         environment = {**os.environ, **service.env, MARKER: str(service.record)}
         pid = processes.spawn(service.argv, environment, service.output)
         service.starts += 1

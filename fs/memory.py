@@ -14,18 +14,15 @@ well. It takes 50 ms. Threading: `small_stacks` before the first thread; `lock` 
 which is the only one that maps segments.
 """
 
-import ctypes
 import logging
 import os
 import threading
 from pathlib import Path
 
 from tmem.backends.guarded import STACK_BYTES
-from tmem.backends.locking import MCL_FUTURE, lock_process, swappable
+from tmem.backends.locking import lock_process, swappable
 
 log = logging.getLogger(__name__)
-
-_MCL_ONFAULT = 4
 
 
 def small_stacks() -> None:
@@ -41,13 +38,12 @@ def lock(segment: Path) -> bool:
     if os.geteuid() != 0:
         return False
     try:
-        present = segment.exists()
-        report = lock_process(segment if present else Path(os.devnull), present and swappable(segment))
+        present = segment if segment.exists() else None
+        report = lock_process(present, present is not None and swappable(segment), future_on_fault=True)
     except OSError as error:  # it went in between
         log.warning("memory is not locked: %s", error)
         return False
     if report.refused:
         log.warning("memory is not locked: %s", report.refused[0])
         return False
-    # lock_process has everything that comes faulted in as well: only until here.
-    return bool(ctypes.CDLL(None).mlockall(MCL_FUTURE | _MCL_ONFAULT) == 0)
+    return True

@@ -9,7 +9,6 @@ server, and whether their clients connect again is theirs to know. Blocking; nee
 import time
 from collections.abc import Callable
 
-from tmem.backends import guarded
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import AttachError
@@ -33,35 +32,26 @@ def renew(paths: SegmentPaths, client: str, force: bool, show: Callable[[str], N
                 f"room elsewhere 'tmem swap remove {client}', and add it again"
             )
         if made.attachment is not None:
-            _server(paths, made, "standby", show)
-            _keeper(paths, made, show)
+            _replace(paths, made, "standby", show)
+            _replace(paths, made, "keeper", show)
         elif (connected := server.connections(paths, made)) and not force:
             raise AttachError(
                 f"{connected} clients are connected to {client}: if they connect again by themselves, "
                 "restart with --force"
             )
-        _server(paths, made, "swap", show)
+        _replace(paths, made, "swap", show)
 
 
-def _server(paths: SegmentPaths, made: Export, role: server.Role, show: Callable[[str], None]) -> None:
-    before = server.running(paths, made.client, role)
-    services.restart(paths, made.client, role, server.command(paths, made.client, role))
-    name = f"{role}-{made.client}"
-    _wait(lambda: _other(before, server.running(paths, made.client, role)), f"{name} starts again")
-    services.wait_server(paths, made, role)
+def _replace(paths: SegmentPaths, made: Export, role: services.Service, show: Callable[[str], None]) -> None:
+    name = services.service_name(role, made.client)
+    before = family.service_process(paths, name)
+    services.restart(paths, made, role)
+    _wait(lambda: _other(before, family.service_process(paths, name)), f"{name} starts again")
+    if role != "keeper":
+        services.wait_server(paths, made, role)
     if made.attachment is not None:
         _wait(lambda: keeper.ready(paths, made), f"the keeper of {made.client} has a spare connection")
-    show(f"{name}: another server")
-
-
-def _keeper(paths: SegmentPaths, made: Export, show: Callable[[str], None]) -> None:
-    name = f"keeper-{made.client}"
-    before = family.service_process(paths, name)
-    argv = guarded.command(keeper.command(paths, made.client), made.realtime)
-    services.restart(paths, made.client, "keeper", argv)
-    _wait(lambda: _other(before, family.service_process(paths, name)), f"{name} starts again")
-    _wait(lambda: keeper.ready(paths, made), f"{name} has a spare connection")
-    show(f"{name}: another keeper")
+    show(f"{name}: another {'keeper' if role == 'keeper' else 'server'}")
 
 
 def _other(before: Process | None, now: Process | None) -> bool:

@@ -6,23 +6,21 @@ full. How much a group has on which of several devices is not to be seen, so all
 the control groups, changes nothing; any thread.
 """
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from tmem.backends import cgroup
+from tmem.backends import cgroup, meminfo
 from tmem.types import format_size
 
 LEAST_MARGIN_BYTES = 64 << 20
 _MARGIN_SHARE = 32
-_UNLIMITED = 1 << 60
 
 
 def lacking(used_bytes: int, proc: Path = Path("/proc")) -> list[str]:
     """Return why `used_bytes` of swapped-out pages do not fit into RAM, a phrase each; [] if they do."""
-    meminfo = _numbers(proc / "meminfo", 1024)
-    available = meminfo.get("MemAvailable:", 0)
-    margin = max(LEAST_MARGIN_BYTES, meminfo.get("MemTotal:", 0) // _MARGIN_SHARE)
+    memory = meminfo.read(proc)
+    available = memory.available_bytes
+    margin = max(LEAST_MARGIN_BYTES, memory.total_bytes // _MARGIN_SHARE)
     reasons = []
     if available < used_bytes + margin:
         reasons.append(
@@ -42,37 +40,25 @@ def _groups(used_bytes: int, proc: Path) -> Iterator[tuple[Path, int, int]]:
     """Yield each group with a limit and swapped-out pages, what it needs with them, and the limit; bytes."""
     version = cgroup.version(proc)
     root = cgroup.mount_point(proc)
-    if root is None:
+    if version is None or root is None:
         return
-    limit_file = "memory.max" if version == 2 else "memory.limit_in_bytes"
-    for file in sorted(root.rglob(limit_file)):
+    for file in sorted(root.rglob(cgroup.LIMIT_FILES[version])):
         group = file.parent
-        limit = _number(file)
-        counts = _numbers(group / "memory.stat")
+        limit = cgroup.limit_of(group)
+        counts = cgroup.statistics(group)
         if version == 2:
             here = counts.get("anon", 0) + counts.get("shmem", 0)
-            swapped = _number(group / "memory.swap.current") or 0
+            swapped = _number(group / "memory.swap.current")
         else:
             here = counts.get("total_rss", 0) + counts.get("total_shmem", 0)
             swapped = counts.get("total_swap", 0)
-        if limit is not None and limit < _UNLIMITED and swapped:
+        if limit is not None and swapped:
             yield group, here + min(swapped, used_bytes), limit
 
 
-def _number(file: Path) -> int | None:
-    """Return the number in a file; None if there is none, as in "max"."""
+def _number(file: Path) -> int:
+    """Return the number in a file, 0 if there is none."""
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):
-        return None
-
-
-def _numbers(file: Path, unit: int = 1) -> dict[str, int]:
-    """Return the lines ``NAME NUMBER`` of a file, the numbers times `unit`."""
-    found = {}
-    with contextlib.suppress(OSError):  # a group may end while we look
-        for line in file.read_text(encoding="ascii").splitlines():
-            fields = line.split()
-            if len(fields) > 1 and fields[1].isdigit():
-                found[fields[0]] = int(fields[1]) * unit
-    return found
+        return 0

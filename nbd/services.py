@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import time
+from typing import Literal
 
 from tmem.backends import guarded, processes, service
 from tmem.backends.paths import SegmentPaths
@@ -21,6 +22,7 @@ START_TIMEOUT_S = 60.0
 """A server needs a third of a second; a machine that boots, or has no memory left, gives it much less."""
 STOP_TIMEOUT_S = 60.0
 _HOPELESS_STARTS = 3
+Service = Role | Literal["keeper"]
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "TMEM_RUNTIME_DIR")
 
 
@@ -29,7 +31,7 @@ def start_server(paths: SegmentPaths, made: Export, role: Role = "swap") -> None
 
     `AttachError` with what the server said once it has died several times, `ServiceError` without a manager.
     """
-    _supervise(paths, made.client, role, server.command(paths, made.client, role))
+    _ask(paths, made, role, "supervise")
     wait_server(paths, made, role)
 
 
@@ -40,7 +42,10 @@ def wait_server(paths: SegmentPaths, made: Export, role: Role = "swap") -> None:
         try:
             server.wait_ready(server.as_served(paths, made, role), timeout_s=0.5)
         except AttachError as error:
-            if time.monotonic() < deadline and _starts(paths, _name(role, made.client)) < _HOPELESS_STARTS:
+            if (
+                time.monotonic() < deadline
+                and _starts(paths, service_name(role, made.client)) < _HOPELESS_STARTS
+            ):
                 continue
             raise AttachError(f"{error}; the server said: {_said(paths, role, made.client)}") from None
         return
@@ -48,8 +53,7 @@ def wait_server(paths: SegmentPaths, made: Export, role: Role = "swap") -> None:
 
 def start_keeper(paths: SegmentPaths, made: Export) -> None:
     """Let the manager run the keeper of `made`, which is attached; wait until it has a spare connection."""
-    argv = guarded.command(keeper.command(paths, made.client), made.realtime)
-    _supervise(paths, made.client, "keeper", argv)
+    _ask(paths, made, "keeper", "supervise")
     deadline = time.monotonic() + START_TIMEOUT_S
     while not keeper.ready(paths, made):
         if time.monotonic() > deadline:
@@ -58,11 +62,11 @@ def start_keeper(paths: SegmentPaths, made: Export) -> None:
         time.sleep(0.02)
 
 
-def stop(paths: SegmentPaths, client: str, role: str) -> None:
+def stop(paths: SegmentPaths, client: str, role: Service) -> None:
     """Let the manager stop a service of the device, if there is one. ServiceError if it does not end."""
-    if paths.record("service", _name(role, client)).exists():
+    if paths.record("service", service_name(role, client)).exists():
         service.request(
-            paths, {"op": "unsupervise", "name": _name(role, client), "timeout_s": STOP_TIMEOUT_S}
+            paths, {"op": "unsupervise", "name": service_name(role, client), "timeout_s": STOP_TIMEOUT_S}
         )
 
 
@@ -77,43 +81,42 @@ def stop_server(paths: SegmentPaths, client: str, role: Role = "swap") -> None:
         )
 
 
-def restart(paths: SegmentPaths, client: str, role: str, argv: list[str]) -> None:
-    """Let the manager kill a service and start `argv` in its place at once."""
-    message: dict[str, object] = {
-        "op": "restart",
-        "name": _name(role, client),
-        "argv": argv,
-        "env": _environment(),
-    }
-    service.request(paths, message)
+def restart(paths: SegmentPaths, made: Export, role: Service) -> None:
+    """Let the manager kill a service of `made` and start the installed version in its place at once."""
+    _ask(paths, made, role, "restart")
 
 
-def exists(paths: SegmentPaths, client: str, role: str) -> bool:
+def exists(paths: SegmentPaths, client: str, role: Service) -> bool:
     """Say whether the manager keeps this service of the device."""
-    return paths.record("service", _name(role, client)).exists()
+    return paths.record("service", service_name(role, client)).exists()
 
 
-def _name(role: str, client: str) -> str:
+def service_name(role: Service, client: str) -> str:
+    """Return what the manager calls it."""
     return f"{role}-{client}"
 
 
-def _environment() -> dict[str, str]:
-    return {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None}
-
-
-def _supervise(paths: SegmentPaths, client: str, role: str, argv: list[str]) -> None:
+def _ask(paths: SegmentPaths, made: Export, role: Service, operation: str) -> None:
+    """Ask the manager for an operation that starts a service of `made`."""
+    if role == "keeper":
+        argv = guarded.command(keeper.command(paths, made.client), made.realtime)
+    else:
+        argv = server.command(paths, made.client, role)
     message: dict[str, object] = {
-        "op": "supervise",
-        "name": _name(role, client),
+        "op": operation,
+        "name": service_name(role, made.client),
         "argv": argv,
-        "env": _environment(),
-        "client": client,
+        "env": {name: value for name in _ENVIRONMENT if (value := os.environ.get(name)) is not None},
+        "client": made.client,
     }
     service.request(paths, message)
 
 
-def _said(paths: SegmentPaths, role: str, client: str) -> str:
-    return processes.last_line(paths.record("service", _name(role, client)).with_suffix(".log")) or "nothing"
+def _said(paths: SegmentPaths, role: Service, client: str) -> str:
+    return (
+        processes.last_line(paths.record("service", service_name(role, client)).with_suffix(".log"))
+        or "nothing"
+    )
 
 
 def _starts(paths: SegmentPaths, name: str) -> int:
