@@ -59,8 +59,10 @@ def test_a_swapping_kernel_is_saved(
     # On Linux 6.18 with control groups of version 1 the kernel killed the hog in one of ten to twenty runs,
     # for want of memory in its group, though most of its pages were in the swap cache, none was being written
     # and the device had answered without an error. Why was not found.
-    for _ in range(5):
-        said, saves = saved_while_swapping(tmem, group, tmp_path)
+    for attempt in range(5):
+        saved_to = tmp_path / str(attempt)
+        saved_to.mkdir()
+        said, saves = saved_while_swapping(tmem, group, saved_to)
         if said:
             break
     figures = json.loads(said)
@@ -71,7 +73,7 @@ def test_a_swapping_kernel_is_saved(
     assert most > 2000
     swap.off(device)
     segment.client("guest1").pools()[0].flush(bytes(24), 1, device_size // PAGE_SIZE)  # room for the copy
-    assert tmem("restore", str(tmp_path / str(saves.index(most))), "--as", "again").returncode == 0
+    assert tmem("restore", str(saved_to / str(saves.index(most))), "--as", "again").returncode == 0
     pool = segment.client("again", create=False).pools()[0]
     first = bytearray(PAGE_SIZE)
     assert pool.get(bytes(24), 0, first) == 1
