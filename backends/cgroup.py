@@ -109,6 +109,12 @@ def held_bytes(group: Path) -> int:
     return total
 
 
+def shared_bytes(group: Path) -> int:
+    """Return the part of `held_bytes` that is files on a tmpfs and the like: the pages of segments."""
+    counts = statistics(group)
+    return counts.get("total_shmem" if "total_rss" in counts else "shmem", 0)
+
+
 def memory_limit(proc: Path = Path("/proc"), pid: int | str = "self") -> MemoryLimit | None:
     """Return the tightest memory limit of the groups that process `pid` is in, or None.
 

@@ -21,12 +21,9 @@ from tmem.backends import cgroup, groups, meminfo
 from tmem.backends.groups import OWN, REST, Record
 from tmem.errors import TmemError
 from tmem.nbd import steps
-from tmem.nbd.containment import EXEMPT, ROOM_BYTES, first_level
+from tmem.nbd.containment import EXEMPT, KERNEL_SHARE, RESTART_BYTES, ROOM_BYTES, first_level
 from tmem.nbd.steps import Enable, Make, Move, Remove, Run, Step, Write
 from tmem.types import format_size
-
-_KERNEL_SHARE = 64
-"""Of RAM this part is left for what the kernel will need beside what it takes now."""
 
 SLICES = ("system.slice", "user.slice")
 """Where systemd starts services and sessions; limited also while nobody is in them."""
@@ -58,6 +55,8 @@ class Machine:
     """Without those of our own processes, and without systemd's for process 1."""
     own_held_bytes: int
     """What our own groups hold, pages of segments included."""
+    own_process_bytes: int
+    """The same without those pages."""
     loose: int
     """User processes in the root that are not ours."""
     own_pids: frozenset[int]
@@ -96,10 +95,11 @@ def look(own_pids: Collection[int], proc: Path = Path("/proc"), root: Path | Non
     ours = {OWN, _OWN_SLICE, *(name for pid in own_pids if (name := first_level(pid, root, proc)))}
     # A process of ours that was started in the group of all the rest does not make that group ours.
     ours -= {REST, *SLICES}
-    found, own_held = [], 0
+    found, own_held, own_shared = [], 0, 0
     for directory in sorted(path for path in root.iterdir() if path.is_dir()):
         if directory.name in ours:
             own_held += cgroup.held_bytes(directory)
+            own_shared += cgroup.shared_bytes(directory)
         elif directory.name not in EXEMPT:
             members = set(cgroup.user_processes(directory, recursive=True, proc=proc)) - set(own_pids)
             held, limit = cgroup.held_bytes(directory), cgroup.limit_of(directory)
@@ -114,6 +114,7 @@ def look(own_pids: Collection[int], proc: Path = Path("/proc"), root: Path | Non
         memory.taken_bytes,
         tuple(found),
         own_held,
+        own_held - own_shared,
         len(loose),
         frozenset(own_pids),
         sum(first_level(pid, root, proc) not in (OWN, _OWN_SLICE) for pid in own_pids),
@@ -122,7 +123,7 @@ def look(own_pids: Collection[int], proc: Path = Path("/proc"), root: Path | Non
 
 def default_room(ram_bytes: int) -> int:
     """Return the room that is left for our processes and the kernel's growth when nobody says how much."""
-    return ROOM_BYTES + ram_bytes // _KERNEL_SHARE
+    return ROOM_BYTES + ram_bytes // KERNEL_SHARE
 
 
 def plan(machine: Machine, wanted: Wanted, record: Record | None = None) -> Plan:
@@ -216,7 +217,10 @@ def _budget(machine: Machine, wanted: Wanted) -> int:
     """Return what all limits may come to; `TmemError` if that is nothing."""
     inside = sum(one.held_bytes for one in machine.groups) + machine.own_held_bytes
     outside = max(machine.taken_bytes - inside, 0)
-    room = default_room(machine.ram_bytes) if wanted.room_bytes is None else wanted.room_bytes
+    room = wanted.room_bytes
+    if room is None:
+        running = machine.own_process_bytes + RESTART_BYTES + machine.ram_bytes // KERNEL_SHARE
+        room = max(default_room(machine.ram_bytes), running)
     budget = machine.ram_bytes - outside - wanted.segments_bytes - room
     if budget <= 0:
         raise TmemError(

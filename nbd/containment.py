@@ -12,16 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.backends import cgroup
+from tmem.backends.meminfo import Memory
 
-ROOM_BYTES = 96 << 20
-"""What the limits must leave beside the segment, for the kernel and for the processes of one device.
+ROOM_BYTES = 144 << 20
+"""What the limits must leave beside the segment, for the processes of one device and a mount.
 
-Manager 21 MiB and each of two servers 13 MiB (anonymous memory, user-mode-linux 6.1), the keeper, and 22 MiB
-of code that they share, all of it locked.
+Manager, two servers, keeper and a mount had 117 MiB locked in a guest (Linux 6.1), and one that was killed
+takes up to 25 MiB once more while the new one starts. With 96 MiB a guest hung in one of some 60 runs: free
+memory sank below the watermark at which a server waits for memory, to answer what would have freed some.
 """
 
 OURS = ("tmem", "tmem.slice")
 """Our own groups, without systemd and with it."""
+
+RESTART_BYTES = 25 << 20
+"""What a process of ours needs once more that starts again before the one that was killed has ended."""
+
+KERNEL_SHARE = 64
+"""Of RAM this part is left for what the kernel will need beside what it takes now."""
 
 EXEMPT = ("init.scope",)
 """Groups without a limit that are no trouble: systemd keeps nothing but process 1 there."""
@@ -29,12 +37,13 @@ EXEMPT = ("init.scope",)
 
 @dataclass(frozen=True)
 class Containment:
-    """The sum of the limits, the groups without one, and how many processes are in the root or in our
-    groups."""
+    """The sum of the limits, the groups without one, how many processes are in the root or in our groups,
+    and what those groups with a limit hold now."""
 
     limits_bytes: int
     unlimited_groups: tuple[str, ...]
     stray_processes: int
+    held_bytes: int = 0
 
 
 def examine(
@@ -48,7 +57,7 @@ def examine(
     if root is None:
         return None
     own = {name for pid in own_pids if (name := first_level(pid, root, proc)) is not None}
-    limits, unlimited = 0, []
+    limits, held, unlimited = 0, 0, []
     stray = set(cgroup.user_processes(root, recursive=False, proc=proc))
     for group in sorted(path for path in root.iterdir() if path.is_dir()):
         members = set(cgroup.user_processes(group, recursive=True, proc=proc))
@@ -62,8 +71,19 @@ def examine(
                 unlimited.append(group.name)
             else:
                 limits += limit
+                held += cgroup.held_bytes(group)
     stray -= {1, *own_pids}
-    return Containment(limits, tuple(unlimited), len(stray))
+    return Containment(limits, tuple(unlimited), len(stray), held)
+
+
+def left_for_limits(found: Containment, memory_bytes: int, resident_bytes: int, memory: Memory) -> int:
+    """Return what all limits may come to, given what everybody holds right now; bytes.
+
+    `memory_bytes` is the segment's size, of which `resident_bytes` are in RAM; `memory` is the machine's.
+    """
+    outside = max(memory.taken_bytes - found.held_bytes, 0)
+    to_come = max(memory_bytes - resident_bytes, 0) + RESTART_BYTES + memory.total_bytes // KERNEL_SHARE
+    return memory.total_bytes - outside - to_come
 
 
 def first_level(pid: int, root: Path, proc: Path = Path("/proc")) -> str | None:

@@ -72,7 +72,7 @@ def inspect(paths: SegmentPaths, export: Export, proc: Path = Path("/proc")) -> 
     # Others of ours share the group of these, and are no strangers there.
     own = family.everybody(paths.directory) | {one.pid for one in members}
     found = [
-        containment_guard(own, memory_bytes, proc),
+        containment_guard(own, memory_bytes, proc, resident_bytes=_resident(paths.segment)),
         realtime_guard(members, proc),
         locked_guard(members, server.read_report(paths, export.client) or {}, proc),
         io_flusher_guard(members, proc),
@@ -129,13 +129,23 @@ def room_guard(export: Export, memory_bytes: int) -> Guard:
 
 
 def containment_guard(
-    own_pids: Collection[int], memory_bytes: int, proc: Path, root: Path | None = None
+    own_pids: Collection[int],
+    memory_bytes: int,
+    proc: Path,
+    root: Path | None = None,
+    resident_bytes: int | None = None,
 ) -> Guard:
     """Say whether the limits of everything but `own_pids` leave room for a segment of `memory_bytes` and its
-    servers."""
+    servers.
+
+    `resident_bytes` of the segment are in RAM, and the servers run; None: they are yet to come.
+    """
     name = _CONTAINMENT
     found = containment.examine(own_pids, proc, root)
-    budget = meminfo.read(proc).total_bytes - memory_bytes - containment.ROOM_BYTES
+    memory = meminfo.read(proc)
+    budget = memory.total_bytes - memory_bytes - containment.ROOM_BYTES
+    if found is not None and resident_bytes is not None:
+        budget = min(budget, containment.left_for_limits(found, memory_bytes, resident_bytes, memory))
     advice = f"run 'tmem contain', which limits everything else to {format_size(max(budget, 0))} at most"
     if found is None:
         advice = "boot with cgroup_enable=memory"
@@ -151,6 +161,11 @@ def containment_guard(
     if found.limits_bytes > budget:
         return Guard(name, State.PARTIAL, f"everything else is limited to {total}: too much", advice)
     return Guard(name, State.ON, f"everything else is limited to {total}")
+
+
+def _resident(segment: Path) -> int:
+    """Return the bytes of the segment that are in RAM."""
+    return segment.stat().st_blocks * 512 if segment.exists() else 0
 
 
 def realtime_guard(members: Sequence[Member], proc: Path) -> Guard:
@@ -230,7 +245,7 @@ def segment_guard(segment: Path, members: Sequence[Member], proc: Path) -> Guard
     advice += "'tmem start' on a machine with cgroup v2"
     groups = {cgroup.group_of(one.pid, proc) for one in members}
     if cgroup.version(proc) == 2 and members and _forbidden(members, proc):
-        backed = segment.stat().st_blocks * 512 if segment.exists() else 0
+        backed = _resident(segment)
         charged = sum(cgroup.statistics(group).get("shmem", 0) for group in groups if group is not None)
         if charged >= backed:
             return Guard(name, State.ON, "it is charged to the manager's group, which is never swapped out")

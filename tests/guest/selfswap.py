@@ -37,10 +37,10 @@ class Plan:
     guards: frozenset[str] = frozenset(GUARDS)
     kernel: str = "6.1"
     cpus: int = 2
-    memory_mib: int = 512
-    segment_mib: int = 192
-    device_mib: int = 730
-    hog_mib: int = 768
+    memory_mib: int = 576
+    segment_mib: int = 224
+    device_mib: int = 870
+    hog_mib: int = 864
     noise_words: int = 100
     """Of a page's 512: how well the hog's pages compress (100: 4 times)."""
     discard: bool = True
@@ -102,7 +102,7 @@ SELF = Plan("self")
 SHORT = replace(
     SELF,
     name="short",
-    memory_mib=320,
+    memory_mib=368,
     segment_mib=56,
     device_mib=190,
     hog_mib=200,
@@ -133,7 +133,7 @@ PLANS: dict[str, Plan] = {
         *(replace(KILLS, name=f"kills-{ms}", io_timeout_ms=ms) for ms in (500, 1000, 2000)),
         replace(KILLS, name="kills-only-contain", guards=SELF.guards - {"realtime", "watermarks"}),
         replace(
-            SELF, name="upgrade", upgrade=True, memory_mib=448, segment_mib=96, device_mib=400, hog_mib=384
+            SELF, name="upgrade", upgrade=True, memory_mib=496, segment_mib=96, device_mib=400, hog_mib=384
         ),
         replace(SHORT, name="short-kills", guards=SELF.guards - {"realtime", "watermarks"}, strikes=2),
         replace(SHORT, name="short-realtime", guards=SELF.guards - {"contain"}),

@@ -30,7 +30,7 @@ ROOT = Path("/nowhere")
 
 def machine(*members: Group, systemd: bool = False, version: int = 2, taken: int = GIB) -> Machine:
     """A machine of 8 GiB."""
-    return Machine(version, ROOT, systemd, 8 * GIB, taken, members, 0, 1, frozenset({100}), 0)
+    return Machine(version, ROOT, systemd, 8 * GIB, taken, members, 0, 0, 1, frozenset({100}), 0)
 
 
 def limits(*members: Group, record: Record | None = None, **wanted: object) -> dict[str, int]:
@@ -44,6 +44,14 @@ def test_what_is_left_goes_to_the_rest() -> None:
     assert limits(Group("rest", 3, GIB // 2, GIB)) == {}
     ours = Record(str(ROOT), str(ROOT / "tmem"), {"rest": GIB}, {"rest": None})
     assert limits(Group("rest", 3, GIB // 2, GIB), record=ours) == {"rest": 2 * GIB + GIB // 2}
+
+
+def test_room_grows_with_what_our_processes_hold() -> None:
+    wanted = Wanted(4 * GIB)
+    few = contain.plan(machine(), wanted).budget_bytes
+    assert few == 8 * GIB - GIB - 4 * GIB - contain.default_room(8 * GIB)
+    crowded = replace(machine(taken=3 * GIB), own_held_bytes=2 * GIB, own_process_bytes=GIB)
+    assert contain.plan(crowded, wanted).budget_bytes == 3 * GIB - GIB - containment.RESTART_BYTES - GIB // 8
 
 
 def test_groups_share_what_is_left() -> None:
@@ -194,7 +202,12 @@ def test_there_and_back(parent: Path, sleepers: list["subprocess.Popen[bytes]"],
     assert containment.swap_forbidden(ours.pid)
     assert not containment.swap_forbidden(other.pid)
     verdict = containment.examine({ours.pid}, root=parent)
-    assert verdict == containment.Containment(plan.limits["rest"], (), 0)
+    assert verdict is not None
+    assert (verdict.limits_bytes, verdict.unlimited_groups, verdict.stray_processes) == (
+        plan.limits["rest"],
+        (),
+        0,
+    )
 
     # What was there before stays, and who has come since is moved: it may be done again.
     (parent / "rest" / "inner").mkdir()

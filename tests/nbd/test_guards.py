@@ -71,8 +71,8 @@ class Machine:
         fields = ["S", *["0"] * 5, str(flags), *["0"] * 31, str(policy), "0"]
         (self.proc / str(pid) / "task" / str(pid) / "stat").write_text(f"{pid} (a) b) {' '.join(fields)}\n")
 
-    def contained(self) -> Guard:
-        return guards.containment_guard([SERVER, MANAGER], 2 * GIB, self.proc)
+    def contained(self, resident_bytes: int | None = None) -> Guard:
+        return guards.containment_guard([SERVER, MANAGER], 2 * GIB, self.proc, resident_bytes=resident_bytes)
 
 
 @pytest.fixture(params=[1, 2], ids=["cgroup-v1", "cgroup-v2"])
@@ -101,6 +101,18 @@ def test_limits_that_leave_no_room(machine: Machine) -> None:
     guard = machine.contained()
     assert guard.state is State.PARTIAL
     assert "limited to 6G: too much" in guard.why
+
+
+@pytest.mark.parametrize(("taken_mib", "state"), [(2048 + 200, State.ON), (2048 + 1000, State.PARTIAL)])
+def test_limits_are_held_against_what_is_taken_now(machine: Machine, taken_mib: int, state: State) -> None:
+    """With the servers running it is to be seen what they, the kernel and mounts need."""
+    machine.group("/user.slice", 5 * GIB, SHELL)
+    (machine.groups / "user.slice/memory.stat").write_text(f"anon {GIB}\n")
+    held_mib = 1024
+    available_kb = 8388608 - ((taken_mib + held_mib) << 10)
+    (machine.proc / "meminfo").write_text(f"MemTotal: 8388608 kB\nMemAvailable: {available_kb} kB\n")
+    assert machine.contained().state is State.ON
+    assert machine.contained(resident_bytes=2 * GIB).state is state
 
 
 def test_a_group_without_a_limit(machine: Machine) -> None:
