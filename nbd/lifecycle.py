@@ -94,8 +94,9 @@ def remove(
     with exclusive(paths, client):
         made = export.load(paths, client)
         if made.attachment is not None and made.attachment.device is not None:
-            if not force:
-                _check_room(client, made.attachment.device)
+            used = swap.entry(made.attachment.device)
+            if not force and used is not None:
+                require_room(client, used.used_bytes)
             swap.off(made.attachment.device, progress)
         services.stop(paths, client, "keeper")
         made = attach.detach(paths, made)
@@ -161,12 +162,13 @@ def _drop_pool(store: "_native.Segment", made: Export) -> None:
         clients.end_if_unused(owner)
 
 
-def _check_room(client: str, device: str) -> None:
-    used = swap.entry(device)
-    if used is not None and used.used_bytes and (reasons := room.lacking(used.used_bytes)):
+def require_room(client: str, used_bytes: int) -> None:
+    """Raise `AttachError` if RAM or the limit of a control group does not suffice for `used_bytes` of
+    swapped-out pages once they come back."""
+    if used_bytes and (reasons := room.lacking(used_bytes)):
         raise AttachError(
-            f"{client} holds {format_size(used.used_bytes)} that would come back, and {'; '.join(reasons)}: "
-            "free memory or raise the limits first, or insist with --force"
+            f"{format_size(used_bytes)} of {client} cannot come back: {'; '.join(reasons)}. "
+            "Free memory or raise the limits first, or insist with --force"
         )
 
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, TmemError
-from tmem.nbd import export, lifecycle, room, server, swap
+from tmem.nbd import export, lifecycle, server, swap
 from tmem.nbd.export import Export, SwapUse
-from tmem.types import OID_SIZE, PAGE_SIZE, format_size
+from tmem.types import OID_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -102,11 +102,8 @@ def _check(paths: SegmentPaths, made: Export, pool: "_native.Pool", used_bytes: 
             f"{connected - 1} other clients are connected to {made.client}, which may have pages there: "
             "let them disconnect first"
         )
-    if not force and (reasons := room.lacking(used_bytes)):
-        raise AttachError(
-            f"{format_size(used_bytes)} cannot come back: {'; '.join(reasons)}. "
-            "Free memory or raise the limits first, or insist with --force"
-        )
+    if not force:
+        lifecycle.require_room(made.client, used_bytes)
 
 
 def _empty(

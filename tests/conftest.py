@@ -4,6 +4,7 @@ Nothing native is imported here at import time, so tests of pure Python run (and
 without a built core. Fixtures are per test; what a test starts it ends itself, and what it forgets is swept.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .groups import Groups
+from .waiting import wait_until
+
 if TYPE_CHECKING:
     from tmem.backends import _native
 
@@ -23,19 +27,25 @@ SEGMENT_BYTES = 64 << 20
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Poll until `condition` is true; fail the test after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {timeout_s:g} s: {condition}")
-        time.sleep(0.01)
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """`wait_until`, for tests that do not import it."""
+    return wait_until
 
 
 @pytest.fixture
-def eventually() -> Callable[..., None]:
-    """`wait_until`, for tests that cannot import this file."""
-    return wait_until
+def control_group() -> Iterator[Callable[..., Path]]:
+    """Make a memory control group, ``control_group(24 << 20)`` or without a limit; gone after the test."""
+    with Groups() as groups:
+        yield groups.make
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """Be the only test of this machine that uses swap: areas of one priority share the pages."""
+    with (Path(tempfile.gettempdir()) / "tmem-tests-swap.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

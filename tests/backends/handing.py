@@ -27,13 +27,18 @@ _ROOT = Path(__file__).parents[2]
 
 Hook = Callable[[Kind], None]
 
+PATIENT_S = 30.0
+"""For a receiver that has nothing against it but a busy machine."""
+HASTY_S = 2.0
+"""For one that hangs: the test should not take as long as patience does."""
+
 
 class Process:
     """A sender or receiver of its own."""
 
-    def __init__(self, role: str, segment: Path, answers: int, stream: int) -> None:
+    def __init__(self, role: str, segment: Path, answers: int, stream: int, limit_s: float) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, role, str(segment), str(answers), str(stream)],
+            [sys.executable, "-m", __name__, role, str(segment), str(answers), str(stream), str(limit_s)],
             cwd=_ROOT,
             pass_fds=[answers, stream],
             stdin=subprocess.DEVNULL,
@@ -108,14 +113,19 @@ class Relay:
 
 
 class Handoff:
-    """A handoff of the client ``one``, under way; `sender` and `receiver` are processes."""
+    """A handoff of the client ``one``, under way; `sender` and `receiver` are processes.
 
-    def __init__(self, source: Path, target: Path, before: Hook, after: Hook) -> None:
+    The sender takes a receiver that is silent for `limit_s` for one that hangs.
+    """
+
+    def __init__(
+        self, source: Path, target: Path, before: Hook, after: Hook, limit_s: float = PATIENT_S
+    ) -> None:
         from_sender, sender_out = os.pipe()
         receiver_in, to_receiver = os.pipe()
         answers_in, answers_out = os.pipe()
-        self.receiver = Process("receive", target, answers_out, receiver_in)
-        self.sender = Process("send", source, answers_in, sender_out)
+        self.receiver = Process("receive", target, answers_out, receiver_in, limit_s)
+        self.sender = Process("send", source, answers_in, sender_out, limit_s)
         for descriptor in (sender_out, receiver_in, answers_in, answers_out):
             os.close(descriptor)
         self.relay = Relay(from_sender, to_receiver, before, after)
@@ -175,15 +185,21 @@ class Once:
     def __call__(self, kind: Kind) -> None:
         if kind is self.kind and not self.done:
             self.done = True
-            assert self.ready.wait(20)
+            assert self.ready.wait(60)
             assert self.handoff is not None
             self.action(self.handoff)
 
 
-def run(source: _native.Segment, target: _native.Segment, hook: Once, late: bool = False) -> Handoff:
+def run(
+    source: _native.Segment,
+    target: _native.Segment,
+    hook: Once,
+    late: bool = False,
+    limit_s: float = PATIENT_S,
+) -> Handoff:
     """Begin a handoff with a hook before a frame is passed on, or `late`, after."""
-    hooks = (nothing, hook) if late else (hook, nothing)
-    moving = Handoff(Path(source.path), Path(target.path), *hooks)
+    before, after = (nothing, hook) if late else (hook, nothing)
+    moving = Handoff(Path(source.path), Path(target.path), before, after, limit_s)
     hook.handoff = moving
     hook.ready.set()
     return moving
@@ -200,13 +216,18 @@ def works(segment: _native.Segment) -> None:
     assert segment.check() == []
 
 
-def _main(role: str, path: str, answers: str, stream: str) -> None:
+def _main(role: str, path: str, answers: str, stream: str, limit: str) -> None:
     try:
         if role == "send":
-            # Short limits: a test of a receiver that hangs should not take as long as patience does.
-            store = _native.attach(path)
+            store, limit_s = _native.attach(path), float(limit)
             handoff.send(
-                store, "source", "one", int(answers), int(stream), freeze_limit_s=2, commit_limit_s=2
+                store,
+                "source",
+                "one",
+                int(answers),
+                int(stream),
+                freeze_limit_s=limit_s,
+                commit_limit_s=limit_s,
             )
         else:
             handoff.receive(lambda: _native.attach(path), "target", int(stream), int(answers))

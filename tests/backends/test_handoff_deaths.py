@@ -8,7 +8,7 @@ from tmem.backends import _native
 from tmem.backends.savefile import Kind
 from tmem.errors import PoolError
 
-from .handing import KINDS, PAGES, Handoff, Once, expect_empty, is_here, run, works
+from .handing import HASTY_S, KINDS, PAGES, Handoff, Once, expect_empty, is_here, run, works
 from .pages import oid, page
 from .saving import persistent, put_all, source, target
 
@@ -136,7 +136,7 @@ def test_a_receiver_that_hangs_is_given_up(
     source: _native.Segment, target: _native.Segment, kind: Kind
 ) -> None:
     put_all(source.client("one").new_pool(persistent=True), PAGES)
-    moving = run(source, target, StopReceiver(kind))
+    moving = run(source, target, StopReceiver(kind), limit_s=HASTY_S)
     assert "stays in segment 'source': nothing came for 2 s" in moving.sender.end()
     works(source)
     moving.receiver.kill()
@@ -146,7 +146,7 @@ def test_a_receiver_that_hangs_is_given_up(
 
 def test_a_receiver_that_hangs_at_the_commit(source: _native.Segment, target: _native.Segment) -> None:
     put_all(source.client("one").new_pool(persistent=True), PAGES)
-    moving = run(source, target, StopReceiver(Kind.COMMIT))
+    moving = run(source, target, StopReceiver(Kind.COMMIT), limit_s=HASTY_S)
     assert "did not say whether it has 'one' (nothing came for 2 s)" in moving.sender.end()
     assert source.client("one").phase == "departed"
     moving.receiver.kill()

@@ -55,7 +55,7 @@ class Killer:
     @staticmethod
     def _read(reader: int, enough: int | None) -> bytes:
         """Read until there are `enough` bytes, or all that there ever will be."""
-        got, deadline = b"", time.monotonic() + 20
+        got, deadline = b"", time.monotonic() + 60
         while enough is None or len(got) < enough:
             demand(time.monotonic() < deadline, "a storm does not get on")
             if not select.select([reader], [], [], 1)[0]:

@@ -18,6 +18,8 @@ from tmem.backends.service import request
 from tmem.errors import ServiceError
 from tmem.types import OID_SIZE, PAGE_SIZE
 
+from ..waiting import DEADLINE_S
+
 RUN = """
 import logging
 from tmem.backends import manager, segment
@@ -47,7 +49,7 @@ def running(paths: SegmentPaths, eventually: Eventually) -> Iterator[subprocess.
             yield process
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(DEADLINE_S)
 
 
 def answers(paths: SegmentPaths) -> bool:
@@ -139,27 +141,27 @@ def test_its_end_leaves_servers_to_the_next(
         server = Process.of(pid)
         assert server is not None
         first.send_signal(end)
-        assert first.wait(10) == (0 if end is not signal.SIGKILL else -signal.SIGKILL)
+        assert first.wait(DEADLINE_S) == (0 if end is not signal.SIGKILL else -signal.SIGKILL)
         assert paths.control.exists() == (end is signal.SIGKILL)
         assert server.alive
     with running(paths, eventually):
         assert request(paths, {"op": "services"})["services"] == [
             {"name": "one", "pid": pid, "state": "running", "starts": 0}
         ]
-        request(paths, {"op": "unsupervise", "name": "one", "timeout_s": 5})
+        request(paths, {"op": "unsupervise", "name": "one", "timeout_s": DEADLINE_S})
         assert not server.alive
 
 
 def test_stop_is_answered(paths: SegmentPaths, eventually: Eventually) -> None:
     with running(paths, eventually) as process:
         assert request(paths, {"op": "stop"})["pid"] == process.pid
-        assert process.wait(10) == 0
+        assert process.wait(DEADLINE_S) == 0
 
 
 def test_ends_with_its_segment(paths: SegmentPaths, eventually: Eventually) -> None:
     with running(paths, eventually) as process:
         _native.destroy(str(paths.segment))
-        assert process.wait(10) == 0
+        assert process.wait(DEADLINE_S) == 0
 
 
 def test_bad_requests_are_answered_and_change_nothing(paths: SegmentPaths, eventually: Eventually) -> None:

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tmem.backends import cgroup, segment
+from tmem.backends import segment
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics
 from tmem.errors import SegmentError
@@ -91,29 +91,9 @@ def test_a_tmpfs_of_our_own_is_mounted_once() -> None:
     assert out[1] == f"1 tmpfs 0o755 {kernel >= (6, 4)}"
 
 
-@pytest.fixture
-def small_group(root: None) -> Iterator[Path]:
-    """A control group limited to 128 MiB."""
-    version = cgroup.version()
-    parent = Path("/sys/fs/cgroup/memory" if version == 1 else "/sys/fs/cgroup")
-    group = parent / f"tmem-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"needs control groups that can be made: {error.strerror}")
-    try:
-        limit = group / ("memory.limit_in_bytes" if version == 1 else "memory.max")
-        if not limit.exists():
-            pytest.skip("needs a memory controller")
-        limit.write_text(str(128 * MIB))
-        yield group
-    finally:
-        group.rmdir()
-
-
-def test_stays_below_the_group_that_pays(runtime_dir: Path, small_group: Path) -> None:
+def test_stays_below_the_group_that_pays(runtime_dir: Path, control_group: Callable[..., Path]) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", CREATE, str(small_group)],
+        [sys.executable, "-c", CREATE, str(control_group(128 * MIB))],
         capture_output=True,
         text=True,
         check=True,

@@ -29,7 +29,7 @@ def supervised(paths: SegmentPaths, body: Callable[[Supervisor], Awaitable[None]
     """Run `body` with a supervisor that adopts what is there, and ends when the body does."""
 
     async def run() -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 supervisor = Supervisor(paths, nursery)
                 supervisor.adopt()
@@ -66,7 +66,7 @@ def test_a_killed_service_is_started_again(paths: SegmentPaths) -> None:
             os.kill(pid, signal.SIGKILL)
             pid = await pid_other_than(supervisor, pid)
         assert supervisor.statistics()[0].starts == 4
-        await supervisor.unsupervise("one", 5)
+        await supervisor.unsupervise("one", 30)
 
     supervised(paths, body)
 
@@ -80,7 +80,7 @@ def test_a_service_that_always_dies_is_not_started_in_a_loop(paths: SegmentPaths
         while supervisor.statistics()[0].starts < 5:
             await trio.sleep(0.01)
         assert trio.current_time() - begun > 0.3  # 0, 0.1, 0.2, then 0.4 s
-        await supervisor.unsupervise("one", 5)
+        await supervisor.unsupervise("one", 30)
 
     supervised(paths, body)
 
@@ -91,9 +91,9 @@ def test_unsupervise_ends_and_forgets(paths: SegmentPaths) -> None:
         process = Process.of(pid)
         assert process is not None
         assert os.getsid(pid) == pid  # a Ctrl-C at our terminal does not reach it
-        assert await supervisor.unsupervise("one", 5)
+        assert await supervisor.unsupervise("one", 30)
         assert not process.alive
-        assert not await supervisor.unsupervise("one", 5)
+        assert not await supervisor.unsupervise("one", 30)
         assert supervisor.statistics() == []
         assert not list(paths.state.glob("service-*"))
 
@@ -106,7 +106,7 @@ def test_the_same_command_again_is_no_change(paths: SegmentPaths) -> None:
         assert start(supervisor) == pid
         with pytest.raises(ServiceError, match="another command"):
             start(supervisor, ["sleep", "301"])
-        await supervisor.unsupervise("one", 5)
+        await supervisor.unsupervise("one", 30)
 
     supervised(paths, body)
 
@@ -132,7 +132,7 @@ def test_services_survive_their_supervisor(paths: SegmentPaths) -> None:
         assert (service.pid, service.starts) == (pids[0], 0)
         os.kill(pids[0], signal.SIGKILL)
         await pid_other_than(supervisor, pids[0])
-        await supervisor.unsupervise("one", 5)
+        await supervisor.unsupervise("one", 30)
 
     supervised(paths, first)
     assert Process.of(pids[0]) is not None
@@ -147,7 +147,7 @@ def test_what_died_meanwhile_is_started(paths: SegmentPaths) -> None:
 
     async def second(supervisor: Supervisor) -> None:
         await pid_other_than(supervisor, pids[0])
-        await supervisor.unsupervise("one", 5)
+        await supervisor.unsupervise("one", 30)
 
     supervised(paths, first)
     os.kill(pids[0], signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_a_start_that_was_not_recorded_is_found_by_its_marker(paths: SegmentPath
 
     async def second(supervisor: Supervisor) -> None:
         assert supervisor.statistics()[0].pid == pids[0]
-        await supervisor.unsupervise("one", 5)
+        await supervisor.unsupervise("one", 30)
 
     supervised(paths, first)
     record = paths.record("service", "one")
@@ -193,7 +193,7 @@ def test_a_service_that_does_not_end_is_never_killed(paths: SegmentPaths) -> Non
         with pytest.raises(ServiceError, match="being stopped"):
             start(supervisor, STUBBORN)
         os.kill(pid, signal.SIGKILL)  # as a person might; now it must not come back
-        assert await supervisor.unsupervise("one", 5)
+        assert await supervisor.unsupervise("one", 30)
         assert supervisor.statistics() == []
 
     supervised(paths, body)

@@ -111,7 +111,7 @@ def served(segment: "_native.Segment", name: str, ended: threading.Event) -> thr
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert held.wait(10)
+    assert held.wait(60)
     return thread
 
 

@@ -79,7 +79,7 @@ def test_foreground_ends_orderly_on_ctrl_c(runtime_dir: Path, eventually: Callab
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         eventually(lambda: paths.control.exists() or process.poll() is not None)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "runs, pid" in err
     assert "stopped" in err
@@ -175,5 +175,5 @@ def test_services_of_a_stopped_manager_go_on(tmem: Tmem, runtime_dir: Path) -> N
     assert tmem("stop").status == 0
     assert server.alive
     assert tmem("start", "-d").status == 0
-    request(paths, {"op": "unsupervise", "name": "one", "timeout_s": 5})
+    request(paths, {"op": "unsupervise", "name": "one", "timeout_s": 30})
     assert not server.alive

@@ -9,17 +9,17 @@ import errno
 import os
 import random
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tmem.backends import _native, cgroup
+from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
 from tmem.fs import syscalls
 from tmem.types import OID_SIZE, PAGE_SIZE
 
+from ..groups import set_limit, used_bytes
 from .board import Child, Word, wait
 from .serving import Serving, load, serving
 from .world import World, check
@@ -160,62 +160,24 @@ def fill(path: Path) -> None:
     assert os.statvfs(path).f_bavail == 0
 
 
-def test_a_control_group_is_full(make: Make, tmp_path: Path, seed: str, group: Path) -> None:
+def test_a_control_group_is_full(
+    make: Make, tmp_path: Path, seed: str, control_group: Callable[..., Path]
+) -> None:
     """Memory is charged to who touches it first: here to the server, in a group with a limit.
 
     The kernel refuses the memory if it may kill nobody in the group (OOM score -1000), else it kills. Then
     the next server has what the killed one has acknowledged.
     """
+    group = control_group()
     segment, paths = make(64 * _MIB, 80 * _MIB)
     with serving(Serving(paths, segment, "guest1", _DEVICE_BYTES)) as made:
         (group / "cgroup.procs").write_text(str(made.pid))
         with load(made, tmp_path / "error", seed, FULL) as swap:
-            limit(group, used(group) + 4 * _MIB)
+            set_limit(group, used_bytes(group) + 4 * _MIB)
             swap.wait(lambda: swap.board[Word.REFUSED] >= 50 or not made.runs, "the group is full")
-            limit(group, 128 * _MIB)
+            set_limit(group, 128 * _MIB)
             if not made.runs:
                 made.start()
             wait(lambda: none_refused(swap, 200), "room is used")
             swap.proceed(500)
     check(segment)
-
-
-@pytest.fixture
-def group() -> Iterator[Path]:
-    """A control group of its own, empty again at the end."""
-    version = cgroup.version()
-    if version is None:
-        pytest.skip("no memory cgroup controller")
-    parent = Path("/sys/fs/cgroup/memory" if version == 1 else "/sys/fs/cgroup")
-    directory = parent / f"tmem-faults-{os.getpid()}"
-    try:
-        directory.mkdir()
-    except OSError as error:
-        pytest.skip(f"cannot make a control group: {error}")
-    try:
-        if not _limit_file(directory).exists():
-            pytest.skip("the memory controller is not enabled for child groups")
-        yield directory
-    finally:
-        wait(lambda: not (directory / "cgroup.procs").read_text(), "the group is empty")
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                directory.rmdir()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-
-
-def _limit_file(group: Path) -> Path:
-    return group / ("memory.limit_in_bytes" if cgroup.version() == 1 else "memory.max")
-
-
-def limit(group: Path, size_bytes: int) -> None:
-    _limit_file(group).write_text(str(size_bytes))
-
-
-def used(group: Path) -> int:
-    name = "memory.usage_in_bytes" if cgroup.version() == 1 else "memory.current"
-    return int((group / name).read_text())

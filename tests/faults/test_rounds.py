@@ -4,7 +4,7 @@ from .rounds import FAULTS, Campaign, table
 from .world import World
 
 ROUNDS = 3 * len(FAULTS)
-LONGEST_S = 10.0
+LONGEST_S = 30.0
 """What no wait may exceed, however slow the machine: a start of the server takes a fraction of a second."""
 
 

@@ -19,8 +19,9 @@ from .serving import Serving, load, serving
 from .world import check, signal_process
 
 STOPS = 300
-STALL_S = 0.5
-"""So long without an answer, while the other process is stopped, is a stall: fifty times what is usual."""
+STALL_S = 5.0
+"""So long without answers, while the other process is stopped, is a stall: nobody continues it. On a quiet
+machine a hundredth of a second is usual, on a busy one there is no telling."""
 
 
 def work(path: Path, board: Board) -> None:
@@ -40,7 +41,7 @@ def work(path: Path, board: Board) -> None:
 
 
 def stops(busy: Child, swap: Child, rng: random.Random, count: int) -> list[float]:
-    """Stop `busy` so often, each time until `swap` got on; how long those took that exceeded STALL_S."""
+    """Stop `busy` so often, each time until `swap` got on; how long those took that reached STALL_S."""
     stalls = []
     process = Process.of(busy.pid)
     assert process is not None

@@ -9,9 +9,9 @@ import errno
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from tmem.backends.paths import SegmentPaths
 from tmem.nbd import server
 from tmem.nbd.export import Export
 
+from ..waiting import DEADLINE_S, wait_until
+
 if TYPE_CHECKING:
     from tmem.backends import _native
 
@@ -30,16 +32,11 @@ if TYPE_CHECKING:
 nbd: Any = importlib.import_module("nbd")
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 20.0
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
     """Poll until `condition` holds; fail the test after a deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {DEADLINE_S:.0f} s: {what}")
-        time.sleep(0.005)
+    wait_until(condition, what=what)
 
 
 def refused(write: Callable[..., object], *arguments: object) -> bool:
@@ -136,36 +133,6 @@ def swap_server(make_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-def cgroup() -> Iterator[Callable[[int], Path]]:
-    """Make a control group limited to so many bytes of memory; gone after the test."""
-    from tmem.backends import cgroup as groups
-
-    made: list[Path] = []
-
-    def make(limit_bytes: int) -> Path:
-        version = groups.version()
-        if version is None:
-            pytest.skip("no memory cgroup controller")
-        root = Path("/sys/fs/cgroup/memory" if version == 1 else "/sys/fs/cgroup")
-        directory = root / f"tmem-test-{os.getpid()}-{len(made)}"
-        try:
-            directory.mkdir()
-        except OSError as error:
-            pytest.skip(f"cannot make a control group: {error}")
-        made.append(directory)
-        limit = directory / ("memory.limit_in_bytes" if version == 1 else "memory.max")
-        if not limit.exists():
-            pytest.skip("the memory controller is not enabled for child groups")
-        limit.write_text(str(limit_bytes))
-        return directory
-
-    yield make
-    for directory in made:
-        eventually(lambda at=directory: not (at / "cgroup.procs").read_text(), "the group is empty")  # type: ignore[misc]
-        directory.rmdir()
-
-
-@pytest.fixture
 def tmem(paths: SegmentPaths) -> Iterator[Callable[..., "subprocess.CompletedProcess[str]"]]:
     """Run the command line; devices and a manager that it left are taken down after the test."""
 
@@ -183,6 +150,15 @@ def tmem(paths: SegmentPaths) -> Iterator[Callable[..., "subprocess.CompletedPro
         if (left := server.running(paths, client)) is not None:
             os.kill(left.pid, signal.SIGKILL)
             eventually(lambda process=left: not process.alive, "the server is gone")  # type: ignore[misc]
+
+
+def free_address() -> tuple[str, int]:
+    """Return a TCP address of this machine that nobody uses: on a host of our own, whose ports nobody else
+    takes before we do."""
+    host = f"127.{os.getpid() >> 16 & 127 | 128}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return host, int(free.getsockname()[1])
 
 
 def needs_root() -> None:

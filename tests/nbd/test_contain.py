@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -142,28 +142,9 @@ def test_what_the_kernel_refuses_is_told(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def parent(root: None) -> Iterator[Path]:
-    """A group of the test's own, with nobody in it, taken away with everything below it."""
-    mounted = cgroup.mount_point()
-    if mounted is None:
-        pytest.skip("no memory controller")
-    directory = mounted / f"tmem-test-{os.getpid()}"
-    try:
-        directory.mkdir()
-    except OSError as error:
-        pytest.skip(f"cannot make a control group: {error}")
-    try:
-        if not any((directory / name).exists() for name in cgroup.LIMIT_FILES.values()):
-            pytest.skip("the memory controller is not enabled for child groups")
-        yield directory
-    finally:
-        for pid in set(cgroup.user_processes(directory, recursive=True)) - {os.getpid()}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for group in (directory / "rest" / "inner", directory / "rest", directory / "tmem", directory):
-            if group.is_dir():
-                eventually(lambda at=group: not (at / "cgroup.procs").read_text(), "the group is empty")  # type: ignore[misc]
-                group.rmdir()
+def parent(root: None, control_group: Callable[..., Path]) -> Path:
+    """A group of the test's own, with nobody in it."""
+    return control_group()
 
 
 @pytest.fixture

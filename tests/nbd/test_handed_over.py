@@ -20,6 +20,7 @@ from tmem.nbd import server
 from tmem.nbd.export import Export
 from tmem.types import PAGE_SIZE
 
+from ..waiting import DEADLINE_S
 from .conftest import Server, eventually, nbd
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Request:
 
     def finish(self) -> None:
         """Wait until it has an outcome, and disconnect if there is still somebody."""
-        assert self.done.wait(20)
+        assert self.done.wait(DEADLINE_S)
         self._thread.join()
         if self._handle.aio_is_ready():
             self._handle.shutdown()
@@ -131,11 +132,11 @@ def test_the_one_who_froze_dies(swap_server: Server, segment: "_native.Segment")
         client.handoff("copy")
         client.handoff("freeze")
         frozen.set()
-        may_end.wait(20)
+        may_end.wait(DEADLINE_S)
 
     thread = threading.Thread(target=freeze)
     thread.start()
-    assert frozen.wait(20)
+    assert frozen.wait(DEADLINE_S)
     request = Request(swap_server.export, "pwrite", b"x", 0)
     assert request.waits
     may_end.set()
@@ -161,7 +162,7 @@ def test_after_the_departure_a_request_is_never_answered(
         request.finish()
         assert request.errnum == errno.ENOTCONN  # libnbd's own: there was no reply
         assert swap_server.process is not None
-        assert swap_server.process.wait(20) == 0
+        assert swap_server.process.wait(DEADLINE_S) == 0
         with pytest.raises(nbd.Error):  # the other connection has ended too
             handle.pread(1, 0)
     assert "the client is gone" in swap_server.log.read_text()
@@ -198,7 +199,7 @@ def test_a_server_without_requests_ends_too(swap_server: Server, client: "_nativ
         depart(client)
         client.destroy()
         assert swap_server.process is not None
-        assert swap_server.process.wait(20) == 0
+        assert swap_server.process.wait(DEADLINE_S) == 0
 
 
 def depart(client: "_native.Client") -> None:
@@ -293,7 +294,7 @@ def supervised(paths: SegmentPaths, body: Callable[[Supervisor], Awaitable[None]
     """Run `body` with a supervisor that adopts what is there, and ends when the body does."""
 
     async def run() -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 supervisor = Supervisor(paths, nursery)
                 supervisor.adopt()

@@ -14,6 +14,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.errors import HandoffError
 from tmem.nbd.export import Attachment, Export
 
+from ..waiting import DEADLINE_S
 from .conftest import Server, eventually
 from .witness import Witness
 
@@ -59,7 +60,7 @@ def test_a_client_of_a_device_does_not_notice(
             assert done.rounds >= 3
             assert (names(here[1]), names(there[1])) == ([], ["guest1"])
             assert server.process is not None
-            server.process.wait(10)
+            server.process.wait(DEADLINE_S)
             moved = Server(SegmentPaths(there[0], runtime_dir), server.export, tmp_path / f"{turn}.log")
             moved.start()
             server.process = moved.process  # so that the fixture ends it
@@ -139,7 +140,7 @@ def test_moved_elsewhere_it_says_what_to_run_there(
     )
     assert (names(segment), names(other)) == ([], ["guest1"])
     assert server.process is not None
-    assert server.process.wait(10) == 0
+    assert server.process.wait(DEADLINE_S) == 0
     assert not server.paths.record("swap", "guest1").exists()
 
 

@@ -14,7 +14,7 @@ from tmem.nbd import handshake, server
 from tmem.nbd.export import Export
 from tmem.types import PAGE_SIZE
 
-from .conftest import Server, nbd
+from .conftest import Server, free_address, nbd
 
 
 def test_probe_says_what_the_server_has(swap_server: Server) -> None:
@@ -47,12 +47,9 @@ def test_another_name_is_refused(swap_server: Server) -> None:
 
 
 def test_tls_is_required(make_server: Callable[..., Server], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     keys = tmp_path / "keys.psk"
     keys.write_text("alice:" + "0123456789abcdef" * 4 + "\n")
-    one = make_server(unix=None, tcp=("127.0.0.1", port), tls_psk=str(keys), tls_user="alice")
+    one = make_server(unix=None, tcp=free_address(), tls_psk=str(keys), tls_user="alice")
     assert handshake.probe(one.export) is None
     with pytest.raises(handshake.TlsRequiredError):
         handshake.connect(one.export)

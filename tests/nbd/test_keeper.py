@@ -18,6 +18,7 @@ from tmem.nbd.export import Export
 from tmem.nbd.keeper import Keeper
 from tmem.nbd.server import Role
 
+from ..waiting import DEADLINE_S
 from .conftest import Server, eventually
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def test_both_die_and_the_first_to_answer_is_taken(
     turning = threading.Thread(target=kept.turn)
     turning.start()
     servers["swap"].start()
-    turning.join(20)
+    turning.join(DEADLINE_S)
     assert not turning.is_alive()
     assert reads(driver)
     assert kept.used == "swap"
@@ -226,7 +227,7 @@ def test_a_device_that_is_taken_away(servers: dict[Role, Server], kept: Keeper, 
 
 def test_an_export_that_is_not_attached(paths: SegmentPaths, swap_server: Server) -> None:
     command = keeper.command(paths, "guest1")
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 1
     assert result.stderr == "tmem: guest1 is not attached by the kernel's nbd driver: nothing is to be kept\n"
 

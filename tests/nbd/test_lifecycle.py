@@ -15,7 +15,8 @@ from tmem.backends.paths import SegmentPaths
 from tmem.nbd import lifecycle, server, swap
 from tmem.nbd.export import Export, load
 
-from .conftest import eventually, nbd, needs_root
+from ..waiting import DEADLINE_S
+from .conftest import eventually, free_address, nbd, needs_root
 
 if TYPE_CHECKING:
     from subprocess import CompletedProcess
@@ -103,11 +104,9 @@ def test_without_a_manager_nothing_is_left(
 
 
 def test_tcp(managed: "Tmem") -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    added = managed("swap", "add", "guest1", "--size", "8M", "--tcp", f"127.0.0.1:{port}")
-    assert added.stdout == f"nbd://127.0.0.1:{port}/guest1\n", added.stderr
+    host, port = free_address()
+    added = managed("swap", "add", "guest1", "--size", "8M", "--tcp", f"{host}:{port}")
+    assert added.stdout == f"nbd://{host}:{port}/guest1\n", added.stderr
     write(added.stdout.strip(), b"tcp", 0)
     assert read(added.stdout.strip(), 3, 0) == b"tcp"
     assert managed("swap", "remove", "guest1").returncode == 0
@@ -141,7 +140,7 @@ def test_serve_in_the_foreground(tmem: "Tmem", paths: SegmentPaths, segment: "_n
             assert "runs already" in twice.stderr
             removed = tmem("swap", "remove", "guest1")
             assert removed.returncode == 0, removed.stderr
-            assert serving.wait(20) == 0
+            assert serving.wait(DEADLINE_S) == 0
         finally:
             serving.kill()
     assert segment.clients() == []
@@ -190,7 +189,7 @@ def test_usage_errors(tmem: "Tmem", options: list[str]) -> None:
 
 
 def test_attach_is_refused_unless_forced(
-    managed: "Tmem", paths: SegmentPaths, segment: "_native.Segment"
+    swapping: None, managed: "Tmem", paths: SegmentPaths, segment: "_native.Segment"
 ) -> None:
     needs_root()
     before = set(paths.state.iterdir())

@@ -1,7 +1,6 @@
 """A kernel that swaps to the device does not notice that it is saved; what was saved is its swap space."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ def device_size() -> int:
 def saved_while_swapping(
     tmem: "Callable[..., subprocess.CompletedProcess[str]]", group: Path, directory: Path
 ) -> tuple[str, list[int]]:
-    """Save the client again and again while a hog swaps; what that said ("": killed), and pages each time."""
+    """Save the client again and again while a hog swaps; what that said, and pages each time."""
     command = [sys.executable, str(HOG), "--size", "44M", "--seconds", "3", "--cgroup", str(group)]
     saves: list[int] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hog:
@@ -42,38 +41,30 @@ def saved_while_swapping(
             saves.append(int(pages))
         assert hog.stdout is not None
         said = hog.stdout.read()
-        assert said or hog.returncode == -signal.SIGKILL
+    assert hog.returncode == 0, said
     return said, saves
 
 
 def test_a_swapping_kernel_is_saved(
     device: str,
     device_size: int,
-    cgroup: Callable[[int], Path],
+    control_group: Callable[..., Path],
     tmem: "Callable[..., subprocess.CompletedProcess[str]]",
     segment: "_native.Segment",
     tmp_path: Path,
 ) -> None:
     swap.on(device, priority=32767)
-    group = cgroup(24 * MIB)
-    # On Linux 6.18 with control groups of version 1 the kernel killed the hog in one of ten to twenty runs,
-    # for want of memory in its group, though most of its pages were in the swap cache, none was being written
-    # and the device had answered without an error. Why was not found.
-    for attempt in range(5):
-        saved_to = tmp_path / str(attempt)
-        saved_to.mkdir()
-        said, saves = saved_while_swapping(tmem, group, saved_to)
-        if said:
-            break
+    group = control_group(24 * MIB)
+    said, saves = saved_while_swapping(tmem, group, tmp_path)
     figures = json.loads(said)
     assert figures["bad_pages"] == 0
     assert figures["swapped_out_pages"] > 4000
-    assert len(saves) > 3
+    assert len(saves) > 1
     most = max(saves)
     assert most > 2000
     swap.off(device)
     segment.client("guest1").pools()[0].flush(bytes(24), 1, device_size // PAGE_SIZE)  # room for the copy
-    assert tmem("restore", str(saved_to / str(saves.index(most))), "--as", "again").returncode == 0
+    assert tmem("restore", str(tmp_path / str(saves.index(most))), "--as", "again").returncode == 0
     pool = segment.client("again", create=False).pools()[0]
     first = bytearray(PAGE_SIZE)
     assert pool.get(bytes(24), 0, first) == 1

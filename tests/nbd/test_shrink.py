@@ -18,6 +18,7 @@ from tmem.errors import AttachError
 from tmem.nbd import attach, export, room, server, shrink, swap
 from tmem.nbd.export import SwapUse
 
+from ..groups import set_limit
 from .conftest import ROOT, Server, eventually, nbd, needs_root
 
 if TYPE_CHECKING:
@@ -49,12 +50,6 @@ for _ in sys.stdin:
 """
 
 
-def limit(group: Path, limit_bytes: int) -> None:
-    """Change the limit of a control group."""
-    file = group / "memory.limit_in_bytes"
-    (file if file.exists() else group / "memory.max").write_text(str(limit_bytes))
-
-
 class Hog:
     """A process whose memory does not fit into its control group."""
 
@@ -72,7 +67,7 @@ class Hog:
 
 
 @pytest.fixture
-def device(tmem: Tmem, paths: SegmentPaths) -> Iterator[str]:
+def device(swapping: None, tmem: Tmem, paths: SegmentPaths) -> Iterator[str]:
     """A swap device of this machine, in use, as a person makes it."""
     needs_root()
     assert tmem("start", "-d").returncode == 0
@@ -86,9 +81,9 @@ def device(tmem: Tmem, paths: SegmentPaths) -> Iterator[str]:
 
 
 @pytest.fixture
-def hog(device: str, cgroup: Callable[[int], Path]) -> Iterator[Hog]:
+def hog(device: str, control_group: Callable[..., Path]) -> Iterator[Hog]:
     """A hog with more than 12 MiB on the device."""
-    group = cgroup(SMALL_GROUP_BYTES)
+    group = control_group(SMALL_GROUP_BYTES)
     argv = [sys.executable, "-c", HOG, str(ROOT / "scripts" / "hog.py"), str(HOG_BYTES), str(group)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -116,7 +111,7 @@ def test_everything_comes_back_and_the_device_goes_on(
     tmem: Tmem, device: str, hog: Hog, segment: "_native.Segment"
 ) -> None:
     assert pages(segment) > 3000
-    limit(hog.group, LARGE_GROUP_BYTES)
+    set_limit(hog.group, LARGE_GROUP_BYTES)
     used = segment.client("local").statistics()["used_bytes"]
     done = tmem("shrink", "local")
     assert done.returncode == 0, done.stderr
@@ -130,7 +125,7 @@ def test_everything_comes_back_and_the_device_goes_on(
     assert hog.bad_pages() == 0
 
     # The kernel swaps to it as before.
-    limit(hog.group, SMALL_GROUP_BYTES)
+    set_limit(hog.group, SMALL_GROUP_BYTES)
     eventually(lambda: used_bytes(device) > 8 * MIB, "the hog swaps again")
     assert pages(segment) > 2000
     assert hog.bad_pages() == 0
@@ -147,7 +142,7 @@ def test_stale_pages_go(tmem: Tmem, device: str, hog: Hog, segment: "_native.Seg
 
 
 def test_to_a_size_that_is_kept(tmem: Tmem, device: str, hog: Hog, segment: "_native.Segment") -> None:
-    limit(hog.group, LARGE_GROUP_BYTES)
+    set_limit(hog.group, LARGE_GROUP_BYTES)
     before = pages(segment)
     done = tmem("shrink", "local", "--to", "56M")
     assert (done.returncode, done.stdout.partition(":")[0]) == (0, "nothing to do")
@@ -175,7 +170,7 @@ def test_a_group_that_would_be_full_is_named(
 def test_interrupted_the_device_is_in_use(
     device: str, hog: Hog, paths: SegmentPaths, segment: "_native.Segment", late: bool
 ) -> None:
-    limit(hog.group, LARGE_GROUP_BYTES)
+    set_limit(hog.group, LARGE_GROUP_BYTES)
     before = signal.getsignal(signal.SIGINT)
 
     def interrupt(left_bytes: int) -> None:
@@ -186,7 +181,7 @@ def test_interrupted_the_device_is_in_use(
         shrink.shrink(paths, "local", progress=interrupt)
     assert swap.is_active(device)
     assert signal.getsignal(signal.SIGINT) is before
-    assert (pages(segment) == 1) == late
+    assert (pages(segment) < STRAY_PAGES) == late
     assert hog.bad_pages() == 0
 
 
@@ -194,7 +189,7 @@ def test_a_device_that_another_hand_swapped_off_is_completed(
     tmem: Tmem, device: str, hog: Hog, segment: "_native.Segment"
 ) -> None:
     """As after a shrink that was killed outright."""
-    limit(hog.group, LARGE_GROUP_BYTES)
+    set_limit(hog.group, LARGE_GROUP_BYTES)
     swap.off(device)
     assert pages(segment) > 3000
     assert tmem("shrink", "local", "--to", "56M").returncode == 0
@@ -216,7 +211,7 @@ def test_a_header_that_is_gone_is_written_anew(device: str, segment: "_native.Se
 
 def test_frozen_it_comes_back_too(device: str, hog: Hog, segment: "_native.Segment", tmem: Tmem) -> None:
     """Freeze and shrink: no page is left, and no new one gets in."""
-    limit(hog.group, LARGE_GROUP_BYTES)
+    set_limit(hog.group, LARGE_GROUP_BYTES)
     assert tmem("freeze", "local").returncode == 0
     assert tmem("shrink", "local").returncode == 0
     assert pages(segment) < STRAY_PAGES

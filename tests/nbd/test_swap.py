@@ -14,7 +14,8 @@ import pytest
 from tmem.errors import AttachError
 from tmem.nbd import attach, swap
 
-from .conftest import ROOT, Server, needs_root
+from ..groups import set_limit
+from .conftest import ROOT, Server, eventually, needs_root
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -30,7 +31,7 @@ def device_size() -> int:
 
 
 @pytest.fixture
-def device(make_server: Callable[..., Server], device_size: int) -> Iterator[str]:
+def device(swapping: None, make_server: Callable[..., Server], device_size: int) -> Iterator[str]:
     """A swap device of `device_size` bytes, attached, not in use."""
     needs_root()
     server = make_server("guest1", device_size)
@@ -44,13 +45,13 @@ def device(make_server: Callable[..., Server], device_size: int) -> Iterator[str
 
 @pytest.mark.parametrize("discard", [True, False], ids=["discard", "no-discard"])
 def test_a_hog_swaps(
-    device: str, cgroup: Callable[[int], Path], segment: "_native.Segment", discard: bool
+    device: str, control_group: Callable[..., Path], segment: "_native.Segment", discard: bool
 ) -> None:
     swap.on(device, priority=32767, discard=discard)
     entry = swap.entry(device)
     assert entry is not None
     assert entry.priority == 32767
-    group = cgroup(24 * MIB)
+    group = control_group(24 * MIB)
     command = [sys.executable, str(HOG), "--size", "48M", "--seconds", "1", "--cgroup", str(group)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -65,22 +66,20 @@ def test_a_hog_swaps(
     assert segment.check() == []
 
 
-def test_swapoff_brings_everything_back(device: str, cgroup: Callable[[int], Path]) -> None:
+def test_swapoff_brings_everything_back(device: str, control_group: Callable[..., Path]) -> None:
     """swapoff while the hog still has its pages there, told about the progress."""
     swap.on(device, priority=32767)
-    group = cgroup(24 * MIB)
+    group = control_group(24 * MIB)
     command = [sys.executable, str(HOG), "--size", "40M", "--seconds", "3600", "--cgroup", str(group)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as hog:
         try:
-            from .conftest import eventually
 
             def used() -> int:
                 entry = swap.entry(device)
                 return entry.used_bytes if entry is not None else 0
 
             eventually(lambda: used() > 12 * MIB, "the hog swaps")
-            limit = group / "memory.limit_in_bytes"
-            (limit if limit.exists() else group / "memory.max").write_text(str(128 * MIB))
+            set_limit(group, 128 * MIB)
             left: list[int] = []
             swap.off(device, left.append)
             assert left[0] > 0

@@ -92,7 +92,7 @@ int beat_main(int argc, char **argv)
     const char *keys = "mw";
     bool reset = false;
     int option;
-    while ((option = getopt(argc + 1, argv - 1, "n:k:b")) != -1)
+    while ((option = getopt(argc, argv, "n:k:b")) != -1)
         switch (option) {
         case 'n':
             limit = strtod(optarg, NULL);

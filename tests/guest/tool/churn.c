@@ -86,7 +86,7 @@ int churn_main(int argc, char **argv)
     size_t size = 64 << 20;
     double seconds = 10;
     int option;
-    while ((option = getopt(argc + 1, argv - 1, "s:t:")) != -1)
+    while ((option = getopt(argc, argv, "s:t:")) != -1)
         switch (option) {
         case 's':
             size = parse_size(optarg) / BLOCK * BLOCK;
@@ -98,7 +98,7 @@ int churn_main(int argc, char **argv)
             return 2;
         }
     struct stat found;
-    const char *where = (argv - 1)[optind];
+    const char *where = argv[optind];
     if (where == NULL || stat(where, &found) != 0) {
         fprintf(stderr, "usage: guest-tool churn [-s SIZE] [-t SECONDS] DIRECTORY|DEVICE\n");
         return 2;

@@ -99,7 +99,7 @@ int hog_main(int argc, char **argv)
     size_t size = 0;
     double seconds = 5;
     int option;
-    while ((option = getopt(argc + 1, argv - 1, "s:t:r:g:o:c:")) != -1)
+    while ((option = getopt(argc, argv, "s:t:r:g:o:c:")) != -1)
         switch (option) {
         case 's':
             size = parse_size(optarg);
@@ -110,12 +110,9 @@ int hog_main(int argc, char **argv)
         case 'r':
             seed = mix(strtoul(optarg, NULL, 10));
             break;
-        case 'g': { /* before anything is allocated: memory stays charged where it was touched first */
-            char path[256];
-            snprintf(path, sizeof path, "%s/cgroup.procs", optarg);
-            put_text(path, "0");
+        case 'g':
+            enter_group(optarg);
             break;
-        }
         case 'o':
             put_text("/proc/self/oom_score_adj", optarg);
             break;

@@ -25,18 +25,15 @@ static void end(int number)
 int keep_main(int argc, char **argv)
 {
     int option;
-    while ((option = getopt(argc + 1, argv - 1, "+g:")) != -1)
+    while ((option = getopt(argc, argv, "+g:")) != -1)
         switch (option) {
-        case 'g': {
-            char path[256];
-            snprintf(path, sizeof path, "%s/cgroup.procs", optarg);
-            put_text(path, "0");
+        case 'g':
+            enter_group(optarg);
             break;
-        }
         default:
             argc = 0;
         }
-    if (optind >= argc + 1) {
+    if (optind >= argc) {
         fprintf(stderr, "usage: guest-tool keep [-g CGROUP] COMMAND [ARGUMENT...]\n");
         return 2;
     }
@@ -49,8 +46,8 @@ int keep_main(int argc, char **argv)
         pid_t pid = fork();
         if (pid == 0) {
             signal(SIGTERM, SIG_DFL);
-            execvp((argv - 1)[optind], argv - 1 + optind);
-            die((argv - 1)[optind]);
+            execvp(argv[optind], argv + optind);
+            die(argv[optind]);
         }
         child = pid;
         int status = 0;

@@ -64,6 +64,13 @@ void put_text(const char *path, const char *text)
     close(fd);
 }
 
+void enter_group(const char *directory)
+{
+    char path[256];
+    snprintf(path, sizeof path, "%s/cgroup.procs", directory);
+    put_text(path, "0");
+}
+
 void become_unswappable(void)
 {
     struct sched_param param = {.sched_priority = 2};
@@ -90,17 +97,17 @@ int main(int argc, char **argv)
     if (strcmp(name, "init") == 0)
         return init_main();
     if (strcmp(name, "hog") == 0)
-        return hog_main(argc - 2, argv + 2);
+        return hog_main(argc - 1, argv + 1);
     if (strcmp(name, "churn") == 0)
-        return churn_main(argc - 2, argv + 2);
+        return churn_main(argc - 1, argv + 1);
     if (strcmp(name, "beat") == 0)
-        return beat_main(argc - 2, argv + 2);
+        return beat_main(argc - 1, argv + 1);
     if (strcmp(name, "strike") == 0)
-        return strike_main(argc - 2, argv + 2);
+        return strike_main(argc - 1, argv + 1);
     if (strcmp(name, "reader") == 0)
-        return reader_main(argc - 2, argv + 2);
+        return reader_main(argc - 1, argv + 1);
     if (strcmp(name, "keep") == 0)
-        return keep_main(argc - 2, argv + 2);
+        return keep_main(argc - 1, argv + 1);
     fprintf(stderr, "usage: guest-tool init|hog|churn|beat|strike|reader|keep ...\n");
     return 2;
 }

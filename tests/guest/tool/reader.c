@@ -85,7 +85,7 @@ int reader_main(int argc, char **argv)
     uint64_t random = 1;
     bool forgiving = false;
     int option;
-    while ((option = getopt(argc + 1, argv - 1, "s:n:t:r:p:e")) != -1)
+    while ((option = getopt(argc, argv, "s:n:t:r:p:e")) != -1)
         switch (option) {
         case 's':
             size = parse_size(optarg);
@@ -108,7 +108,7 @@ int reader_main(int argc, char **argv)
         default:
             files = 0;
         }
-    const char *lower = (argv - 1)[optind], *upper = lower == NULL ? NULL : (argv - 1)[optind + 1];
+    const char *lower = argv[optind], *upper = lower == NULL ? NULL : argv[optind + 1];
     size_t each = files == 0 ? 0 : size / files / BLOCK * BLOCK;
     if (upper == NULL || files > FILES || each == 0) {
         fprintf(stderr, "usage: guest-tool reader [-s SIZE] [-n FILES] [-t SECONDS] [-r SEED] [-p PAUSE_MS] [-e] LOWER MOUNT\n");

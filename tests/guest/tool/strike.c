@@ -122,7 +122,7 @@ int strike_main(int argc, char **argv)
     double seconds = 60, least = 1, most = 2;
     uint64_t random = 1, strikes = UINT64_MAX, stops = 25;
     int option;
-    while ((option = getopt(argc + 1, argv - 1, "d:t:r:n:i:a:p:")) != -1)
+    while ((option = getopt(argc, argv, "d:t:r:n:i:a:p:")) != -1)
         switch (option) {
         case 'd':
             path = optarg;
@@ -150,12 +150,12 @@ int strike_main(int argc, char **argv)
             argc = 0;
         }
     size_t targets = 0;
-    for (int i = optind; i < argc + 1 && targets < TARGETS; i++) {
-        char *separator = strchr((argv - 1)[i], '=');
+    for (int i = optind; i < argc && targets < TARGETS; i++) {
+        char *separator = strchr(argv[i], '=');
         if (separator == NULL)
-            die((argv - 1)[i]);
+            die(argv[i]);
         *separator = '\0';
-        names[targets] = (argv - 1)[i];
+        names[targets] = argv[i];
         files[targets++] = separator + 1;
     }
     if (path == NULL) {

@@ -9,7 +9,7 @@
 
 enum { PAGE = 4096 };
 
-/* Subcommands: arguments after the subcommand's name; the exit status. */
+/* Subcommands: `argv[0]` is the subcommand's name, as getopt() wants it; the exit status. */
 int init_main(void);
 int agent_main(int nursery);
 int hog_main(int argc, char **argv);
@@ -30,6 +30,9 @@ size_t parse_size(const char *text);
 
 /* Write `text` into a file of /proc or /sys; errors are ignored, for what is missing cannot be had. */
 void put_text(const char *path, const char *text);
+
+/* Enter a control group. Before anything is allocated: memory stays charged where it was touched first. */
+void enter_group(const char *directory);
 
 /* Lock all memory, run in the realtime class (children do not), and be nothing that the OOM killer takes. */
 void become_unswappable(void);
