@@ -159,7 +159,7 @@ static void check_chunk(struct report *r, uint32_t c, struct sums *sums)
         say(r, "I5: chunk %u is still owned by thread %u", c, d->prev);
     if (!(d->flags & CF_LISTED) != !d->nfree)
         say(r, "I5: chunk %u with %u free units has flags %u", c, d->nfree, d->flags);
-    if (bin_is_ephemeral(d->bin) != d->queued)
+    if (bin_is_ephemeral(d->bin) != (d->queued != 0))
         say(r, "I6: chunk %u of bin %u: queued is %u", c, d->bin, d->queued);
 }
 

@@ -18,7 +18,6 @@
 
 enum { RESERVE = 8 };  /* chunks that only the relocation of hot ephemeral pages may take */
 enum { TRIES = 200 };  /* evictions that a put waits for before it is refused */
-enum { SOFT = 8 };     /* of them, those that spare pages which were hit */
 enum { BATCH = 16 };   /* chunks punched per grace period */
 
 void chunks_lock(struct tm_segment *seg)
@@ -72,11 +71,23 @@ static struct tm_queue *queue_of(struct tm_segment *seg, uint32_t bin)
     return &seg->clients[bin_account(bin)].queues[bin_queue(bin)];
 }
 
+/* Ages of chunks are told in steps so large that no queue is longer than half of the times that `queued` holds. */
+static unsigned age_shift(const struct tm_segment *seg)
+{
+    unsigned shift = 0;
+    while (seg->nchunks >> shift > QUEUE_TIME / 2)
+        shift++;
+    return shift;
+}
+
 static void enqueue_locked(struct tm_segment *seg, uint32_t c)
 {
     struct tm_chunk *d = &seg->chunks[c];
     struct tm_queue *q = queue_of(seg, d->bin);
-    d->queued = 1;
+    uint32_t now = atomic_load_explicit(&seg->clients[bin_account(d->bin)].begun, memory_order_relaxed);
+    if (bin_queue(d->bin) == QUEUE_PROBATION)
+        atomic_store_explicit(&seg->clients[bin_account(d->bin)].begun, ++now, memory_order_relaxed);
+    d->queued = (uint16_t)(QUEUED | (now >> age_shift(seg) & QUEUE_TIME));
     d->qnext = 0;
     d->qprev = q->tail;
     if (q->tail)
@@ -101,6 +112,21 @@ static void dequeue_locked(struct tm_segment *seg, uint32_t c)
         q->tail = d->qprev;
     d->queued = 0;
     q->length--;
+}
+
+/* A guess, read without a lock: a chunk that is reused this moment gives a wrong answer, which costs a hit's weight. */
+bool block_is_young(struct tm_segment *seg, uint64_t block)
+{
+    const struct tm_chunk *d = &seg->chunks[chunk_of(seg, block * 16)];
+    uint32_t bin = d->bin;
+    if (!bin_is_ephemeral(bin) || bin_queue(bin) != QUEUE_PROBATION)
+        return false;
+    const struct tm_client *who = &seg->clients[bin_account(bin)];
+    unsigned shift = age_shift(seg);
+    uint32_t now = atomic_load_explicit(&who->begun, memory_order_relaxed) >> shift;
+    uint32_t age = (now - d->queued) & QUEUE_TIME;
+    uint32_t length = atomic_load_explicit(&who->queues[QUEUE_PROBATION].length, memory_order_relaxed);
+    return !age || (age << shift) * 3 < length;
 }
 
 static void count_index_locked(struct tm_segment *seg, uint32_t bin, uint32_t n)

@@ -32,6 +32,7 @@ static void client_make(struct tm_segment *seg, uint32_t id, const char *name, u
     atomic_store(&c->floor_bytes, 0);
     atomic_store(&c->used_bytes, 0);
     atomic_store(&c->evict_clock, 0);
+    atomic_store(&c->begun, 0);
     atomic_store(&c->weight, 100);
     atomic_store(&c->codec, CODEC_LZ4);
     atomic_store(&c->mode, MODE_ON);

@@ -3,8 +3,13 @@
  * Each account has two queues of chunks, oldest first. New pages go to chunks of the PROBATION queue. Draining its
  * oldest chunk moves the pages that were hit meanwhile to MAIN and evicts the others, leaving the time of eviction
  * in the empty slot (the ghost): a page that is put again while its ghost is fresh goes to MAIN at once. Draining
- * MAIN's oldest chunk puts hit pages back at its end with one hit less. After a drain the whole chunk is free,
- * for whatever size class needs it, so memory never stays caught in the wrong class.
+ * MAIN's oldest chunk puts hit pages back at its end with one hit less; those that it evicts leave no ghost. After a
+ * drain the whole chunk is free, for whatever size class needs it, so memory never stays caught in the wrong class.
+ *
+ * Where this differs from S3-FIFO as published: one hit earns MAIN, not two, but hits of pages that are still in the
+ * youngest third of PROBATION do not count (slot.c). A page that is read twice at once, because two requests meet in
+ * it or a reader comes back for the rest, has not proved that it will be wanted again; one that is read again after
+ * some time has. Such a page begins in MAIN without credit, as one with a ghost does.
  *
  * Moving frees nothing by itself. Somebody who waits for memory therefore drains HARD after eight drains that
  * did not help: then hit pages go too, and every drain frees its chunk.
@@ -29,6 +34,25 @@ bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word)
     return now - then < (uint64_t)(pages > 64 ? pages : 64);
 }
 
+static uint32_t length_of(struct tm_segment *seg, uint32_t account, unsigned queue)
+{
+    return atomic_load_explicit(&seg->clients[account].queues[queue].length, memory_order_relaxed);
+}
+
+/* A queue of few chunks that were divided among many size classes would be drained before its chunks are half full.
+ * So there are at most a third as many classes as chunks, as long as no block is a quarter larger than it must be. */
+uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue, uint32_t length)
+{
+    uint32_t cls = size_class(length), step = 1, chunks = length_of(seg, account, queue);
+    while (TM_NCLASSES / step > chunks / 3 && (TM_STRIDE_MIN / TM_STRIDE_STEP + cls) / (2 * step) >= 4)
+        step *= 2;
+    if (cls < TM_NCLASSES - 1) { /* the last class is that of raw pages, which are told by it */
+        cls |= step - 1;
+        cls -= cls == TM_NCLASSES - 1;
+    }
+    return bin_ephemeral(account, queue, cls);
+}
+
 /* Copy a page to a block of `bin`: an ephemeral one that earned it to the main queue, a persistent one out of a
  * chunk that is to be freed. False: no room, or the page changed. */
 static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin)
@@ -37,6 +61,8 @@ static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t w
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
     uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
     uint32_t stamp = atomic_load(&from->stamp), length = block_length(header);
+    uint32_t old_bin = seg->chunks[chunk_of(seg, (word & SLOT_VALUE) * 16)].bin;
+    bool from_probation = bin_is_ephemeral(old_bin) && bin_queue(old_bin) == QUEUE_PROBATION;
     bool sound = header_slot(header) == number && length + TM_HEADER <= bin_stride(bin)
                  && from->checksum == block_checksum(from, header, stamp);
     if (!sound && (bin_is_ephemeral(bin) || header_slot(header) != number || length + TM_HEADER > bin_stride(bin)))
@@ -51,7 +77,9 @@ static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t w
     if (!sound)
         block_at(seg, block)->checksum ^= 1; /* and stays corrupt for whoever asks */
     KP(50);
-    uint64_t bits = bin_is_ephemeral(bin) ? (word & SLOT_FREQ) - SLOT_FREQ_ONE : word & SLOT_FREQ;
+    uint64_t bits = word & SLOT_FREQ;
+    if (bin_is_ephemeral(bin))
+        bits = from_probation ? 0 : bits - SLOT_FREQ_ONE;
     if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | bits))
         return true;
     block_free_new(ctx);
@@ -85,13 +113,15 @@ static void each_page(struct tm_ctx *ctx, uint32_t c,
 static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
-    uint32_t account = bin_account(bin), cls = (bin - BIN_EPHEMERAL) % TM_NCLASSES;
-    if (!hard && slot_freq(word) && relocate(ctx, pool, slot, word, bin_ephemeral(account, QUEUE_MAIN, cls)))
+    const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
+    uint32_t account = bin_account(bin), length = block_length(atomic_load(&from->word));
+    if (!hard && slot_freq(word) && length <= TM_PAGE
+        && relocate(ctx, pool, slot, word, ephemeral_bin(seg, account, QUEUE_MAIN, length)))
         return true;
     uint64_t block = word & SLOT_VALUE, clock = atomic_fetch_add(&seg->clients[account].evict_clock, 1) + 1;
+    uint64_t ghost = bin_queue(bin) == QUEUE_PROBATION ? clock & SLOT_VALUE : 0;
     word = atomic_load(slot);
-    if (slot_refers(word, block)
-        && slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, clock & SLOT_VALUE))) {
+    if (slot_refers(word, block) && slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, ghost))) {
         count(seg, pool, C_EVICTIONS, 1);
         look_for_empty(seg);
         KP(51);
@@ -127,11 +157,6 @@ static bool empty_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t bin,
     return released;
 }
 
-static uint32_t length_of(struct tm_segment *seg, uint32_t account, unsigned queue)
-{
-    return atomic_load_explicit(&seg->clients[account].queues[queue].length, memory_order_relaxed);
-}
-
 bool evict_chunk(struct tm_ctx *ctx, int client, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
@@ -140,9 +165,9 @@ bool evict_chunk(struct tm_ctx *ctx, int client, bool hard)
         return false;
     uint32_t who = (uint32_t)account;
     uint32_t probation = length_of(seg, who, QUEUE_PROBATION), main_length = length_of(seg, who, QUEUE_MAIN);
-    /* S3-FIFO: probation has a tenth of the memory. */
-    unsigned queue = probation && (probation * 10 > probation + main_length || !main_length) ? QUEUE_PROBATION
-                                                                                            : QUEUE_MAIN;
+    /* S3-FIFO: probation has a tenth of the memory. Of its chunks, the one that is being filled counts half. */
+    bool much = (uint64_t)probation * 10 > (uint64_t)probation + main_length + 5;
+    unsigned queue = probation && (much || !main_length) ? QUEUE_PROBATION : QUEUE_MAIN;
     uint32_t bin = 0, c = queue_pop(ctx, who, queue, &bin);
     if (!c)
         return probation + main_length > 0; /* others drain the last ones this moment */

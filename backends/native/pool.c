@@ -129,6 +129,7 @@ static uint32_t shared_open(struct tm_segment *seg, uint32_t client, const struc
     atomic_store(&account->ephemeral, 0);
     atomic_store(&account->ephemeral_most, 0);
     atomic_store(&account->evict_clock, 0);
+    atomic_store(&account->begun, 0);
     pool_make(seg, empty, wish, 0);
     memcpy(seg->pools[empty].uuid, wish->uuid, TM_UUID);
     atomic_store(&seg->pools[empty].owner, client);

@@ -157,27 +157,38 @@ static uint64_t within_cap(struct tm_ctx *ctx, const slot_t *slot, int64_t cap, 
     return 0;
 }
 
+/* Where the next version of an ephemeral page belongs: a page that was evicted lately and comes again has proved
+ * itself, and one that is put again stays where it was. */
+static unsigned queue_for(struct tm_segment *seg, uint32_t pool, uint64_t old)
+{
+    if (slot_type(old) == SLOT_EMPTY)
+        return ghost_is_fresh(seg, pool, old) ? QUEUE_MAIN : QUEUE_PROBATION;
+    if (slot_type(old) != SLOT_BLOCK || !in_data(seg, (old & SLOT_VALUE) * 16))
+        return QUEUE_PROBATION;
+    uint32_t bin = seg->chunks[chunk_of(seg, (old & SLOT_VALUE) * 16)].bin;
+    return bin_is_ephemeral(bin) && bin_queue(bin) == QUEUE_MAIN ? QUEUE_MAIN : QUEUE_PROBATION;
+}
+
 /* Memory for `length` bytes within the client's cap and what others were promised; sets intent new_block. 0: refused. */
 static uint64_t room(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint32_t length)
 {
     struct tm_segment *seg = ctx->seg;
-    uint32_t client = ctx->payer, cls = size_class(length);
+    bool persistent = seg->pools[pool].persistent;
+    unsigned queue = persistent ? 0 : queue_for(seg, pool, atomic_load_explicit(slot, memory_order_relaxed));
+    uint32_t bin = persistent ? BIN_PERSISTENT + size_class(length)
+                              : ephemeral_bin(seg, account_of(pool), queue, length);
+    uint32_t client = ctx->payer;
     struct tm_client *who = &seg->clients[client];
     int64_t cap = (int64_t)atomic_load_explicit(&who->cap_bytes, memory_order_relaxed);
-    int64_t size = TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
+    int64_t size = bin_stride(bin);
     if (cap)
         for (unsigned tries = 0; client_bytes(seg, client) + growth(seg, slot, size) > cap; tries++)
-            if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= 2))
+            if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= SOFT))
                 return 0;
     for (unsigned tries = 0; !may_grow(seg, client, growth(seg, slot, size)); tries++)
-        if (tries > 200 || (!evict_chunk(ctx, -1, tries >= 8) && !compact(ctx)))
+        if (tries > 200 || (!evict_chunk(ctx, -1, tries >= SOFT) && !compact(ctx)))
             return 0;
-    if (seg->pools[pool].persistent)
-        return within_cap(ctx, slot, cap, block_alloc(ctx, BIN_PERSISTENT + cls, ALLOC_NORMAL));
-    /* A page that was evicted lately and comes again has proved itself. */
-    uint64_t old = atomic_load_explicit(slot, memory_order_relaxed);
-    unsigned queue = slot_type(old) == SLOT_EMPTY && ghost_is_fresh(seg, pool, old) ? QUEUE_MAIN : QUEUE_PROBATION;
-    return within_cap(ctx, slot, cap, block_alloc(ctx, bin_ephemeral(account_of(pool), queue, cls), ALLOC_NORMAL));
+    return within_cap(ctx, slot, cap, block_alloc(ctx, bin, ALLOC_NORMAL));
 }
 
 /* Not stored. Semantics D1: what was there must not be seen again, unless the caller asks for it. */
@@ -195,11 +206,12 @@ static int refuse(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, enum keep kee
     return TM_REFUSED;
 }
 
-/* What the next word of a slot must know of a handoff: has the other side an older version of the page? */
-static uint64_t copied_before(const struct tm_segment *seg, uint32_t pool, uint64_t old)
+/* What the next word of a slot keeps: of an ephemeral page its hits; of a persistent one, has the other side of a
+ * handoff an older version? */
+static uint64_t carried(const struct tm_segment *seg, uint32_t pool, uint64_t old)
 {
     if (!seg->pools[pool].persistent)
-        return 0;
+        return slot_stored(old) ? old & SLOT_FREQ : 0;
     return (slot_stored(old) ? (old & SLOT_FREQ) != 0 : (old & SLOT_VALUE) != 0) ? SLOT_STALE : 0;
 }
 
@@ -231,7 +243,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
         }
         bool had = slot_stored(old);
         uint64_t next = slot_next(old, what->fill ? SLOT_FILL : SLOT_BLOCK, what->value);
-        if (slot_replace(ctx, pool, slot, &old, next | copied_before(seg, pool, old))) {
+        if (slot_replace(ctx, pool, slot, &old, next | carried(seg, pool, old))) {
             count(seg, pool, C_STORED, 1);
             if (had)
                 count(seg, pool, C_REPLACED, 1);
@@ -276,9 +288,12 @@ int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *pag
     return slot_store(ctx, pool, slot, &what, keep, expected);
 }
 
-/* A hit of a page that stays: it is worth more now. Saturated pages are not written to. */
-static void touch(slot_t *slot, uint64_t word)
+/* A hit of a page that stays: it is worth more now, unless it has only just come (evict.c). Saturated pages are not
+ * written to. */
+static void touch(struct tm_segment *seg, slot_t *slot, uint64_t word)
 {
+    if (!slot_freq(word) && slot_type(word) == SLOT_BLOCK && block_is_young(seg, word & SLOT_VALUE))
+        return;
     if (slot_freq(word) < 3)
         atomic_compare_exchange_strong_explicit(slot, &word, word + SLOT_FREQ_ONE, memory_order_relaxed,
                                                 memory_order_relaxed);
@@ -311,7 +326,7 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
         }
         if (good && !p->exclusive) {
             if (!p->persistent)
-                touch(slot, word);
+                touch(seg, slot, word);
             return TM_OK;
         }
         if (!good)

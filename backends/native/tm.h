@@ -193,7 +193,8 @@ struct tm_client {
     _Atomic uint64_t retired_puts, retired_hits[2]; /* of its pools that are no more; hits by persistent */
     _Atomic uint32_t index_chunks; /* of leaves of its own pools; under the chunk lock */
     _Atomic uint32_t departed; /* serial of the client of this number that departed last, 0 none */
-    uint8_t spare[32];
+    _Atomic uint32_t begun; /* chunks that entered its probation queue so far: the time of their ages */
+    uint8_t spare[28];
 };
 
 /* Counters of a pool, semantics section 6. */
@@ -259,12 +260,15 @@ struct tm_chunk {
     uint16_t bin;
     uint16_t flags;  /* under the bin's lock while the chunk is USED, else under the chunk lock */
     uint16_t nfree;  /* likewise */
-    uint16_t queued; /* is in its client's queue; always under the chunk lock */
+    uint16_t queued; /* 0, or QUEUED and when it entered its client's queue; written under the chunk lock */
     uint32_t next;   /* in the bin's partial list, or in the free or ret list; 1-based */
     uint32_t prev;   /* in the partial list; of an OWNED or BUSY chunk: the owner's thread index */
     uint32_t qnext, qprev; /* queue */
     uint64_t bitmap[8];
 };
+
+#define QUEUED 0x8000u
+#define QUEUE_TIME (QUEUED - 1)
 
 struct tm_block { /* header of a block; the payload follows */
     _Atomic uint64_t word; /* slot number 40, payload length 13, raw 1, codec 2, spare 8 */
@@ -408,6 +412,7 @@ uint32_t chunks_available(struct tm_segment *seg); /* that a put could take; exa
 void chunk_release(struct tm_ctx *ctx, uint32_t c); /* an OWNED one; clears intent chunk */
 void chunk_requeue(struct tm_ctx *ctx, uint32_t c); /* clears intent drain */
 uint32_t queue_pop(struct tm_ctx *ctx, uint32_t account, unsigned queue, uint32_t *bin); /* 1-based; sets intent drain */
+bool block_is_young(struct tm_segment *seg, uint64_t block); /* in the youngest third of a probation queue */
 uint64_t tm_populate(struct tm_ctx *ctx, uint64_t bytes);
 uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes);
 void chunk_maintain(struct tm_ctx *ctx); /* outside operations: give much free memory back */
@@ -509,7 +514,9 @@ int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, u
 int dev_zero(const struct tm_device *d, uint64_t offset, uint64_t n);
 
 /* evict.c */
+enum { SOFT = 8 }; /* drains on somebody's behalf that spare pages which were hit; beyond that they go too */
 bool evict_chunk(struct tm_ctx *ctx, int client, bool hard); /* client -1: whose turn it is; false: none left */
+uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue, uint32_t length); /* of a page */
 uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes);
 bool compact(struct tm_ctx *ctx); /* free a chunk by moving persistent pages; false: there is nothing to gain */
 bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot; or it is GONE */
