@@ -294,3 +294,66 @@ class Device:
     def zero(self, h: object, count: int, offset: int, flags: int) -> None: ...
     def trim(self, h: object, count: int, offset: int, flags: int) -> None: ...
     def extents(self, h: object, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]: ...
+
+class Gate:
+    """Where the pages of one file are, for a `Reader`: closed when new, and while the file changes."""
+
+    def __init__(self) -> None: ...
+    def set(self, oid: bytes, size: int, open: bool, /) -> None:
+        """Say in which object (24 bytes) its pages are and how many bytes it has. For any thread.
+
+        Once this has returned, no READ that begins later is answered from what was said before.
+        """
+
+class Reader:
+    """Answers READ requests of a FUSE connection that hit, below Python; passes all others on to libfuse.
+
+    `device` is the descriptor of /dev/fuse, non-blocking; `ours` and `theirs` are the ends of a pair of
+    SOCK_SEQPACKET sockets, of which libfuse uses `theirs`, with room for the largest request; all stay the
+    caller's. Up to `helpers` threads serve beside the caller of `serve` when several requests wait. See
+    backends/native/reader.h.
+    """
+
+    def __init__(
+        self, device: int, ours: int, theirs: int, helpers: int = 1, largest_bytes: int = 1 << 20
+    ) -> None: ...
+    def serve(self, wake: int, timeout_ms: int, /) -> int:
+        """Answer hits until a request for libfuse can be read from `theirs` (1), the connection is over (2),
+        or the descriptor `wake` (-1: none) is readable, the time (-1: none) is over or a signal came (0).
+
+        By one thread at a time; passes libfuse's replies on as well.
+        """
+
+    def drain(self) -> None:
+        """Pass on to the kernel what libfuse has replied; by the thread that calls `serve`."""
+
+    def pause(self, paused: bool, /) -> None:
+        """Have the helpers leave the device alone, or not any more."""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is in hand: no helper at work, no request for libfuse, no reply for the kernel."""
+
+    def set_pool(self, pool: Pool | None, /) -> None:
+        """Use this pool from now on; returns when no thread uses the one before. One thread at a time."""
+
+    def open(self, fh: int, descriptor: int, gate: Gate, /) -> None:
+        """Serve the open file `fh`, whose size `descriptor` tells until `close_file`."""
+
+    def close_file(self, fh: int, /) -> None: ...
+    def mark(self, fh: int, offset: int, /) -> None:
+        """Pass the next READ of the file on that reaches beyond the byte `offset`, and forget the mark."""
+
+    def pass_through(self, fh: int, backing_id: int, /) -> None:
+        """Have the reply to the OPEN or CREATE that will give out `fh` ask for FUSE passthrough."""
+
+    def keep_listing(self, fh: int, believe: bool, /) -> None:
+        """Have the reply to the OPENDIR that will give out `fh` let the kernel keep the listing it will get;
+        `believe`: and use the one that it has."""
+
+    def counters(self) -> dict[str, int]:
+        """Return hit_reads, hit_pages, hit_bytes: answered here; forwarded: requests passed on; woken: how
+        often a helper was."""
+
+    def close(self) -> None:
+        """End the helpers. No thread may be in `serve`."""

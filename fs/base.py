@@ -6,6 +6,7 @@ with descriptors that cannot be closed meanwhile.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -17,7 +18,12 @@ from tmem.errors import TmemError, errno_of
 from tmem.fs.coherence import Change, Coherence, FileState
 from tmem.fs.identity import handle_of, object_id
 from tmem.fs.inodes import Inode, InodeTable
+from tmem.fs.instances import Instances
+from tmem.fs.kernel import Kernel
+from tmem.fs.lifetimes import Lifetimes
 from tmem.fs.precache import Precache
+from tmem.fs.reading import Reading
+from tmem.fs.watch import Watch
 
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes
@@ -43,7 +49,7 @@ class Handlers(pyfuse3.Operations):
     """State and helpers of all handlers.
 
     `fine_stamps` says whether changes on the root's device have distinct time stamps (see `identity`);
-    `timeout_seconds` is how long the kernel may keep names and attributes.
+    `lifetimes` says how long the kernel may keep names and attributes.
     """
 
     def __init__(
@@ -52,15 +58,20 @@ class Handlers(pyfuse3.Operations):
         precache: Precache,
         coherence: Coherence,
         fine_stamps: bool,
-        timeout_seconds: float,
+        lifetimes: Lifetimes,
         waiting: Waiting,
     ) -> None:
         super().__init__()
         self.table = table
         self.precache = precache
         self.coherence = coherence
+        self.instances = Instances(table.device, precache.directory if precache.shared else None)
         self._fine_stamps = fine_stamps
-        self._timeout = timeout_seconds
+        self.lifetimes = lifetimes
+        self.kernel = Kernel()
+        self._reading: Reading | None = None
+        self.watch: Watch | None = None
+        """Tells of changes underneath, where they are reported."""
         self._waiting = waiting
         self._owner = (os.geteuid(), os.getegid())
 
@@ -73,7 +84,9 @@ class Handlers(pyfuse3.Operations):
         """Return what the kernel is told about an inode."""
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode.nodeid
-        entry.entry_timeout = entry.attr_timeout = self._timeout
+        entry.generation = inode.generation
+        entry.entry_timeout = self.lifetimes.of_name(status.st_dev)
+        entry.attr_timeout = self.lifetimes.of_attributes(status)
         entry.st_mode = status.st_mode
         entry.st_nlink = status.st_nlink
         entry.st_uid = status.st_uid
@@ -93,12 +106,23 @@ class Handlers(pyfuse3.Operations):
         self.table.remember(inode)
         return self.attributes(inode, status)
 
+    def absent(self, parent: Inode) -> "EntryAttributes":
+        """Return the reply for a name that `parent` lacks. FUSEError(ENOENT) if it is not to be kept."""
+        seconds = self.lifetimes.of_absence(parent.key[0])
+        if not seconds:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = 0
+        entry.entry_timeout = seconds
+        return entry
+
     def state_of(self, inode: Inode) -> FileState:
         """Return the coherence of a regular file's pages, made at its first open or change of content."""
         if inode.state is None:
             handle = self.table.handle(inode)
             fine_stamps = self._fine_stamps and inode.key[0] == self.table.device
-            inode.state = self.coherence.recall(object_id(*inode.key, handle), fine_stamps)
+            mark = self.instances.mark_of(inode.key[0], self.table.descriptor(inode))
+            inode.state = self.coherence.recall(object_id(*inode.key, handle, mark), fine_stamps)
         return inode.state
 
     def change(self, inode: Inode) -> Change:
@@ -107,12 +131,16 @@ class Handlers(pyfuse3.Operations):
 
     def discard_if_unlinked(self, descriptor: int) -> None:
         """Drop the pages of a file if its last link is gone."""
-        status = os.fstat(descriptor)
+        try:
+            status = os.fstat(descriptor)
+        except OSError:  # gone in the lower's eyes: what was done is done, and no name leads to its pages
+            return
         if status.st_nlink:
             return
         inode = self.table.known(status)
         if inode is not None and inode.state is not None:
             self.coherence.discard(inode.state.name, inode.state)
         else:
-            name = object_id(status.st_dev, status.st_ino, handle_of(descriptor))
+            mark = self.instances.mark_of(status.st_dev, descriptor)
+            name = object_id(status.st_dev, status.st_ino, handle_of(descriptor), mark)
             self.coherence.discard(name, None)

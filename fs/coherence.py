@@ -30,12 +30,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from tmem.fs.identity import Version, is_settled, version_of
+from tmem.fs.identity import Version, is_settled, version_at, version_of
 from tmem.fs.precache import Precache
 from tmem.fs.state import SavedFileState, SavedVersion
 from tmem.fs.writers import is_quiet
 from tmem.types import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Gate
 
 REMEMBERED_FILES = 100_000
 """Versions kept of files that the kernel has forgotten; beyond that the oldest start empty again."""
@@ -67,6 +71,15 @@ class FileState:
     """No page at this index or above was ever put."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Orders puts and the flushes that follow changes; held for one call into the pool, by any thread."""
+    gate: "Gate | None" = field(default=None, repr=False)
+    """Tells the native reader whether it may answer, and from where (`reading`)."""
+
+    def show(self) -> None:
+        """Tell the native reader what has changed of `oid`, `size`, `served` and `changes`."""
+        if self.gate is not None:
+            # Of an empty file it is asked in `files`: some file systems say so of files that have content.
+            serving = self.served and not self.changes and self.size > 0
+            self.gate.set(self.oid, self.size, serving)
 
     def saved(self) -> SavedFileState:
         """Return all of it for `restored`. Of a file that is being changed, nothing will be trusted."""
@@ -88,6 +101,7 @@ class Coherence:
         self._precache = precache
         self._now_ns = now_ns
         self._remembered: OrderedDict[bytes, tuple[Version, int]] = OrderedDict()
+        self._distrusted: set[bytes] = set()
 
     def saved(self) -> list[tuple[bytes, SavedVersion, int]]:
         """Return what is known of files that the kernel has forgotten, for `restore`."""
@@ -112,9 +126,20 @@ class Coherence:
     def discard(self, name: bytes, state: FileState | None) -> None:
         """Drop all pages of a file that has lost its last link."""
         self._remembered.pop(name, None)
+        self._distrusted.discard(name)
         if state is None:
             self._precache.counters.flushed_pages += self._precache.flush_object(name)
             return
+        state.epoch += 1
+        state.version = None
+        self._drop(state)
+
+    def distrust(self, state: FileState) -> None:
+        """Keep no pages of a file any more: what its lower was given to write, it could not.
+
+        Its page cache shows the new bytes until it drops them, the old ones later, and no time stamp tells.
+        """
+        self._distrusted.add(state.name)
         state.epoch += 1
         state.version = None
         self._drop(state)
@@ -127,14 +152,38 @@ class Coherence:
         version = version_of(status)
         if state.changes:
             state.suspect = True  # whether the file is as expected cannot be told while it changes
+            self._drop(state)
             return False
         state.size = version.size
+        state.show()
         if state.version == version:
             return True
         if state.version is not None:
             self._precache.counters.foreign_changes += 1
         self._start_over(state, version, is_quiet(descriptor))  # in this order: not before `status`
         return False
+
+    def reported(self, state: FileState, descriptor: int) -> None:
+        """Drop every page of a file that is reported to have changed underneath.
+
+        Unless they are valid for what it is now: then they came after the change. `descriptor` may be O_PATH.
+        """
+        version = version_at(descriptor)
+        if version is not None and state.version == version:
+            return
+        self._precache.counters.foreign_changes += state.version is not None
+        self._suspect(state)
+        if state.changes:
+            state.suspect = True
+        elif version is not None:
+            state.size = version.size
+        state.show()
+
+    def _suspect(self, state: FileState) -> None:
+        """Drop every page; those that come from now on are good for who has the file open already."""
+        state.epoch += 1
+        state.version = None
+        self._drop(state)
 
     def read_token(self, state: FileState) -> int | None:
         """Return what `put_if` needs to put bytes that are read from now on; None: they may not be put."""
@@ -161,7 +210,7 @@ class Coherence:
 
     def _may_put(self, state: FileState, descriptor: int) -> bool:
         """Say whether what was just read from `descriptor` may stay when the file is opened again."""
-        return True  # whatever it was, the version tells
+        return state.name not in self._distrusted  # else, whatever it was, the version tells
 
     def _drop(self, state: FileState) -> None:
         """Drop every page."""
@@ -195,19 +244,26 @@ class Coherence:
 
     def _begin(self, state: FileState, descriptor: int) -> None:
         if not state.changes:
-            foreign = state.version is not None and state.version != version_of(os.fstat(descriptor))
+            foreign = state.version is not None and state.version != version_at(descriptor)
             self._precache.counters.foreign_changes += foreign
             state.suspect = foreign
         state.epoch += 1
         state.changes += 1
 
     def _end(self, state: FileState, descriptor: int) -> None:
-        version = version_of(os.fstat(descriptor))
-        state.size = version.size
+        version = version_at(descriptor)
+        if version is not None:
+            state.size = version.size
         state.changes -= 1
+        if version is None:  # the change is done, but what it has made cannot be told
+            state.suspect = True
         if state.changes:
             return
-        if state.suspect:
+        if version is None:
+            state.epoch += 1
+            self._drop(state)
+            state.version = None
+        elif state.suspect:
             self._start_over(state, version, quiet=False)
         elif state.version is not None:
             state.version = self._trusted(state, version, quiet=True)  # it was when it was validated
@@ -230,12 +286,14 @@ class Change:
     def __enter__(self) -> "Change":
         if self._state is not None:
             self._coherence._begin(self._state, self._descriptor)
+            self._state.show()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._state is not None:
             self._precache.counters.flushed_pages += self._dropped
             self._coherence._end(self._state, self._descriptor)
+            self._state.show()
 
     def flush(self, start: int, end: int | None) -> None:
         """Drop the pages that bytes `start` to `end` (None: the end of the file) touch.

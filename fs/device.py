@@ -3,7 +3,8 @@
 libfuse takes ``/dev/fd/N`` as a mount point that is mounted already. N is first one end of a socket pair:
 the kernel's INIT request is handed through it, pyfuse3 answers, the answer is amended and given to the
 kernel, and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and
-the kernel. Amended: mmap with MAP_SHARED on direct_io files (ENODEV without it).
+the kernel; or, with a native reader (`reading`), the pair stays and the reader is in between. Amended: mmap
+with MAP_SHARED on direct_io files (ENODEV without it).
 
 Request and answer are kept. New code that takes over a device whose connection is open (`restart`) hands
 the same request to its own libfuse: if that answers as the old one did, it will understand what the kernel
@@ -24,6 +25,8 @@ from tmem.errors import AttachError
 from tmem.fs import syscalls
 from tmem.fs.options import MountOptions
 
+_SO_SNDBUFFORCE = 32  # socket(7); Python has no name for it
+_CHANNEL_BYTES = 16 << 20  # several requests of 1 MiB, with what the kernel counts beside them
 _INIT_OPCODE = 26
 _IN_HEADER, _OUT_HEADER = 40, 16
 _IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
@@ -41,7 +44,10 @@ _NAMES = {
 
 @dataclass
 class Device:
-    """A mounted device: `descriptor` is /dev/fuse, `session` what pyfuse3 reads, `channel` its other end."""
+    """A mounted device: `descriptor` is /dev/fuse, `session` what pyfuse3 reads, `channel` its other end.
+
+    Once connected without a reader, `session` is /dev/fuse, and there is no `descriptor`.
+    """
 
     descriptor: int
     session: int
@@ -52,6 +58,27 @@ class Device:
     """The kernel's INIT request, once it was read."""
     reply: bytes = b""
     """What it was answered with."""
+    read_natively: bool = False
+    """Whether a native reader is to stand between pyfuse3 and the kernel; see `make_room`."""
+
+    @property
+    def fuse(self) -> int:
+        """The descriptor of /dev/fuse."""
+        return self.descriptor if self.descriptor >= 0 else self.session
+
+    def make_room(self) -> bool:
+        """Let the socket pair hold the largest requests and replies; False if the kernel does not allow it.
+
+        It takes CAP_NET_ADMIN.
+        """
+        session = socket.socket(fileno=os.dup(self.session))
+        with session:
+            try:
+                for end in (self.channel, session):
+                    end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _CHANNEL_BYTES)
+            except OSError:
+                return False
+        return True
 
     def close(self) -> None:
         """Close all ends. The kernel then ends the mount's connection."""
@@ -86,7 +113,7 @@ async def negotiate(device: Device) -> None:
         raise AttachError("the kernel did not start the FUSE protocol: is another program using this mount?")
     await agree(device)
     _connect(device)
-    os.write(device.session, device.reply)
+    os.write(device.fuse, device.reply)
 
 
 async def take_over(device: Device) -> None:
@@ -124,6 +151,9 @@ async def agree(device: Device) -> None:
 
 
 def _connect(device: Device) -> None:
+    os.set_blocking(device.descriptor, not device.read_natively)  # the reader polls
+    if device.read_natively:
+        return
     os.dup2(device.descriptor, device.session, inheritable=False)
     os.close(device.descriptor)
     device.descriptor = -1

@@ -5,17 +5,22 @@ nor repeat others; each entry's attributes are as of when it is reported.
 """
 
 import os
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pyfuse3
 
 from tmem.fs.base import Handlers, errors
+from tmem.fs.identity import Version, is_settled, version_of
 from tmem.fs.inodes import Inode
 from tmem.fs.state import SavedListing
 
 if TYPE_CHECKING:
-    from pyfuse3 import ReaddirToken, RequestContext
+    from pyfuse3 import EntryAttributes, ReaddirToken, RequestContext
+
+_DOTS = (b".", b"..")
+_NO_NODE = 1 << 63  # beyond all node ids in use; the kernel sends it back to be forgotten
 
 
 @dataclass
@@ -23,6 +28,11 @@ class _Listing:
     inode: Inode
     descriptor: int
     names: list[bytes] = field(default_factory=list)
+    begun: float = 0.0
+    failure: OSError | None = None
+    """What ended the listing early."""
+    version: Version | None = None
+    """Of the directory while it was open, if every later change must show in it."""
 
 
 class Directories(Handlers):
@@ -39,31 +49,70 @@ class Directories(Handlers):
             node = self.table[inode]
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
             descriptor = os.open(b".", flags, dir_fd=self.table.descriptor(node))
+            status = os.fstat(descriptor)
         number = self._next_listing
         self._next_listing += 1
-        self._listings[number] = _Listing(node, descriptor)
+        self._listings[number] = _Listing(node, descriptor, version=self._settled(node, version_of(status)))
+        self._let_keep(number, self._listings[number])
         return number
+
+    def _settled(self, inode: Inode, version: Version) -> Version | None:
+        fine_stamps = self._fine_stamps and inode.key[0] == self.table.device
+        return version if is_settled(version, time.time_ns(), fine_stamps) else None
+
+    def _let_keep(self, number: int, listing: _Listing) -> None:
+        """Let the kernel keep the listing, and believe the one that it has if that is still right.
+
+        Only for as long as it believes the attributes that came with it: it would ask for each of them, when
+        a new listing brings all at once.
+        """
+        if self._reading is None or listing.version is None:
+            return
+        version, since = listing.inode.listed
+        lifetime = self.lifetimes.of_name(listing.inode.key[0])
+        believe = version == listing.version and time.monotonic() < since + lifetime
+        self._reading.reader.keep_listing(number, believe)
 
     async def readdir(self, fh: int, start_id: int, token: "ReaddirToken") -> None:
         """Report entries from number `start_id` on, until the reply is full."""
         listing = self._listings[fh]
         with errors():
             if start_id == 0:
-                listing.names = [os.fsencode(name) for name in os.listdir(listing.descriptor)]  # noqa: PTH208
+                listing.inode.listed = (None, 0.0)
+                listing.begun = time.monotonic()
+                listing.names, listing.failure = _names(listing.descriptor)
+            reported = False
             for number in range(start_id, len(listing.names)):
                 name = listing.names[number]
+                if name in _DOTS:
+                    if not pyfuse3.readdir_reply(token, name, _dot(listing.descriptor, name), number + 1):
+                        return
+                    reported = True
+                    continue
                 try:
                     inode, status = self.table.lookup(listing.inode, name)
                 except FileNotFoundError:
+                    continue
+                except OSError:  # it has a name all the same
+                    if not pyfuse3.readdir_reply(token, name, _without_attributes(), number + 1):
+                        return
+                    reported = True
                     continue
                 if not pyfuse3.readdir_reply(token, name, self.attributes(inode, status), number + 1):
                     self.table.drop(inode)
                     return
                 self.table.remember(inode)
+                reported = True
+            if listing.failure is not None and not reported:  # after all names that came before it
+                raise listing.failure
+            if listing.failure is None and listing.version is not None:
+                unchanged = version_of(os.fstat(listing.descriptor)) == listing.version
+                listing.inode.listed = (listing.version if unchanged else None, listing.begun)
 
     async def releasedir(self, fh: int) -> None:
         """Close a directory."""
-        os.close(self._listings.pop(fh).descriptor)
+        with errors():
+            os.close(self._listings.pop(fh).descriptor)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Make a directory's names durable."""
@@ -92,3 +141,32 @@ class Directories(Handlers):
         """Close what is still open at the end of the mount."""
         while self._listings:
             os.close(self._listings.popitem()[1].descriptor)
+
+
+def _names(descriptor: int) -> tuple[list[bytes], OSError | None]:
+    """Return the names in a directory, and the error that came after them, if any."""
+    names: list[bytes] = []
+    try:
+        with os.scandir(descriptor) as entries:
+            names += _DOTS  # scandir leaves them out; programs see them
+            names += (os.fsencode(entry.name) for entry in entries)
+    except OSError as error:
+        return [] if len(names) == len(_DOTS) else names, error
+    return names, None
+
+
+def _dot(directory: int, name: bytes) -> "EntryAttributes":
+    """Return number and kind of a directory itself or its parent; the kernel counts no lookup of these."""
+    status = os.stat(name, dir_fd=directory)
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = status.st_ino
+    entry.st_mode = status.st_mode
+    return entry
+
+
+def _without_attributes() -> "EntryAttributes":
+    """Return what says of an entry only that it is there: the kernel takes a mode of 0 for no attributes."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = _NO_NODE
+    entry.st_mode = 0
+    return entry

@@ -35,10 +35,22 @@ def version_of(status: os.stat_result) -> Version:
     return Version(status.st_mtime_ns, status.st_ctime_ns, status.st_size)
 
 
-def object_id(device: int, inode: int, handle: bytes | None) -> bytes:
-    """Return the 24 bytes that name the file, and its object in a pool that is the mount's own."""
+def version_at(descriptor: int) -> Version | None:
+    """Return the version of the file open (O_PATH will do) at `descriptor`, None if the lower cannot tell."""
+    try:
+        return version_of(os.fstat(descriptor))
+    except OSError:
+        return None
+
+
+def object_id(device: int, inode: int, handle: bytes | None, mark: bytes = b"") -> bytes:
+    """Return the 24 bytes that name the file, and its object in a pool that is the mount's own.
+
+    `mark` tells file systems apart that have had the same device number (`instances`).
+    """
     name = b"h" + handle if handle else b"i" + inode.to_bytes(8, "little")
-    return hashlib.blake2b(device.to_bytes(8, "little") + name, digest_size=OID_SIZE).digest()
+    place = device.to_bytes(8, "little") + bytes([len(mark)]) + mark
+    return hashlib.blake2b(place + name, digest_size=OID_SIZE).digest()
 
 
 def version_object_id(name: bytes, version: Version) -> bytes:

@@ -19,10 +19,11 @@ import pyfuse3
 
 from tmem.fs import syscalls
 from tmem.fs.coherence import FileState
-from tmem.fs.identity import handle_of
+from tmem.fs.identity import Version, handle_of
 from tmem.fs.state import SavedInode, SavedInodes
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_GENERATION = (1 << 32) - 1  # the kernel keeps 32 bits, and compares all
 _FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
 
 
@@ -38,10 +39,16 @@ class Inode:
     descriptor: int
     """O_PATH, or -1 while closed to save descriptors; use `InodeTable.descriptor`."""
     lookups: int = 0
+    generation: int = 0
+    """Tells it from other files that have had its node id: handles of the mount's files hold both."""
     handle: bytes | None = None
     """Its file handle, once asked for."""
     opens: int = 0
     """Open handles of regular files."""
+    declined: bool = False
+    """Whether these are passed through; decided when the first one is opened."""
+    listed: tuple[Version | None, float] = (None, 0.0)
+    """Which version of a directory the kernel has a listing of, and since when (monotonic)."""
     state: FileState | None = field(default=None, repr=False)
     """Coherence of its pages, from its first open on."""
 
@@ -66,6 +73,7 @@ class InodeTable:
         self._by_handle = _can_open_handles(root)
         self._open: OrderedDict[int, Inode] = OrderedDict()  # oldest first, by node id
         self._next_foreign = _FOREIGN_IDS
+        self._last_generation = 0
         key = (status.st_dev, status.st_ino)
         node = Inode(pyfuse3.ROOT_INODE, key, stat.S_IFDIR, root, lookups=1)
         self._by_id: dict[int, Inode] = {node.nodeid: node}
@@ -87,6 +95,11 @@ class InodeTable:
         return self._root
 
     @property
+    def opens_handles(self) -> bool:
+        """Whether files on the root's device can be opened by their handles."""
+        return self._by_handle
+
+    @property
     def open_descriptors(self) -> int:
         """How many O_PATH descriptors are open."""
         return len(self._open)
@@ -94,6 +107,14 @@ class InodeTable:
     def known(self, status: os.stat_result) -> Inode | None:
         """Return the inode of the file that `status` describes, if the kernel knows it."""
         return self._by_key.get((status.st_dev, status.st_ino))
+
+    def find(self, key: tuple[int, int]) -> Inode | None:
+        """Return the inode of the lower file with these st_dev and st_ino, if the kernel knows it."""
+        return self._by_key.get(key)
+
+    def all(self) -> list[Inode]:
+        """Return every inode that the kernel knows."""
+        return list(self._by_id.values())
 
     def descriptor(self, inode: Inode) -> int:
         """Return an O_PATH descriptor of the inode, opened again by handle if need be. OSError(ESTALE)."""
@@ -172,14 +193,22 @@ class InodeTable:
         ordered = dict.fromkeys([*closable, *self._by_id.values(), *used])
         places = {inode: place for place, inode in enumerate(ordered)}
         nodes = [self._saved_inode(inode) for inode in ordered]
-        return SavedInodes(root=self._root, next_foreign=self._next_foreign, nodes=nodes), places
+        saved = SavedInodes(
+            root=self._root,
+            next_foreign=self._next_foreign,
+            last_generation=self._last_generation,
+            nodes=nodes,
+        )
+        return saved, places
 
     def restore(self, saved: SavedInodes) -> list[Inode]:
         """Fill the new table, made with the same root; return the inodes in their order."""
         self._next_foreign = saved["next_foreign"]
+        self._last_generation = saved["last_generation"]
         inodes = []
-        for nodeid, device, number, kind, descriptor, lookups, handle, by_id, by_key, state in saved["nodes"]:
-            inode = Inode(nodeid, (device, number), kind, descriptor, lookups, handle)
+        for row in saved["nodes"]:
+            nodeid, device, number, kind, descriptor, lookups, handle, by_id, by_key, state, generation = row
+            inode = Inode(nodeid, (device, number), kind, descriptor, lookups, generation, handle)
             inode.state = FileState.restored(state) if state else None
             if by_id:
                 self._by_id[nodeid] = inode
@@ -201,6 +230,7 @@ class InodeTable:
             self._by_id.get(inode.nodeid) is inode,
             self._by_key.get(inode.key) is inode,
             inode.state.saved() if inode.state else None,
+            inode.generation,
         )
 
     def _match(self, status: os.stat_result, descriptor: int) -> Inode | None:
@@ -217,7 +247,9 @@ class InodeTable:
             nodeid = self._next_foreign
             self._next_foreign += 1
         key = (status.st_dev, status.st_ino)
-        inode = Inode(nodeid, key, stat.S_IFMT(status.st_mode), descriptor)
+        self._last_generation = self._last_generation % _MAX_GENERATION + 1
+        kind = stat.S_IFMT(status.st_mode)
+        inode = Inode(nodeid, key, kind, descriptor, generation=self._last_generation)
         self._by_id[nodeid] = inode
         self._by_key[key] = inode
         self._keep(inode)

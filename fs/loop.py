@@ -13,6 +13,7 @@ Threading: the event loop's thread.
 """
 
 import contextlib
+import math
 import select
 import types
 from collections import deque
@@ -22,9 +23,12 @@ from typing import Any
 import pyfuse3
 import trio
 
+from tmem.fs.reading import GONE, NOTHING, REQUEST, Reading
+
 _TRIO_EVERY = 32  # requests; so that deadlines are seen under full load. A power of two.
 _LONGEST_WAIT_SECONDS = 1.0
 _MAX_TASKS = 99
+_PAUSE_SECONDS = 0.001
 _NEVER = -(1 << 31)
 
 
@@ -48,6 +52,19 @@ class _FastLock:
             self._waiting.popleft().set()
 
 
+class _Due(trio.abc.Instrument):
+    """The tasks that trio is about to run, some of them in the turn of the scheduler that is under way."""
+
+    def __init__(self) -> None:
+        self.tasks: set[trio.lowlevel.Task] = set()
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.discard(task)
+
+
 class Readers:
     """Runs the tasks that read requests, with the `fast` loop or the plain one."""
 
@@ -56,14 +73,19 @@ class Readers:
         self._fast = False
         self._installed = False
         self._session = -1
+        self._reading: Reading | None = None
+        self._awaited = -1  # the descriptor that is readable when there is something to do
+        self._epoll = -1  # trio's
         self._nursery: trio.Nursery | None = None
         self._stopping = False
+        self._ended = False
         self._idle = 0
         self._starting = False
         self._waiting = 0
         self._count = 0
         self._runner: Any = None  # trio's, without a public name
         self._poll = select.poll()
+        self._due = _Due()
 
     def install(self) -> bool:
         """Take the place of pyfuse3's way to wait, before `pyfuse3.init`; False if it has another one.
@@ -74,7 +96,7 @@ class Readers:
             return False
         lowlevel = types.SimpleNamespace(
             wait_readable=self._wait_readable,
-            notify_closing=trio.lowlevel.notify_closing,
+            notify_closing=self._notify_closing,
             current_task=trio.lowlevel.current_task,
             current_trio_token=trio.lowlevel.current_trio_token,
         )
@@ -108,34 +130,45 @@ class Readers:
         finally:
             self._waiting -= 1
 
-    async def serve(self, session: int) -> None:
+    async def serve(self, session: int, reading: "Reading | None" = None) -> None:
         """Serve requests on the descriptor `session` until unmounted, `pyfuse3.terminate`, or stopped.
 
-        Returns when every request that was read has been answered. Can be called again after `stop`.
+        With `reading`, `session` is a socket, and the native reader reads the device. Returns when every
+        request that was read has been answered. Can be called again after `stop`.
         """
-        self._session = session
-        self._stopping = self._starting = False
+        self._session, self._reading = session, reading
+        self._awaited = session if reading is None else reading.fileno()
+        self._stopping = self._starting = self._ended = False
         if not self._installed:
             await pyfuse3.main(1, _MAX_TASKS)
             return
         self._fast = self._wants_fast and self._find_trio(session)
+        trio.lowlevel.add_instrument(self._due)
         try:
+            await trio.lowlevel.checkpoint()  # for those that are due already
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._start(nursery)
         finally:
+            trio.lowlevel.remove_instrument(self._due)
             self._nursery = None
+            if reading is not None:
+                reading.reader.drain()  # what the last handlers have replied
 
     def stop(self) -> None:
         """Read no more requests; `serve` returns once those in hand are answered."""
         self._stopping = True
-        trio.lowlevel.notify_closing(self._session)  # wakes who waits for one; nothing is closed
+        if self._reading is not None:
+            self._reading.reader.pause(True)
+        trio.lowlevel.notify_closing(self._awaited)  # wakes who waits for one; nothing is closed
 
     def resume(self) -> bool:
         """Read requests again after all; False if `serve` has returned (or is about to)."""
         if self._nursery is None or not self._nursery.child_tasks:
             return False
         self._stopping = False
+        if self._reading is not None:
+            self._reading.reader.pause(False)
         self._have_one_idle(plainly=True)
         return True
 
@@ -165,26 +198,74 @@ class Readers:
         self._poll.register(epoll, select.POLLIN)
         self._poll.register(session, select.POLLIN)
         self._runner = runner
+        self._epoll = epoll
         return True
+
+    def _notify_closing(self, descriptor: int) -> None:
+        # From pyfuse3.terminate, which knows only the session's end.
+        self._ended = True
+        trio.lowlevel.notify_closing(self._awaited if descriptor == self._session else descriptor)
 
     async def _wait_readable(self, descriptor: int) -> None:
         self._starting = False
+        if self._reading is not None:
+            await self._read_natively(self._reading)
+            return
         self._raise_if_stopping()
         self._idle += 1
         try:
-            runner = self._runner
-            self._count += 1
-            # A handler whose worker thread is done may be due in this very turn of the scheduler, which
-            # cannot be seen from here: so while one waits, wait as trio does.
-            if self._fast and not self._waiting and self._count % _TRIO_EVERY and not runner.runq:
-                seconds = runner.deadlines.next_deadline() - runner.clock.current_time()
-                for ready, _ in self._poll.poll(min(max(seconds, 0), _LONGEST_WAIT_SECONDS) * 1000):
+            if self._may_block():
+                for ready, _ in self._poll.poll(self._seconds_left() * 1000):
                     if ready == descriptor:
                         return
             await trio.lowlevel.wait_readable(descriptor)
         finally:
             self._idle -= 1
         self._raise_if_stopping()  # from here until the request is read nothing else runs
+
+    async def _read_natively(self, reading: Reading) -> None:
+        """Have the native reader answer hits until there is a request for pyfuse3."""
+        self._idle += 1
+        try:
+            event = NOTHING
+            while event != REQUEST:
+                if event == GONE or self._ended:
+                    raise trio.ClosedResourceError("unmounted")
+                if self._stopping:
+                    event = await self._leave(reading)
+                elif self._may_block():
+                    event = reading.reader.serve(self._epoll, math.ceil(self._seconds_left() * 1000))
+                if event == NOTHING and not self._stopping:  # or trio has something to do
+                    with contextlib.suppress(trio.ClosedResourceError):
+                        await trio.lowlevel.wait_readable(reading)
+                    if not self._stopping and not self._ended:
+                        event = reading.reader.serve(-1, 0)
+        finally:
+            self._idle -= 1
+
+    async def _leave(self, reading: Reading) -> int:
+        """Read no more; return REQUEST if there is one all the same, and NOTHING if reading goes on.
+
+        What has been read must be answered: by helpers, by handlers, by pyfuse3.
+        """
+        while self._stopping:
+            reading.reader.drain()
+            if reading.has_request():
+                return REQUEST
+            if not self._waiting and reading.reader.quiet:
+                raise trio.ClosedResourceError("left to whoever reads next")
+            await trio.sleep(_PAUSE_SECONDS)
+        return NOTHING
+
+    def _may_block(self) -> bool:
+        """Say whether the event loop has nothing else to do."""
+        self._count += 1
+        # Another task may be due in this very turn of the scheduler, and would wait as long as requests come.
+        return bool(self._fast and not self._waiting and self._count % _TRIO_EVERY and not self._due.tasks)
+
+    def _seconds_left(self) -> float:
+        seconds: float = self._runner.deadlines.next_deadline() - self._runner.clock.current_time()
+        return min(max(seconds, 0), _LONGEST_WAIT_SECONDS)
 
     def _raise_if_stopping(self) -> None:
         if self._stopping:

@@ -1,6 +1,6 @@
 """Names and attributes: everything that is not file content or the listing of directories.
 
-New files belong to the calling process, which only root can arrange; permissions are checked by the kernel
+New files are made as the calling process (`acting`); permissions are checked by the kernel
 (default_permissions). Any of these may change a lower file's ctime and so its version: a file whose pages are
 in the pool is changed within `Handlers.change`, so that it keeps them.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 
 from tmem.fs import syscalls
+from tmem.fs.acting import Caller, acting_as, drop_set_ids
 from tmem.fs.base import Handlers, errors
 from tmem.fs.inodes import Inode, proc_path
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, RequestContext, SetattrFields, StatvfsData
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_ACL_NAMES = (b"system.posix_acl_access", b"system.posix_acl_default")
+_ACCESS_LIST = b"system.posix_acl_access"
+_ACL_NAMES = (_ACCESS_LIST, b"system.posix_acl_default")
+_RENAME_WHITEOUT = 4
 
 
 class Namespace(Handlers):
@@ -31,7 +34,11 @@ class Namespace(Handlers):
     async def lookup(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> "EntryAttributes":
         """Find a name."""
         with errors():
-            return self.enter(self.table[parent_inode], name)
+            parent = self.table[parent_inode]
+            try:
+                return self.enter(parent, name)
+            except FileNotFoundError:
+                return self.absent(parent)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups back; files that the kernel has forgotten keep their pages while they have a name."""
@@ -74,12 +81,12 @@ class Namespace(Handlers):
         with errors():
             node = self.table[inode]
             if fields.update_size:
-                await self._truncate(node, attr.st_size, fh)
+                await self._truncate(node, attr.st_size, fh, Caller.of(ctx))
             with self.change(node):
-                self._set_owner_mode_times(node, attr, fields)
+                self._set_owner_mode_times(node, attr, fields, Caller.of(ctx))
             return self.attributes(node, os.fstat(self.table.descriptor(node)))
 
-    async def _truncate(self, inode: Inode, size: int, fh: int | None) -> None:
+    async def _truncate(self, inode: Inode, size: int, fh: int | None, caller: Caller | None = None) -> None:
         # A descriptor of our own: the inode's may be closed while the worker thread is at it.
         descriptor = os.dup(self.table.descriptor(inode))
         try:
@@ -87,7 +94,9 @@ class Namespace(Handlers):
             with self.coherence.change(self.state_of(inode), descriptor) as change:
                 change.flush(size, None)
                 try:
+                    before = os.fstat(descriptor)
                     await self.in_thread(self.resize, descriptor, size, fh)
+                    self.lose_set_ids(inode, proc_path(descriptor), before, caller)
                 finally:
                     change.flush(size, None)
         finally:
@@ -97,12 +106,27 @@ class Namespace(Handlers):
         """Truncate the file; `files` uses the open file instead, whose mode may have changed since."""
         os.truncate(proc_path(descriptor), size)
 
-    def _set_owner_mode_times(self, inode: Inode, attr: "EntryAttributes", fields: "SetattrFields") -> None:
+    def lose_set_ids(
+        self, inode: Inode, target: int | str, before: os.stat_result, caller: Caller | None
+    ) -> None:
+        """Take the set-id bits away that a change by the caller costs; have the kernel ask for the mode."""
+        if drop_set_ids(target, before, caller):
+            with contextlib.suppress(OSError):  # it may have forgotten the inode
+                pyfuse3.invalidate_inode(inode.nodeid, attr_only=True)
+
+    def _set_owner_mode_times(
+        self, inode: Inode, attr: "EntryAttributes", fields: "SetattrFields", caller: Caller
+    ) -> None:
         path = self.table.path(inode)
-        if fields.update_uid or fields.update_gid:
+        others = fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
+        if fields.update_uid or fields.update_gid or not others:
+            # Nothing at all is chown(-1, -1), or a write that the kernel wants to take set-id bits away.
             uid = attr.st_uid if fields.update_uid else -1
             gid = attr.st_gid if fields.update_gid else -1
+            before = os.fstat(self.table.descriptor(inode))
             os.chown(path, uid, gid)
+            if caller.uid == before.st_uid:
+                self._lose_set_gid(inode, before, caller)
         if fields.update_mode:
             os.chmod(path, stat.S_IMODE(attr.st_mode))  # noqa: PTH101 - the path is a descriptor's
         if fields.update_atime or fields.update_mtime:
@@ -110,6 +134,13 @@ class Namespace(Handlers):
             atime_ns = attr.st_atime_ns if fields.update_atime else status.st_atime_ns
             mtime_ns = attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns
             os.utime(path, ns=(atime_ns, mtime_ns))
+
+    def _lose_set_gid(self, inode: Inode, before: os.stat_result, caller: Caller) -> None:
+        """Take set-group-id away after a change by one who is not in the group: the daemon may keep it."""
+        now = os.fstat(self.table.descriptor(inode))
+        set_gid = stat.S_ISREG(now.st_mode) and now.st_mode & stat.S_ISGID
+        if set_gid and caller.uid != 0 and not caller.is_member(before.st_gid):
+            os.chmod(self.table.path(inode), stat.S_IMODE(now.st_mode) & ~stat.S_ISGID)  # noqa: PTH101
 
     async def readlink(self, inode: int, ctx: "RequestContext") -> bytes:
         """Return where a symbolic link leads."""
@@ -120,8 +151,8 @@ class Namespace(Handlers):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: "RequestContext"
     ) -> "EntryAttributes":
         """Make a file, pipe, socket or device."""
-        with errors(), self.new_name(parent_inode, name, ctx, mode) as directory:
-            os.mknod(name, mode, rdev, dir_fd=directory)
+        with errors(), acting_as(ctx):
+            os.mknod(name, mode, rdev, dir_fd=self.table.descriptor(self.table[parent_inode]))
         with errors():
             return self.enter(self.table[parent_inode], name)
 
@@ -129,8 +160,8 @@ class Namespace(Handlers):
         self, parent_inode: int, name: bytes, mode: int, ctx: "RequestContext"
     ) -> "EntryAttributes":
         """Make a directory."""
-        with errors(), self.new_name(parent_inode, name, ctx, 0) as directory:
-            os.mkdir(name, stat.S_IMODE(mode), dir_fd=directory)
+        with errors(), acting_as(ctx):
+            os.mkdir(name, stat.S_IMODE(mode), dir_fd=self.table.descriptor(self.table[parent_inode]))
         with errors():
             return self.enter(self.table[parent_inode], name)
 
@@ -138,24 +169,10 @@ class Namespace(Handlers):
         self, parent_inode: int, name: bytes, target: bytes, ctx: "RequestContext"
     ) -> "EntryAttributes":
         """Make a symbolic link."""
-        with errors(), self.new_name(parent_inode, name, ctx, 0) as directory:
-            os.symlink(target, name, dir_fd=directory)
+        with errors(), acting_as(ctx):
+            os.symlink(target, name, dir_fd=self.table.descriptor(self.table[parent_inode]))
         with errors():
             return self.enter(self.table[parent_inode], name)
-
-    @contextlib.contextmanager
-    def new_name(self, parent_inode: int, name: bytes, ctx: "RequestContext", mode: int) -> Iterator[int]:
-        """Yield the parent's descriptor to make `name` in, then give what was made to the calling process."""
-        directory = self.table.descriptor(self.table[parent_inode])
-        yield directory
-        uid, gid = ctx.uid, ctx.gid
-        if self._owner[0] != 0 or (uid, gid) == self._owner:
-            return
-        if os.fstat(directory).st_mode & stat.S_ISGID:
-            gid = -1  # taken from the directory
-        os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
-        if mode & (stat.S_ISUID | stat.S_ISGID):  # chown has removed these
-            os.chmod(name, stat.S_IMODE(mode), dir_fd=directory)
 
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: "RequestContext"
@@ -198,7 +215,10 @@ class Namespace(Handlers):
             old_dir = self.table.descriptor(self.table[parent_inode_old])
             new_dir = self.table.descriptor(self.table[parent_inode_new])
             with self._affected(old_dir, name_old), self._affected(new_dir, name_new):
-                if flags:
+                if flags & _RENAME_WHITEOUT:  # makes something in the old place
+                    with acting_as(ctx):
+                        syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
+                elif flags:
                     syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
                 else:
                     os.rename(name_old, name_new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
@@ -239,7 +259,10 @@ class Namespace(Handlers):
         with errors():
             node = self.table[inode]
             with self.change(node):
+                before = os.fstat(self.table.descriptor(node))
                 os.setxattr(self.table.path(node), name, value)
+                if name == _ACCESS_LIST:
+                    self._lose_set_gid(node, before, Caller.of(ctx))
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
         """Return an extended attribute."""
@@ -254,7 +277,8 @@ class Namespace(Handlers):
     async def listxattr(self, inode: int, ctx: "RequestContext") -> Sequence[bytes]:
         """Return the names of the extended attributes."""
         with errors():
-            return [os.fsencode(name) for name in os.listxattr(self.table.path(self.table[inode]))]
+            names = [os.fsencode(name) for name in os.listxattr(self.table.path(self.table[inode]))]
+        return [name for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
 
     async def removexattr(self, inode: int, name: bytes, ctx: "RequestContext") -> None:
         """Remove an extended attribute."""

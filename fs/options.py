@@ -1,7 +1,8 @@
 """The options of a mount, as written after ``-o``.
 
 Options that mount(8) and fstab know and that mean nothing here (``user``, ``nofail``, ``_netdev``, ``x-...``)
-are accepted and ignored, so that ``mount -t fuse.tmem`` works. Not for mounting: `mount`.
+are accepted and ignored, so that ``mount -t fuse.tmem`` works. As in mount(8), double quotes around a value
+keep its commas. Not for mounting: `mount`.
 """
 
 import enum
@@ -9,12 +10,16 @@ import hashlib
 import os
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tmem.backends.paths import check_name
 from tmem.errors import TmemError
 from tmem.fs import syscalls
+from tmem.fs.policy import DEFAULT, Policy
+from tmem.types import parse_size
 
 
 class Cache(enum.StrEnum):
@@ -29,8 +34,24 @@ class Loop(enum.StrEnum):
     """How requests are waited for; see `loop`."""
 
     AUTO = "auto"
+    """The native reader if it is to be had, else the fast loop."""
+    NATIVE = "native"
     FAST = "fast"
     PLAIN = "plain"
+
+
+class Aside(enum.StrEnum):
+    """Whether a mount may step aside; see `worth`."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
+class Watching(enum.StrEnum):
+    """Whether changes underneath are watched for, where the kernel reports them; see `watch`."""
+
+    AUTO = "auto"
+    OFF = "off"
 
 
 _FLAGS = {
@@ -57,8 +78,11 @@ class MountOptions:
     cache: Cache = Cache.AUTO
     loop: Loop = Loop.AUTO
     allow_other: bool = False
-    timeout_seconds: float = 1.0
-    """How long the kernel may believe names and attributes: so late do changes underneath show."""
+    timeout_seconds: float | None = None
+    """How long the kernel may believe names and attributes; None: see `lifetimes`."""
+    watch: Watching = Watching.AUTO
+    policy: Policy = DEFAULT
+    """What is cached."""
     flags: int = syscalls.MS_NOSUID | syscalls.MS_NODEV
     """MS_ flags of mount(2)."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
@@ -67,9 +91,8 @@ class MountOptions:
     def parse(cls, texts: tuple[str, ...] | list[str], mountpoint: str) -> "MountOptions":
         """Return the options in the comma-separated `texts`. TmemError for one that is unknown."""
         options = cls(default_client(mountpoint))
-        for word in ",".join(texts).split(","):
-            if word.strip():
-                options = options._with(word.strip())
+        for word in _words(",".join(texts)):
+            options = options._with(word)
         return options
 
     def _with(self, word: str) -> "MountOptions":
@@ -85,6 +108,10 @@ class MountOptions:
                 return replace(self, loop=Loop(value))
             if name == "timeout" and equals:
                 return replace(self, timeout_seconds=_seconds(value))
+            if name == "watch" and equals:
+                return replace(self, watch=Watching(value))
+            if name in _POLICY and equals:
+                return replace(self, policy=_POLICY[name](self.policy, value))
         except ValueError:
             raise TmemError(f"{word!r} is no valid option: {_CHOICES[name]}") from None
         if word == "allow_other":
@@ -99,17 +126,66 @@ class MountOptions:
             return replace(self, ignored=(*self.ignored, word))
         raise TmemError(
             f"{word!r} is no mount option: use client=NAME, shared=UUID, cache=auto|direct|kernel, "
-            "loop=auto|fast|plain, timeout=SECONDS, allow_other, default_permissions, ro, noexec, noatime, "
-            "sync, dev or suid"
+            "loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, cache_files=PATTERN:..., "
+            "skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, read_ahead=SIZE, "
+            "step_aside=auto|never, allow_other, default_permissions, ro, noexec, noatime, sync, dev or suid"
         )
 
 
 _CHOICES = {
     "cache": "use cache=auto, cache=direct or cache=kernel",
-    "loop": "use loop=auto, loop=fast or loop=plain",
+    "loop": "use loop=auto, loop=native, loop=fast or loop=plain",
     "shared": "use shared=UUID, neither all zeros nor all ones",
+    "watch": "use watch=auto or watch=off",
     "timeout": "use timeout=SECONDS with a number from 0 on",
+    "cache_files": "use cache_files=PATTERN, or several with ':' between them, such as *.db:data/*",
+    "skip_files": "use skip_files=PATTERN, or several with ':' between them, such as *.log:tmp/*",
+    "least_size": "use least_size=SIZE, such as 4K",
+    "most_size": "use most_size=SIZE, such as 1G",
+    "read_ahead": "use read_ahead=SIZE, such as 8M, or read_ahead=0",
+    "step_aside": "use step_aside=auto or step_aside=never",
 }
+
+
+def _words(text: str) -> list[str]:
+    """Return the options in `text`, without the double quotes; a comma within these does not separate."""
+    if text.count('"') % 2:
+        raise TmemError(f"{text!r} has a double quote too many: use them in pairs around what has commas")
+    parts = re.findall(r'(?:"[^"]*"|[^,"])+', text)
+    return [word for part in parts if (word := part.replace('"', "").strip())]
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    patterns = tuple(pattern for pattern in text.split(":") if pattern)
+    if not patterns:
+        raise ValueError(text)
+    return patterns
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except TmemError as error:
+        raise ValueError(text) from error
+
+
+def _with_rules(policy: Policy, **changes: Any) -> Policy:
+    return replace(policy, rules=replace(policy.rules, **changes))
+
+
+_POLICY: dict[str, Callable[[Policy, str], Policy]] = {
+    "cache_files": lambda policy, text: _with_rules(
+        policy, cache_files=policy.rules.cache_files + _patterns(text)
+    ),
+    "skip_files": lambda policy, text: _with_rules(
+        policy, skip_files=policy.rules.skip_files + _patterns(text)
+    ),
+    "least_size": lambda policy, text: _with_rules(policy, least_bytes=_size(text)),
+    "most_size": lambda policy, text: _with_rules(policy, most_bytes=_size(text)),
+    "read_ahead": lambda policy, text: replace(policy, ahead_bytes=_size(text)),
+    "step_aside": lambda policy, text: replace(policy, steps_aside=Aside(text) is Aside.AUTO),
+}
+"""Options that change the policy."""
 
 
 def default_client(mountpoint: str) -> str:

@@ -19,14 +19,18 @@ import pyfuse3
 from tmem.fs.base import Waiting
 from tmem.fs.coherence import Coherence
 from tmem.fs.directories import Directories
+from tmem.fs.fanotify import Events
 from tmem.fs.files import Files, Pause, no_pause
 from tmem.fs.identity import has_fine_stamps
 from tmem.fs.inodes import InodeTable
+from tmem.fs.lifetimes import Lifetimes
 from tmem.fs.mounts import PID_ATTRIBUTE, RESTART_ATTRIBUTE, STATISTICS_ATTRIBUTE
+from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import Precache
 from tmem.fs.sharing import SharedCoherence
 from tmem.fs.state import SavedOverlay
 from tmem.fs.statistics import MountStatistics, RestartStatus
+from tmem.fs.watch import Watch
 
 if TYPE_CHECKING:
     from pyfuse3 import RequestContext
@@ -44,7 +48,22 @@ class Overlay(Files, Directories):
 
     def statistics(self) -> MountStatistics:
         """Return what the mount has counted."""
-        return self.precache.counters.snapshot(self.precache.pool() is not None)
+        self.count_native_hits()
+        return self.precache.counters.snapshot(
+            self.precache.pool() is not None, self._worth.resting, self.watch is not None
+        )
+
+    def watch_with(self, events: Events | None) -> None:
+        """Have changes underneath show at once if there are reports of them; owns `events`."""
+        if events is None or not self.table.opens_handles:
+            return
+        self.watch = Watch(events, self.table, self.coherence, self.kernel, self.precache.counters)
+        self.lifetimes.attributes_told = True
+
+    def connect(self, session: int, request: bytes) -> None:
+        """Tell the kernel through pyfuse3's end of the device, whose INIT request was `request`."""
+        self.kernel.connect(session, request)
+        self.lifetimes.names_told = self.watch is not None and self.kernel.drops_names
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
         """Return an extended attribute; the root directory has three more, which `mounts` asks for."""
@@ -62,6 +81,7 @@ class Overlay(Files, Directories):
 
         Exact once no request is in hand; before that, good enough to try it out with.
         """
+        self.count_native_hits()
         inodes, places = self.table.saved([*self.used_by_files(), *self.used_by_listings()])
         files, next_file = self.saved_files(places)
         listings, next_listing = self.saved_listings(places)
@@ -75,22 +95,30 @@ class Overlay(Files, Directories):
             pool=self.precache.saved(),
             counters=vars(self.precache.counters).copy(),
             fine_stamps=self._fine_stamps,
+            mark=self.instances.mark,
+            reports=self.watch.descriptor if self.watch else -1,
         )
 
     def restore(self, saved: SavedOverlay) -> None:
         """Become, from new, what was `saved`. Owns its descriptors then, and leaves the pool to `claim`."""
+        self.instances.keep(saved["mark"])
         inodes = self.table.restore(saved["inodes"])
         self.restore_files(saved["files"], saved["next_file"], inodes)
         self.restore_listings(saved["listings"], saved["next_listing"], inodes)
         self.coherence.restore(saved["remembered"])
+        if saved["reports"] >= 0:
+            self.watch_with(Events(saved["reports"]))
         counters = vars(self.precache.counters)
         counters.update((name, value) for name, value in saved["counters"].items() if name in counters)
 
     def close(self) -> None:
         """Close every descriptor, and destroy the pool."""
+        if self.watch is not None:
+            self.watch.close()
         self.close_files()
         self.close_directories()
         self.table.close()
+        self.instances.close()
         self.precache.close()
 
 
@@ -98,29 +126,35 @@ def build(
     root: int,
     precache: Precache,
     *,
-    timeout_seconds: float = 1.0,
+    timeout_seconds: float | None = None,
     cached: Callable[[os.stat_result], bool] = lambda status: False,
     waiting: Waiting = contextlib.nullcontext,
     pause: Pause = no_pause,
+    policy: Policy = DEFAULT,
+    clock: Callable[[], float] = time.monotonic,
     fine_stamps: bool | None = None,
     now_ns: Callable[[], int] = time.time_ns,
 ) -> Overlay:
     """Return an overlay on the directory open at `root` (O_RDONLY), which it then owns.
 
-    `fine_stamps` None tries the file system out; `now_ns` is the wall clock.
+    `fine_stamps` None tries the file system out; `now_ns` is the wall clock, `clock` a monotonic one in
+    seconds.
     """
     if fine_stamps is None:
         fine_stamps = has_fine_stamps(root)
     coherence = Coherence if precache.shared is None else SharedCoherence
+    table = InodeTable(root, raise_descriptor_limit() // 2)  # the other half is for files that are open
     return Overlay(
-        InodeTable(root, raise_descriptor_limit() // 2),  # the other half is for files that are open
+        table,
         precache,
         coherence(precache, now_ns),
         fine_stamps,
-        timeout_seconds,
+        Lifetimes(timeout_seconds, table.device, now_ns),
         waiting,
         cached=cached,
         pause=pause,
+        policy=policy,
+        clock=clock,
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.backends.paths import SegmentPaths
-from tmem.fs.options import Cache, Loop, MountOptions
+from tmem.fs.options import Cache, Loop, MountOptions, Watching
+from tmem.fs.policy import Policy
 from tmem.fs.state import SavedPlan
 
 
@@ -48,6 +49,8 @@ class Plan:
             loop=options.loop.value,
             allow_other=options.allow_other,
             timeout_seconds=options.timeout_seconds,
+            watch=options.watch.value,
+            policy=options.policy.saved(),
             flags=options.flags,
             ignored=options.ignored,
             detached=self.detached,
@@ -65,6 +68,8 @@ class Plan:
             Loop(saved["loop"]),
             saved["allow_other"],
             saved["timeout_seconds"],
+            Watching(saved["watch"]),
+            Policy.restored(saved["policy"]),
             saved["flags"],
             saved["ignored"],
         )

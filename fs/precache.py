@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
+def ignore_pool(pool: "Pool | None") -> None:
+    """Do nothing."""
+
+
 SENSE_SECONDS = 1.0
 """How often a mount without a pool looks for a segment."""
 
@@ -69,11 +74,16 @@ class Precache:
         self.shared = shared
         self._name = paths.name
         self._path = str(paths.segment)
+        self.directory = paths.state
+        """Where processes that use the segment agree with each other."""
         self._client_name = client
         self._clock = clock
         self._segment: Segment | None = None
         self._client: Client | None = None
         self._pool: Pool | None = None
+        self.on_pool = ignore_pool
+        """Told of every change of the pool: of a new one after, of the end of one before pages of it may stay
+        that are not right any more. From any thread."""
         self._lock = -1  # a descriptor
         self._locked = -1  # the id of the client that it locks
         self._next_look = float("-inf")
@@ -97,6 +107,11 @@ class Precache:
                 self._look()
             except (TmemError, OSError) as error:
                 self._complain(error)
+        return self._pool
+
+    @property
+    def current(self) -> "Pool | None":
+        """The pool, if there is one, without looking for another."""
         return self._pool
 
     def claim(self) -> None:
@@ -160,6 +175,7 @@ class Precache:
 
         The mapping ends with the last reference to it: other threads may still be in a call.
         """
+        self.on_pool(None)
         self._pool = None
 
     def put(self, oid: bytes, index: int, data: memoryview) -> int:
@@ -174,6 +190,42 @@ class Precache:
         except TmemError as error:
             self._lost(error)
             return 0
+
+    def absent(self, oid: bytes, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the ranges (first page, page beyond the last) within one that are not there."""
+        pool = self._pool
+        try:
+            present = pool.present(oid, first, last - first) if pool is not None else []
+        except TmemError as error:
+            self._lost(error)
+            present = []
+        ranges, at = [], first
+        for index, npages in [*present, (last, 0)]:
+            if index > at:
+                ranges.append((at, index))
+            at = index + npages
+        return ranges
+
+    def room_bytes(self) -> int:
+        """Return how much memory the mount's pages may occupy at most; 0 without a pool."""
+        client, segment = self._client, self._segment
+        if self._pool is None or client is None or segment is None:
+            return 0
+        try:
+            return min(client.cap_bytes or segment.memory_bytes, segment.memory_bytes)
+        except TmemError as error:
+            self._lost(error)
+            return 0
+
+    def turnover(self) -> tuple[int, int]:
+        """Return the pages that the pool has evicted since it began, and those that it holds."""
+        pool = self._pool
+        try:
+            statistics = pool.statistics() if pool is not None else {"evictions": 0, "pages": 0}
+        except TmemError as error:
+            self._lost(error)
+            return 0, 0
+        return statistics["evictions"], statistics["pages"]
 
     def flush(self, oid: bytes, index: int, npages: int) -> int:
         """Drop pages; the number that existed. After an error the whole pool is given up."""
@@ -208,6 +260,7 @@ class Precache:
     def close(self) -> None:
         """Destroy the pool (leave a shared one), and the client if nothing is in it or set for it; detach."""
         client, segment = self._client, self._segment
+        self.on_pool(None)
         self._pool = self._client = self._segment = None
         self._next_look = float("inf")
         with contextlib.suppress(TmemError):
@@ -228,7 +281,7 @@ class Precache:
             self._complaint = ""
 
     def _complain(self, error: Exception) -> None:
-        self._pool = None
+        self.abandon()
         if str(error) != self._complaint:  # once, not once a second
             self._complaint = str(error)
             log.warning("cannot use the segment %s, passing through: %s", self._path, error)
@@ -251,6 +304,7 @@ class Precache:
         _destroy_ephemeral(self._client)  # of a daemon that was killed: nobody has validated them since
         self._client.hold()
         self._pool = self._new_pool(self._client)
+        self.on_pool(self._pool)
         log.info("using a pool of the segment %s", self._path)
 
     def _new_pool(self, client: "Client") -> "Pool":

@@ -22,7 +22,6 @@ import logging
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -122,7 +121,7 @@ class Restarter:
         return State(
             plan=self._plan.saved(),
             device=SavedDevice(
-                descriptor=self._device.session, request=self._device.request, reply=self._device.reply
+                descriptor=self._device.fuse, request=self._device.request, reply=self._device.reply
             ),
             overlay=self._overlay.saved(),
             restarts=SavedRestarts(
@@ -167,14 +166,14 @@ def _keep_signals() -> Iterator[Callable[[], None]]:
 
     def forward() -> None:
         while taken:
-            signal.pthread_kill(threading.get_ident(), taken.pop())
+            os.kill(os.getpid(), taken.pop())
 
     before = {number: signal.signal(number, lambda which, _: taken.append(which)) for number in SIGNALS}
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield forward
     finally:
         forward()
         for number, handler in before.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

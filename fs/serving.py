@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pyfuse3
@@ -19,11 +18,14 @@ from tmem.backends.processes import start_ticks
 from tmem.errors import TmemError
 from tmem.fs import device, memory, mounts, restart
 from tmem.fs.device import Device
+from tmem.fs.fanotify import Events
+from tmem.fs.lastresort import LastResort
 from tmem.fs.loop import Readers
-from tmem.fs.options import Cache, Loop
+from tmem.fs.options import Cache, Loop, Watching
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.plan import Plan
 from tmem.fs.precache import Precache
+from tmem.fs.reading import Reading
 from tmem.fs.restart import Restarter
 from tmem.fs.state import SavedRestarts
 
@@ -66,6 +68,8 @@ class Server:
         self._readers = Readers(fast=plan.options.loop is not Loop.PLAIN)
         self._cache = CacheRule(plan.options.cache)
         self._ending = False
+        self._detached = False
+        self._last_resort: LastResort | None = None
         self._going_on = trio.Event()  # set when a restart that had stopped everything failed
         self.overlay: Overlay = build(
             root,
@@ -73,6 +77,7 @@ class Server:
             timeout_seconds=plan.options.timeout_seconds,
             cached=self._cache,
             waiting=self._readers.waiting,
+            policy=plan.options.policy,
             fine_stamps=fine_stamps,
         )
 
@@ -80,6 +85,10 @@ class Server:
         """Make libfuse's session on the device's end."""
         self._readers.install()
         pyfuse3.init(self.overlay, f"/dev/fd/{mounted.session}", set())
+        if self.plan.options.loop in (Loop.AUTO, Loop.NATIVE) and self._readers.can_stop:
+            mounted.read_natively = mounted.make_room()
+            if not mounted.read_natively and self.plan.options.loop is Loop.NATIVE:
+                log.warning("loop=native needs CAP_NET_ADMIN: using loop=fast")
 
     @property
     def can_restart(self) -> bool:
@@ -97,14 +106,18 @@ class Server:
         `ready` is called once it answers; `restarts` comes from the code before. AttachError, ClaimError.
         """
         memory.small_stacks()
+        self._last_resort = LastResort(self.plan.successor.drain_seconds)
         old_umask = os.umask(0)  # the kernel has applied the caller's
         try:
             self.precache.claim()
+            if restarts is None and self.plan.options.watch is Watching.AUTO:
+                self.overlay.watch_with(Events.of(self.overlay.table.root))
             with _record(self.plan):
                 self._run(mount(), Restarter(self.plan, self.overlay, restarts), ready)
         finally:
             os.umask(old_umask)
-            self.overlay.close()
+            self.overlay.close()  # may wait for the lower directory, too
+            self._last_resort.close()
 
     def _run(self, mounted: Device, restarter: Restarter, ready: Callable[[], None]) -> None:
         try:
@@ -122,18 +135,41 @@ class Server:
     async def _main(self, mounted: Device, restarter: Restarter, ready: Callable[[], None]) -> None:
         await (device.take_over if mounted.request else device.negotiate)(mounted)
         self._cache.settle(mounted.direct_mmap)
+        self.overlay.connect(mounted.session, mounted.request)
+        reading = Reading(mounted) if mounted.read_natively else None
+        self.overlay.read_by(reading)
+        try:
+            await self._serve(mounted, restarter, ready, reading)
+        finally:
+            self.overlay.read_by(None)
+            if reading is not None:
+                reading.end()
+
+    async def _serve(
+        self,
+        mounted: Device,
+        restarter: Restarter,
+        ready: Callable[[], None],
+        reading: Reading | None,
+    ) -> None:
         memory.lock(self.plan.paths.segment)
-        with trio.open_signal_receiver(*restart.SIGNALS) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, restart.SIGNALS)  # blocked across exec
+        assert self._last_resort is not None
+        with (
+            trio.open_signal_receiver(*restart.SIGNALS) as signals,
+            self._last_resort.listening(lambda: self._give_up(mounted)),
+        ):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey, signals, restarter, nursery)
+                if self.overlay.watch is not None:
+                    nursery.start_soon(self.overlay.watch.run)
                 restarter.serving(mounted)
                 ready()
                 while True:
-                    await self._readers.serve(mounted.session)
+                    await self._readers.serve(mounted.session, reading)
                     if self._ending or not self._readers.stopping:
                         break
-                    restarter.become()
+                    with self._last_resort.deaf():
+                        restarter.become()
                     self._going_on.set()
                 nursery.cancel_scope.cancel()
 
@@ -148,11 +184,19 @@ class Server:
     async def _end(self, number: int) -> None:
         log.info("signal %d: unmounting %s", number, self.plan.mountpoint)
         self._ending = True
+        alone = trio.CapacityLimiter(1)  # the usual threads may all wait for the lower directory
         try:
-            await trio.to_thread.run_sync(mounts.detach, self.plan.mountpoint)
+            await trio.to_thread.run_sync(mounts.detach, self.plan.mountpoint, limiter=alone)
+            self._detached = True
         except TmemError as error:
             log.warning("%s", error)
         pyfuse3.terminate()
+
+    def _give_up(self, mounted: Device) -> None:
+        """Unmount from outside the event loop, which does not come back."""
+        if not self._detached:
+            mounts.detach(self.plan.mountpoint)
+        mounted.close()
 
     async def _restart(
         self, restarter: Restarter, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

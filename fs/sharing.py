@@ -24,7 +24,7 @@ Threading: as `coherence`.
 import os
 
 from tmem.fs.coherence import Coherence, FileState
-from tmem.fs.identity import version_object_id, version_of
+from tmem.fs.identity import version_at, version_object_id, version_of
 
 
 class SharedCoherence(Coherence):
@@ -41,6 +41,7 @@ class SharedCoherence(Coherence):
         to be evicted."""
         if state is not None:
             state.served = False
+            state.show()
         super().discard(name, state)
 
     def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
@@ -49,10 +50,17 @@ class SharedCoherence(Coherence):
         if not state.changes:
             state.oid = version_object_id(state.name, version_of(status))
             state.served = True
+            state.show()
         return unchanged
 
+    def _suspect(self, state: FileState) -> None:
+        state.served = False  # until it is opened again
+        state.show()
+        super()._suspect(state)
+
     def _may_put(self, state: FileState, descriptor: int) -> bool:
-        return state.version is not None and state.version == version_of(os.fstat(descriptor))
+        known = state.version is not None and state.version == version_at(descriptor)
+        return known and super()._may_put(state, descriptor)
 
     def _drop_range(self, state: FileState, start: int, end: int | None) -> int:
         with state.lock:
@@ -62,12 +70,13 @@ class SharedCoherence(Coherence):
         state.epoch += 1
         state.served = False
         state.version = None
-        if not state.changes:
-            state.oid = version_object_id(state.name, version_of(os.fstat(descriptor)))
+        if not state.changes and (version := version_at(descriptor)) is not None:
+            state.oid = version_object_id(state.name, version)
         state.changes += 1
 
     def _end(self, state: FileState, descriptor: int) -> None:
-        state.size = os.fstat(descriptor).st_size
+        if (version := version_at(descriptor)) is not None:
+            state.size = version.size
         state.changes -= 1
         if not state.changes:
             self._drop(state)

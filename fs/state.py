@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from typing import NoReturn, TypedDict, cast
 
 from tmem.errors import AttachError
+from tmem.fs.policy import SavedPolicy
 
-FORMAT = 1
+FORMAT = 2
 
 _HEADER = struct.Struct("<8sI4x")
 _MAGIC = b"tmemfuse"
@@ -30,12 +31,12 @@ SavedVersion = tuple[int, int, int]
 SavedFileState = tuple[bytes, bytes, bool, int, SavedVersion | None, int, bool, int]
 """name, oid, fine_stamps, size, version, epoch, served and top of a `FileState` that nothing is changing."""
 
-SavedInode = tuple[int, int, int, int, int, int, bytes | None, bool, bool, SavedFileState | None]
+SavedInode = tuple[int, int, int, int, int, int, bytes | None, bool, bool, SavedFileState | None, int]
 """nodeid, device and number of the lower inode, kind, descriptor (-1: closed), lookups, handle, whether its
-node id leads to it, whether its lower identity does, and the coherence of its pages."""
+node id leads to it, whether its lower identity does, the coherence of its pages, and its generation."""
 
-SavedFile = tuple[int, int, int, bool, bool]
-"""Handle, inode, descriptor, writable and append of an open file."""
+SavedFile = tuple[int, int, int, bool, bool, bool]
+"""Handle, inode, descriptor, writable, append and declined of an open file."""
 
 SavedListing = tuple[int, int, int, list[bytes]]
 """Handle, inode, descriptor and names of an open directory."""
@@ -46,6 +47,7 @@ class SavedInodes(TypedDict):
 
     root: int
     next_foreign: int
+    last_generation: int
     nodes: list[SavedInode]
 
 
@@ -71,6 +73,10 @@ class SavedOverlay(TypedDict):
     pool: SavedPool
     counters: dict[str, int]
     fine_stamps: bool
+    mark: bytes
+    """Of the lower directory's file system (`instances`)."""
+    reports: int
+    """The descriptor of `fanotify.Events`, -1 without."""
 
 
 class SavedPlan(TypedDict):
@@ -85,7 +91,9 @@ class SavedPlan(TypedDict):
     cache: str
     loop: str
     allow_other: bool
-    timeout_seconds: float
+    timeout_seconds: float | None
+    watch: str
+    policy: SavedPolicy
     flags: int
     ignored: tuple[str, ...]
     detached: bool
@@ -154,10 +162,12 @@ def descriptors(state: State) -> Iterator[int]:
     yield overlay["inodes"]["root"]
     if overlay["pool"]["lock"] >= 0:
         yield overlay["pool"]["lock"]
+    if overlay["reports"] >= 0:
+        yield overlay["reports"]
     for node in overlay["inodes"]["nodes"]:
         if node[4] >= 0 and node[4] != overlay["inodes"]["root"]:
             yield node[4]
-    for _, _, descriptor, _, _ in overlay["files"]:
+    for _, _, descriptor, *_ in overlay["files"]:
         yield descriptor
     for _, _, descriptor, _ in overlay["listings"]:
         yield descriptor

@@ -16,7 +16,7 @@ class MountStatistics:
     miss_reads: int
     """Read requests that needed the lower file although a pool was there."""
     passthrough_reads: int
-    """Read requests answered without a pool: there is none, or it is off."""
+    """Read requests answered without a pool: there is none, it is off, or the file is declined."""
     hit_pages: int
     """Pages that came from the pool."""
     miss_pages: int
@@ -25,8 +25,14 @@ class MountStatistics:
     """Bytes of file data in the replies counted by `hit_reads`."""
     lower_bytes: int
     """Bytes read from lower files."""
+    lower_ns: int
+    """Time spent reading lower files for the pool, all threads together."""
     put_pages: int
     """Pages that the pool accepted."""
+    put_ns: int
+    """Time spent putting pages, all threads together."""
+    ahead_pages: int
+    """Pages that were read and put before anybody asked for them, a part of `put_pages`."""
     refused_pages: int
     """Pages that the pool refused."""
     overtaken_pages: int
@@ -35,6 +41,16 @@ class MountStatistics:
     """Pages dropped from the pool because of writes, truncation or removal."""
     foreign_changes: int
     """Files that were found changed underneath the mount, so that their pages were dropped."""
+    declined_opens: int
+    """Opens of files that are passed through: the rules decline them, or the mount had stepped aside."""
+    stepped_aside: bool
+    """Whether files opened now are passed through because caching has not paid lately (`worth`)."""
+    noticed_changes: int
+    """Reports of changes underneath that concerned files which the kernel knows (`watch`)."""
+    lost_reports: int
+    """How often such reports were lost, so that everything was suspected."""
+    watching: bool
+    """Whether changes underneath are reported."""
     pool_active: bool
     """Whether a pool is in use right now: it is there, and neither the client nor the segment is off."""
 
@@ -70,12 +86,20 @@ class Counters:
     miss_pages: int = 0
     hit_bytes: int = 0
     lower_bytes: int = 0
+    lower_ns: int = 0
     put_pages: int = 0
+    put_ns: int = 0
+    ahead_pages: int = 0
     refused_pages: int = 0
     overtaken_pages: int = 0
     flushed_pages: int = 0
     foreign_changes: int = 0
+    noticed_changes: int = 0
+    lost_reports: int = 0
+    declined_opens: int = 0
 
-    def snapshot(self, pool_active: bool) -> MountStatistics:
+    def snapshot(self, pool_active: bool, stepped_aside: bool, watching: bool = False) -> MountStatistics:
         """Return the counters as they are now."""
-        return MountStatistics(pool_active=pool_active, **vars(self))
+        return MountStatistics(
+            pool_active=pool_active, stepped_aside=stepped_aside, watching=watching, **vars(self)
+        )

@@ -1,4 +1,4 @@
-"""System calls that Python's `os` lacks: renameat2, file handles, mount and umount.
+"""System calls that Python's `os` lacks: renameat2, file handles, mount and umount, fanotify.
 
 Each raises OSError like its neighbours in `os`. Paths are bytes or str; file descriptors may be O_PATH ones
 unless said otherwise. Threading: plain functions, callable from any thread; errno is per thread (ctypes).
@@ -11,7 +11,10 @@ import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_EMPTY_PATH = 0x1000
+_STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1000, 0x4000
+_STX_MNT_ID = 144  # where struct statx has it
 _HANDLE_ROOM = 128  # MAX_HANDLE_SZ
+_STATFS_ROOM = 256  # struct statfs has 120 bytes on 64-bit machines, of which the first word is wanted
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_NOATIME = 1, 2, 4, 8, 16, 1024
 MNT_DETACH = 2
@@ -54,6 +57,14 @@ def open_handle(mount: int, handle: bytes, flags: int) -> int:
     return _check(_libc.open_by_handle_at(mount, room, flags))
 
 
+def mount_number(descriptor: int) -> int:
+    """Return the number of the mount that the open file is on; from kernel 6.8 on it is never used again."""
+    room = ctypes.create_string_buffer(256)  # struct statx
+    wanted = ctypes.c_uint(_STATX_MNT_ID | _STATX_MNT_ID_UNIQUE)
+    _check(_libc.statx(descriptor, b"", _AT_EMPTY_PATH, wanted, room))
+    return int(struct.unpack_from("=Q", room, _STX_MNT_ID)[0])
+
+
 def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
     """Mount `source` on `target`."""
     _check(
@@ -67,3 +78,20 @@ def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
 def umount(target: str, flags: int = 0) -> None:
     """Unmount what is on top at `target`; with MNT_DETACH even while it is in use."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def file_system_type(descriptor: int) -> int:
+    """Return the magic number of the kind of file system that the open file is on, as statfs(2) has it."""
+    room = ctypes.create_string_buffer(_STATFS_ROOM)
+    _check(_libc.fstatfs(descriptor, room))
+    return ctypes.c_long.from_buffer(room).value & 0xFFFFFFFF
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """Return the descriptor of a new fanotify group; `flags` and `event_flags` as in fanotify_init(2)."""
+    return _check(_libc.fanotify_init(ctypes.c_uint(flags), ctypes.c_uint(event_flags)))
+
+
+def fanotify_mark(group: int, flags: int, mask: int, directory: int, path: bytes) -> None:
+    """Have the group told of the events in `mask`; arguments as in fanotify_mark(2)."""
+    _check(_libc.fanotify_mark(group, ctypes.c_uint(flags), ctypes.c_uint64(mask), directory, path), path)

@@ -19,6 +19,9 @@ run_packages=(fio fuse3 gcc libc6-dev libfuse3-dev liblz4-dev libnbd-bin libxxha
 # shellcheck disable=SC2034
 test_packages=(acl attr bindfs e2fsprogs
     busybox-static kmod nbd-client qemu-system-x86 '?user-mode-linux')
+# What is measured beside ours, besides bindfs.
+# shellcheck disable=SC2034
+bench_packages=(git mergerfs)
 
 # packages NAME...: installs what is missing, touching the network only then. ?NAME is left out where there is none.
 packages() {

@@ -27,7 +27,7 @@ typedef struct {
 } PoolObject;
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError; /* of tmem.errors */
-extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType;
+extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *ReaderType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -35,6 +35,8 @@ PyTypeObject *make_client_type(void);
 PyTypeObject *make_pool_type(void);
 PyTypeObject *make_exporter_type(void);
 PyTypeObject *make_device_type(void);
+PyTypeObject *make_gate_type(void);
+PyTypeObject *make_reader_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
 struct tm_ctx *context_of(SegmentObject *owner);     /* NULL with an exception */

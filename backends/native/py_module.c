@@ -4,7 +4,7 @@
 #include <errno.h>
 
 PyObject *SegmentError, *PoolError, *CorruptPageError;
-PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType;
+PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *ReaderType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -147,13 +147,17 @@ static int add_types(PyObject *module)
     PoolType = ClientType ? make_pool_type() : NULL;
     ExporterType = PoolType ? make_exporter_type() : NULL;
     DeviceType = ExporterType ? make_device_type() : NULL;
-    if (!DeviceType)
+    GateType = DeviceType ? make_gate_type() : NULL;
+    ReaderType = GateType ? make_reader_type() : NULL;
+    if (!ReaderType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
            || PyModule_AddObjectRef(module, "Client", (PyObject *)ClientType)
            || PyModule_AddObjectRef(module, "Pool", (PyObject *)PoolType)
            || PyModule_AddObjectRef(module, "Exporter", (PyObject *)ExporterType)
            || PyModule_AddObjectRef(module, "Device", (PyObject *)DeviceType)
+           || PyModule_AddObjectRef(module, "Gate", (PyObject *)GateType)
+           || PyModule_AddObjectRef(module, "Reader", (PyObject *)ReaderType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)
            || PyModule_AddIntConstant(module, "UUID_SIZE", TM_UUID)

@@ -6,15 +6,13 @@ ours the whole segment file with metadata and reserve as well.
 """
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, paired_ratio, running, wait_until, workplace
+from common import ROOT, memory_group, paired_ratio, running, wait_until, workplace
 
 from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
@@ -46,27 +44,6 @@ def resident_bytes(pid: int) -> int:
     return int(fields["RssAnon"].split()[0]) << 10
 
 
-@contextmanager
-def cgroup() -> Iterator[Path]:
-    """Make a memory control group (v1 or v2) of GROUP_LIMIT bytes; yield its directory."""
-    v1 = Path("/sys/fs/cgroup/memory")
-    path = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"tmem-bench-{os.getpid()}"
-    path.mkdir()
-    try:
-        (path / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")).write_text(str(GROUP_LIMIT))
-        yield path
-    finally:
-
-        def gone() -> bool:
-            try:
-                path.rmdir()
-            except OSError:
-                return False
-            return True
-
-        wait_until(gone, f"the end of {path}")
-
-
 def _hog(group: Path, seconds: float) -> dict[str, float]:
     done = subprocess.run(
         [
@@ -85,7 +62,7 @@ def _hog(group: Path, seconds: float) -> dict[str, float]:
 
 def turn(name: str, seconds: float) -> Turn:
     """Run the hog once on a fresh device of the peer `name`."""
-    with workplace() as directory, cgroup() as group, ExitStack() as stack:
+    with workplace() as directory, memory_group(GROUP_LIMIT) as group, ExitStack() as stack:
         paths = SegmentPaths("bench", directory)
         paths.state.mkdir(mode=0o700)
         export = Export("bench", DEVICE, unix=str(directory / "server.sock"))

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,16 +44,21 @@ def workplace() -> Iterator[Path]:
 
 @contextmanager
 def running(
-    argv: Sequence[str], env: Mapping[str, str] | None = None, cpu: int | None = None
+    argv: Sequence[str], env: Mapping[str, str] | None = None, cpus: Iterable[int] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process, pinned to `cpu` if given, while the block lasts; it is ended with SIGTERM."""
-    prefix = [] if cpu is None else ["taskset", "-a", "-c", str(cpu)]
+    """Run a process, pinned to `cpus` if given, while the block lasts; it is ended, and killed if need be."""
+    prefix = [] if cpus is None else ["taskset", "-c", ",".join(map(str, cpus))]
     process = subprocess.Popen([*prefix, *argv], env=None if env is None else dict(env))
     try:
         yield process
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=30)
+            raise
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
@@ -92,11 +97,50 @@ def paired_ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
 
 
-def take_turns(peers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure each peer `rounds` times, in turn, with the order turned round every time."""
-    results: dict[str, list[float]] = {name: [] for name in peers}
-    names = list(peers)
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield each name `rounds` times, in turn, with the order turned round every time."""
     for number in range(rounds):
-        for name in names if number % 2 == 0 else reversed(names):
-            results[name].append(peers[name]())
+        yield from names if number % 2 == 0 else reversed(names)
+
+
+def take_turns(peers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure each peer `rounds` times, `in_turn`."""
+    results: dict[str, list[float]] = {name: [] for name in peers}
+    for name in in_turn(list(peers), rounds):
+        results[name].append(peers[name]())
     return results
+
+
+def judged(
+    case: str, placement: str, ratio: float, peer: str, target: float | None = None
+) -> dict[str, object]:
+    """Print one line of a table and return it: how fast we were relative to `peer`, and what was wanted."""
+    row: dict[str, object] = {"case": case, "placement": placement, "peer": peer, "ratio": ratio}
+    verdict = ""
+    if target is not None:
+        row |= {"target": target, "reached": ratio >= target}
+        verdict = f"target {target:.2g} {'reached' if ratio >= target else 'MISSED'}"
+    print(f"  {case:38} {placement:9} {ratio:7.2f} of {peer:18} {verdict}".rstrip(), flush=True)
+    return row
+
+
+@contextmanager
+def memory_group(limit_bytes: int) -> Iterator[Path]:
+    """Make a memory control group (v1 or v2); yield its directory. Whoever is in it has ended before."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    path = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"tmem-bench-{os.getpid()}"
+    path.mkdir()
+    try:
+        limit = path / ("memory.limit_in_bytes" if v1.is_dir() else "memory.max")
+        limit.write_text(str(limit_bytes))
+        yield path
+    finally:
+
+        def gone() -> bool:
+            try:
+                path.rmdir()
+            except OSError:
+                return False
+            return True
+
+        wait_until(gone, f"the end of {path}")

@@ -16,7 +16,7 @@ from .conftest import Mounter, Place
 MIB = 1 << 20
 
 
-@pytest.fixture(params=["loop=plain", "loop=fast", "cache=kernel"])
+@pytest.fixture(params=["loop=plain", "loop=fast", "loop=native", "cache=kernel"])
 def any_place(request: pytest.FixtureRequest, mounter: Mounter) -> Place:
     """The same mount with each way to wait for requests, and with the kernel's cache."""
     return mounter(f"timeout=0,{request.param}")

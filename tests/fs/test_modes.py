@@ -21,7 +21,7 @@ MIB = 1 << 20
 SetMode = Callable[[str], None]
 
 
-@pytest.fixture(params=["loop=plain", "loop=fast"])
+@pytest.fixture(params=["loop=plain", "loop=fast", "loop=native"])
 def place(request: pytest.FixtureRequest, segment: "_native.Segment", mounter: Mounter) -> Place:
     """A mount with a pool of the client ``web``."""
     return mounter(f"timeout=0,client=web,{request.param}")

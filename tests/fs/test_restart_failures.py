@@ -90,7 +90,8 @@ def test_code_that_dies(place: Place, code: NewCode) -> None:
 
 def test_code_of_another_format(place: Place, code: NewCode) -> None:
     code.python("import tmem.fs.state as state", "state.FORMAT = 1000")
-    goes_on(place, code, "the mount's state has format 1, the new code reads 1000: unmount and mount again")
+    here = f"the mount's state has format {state.FORMAT}"
+    goes_on(place, code, f"{here}, the new code reads 1000: unmount and mount again")
 
 
 def test_code_that_speaks_otherwise_to_the_kernel(place: Place, code: NewCode) -> None:
@@ -153,7 +154,7 @@ def test_states_that_are_refused() -> None:
         (b"x" * 100, "no state of a mount"),
         (
             struct.pack("<8sI4x", b"tmemfuse", state.FORMAT + 1) + good[16:],
-            "has format 2, the new code reads 1",
+            f"has format {state.FORMAT + 1}, the new code reads {state.FORMAT}",
         ),
         (good[:-3], "cannot be read"),
         (good[:16] + pickle.dumps(Path("/")), "it refers to pathlib"),

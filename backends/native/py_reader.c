@@ -1,0 +1,288 @@
+/* Reader and Gate: see reader.h. */
+#include "py.h"
+#include "reader.h"
+
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD
+    struct gate *gate;
+} GateObject;
+
+typedef struct {
+    PyObject_HEAD
+    struct reader *reader; /* NULL once closed */
+    PyObject *pool;        /* the one that hits come from, or NULL */
+} ReaderObject;
+
+/* ---- Gate ------------------------------------------------------------------------------------------------- */
+
+static int gate_init(GateObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Gate", names))
+        return -1;
+    if (!self->gate && !(self->gate = gate_new())) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return 0;
+}
+
+static void gate_dealloc(GateObject *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    if (self->gate)
+        gate_drop(self->gate);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *gate_set_to(GateObject *self, PyObject *args)
+{
+    const char *oid;
+    Py_ssize_t length;
+    unsigned long long size;
+    int open;
+    if (!PyArg_ParseTuple(args, "y#Kp:set", &oid, &length, &size, &open))
+        return NULL;
+    if (length != TM_OID) {
+        PyErr_SetString(PyExc_ValueError, "an object id is a bytes object of 24 bytes");
+        return NULL;
+    }
+    gate_set(self->gate, (const uint8_t *)oid, size, open);
+    Py_RETURN_NONE;
+}
+
+PyTypeObject *make_gate_type(void)
+{
+    static PyMethodDef methods[] = {{"set", (PyCFunction)gate_set_to, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+    static PyType_Slot slots[] = {{Py_tp_init, (void *)gate_init},
+                                  {Py_tp_dealloc, (void *)gate_dealloc},
+                                  {Py_tp_methods, methods},
+                                  {0, NULL}};
+    static PyType_Spec spec = {"tmem.backends._native.Gate", sizeof(GateObject), 0, Py_TPFLAGS_DEFAULT, slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
+}
+
+/* ---- Reader ----------------------------------------------------------------------------------------------- */
+
+static struct reader *reader_of(ReaderObject *self)
+{
+    if (!self->reader)
+        PyErr_SetString(PyExc_ValueError, "this reader was closed");
+    return self->reader;
+}
+
+static int init(ReaderObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"device", "ours", "theirs", "helpers", "largest_bytes", NULL};
+    int device, ours, theirs;
+    unsigned int helpers = 1;
+    Py_ssize_t largest = 1 << 20;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iii|In:Reader", names, &device, &ours, &theirs, &helpers, &largest))
+        return -1;
+    if (self->reader || largest < TM_PAGE || largest > (1 << 26)) {
+        PyErr_SetString(PyExc_ValueError, "a reader is made once, for requests of 4096 to 67108864 bytes");
+        return -1;
+    }
+    if (!(self->reader = reader_new(device, ours, theirs, helpers, (size_t)largest))) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *close_reader(ReaderObject *self, PyObject *unused)
+{
+    struct reader *r = self->reader;
+    (void)unused;
+    self->reader = NULL;
+    if (r) {
+        Py_BEGIN_ALLOW_THREADS
+        reader_free(r);
+        Py_END_ALLOW_THREADS
+    }
+    Py_CLEAR(self->pool);
+    Py_RETURN_NONE;
+}
+
+static void reader_dealloc(ReaderObject *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    PyObject *done = close_reader(self, NULL);
+    Py_XDECREF(done);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *serve(ReaderObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct reader *r = reader_of(self);
+    enum reader_event event;
+    if (!r)
+        return NULL;
+    if (nargs != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected (wake, timeout_ms)");
+        return NULL;
+    }
+    long wake = PyLong_AsLong(args[0]), timeout_ms = PyLong_AsLong(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    event = reader_serve(r, (int)wake, (int)timeout_ms);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(event);
+}
+
+static PyObject *drain(ReaderObject *self, PyObject *unused)
+{
+    struct reader *r = reader_of(self);
+    (void)unused;
+    if (!r)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    reader_drain(r);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *pause_reader(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    int paused = PyObject_IsTrue(arg);
+    if (!r || paused < 0)
+        return NULL;
+    reader_pause(r, paused);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_quiet(ReaderObject *self, void *unused)
+{
+    struct reader *r = reader_of(self);
+    (void)unused;
+    return r ? PyBool_FromLong(reader_quiet(r)) : NULL;
+}
+
+static PyObject *set_pool(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    struct tm_handle h;
+    if (!r)
+        return NULL;
+    if (arg != Py_None && Py_TYPE(arg) != PoolType) {
+        PyErr_SetString(PyExc_TypeError, "expected a pool or None");
+        return NULL;
+    }
+    if (arg != Py_None && handle_of((PoolObject *)arg, &h))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    reader_set_pool(r, arg == Py_None ? NULL : &h);
+    Py_END_ALLOW_THREADS
+    PyObject *before = self->pool; /* its segment may end now: no thread uses it any more */
+    self->pool = arg == Py_None ? NULL : Py_NewRef(arg);
+    Py_XDECREF(before);
+    Py_RETURN_NONE;
+}
+
+static PyObject *open_file(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh;
+    int fd;
+    PyObject *gate;
+    if (!r || !PyArg_ParseTuple(args, "KiO!:open", &fh, &fd, GateType, &gate))
+        return NULL;
+    if (reader_open(r, fh, fd, ((GateObject *)gate)->gate))
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *close_file(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+    if (!r || PyErr_Occurred())
+        return NULL;
+    reader_close(r, fh);
+    Py_RETURN_NONE;
+}
+
+static PyObject *mark(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh, offset;
+    if (!r || !PyArg_ParseTuple(args, "KK:mark", &fh, &offset))
+        return NULL;
+    reader_mark(r, fh, offset);
+    Py_RETURN_NONE;
+}
+
+static PyObject *pass_through(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh;
+    int backing_id;
+    if (!r || !PyArg_ParseTuple(args, "Ki:pass_through", &fh, &backing_id))
+        return NULL;
+    if (backing_id <= 0) {
+        PyErr_SetString(PyExc_ValueError, "a backing id is positive");
+        return NULL;
+    }
+    if (reader_pass_through(r, fh, backing_id))
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *keep_listing(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh;
+    int believe;
+    if (!r || !PyArg_ParseTuple(args, "Kp:keep_listing", &fh, &believe))
+        return NULL;
+    if (reader_keep_listing(r, fh, believe))
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *counters(ReaderObject *self, PyObject *unused)
+{
+    struct reader *r = reader_of(self);
+    struct reader_counters c;
+    (void)unused;
+    if (!r)
+        return NULL;
+    reader_counters(r, &c);
+    return Py_BuildValue("{sKsKsKsKsK}", "hit_reads", (unsigned long long)c.hit_reads, "hit_pages",
+                         (unsigned long long)c.hit_pages, "hit_bytes", (unsigned long long)c.hit_bytes, "forwarded",
+                         (unsigned long long)c.forwarded, "woken", (unsigned long long)c.woken);
+}
+
+PyTypeObject *make_reader_type(void)
+{
+    static PyMethodDef methods[] = {
+        {"serve", (PyCFunction)(void (*)(void))serve, METH_FASTCALL, NULL},
+        {"drain", (PyCFunction)drain, METH_NOARGS, NULL},
+        {"pause", (PyCFunction)pause_reader, METH_O, NULL},
+        {"set_pool", (PyCFunction)set_pool, METH_O, NULL},
+        {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
+        {"close_file", (PyCFunction)close_file, METH_O, NULL},
+        {"mark", (PyCFunction)mark, METH_VARARGS, NULL},
+        {"pass_through", (PyCFunction)pass_through, METH_VARARGS, NULL},
+        {"keep_listing", (PyCFunction)keep_listing, METH_VARARGS, NULL},
+        {"counters", (PyCFunction)counters, METH_NOARGS, NULL},
+        {"close", (PyCFunction)close_reader, METH_NOARGS, NULL},
+        {NULL, NULL, 0, NULL},
+    };
+    static PyGetSetDef getset[] = {{"quiet", (getter)get_quiet, NULL, NULL, NULL}, {NULL, NULL, NULL, NULL, NULL}};
+    static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
+                                  {Py_tp_dealloc, (void *)reader_dealloc},
+                                  {Py_tp_methods, methods},
+                                  {Py_tp_getset, getset},
+                                  {0, NULL}};
+    static PyType_Spec spec = {"tmem.backends._native.Reader", sizeof(ReaderObject), 0, Py_TPFLAGS_DEFAULT, slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
+}

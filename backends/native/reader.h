@@ -1,0 +1,63 @@
+/* The reader: answers READ requests of a FUSE connection whose pages are all in a pool, below Python.
+ *
+ *   kernel <-> /dev/fuse <-> reader <-> socket pair <-> libfuse (pyfuse3), unmodified
+ *
+ * A hit takes three system calls: poll, read, writev. Every other request goes on through the socket, and libfuse's
+ * replies come back the same way; a reply to OPEN or OPENDIR is amended with what libfuse cannot ask for.
+ *
+ * Who reads: the thread that runs the event loop, in reader_serve, so that a request for Python needs no other
+ * thread. When more than one request waits, it wakes helpers, which serve hits beside it and pass the rest on to it;
+ * they go to sleep when nothing came for a while. Requests may be answered in any order, as FUSE allows.
+ *
+ * A READ is answered here only while the file's gate is open: who changes a file's pages, size or object closes it
+ * before, and opens it after. What is in the pool is right at any time (pages are flushed before a change is
+ * acknowledged); the gate is about what is not: the size, and which object. */
+#ifndef READER_H
+#define READER_H
+
+#include "tm.h"
+
+/* Where the pages of one file are; shared by all its open files. */
+struct gate;
+struct gate *gate_new(void);
+void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open);
+void gate_drop(struct gate *g);
+
+struct reader_counters {
+    uint64_t hit_reads, hit_pages, hit_bytes; /* answered here */
+    uint64_t forwarded;                       /* requests for libfuse */
+    uint64_t woken;                           /* times that a helper was woken */
+};
+
+enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE };
+
+struct reader;
+/* `device` is /dev/fuse (made non-blocking), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
+ * libfuse reads and writes; all stay the caller's. `largest` is the most bytes of a request or a reply. NULL: errno. */
+struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest);
+/* No thread may be in reader_serve. Ends the helpers. */
+void reader_free(struct reader *r);
+/* Serve until a request for libfuse lies in the socket (READER_REQUEST), the connection is over (READER_GONE), or
+ * `timeout_ms` (-1: none) passed, `wake` became readable (-1: none), or a signal came (READER_NOTHING). */
+enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms);
+/* Pass libfuse's replies on to the kernel, and return; reader_serve does it too. */
+void reader_drain(struct reader *r);
+/* Leave the device alone from now on (or not any more). */
+void reader_pause(struct reader *r, bool paused);
+/* Whether no helper has a request in hand, none waits for libfuse, and none of its replies for the kernel. */
+bool reader_quiet(struct reader *r);
+/* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
+void reader_set_pool(struct reader *r, const struct tm_handle *pool);
+/* A file was opened: its handle, a descriptor to ask for its size, which stays the caller's until reader_close. */
+int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate); /* -1: no memory */
+void reader_close(struct reader *r, uint64_t fh);
+/* The next READ of this file that reaches `offset` is for libfuse, once. UINT64_MAX: none. */
+void reader_mark(struct reader *r, uint64_t fh, uint64_t offset);
+/* Amend the reply to the OPEN or CREATE that gives out this handle: passthrough to the backing file; or to the OPENDIR:
+ * the kernel may keep the listing that it will get, and still believe the last one. To be called before the reply.
+ * -1: no memory. */
+int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id);
+int reader_keep_listing(struct reader *r, uint64_t fh, bool believe);
+void reader_counters(struct reader *r, struct reader_counters *out);
+
+#endif

@@ -1,0 +1,154 @@
+/* The reader's table of open files, and gates. Locks are held for a few instructions. */
+#include "reader_files.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct file {
+    struct file *next;
+    uint64_t fh, mark;
+    int fd;
+    struct gate *gate;
+};
+
+struct gate *gate_new(void)
+{
+    struct gate *g = calloc(1, sizeof *g);
+    if (g) {
+        atomic_init(&g->refs, 1);
+        pthread_mutex_init(&g->lock, NULL);
+    }
+    return g;
+}
+
+void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open)
+{
+    pthread_mutex_lock(&g->lock);
+    memcpy(g->oid, oid, TM_OID);
+    g->size = size;
+    g->open = open;
+    pthread_mutex_unlock(&g->lock);
+}
+
+void gate_drop(struct gate *g)
+{
+    if (atomic_fetch_sub(&g->refs, 1) == 1) {
+        pthread_mutex_destroy(&g->lock);
+        free(g);
+    }
+}
+
+int files_init(struct files *f)
+{
+    pthread_mutex_init(&f->lock, NULL);
+    f->nbuckets = 256;
+    f->count = 0;
+    f->buckets = calloc(f->nbuckets, sizeof *f->buckets);
+    return f->buckets ? 0 : -1;
+}
+
+static void drop(struct file *one)
+{
+    gate_drop(one->gate);
+    free(one);
+}
+
+void files_free(struct files *f)
+{
+    for (unsigned i = 0; f->buckets && i < f->nbuckets; i++)
+        for (struct file *one = f->buckets[i], *next; one; one = next) {
+            next = one->next;
+            drop(one);
+        }
+    free(f->buckets);
+    pthread_mutex_destroy(&f->lock);
+}
+
+static struct file **place(struct files *f, uint64_t fh)
+{
+    struct file **p = &f->buckets[fh & (f->nbuckets - 1)]; /* handles are given out one after the other */
+    while (*p && (*p)->fh != fh)
+        p = &(*p)->next;
+    return p;
+}
+
+static void grow(struct files *f)
+{
+    struct file **more = calloc(f->nbuckets * 2, sizeof *more);
+    if (!more)
+        return; /* longer chains, then */
+    for (unsigned i = 0; i < f->nbuckets; i++)
+        for (struct file *one = f->buckets[i], *next; one; one = next) {
+            struct file **head = &more[one->fh & (f->nbuckets * 2 - 1)];
+            next = one->next;
+            one->next = *head;
+            *head = one;
+        }
+    free(f->buckets);
+    f->buckets = more;
+    f->nbuckets *= 2;
+}
+
+int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate)
+{
+    struct file *one = malloc(sizeof *one);
+    if (!one)
+        return -1;
+    *one = (struct file){.fh = fh, .mark = UINT64_MAX, .fd = fd, .gate = gate};
+    atomic_fetch_add(&gate->refs, 1);
+    pthread_mutex_lock(&f->lock);
+    if (f->count >= f->nbuckets)
+        grow(f);
+    struct file **p = place(f, fh), *old = *p;
+    if (old)
+        one->next = old->next;
+    else
+        f->count++;
+    *p = one;
+    pthread_mutex_unlock(&f->lock);
+    if (old)
+        drop(old);
+    return 0;
+}
+
+void files_remove(struct files *f, uint64_t fh)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file **p = place(f, fh), *one = *p;
+    if (one) {
+        *p = one->next;
+        f->count--;
+    }
+    pthread_mutex_unlock(&f->lock);
+    if (one)
+        drop(one);
+}
+
+void files_mark(struct files *f, uint64_t fh, uint64_t offset)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one)
+        one->mark = offset;
+    pthread_mutex_unlock(&f->lock);
+}
+
+bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
+{
+    bool found = false;
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one && end > one->mark) {
+        one->mark = UINT64_MAX;
+    } else if (one) {
+        struct gate *g = one->gate; /* stays as long as the file is in the table */
+        pthread_mutex_lock(&g->lock);
+        found = g->open;
+        memcpy(out->oid, g->oid, TM_OID);
+        out->size = g->size;
+        pthread_mutex_unlock(&g->lock);
+        out->fd = one->fd;
+    }
+    pthread_mutex_unlock(&f->lock);
+    return found;
+}

@@ -1,0 +1,95 @@
+"""Acting for the calling process: what it makes is its own from the start, and what it may not keep goes.
+
+The daemon is root and the kernel has checked what the caller may do (default_permissions). So only what
+follows from *who* it is must be done here: `acting_as` sets the file system user and group of the thread, as
+a new file's owner, quota and a lower file system with rules of its own (NFS, vfat, BSD groups) want them, and
+keeps the capabilities, which setfsuid takes; `lost_bits` says which set-id bits a change by the caller costs.
+Threading: plain functions; these ids and capabilities are a thread's own.
+"""
+
+import contextlib
+import ctypes
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyfuse3
+
+if TYPE_CHECKING:
+    from pyfuse3 import RequestContext
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_HEADER = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
+"""Of capget and capset: version 3, the calling thread."""
+
+_SET_IDS = stat.S_ISUID | stat.S_ISGID
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The process that a request came from; `pid` is 0 if it cannot be seen from here."""
+
+    uid: int
+    gid: int
+    pid: int
+
+    @classmethod
+    def of(cls, ctx: "RequestContext") -> "Caller":
+        """Return the caller of a request."""
+        return cls(ctx.uid, ctx.gid, ctx.pid)
+
+    def is_member(self, gid: int) -> bool:
+        """Say whether the process is in the group; False if it has ended."""
+        if gid == self.gid:
+            return True
+        try:
+            return self.pid > 0 and gid in pyfuse3.get_sup_groups(self.pid)
+        except (OSError, RuntimeError):
+            return False
+
+
+@contextlib.contextmanager
+def acting_as(ctx: "RequestContext") -> Iterator[None]:
+    """Make files as the caller, with its user, group and umask, for as long as this lasts.
+
+    Does not wait: nothing else may be made meanwhile, since the umask is the whole process'.
+    """
+    old_umask = os.umask(ctx.umask)
+    try:
+        if os.geteuid() != 0 or (ctx.uid == 0 and ctx.gid == 0):
+            yield
+            return
+        capabilities = ctypes.create_string_buffer(24)
+        _libc.capget(_HEADER, capabilities)
+        _libc.setfsgid(ctx.gid)
+        _libc.setfsuid(ctx.uid)
+        try:
+            _libc.capset(_HEADER, capabilities)
+            yield
+        finally:
+            _libc.setfsuid(0)
+            _libc.setfsgid(0)
+    finally:
+        os.umask(old_umask)
+
+
+def lost_bits(status: os.stat_result, caller: Caller | None) -> int:
+    """Return the set-id bits that writing, truncating or giving away a file costs; None is any user."""
+    mode = status.st_mode
+    if not mode & _SET_IDS or not stat.S_ISREG(mode) or (caller is not None and caller.uid == 0):
+        return 0
+    lost = mode & stat.S_ISUID
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or caller is None or not caller.is_member(status.st_gid)):
+        lost |= stat.S_ISGID
+    return lost
+
+
+def drop_set_ids(target: int | str, status: os.stat_result, caller: Caller | None) -> bool:
+    """Take those bits away from the file, as the kernel does; True if there were. `status` is from before."""
+    lost = lost_bits(status, caller)
+    if lost:
+        os.chmod(target, stat.S_IMODE(status.st_mode) & ~lost)  # noqa: PTH101 - may be a descriptor
+    return bool(lost)

@@ -1,0 +1,50 @@
+"""How long the kernel may believe what it was told of names and attributes.
+
+Usually a second. Where changes underneath are reported (`watch`) a minute: names always, attributes once they
+are as old. Attributes change without a report too: time stamps by stores to mapped memory, the number of
+blocks when the file system writes a file out. Both happen to files that were changed lately. That a name is
+absent is believed only where changes are reported, since nobody expects to wait for a file that is there.
+
+A `wanted` number of seconds stands for all of these. Threading: plain functions of values.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+USUAL_SECONDS = 1.0
+WATCHED_SECONDS = 60.0
+
+
+class Lifetimes:
+    """The rules above; `device` is the st_dev that reports are about, `now_ns` the wall clock."""
+
+    def __init__(self, wanted: float | None, device: int, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._wanted = wanted
+        self._device = device
+        self._now_ns = now_ns
+        self.attributes_told = False
+        """Whether the kernel is told of attributes that change underneath."""
+        self.names_told = False
+        """Whether it is told of names that do."""
+
+    def of_name(self, device: int) -> float:
+        """Return the seconds for a name of a file on `device`."""
+        if self._wanted is not None:
+            return self._wanted
+        return WATCHED_SECONDS if self.names_told and device == self._device else USUAL_SECONDS
+
+    def of_absence(self, device: int) -> float:
+        """Return the seconds for a name that is not there, in a directory on `device`; 0: not at all."""
+        if not self.names_told or device != self._device:
+            return 0.0
+        return WATCHED_SECONDS if self._wanted is None else self._wanted
+
+    def of_attributes(self, status: os.stat_result) -> float:
+        """Return the seconds for the attributes in `status`."""
+        if self._wanted is not None:
+            return self._wanted
+        if not self.attributes_told or status.st_dev != self._device:
+            return USUAL_SECONDS
+        settled = status.st_ctime_ns < self._now_ns() - WATCHED_SECONDS * 1e9
+        return WATCHED_SECONDS if settled else USUAL_SECONDS

@@ -1,0 +1,72 @@
+"""The native reader of one mount, which answers hits below Python (backends/native/reader.h).
+
+It stands between the kernel's device and the socket that pyfuse3 uses. What it needs to know it is told
+here: which pool, which files are open, and by each file's gate (`coherence.FileState.show`) whether its pages
+may be served. Threading: the event loop's thread, except `use_pool`.
+"""
+
+import os
+import select
+import threading
+from typing import TYPE_CHECKING
+
+from tmem.fs.buffers import REQUEST_BYTES
+from tmem.fs.coherence import FileState
+from tmem.fs.device import Device
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Pool
+
+MOST_HELPERS = 3
+
+NOTHING, REQUEST, GONE = range(3)
+"""What `Reader.serve` returns."""
+
+
+class Reading:
+    """A native reader on a connected device."""
+
+    def __init__(self, device: Device) -> None:
+        from tmem.backends import _native
+
+        self._new_gate = _native.Gate
+        helpers = min(len(os.sched_getaffinity(0)) - 1, MOST_HELPERS)
+        ends = (device.descriptor, device.channel.fileno(), device.session)
+        self.reader = _native.Reader(*ends, helpers, REQUEST_BYTES)
+        self._session = device.session
+        self._switch = threading.Lock()
+        # Readable when there is something to do: a request, a reply, or a request that a helper has read.
+        self._anything = select.epoll()
+        for end in ends:
+            self._anything.register(end, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when there is something to do."""
+        return self._anything.fileno()
+
+    def has_request(self) -> bool:
+        """Say whether a request for pyfuse3 lies in the socket."""
+        poll = select.poll()
+        poll.register(self._session, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def use_pool(self, pool: "Pool | None") -> None:
+        """Take hits from this pool from now on; no thread uses the one before any more. For any thread."""
+        with self._switch:
+            self.reader.set_pool(pool)
+
+    def open(self, number: int, descriptor: int, state: FileState) -> None:
+        """Serve the open file `number`, until `close`."""
+        if state.gate is None:
+            state.gate = self._new_gate()
+        state.show()
+        self.reader.open(number, descriptor, state.gate)
+
+    def close(self, number: int) -> None:
+        """Stop serving a file."""
+        self.reader.close_file(number)
+
+    def end(self) -> None:
+        """Stop it all; nobody may be in `Reader.serve`."""
+        self.reader.close()
+        self._anything.close()

@@ -1,0 +1,119 @@
+"""Names, attributes and small files: find, git status and tar over one tree, beside bindfs and mergerfs.
+
+Each measurement starts from a fresh mount, so the kernel knows nothing of it, while the lower directory is in
+the kernel's caches for everybody; machine-wide caches are never dropped, others use this machine.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import in_turn, judged, paired_ratio, workplace
+from data import tree
+from peers import SEGMENT, Placement, ext4, mounted, placements
+
+from tmem.backends import _native
+
+PEERS = ("bindfs", "mergerfs")
+NAMES = ("tmem", *PEERS)
+TASKS = {
+    "find -size": ["find", "repository", "-size", "+1k"],
+    "git status": ["git", "-C", "repository", "status", "--porcelain"],
+    "tar": ["sh", "-c", "tar -cf - repository | cat >/dev/null"],  # it does not read for /dev/null itself
+}
+TARGETS = {("find -size", 1): 1.0, ("find -size", 2): 1 / 1.5}  # of bindfs, by pass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is."""
+
+    rounds: int = 5
+    files: int = 20_000
+    directories: int = 220
+
+
+QUICK = Sizes(rounds=2, files=800, directories=20)
+TINY = Sizes(rounds=1, files=200, directories=10)
+
+
+def _git(directory: Path, *arguments: str) -> None:
+    person = ["-c", "user.name=bench", "-c", "user.email=bench@localhost", "-c", "gc.auto=0"]
+    subprocess.run(["git", *person, "-C", str(directory), *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def lower_tree(directory: Path, sizes: Sizes) -> Iterator[Path]:
+    """Yield a file system with a git repository of small files."""
+    size = sizes.files * (24 << 10) + (128 << 20)
+    with ext4(directory / "image", directory / "lower", size) as lower:
+        (lower / "repository").mkdir()
+        tree(lower / "repository", sizes.files, sizes.directories)
+        _git(lower / "repository", "init", "-q")
+        _git(lower / "repository", "add", ".")
+        _git(lower / "repository", "commit", "-q", "-m", "all of it")
+        yield lower
+
+
+def _timed(argv: Sequence[str], where: Path, placement: Placement) -> float:
+    command = ["taskset", "-c", ",".join(map(str, placement.clients)), *argv]
+    # Git must not write its index: each pass would find another one.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_CONFIG_NOSYSTEM": "1"}
+    start = time.perf_counter()
+    subprocess.run(command, cwd=where, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def _task(
+    task: str, lower: Path, directory: Path, placement: Placement, rounds: int
+) -> list[dict[str, object]]:
+    """Measure two passes of one task; the rows."""
+    seconds: dict[str, list[list[float]]] = {name: [[], []] for name in (*NAMES, "lower")}
+    daemon: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name in in_turn(list(seconds), rounds):
+        _timed(TASKS[task], lower, placement)  # the lower directory is warm
+        if name == "lower":
+            passes = [_timed(TASKS[task], lower, placement) for _ in range(2)]
+        else:
+            with mounted(name, lower, directory / name, placement.daemons) as mount:
+                passes = [_timed(TASKS[task], mount.point, placement) for _ in range(2)]
+                daemon[name].append(mount.cpu_seconds())
+        for kept, taken in zip(seconds[name], passes, strict=True):
+            kept.append(taken)
+    rows: list[dict[str, object]] = []
+    for number in (0, 1):
+        for peer in PEERS:
+            target = TARGETS.get((task, number + 1)) if peer == "bindfs" else None
+            ratio = paired_ratio(seconds[peer][number], seconds["tmem"][number])
+            rows.append(judged(f"{task}, pass {number + 1}", placement.name, ratio, peer, target))
+    rows.append(
+        {
+            "case": task,
+            "placement": placement.name,
+            "seconds by pass": seconds,
+            "daemon's CPU seconds, with start and mount": daemon,
+        }
+    )
+    return rows
+
+
+def run(sizes: Sizes) -> dict[str, object]:
+    """Measure both placements that are pinned; every row and every round."""
+    rows: list[dict[str, object]] = []
+    with workplace() as directory:
+        os.environ["TMEM_RUNTIME_DIR"] = str(directory)
+        with lower_tree(directory, sizes) as lower:
+            segment = _native.create(str(directory / SEGMENT), sizes.files * (8 << 10) + (64 << 20))
+            try:
+                for placement in placements():
+                    if placement.name == "any CPU":
+                        continue
+                    for task in TASKS:
+                        rows += _task(task, lower, directory, placement, sizes.rounds)
+            finally:
+                segment.close()
+    return {"rows": rows}

@@ -1,0 +1,97 @@
+"""Mounts that many cases share, one for each way to run, beside plain directories; users who act in them."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tmem.backends import _native
+from tmem.backends.paths import SegmentPaths
+from tmem.errors import AttachError
+from tmem.fs import mounts
+from tmem.fs.mount import daemonise
+from tmem.fs.options import MountOptions
+
+from .compare import USERS, Actor, Twins, User
+from .table import OPERATIONS
+
+MODES = ["loop=fast,cache=direct", "loop=plain,cache=kernel"]
+
+
+@pytest.fixture(scope="module")
+def base() -> Iterator[Path]:
+    """A directory that every user can enter, on an ext4 of its own where that is possible.
+
+    Its image is in memory: on a disk, removing thousands of cases takes longer than trying them. (On a tmpfs,
+    directories have coarse time stamps.)
+    """
+    if os.geteuid() != 0:
+        pytest.skip("needs root: acts as other users")
+    with contextlib.ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="tmem-test-"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        image = stack.enter_context(tempfile.NamedTemporaryFile(prefix="tmem-test-", dir="/dev/shm"))
+        os.truncate(image.name, 1 << 30)
+        make = ["mkfs.ext4", "-q", "-O", "^has_journal", "-I", "256", "-i", "8192", image.name]
+        mount = ["mount", "-o", "loop", image.name, str(directory)]
+        if all(subprocess.run(command, capture_output=True).returncode == 0 for command in (make, mount)):
+            stack.callback(subprocess.run, ["umount", str(directory)], check=True)
+        directory.chmod(0o755)
+        yield directory
+
+
+@pytest.fixture(scope="module", params=MODES)
+def twins(request: pytest.FixtureRequest, base: Path) -> Iterator[Twins]:
+    """A mount with a pool, in each mode, and its twin."""
+    with mounted(base, request.param) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def mounted(base: Path, options: str) -> Iterator[Twins]:
+    """Mount with a segment of its own, for all users."""
+    directory = Path(tempfile.mkdtemp(prefix="mount-", dir=base))
+    directory.chmod(0o755)
+    place = Twins(directory / "plain", directory / "lower", directory / "point")
+    for path in (place.plain, place.lower, place.point):
+        path.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        runtime = Path(tempfile.mkdtemp(prefix="tmem-test-", dir="/dev/shm"))
+        patch.setenv("TMEM_RUNTIME_DIR", str(runtime))
+        (runtime / "default.d").mkdir(mode=0o700)
+        segment = _native.create(str(runtime / "default"), 64 << 20)
+        pid = -1
+        try:
+            parsed = MountOptions.parse([f"client=web,allow_other,dev,suid,{options}"], str(place.point))
+            pid = daemonise(str(place.lower), str(place.point), parsed, SegmentPaths.of("default"))
+            yield place
+            assert segment.check() == []
+        finally:
+            with contextlib.suppress(AttachError):
+                mounts.umount(str(place.point))
+            if mounts.top_mount(str(place.point)) is not None:
+                mounts.detach(str(place.point))
+            if pid > 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+            segment.close()
+            shutil.rmtree(runtime, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def actors() -> Iterator[dict[User, Actor]]:
+    """A process for each user."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: acts as other users")
+    started = {user: Actor(user, OPERATIONS) for user in USERS}
+    yield started
+    for actor in started.values():
+        actor.close()

@@ -1,0 +1,35 @@
+"""What a mount cannot offer fails, or differs, exactly as the documentation says."""
+
+from pathlib import Path
+
+import pytest
+
+from .compare import Twins, errno_name
+from .limits import LIMITS, LIMITS_BETWEEN, stage
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_operation(name: str, twins: Twins) -> None:
+    do, lower, mount = LIMITS[name]
+    case = twins.stage(stage)
+    found = []
+    for root in (twins.plain, twins.point):
+        try:
+            found.append(do(root / case))
+        except OSError as error:
+            found.append(errno_name(error))
+    assert found == [lower, mount]
+
+
+@pytest.mark.parametrize("name", LIMITS_BETWEEN)
+def test_two_programs(name: str, twins: Twins) -> None:
+    do, lower, mount = LIMITS_BETWEEN[name]
+    case = twins.stage(stage)
+
+    def meet(here: Path, below: Path) -> object:
+        try:
+            return do(here / case, below / case)
+        except OSError as error:
+            return errno_name(error)
+
+    assert [meet(twins.plain, twins.plain), meet(twins.point, twins.lower)] == [lower, mount]

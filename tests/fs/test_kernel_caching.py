@@ -1,0 +1,181 @@
+"""What the kernel keeps of names and attributes of a mount that watches: long, and still never outdated for
+long when somebody changes the lower directory."""
+
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tmem.types import PAGE_SIZE
+
+from . import underneath
+from .conftest import Mounter, Place
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+pytestmark = pytest.mark.usefixtures("root")
+
+Eventually = Callable[..., None]
+LONG_AGO = (1e9, 1e9)
+
+
+def watching_or_skip(place: Place) -> None:
+    if not place.statistics().watching:
+        pytest.skip("the kernel reports no changes of this file system")
+
+
+@pytest.fixture
+def place(mounter: Mounter, segment: "_native.Segment") -> Place:
+    """A mount with a pool that watches, of a directory with something in it."""
+    place = mounter("client=web")
+    watching_or_skip(place)
+    (place.lower / "directory").mkdir()
+    (place.lower / "file").write_bytes(b"o" * 2 * PAGE_SIZE)
+    return place
+
+
+def test_names_change(place: Place, eventually: Eventually) -> None:
+    new = place.point / "directory" / "new"
+    lower = place.lower / "directory" / "new"
+    for _ in range(3):
+        assert not new.exists()
+        lower.write_bytes(b"1")
+        eventually(new.exists)
+        lower.rename(place.lower / "elsewhere")
+        eventually(lambda: not new.exists())
+        assert (place.point / "elsewhere").exists()
+        (place.lower / "elsewhere").unlink()
+        eventually(lambda: not (place.point / "elsewhere").exists())
+
+
+def test_another_file_under_the_same_name(place: Place, eventually: Eventually) -> None:
+    file = place.point / "file"
+    first = file.stat()
+    underneath.replace(place.lower / "file", b"new")
+    eventually(lambda: file.stat().st_ino != first.st_ino)
+    assert file.read_bytes() == b"new"
+    assert file.stat().st_size == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.chmod(0o600),
+        lambda path: os.chown(path, 1, 1),
+        lambda path: os.utime(path, LONG_AGO),
+        lambda path: os.link(path, path.with_name("second")),
+        lambda path: os.truncate(path, 100),
+        lambda path: underneath.write(path, 2 * PAGE_SIZE, b"more"),
+    ],
+    ids=["chmod", "chown", "utime", "link", "truncate", "append"],
+)
+def test_attributes_change(place: Place, eventually: Eventually, change: Callable[[Path], object]) -> None:
+    lower, file = place.lower / "file", place.point / "file"
+
+    def same() -> bool:
+        return shown(file.stat()) == shown(lower.stat())
+
+    assert same()
+    change(lower)
+    eventually(same)
+
+
+def shown(status: os.stat_result) -> tuple[int, ...]:
+    return (
+        status.st_mode,
+        status.st_nlink,
+        status.st_uid,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
+def test_a_directory_s_listing_changes(place: Place, eventually: Eventually) -> None:
+    for number in range(3):
+        assert len(os.listdir(place.point)) == 2 + number  # noqa: PTH208
+        (place.lower / str(number)).touch()
+        eventually(lambda: len(os.listdir(place.point)) == 3 + number)  # noqa: B023, PTH208
+
+
+@pytest.mark.parametrize("cache", ["direct", "kernel"])
+def test_content_changes_while_a_file_is_open_and_mapped(
+    mounter: Mounter, segment: "_native.Segment", eventually: Eventually, cache: str
+) -> None:
+    """A mapping shows what a read or a stat by anybody has shown since."""
+    place = mounter(f"client=web,cache={cache}")
+    watching_or_skip(place)
+    (place.lower / "file").write_bytes(b"o" * 2 * PAGE_SIZE)
+    with (
+        (place.point / "file").open("rb", buffering=0) as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        assert mapped[:] == os.pread(file.fileno(), 3 * PAGE_SIZE, 0) == b"o" * 2 * PAGE_SIZE
+        for byte in (b"1", b"2"):
+            underneath.write(place.lower / "file", PAGE_SIZE, byte)
+            eventually(lambda: os.pread(file.fileno(), 1, PAGE_SIZE) == byte)  # noqa: B023
+            eventually(lambda: os.fstat(file.fileno()) and mapped[PAGE_SIZE : PAGE_SIZE + 1] == byte)  # noqa: B023
+
+
+def test_the_kernel_answers_by_itself(place: Place, eventually: Eventually) -> None:
+    counted = Path(f"/proc/{place.pid}/io")
+    absent = place.point / "absent"
+
+    def asked() -> bool:
+        before = reads(counted)
+        assert not absent.exists()
+        return reads(counted) > before
+
+    assert asked()
+    eventually(lambda: not asked())  # other changes on the file system wake the daemon, too
+
+
+def reads(counted: Path) -> int:
+    return int(dict(line.split(": ") for line in counted.read_text().splitlines())["syscr"])
+
+
+def test_a_restart_loses_no_report(place: Place, eventually: Eventually) -> None:
+    with (place.point / "file").open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 1, 0) == b"o"
+        assert not (place.point / "new").exists()
+        assert place.restart().count == 1
+        assert place.statistics().watching
+        underneath.write(place.lower / "file", 0, b"n")
+        (place.lower / "new").touch()
+        eventually(lambda: os.pread(file.fileno(), 1, 0) == b"n")
+        eventually((place.point / "new").exists)
+
+
+def test_two_mounts_of_one_directory(
+    mounter: Mounter, tmp_path: Path, segment: "_native.Segment", eventually: Eventually
+) -> None:
+    one = mounter("client=web1", point=tmp_path / "one")
+    two = mounter("client=web2", point=tmp_path / "two")
+    watching_or_skip(two)
+    assert not (two.point / "file").exists()
+    (one.point / "file").write_bytes(b"1" * PAGE_SIZE)
+    eventually((two.point / "file").exists)
+    with (
+        (one.point / "file").open("r+b", buffering=0) as here,
+        (two.point / "file").open("rb", buffering=0) as there,
+    ):
+        for byte in (b"2", b"3"):
+            assert os.pread(there.fileno(), PAGE_SIZE, 0)
+            os.pwrite(here.fileno(), byte * PAGE_SIZE, 0)
+            eventually(lambda: os.pread(there.fileno(), PAGE_SIZE, 0) == byte * PAGE_SIZE)  # noqa: B023
+
+
+def test_without_watching_the_usual_second(
+    mounter: Mounter, segment: "_native.Segment", eventually: Eventually
+) -> None:
+    place = mounter("client=web,watch=off")
+    assert not place.statistics().watching
+    assert not (place.point / "new").exists()
+    (place.lower / "new").write_bytes(b"1")
+    assert (place.point / "new").stat().st_size == 1  # absence was not kept
+    (place.lower / "new").write_bytes(b"22")
+    eventually(lambda: (place.point / "new").stat().st_size == 2)

@@ -1,0 +1,79 @@
+"""Listings that the kernel keeps: believed while nothing has changed, never when something has."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Mounter
+
+
+def names(directory: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(directory)}
+
+
+def switches(pid: int) -> int:
+    """Return how often the daemon's main thread has waited: about once for each request."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+
+@pytest.mark.parametrize("options", ["timeout=60,watch=off", "loop=fast,timeout=60,watch=off", ""])
+def test_a_change_shows_in_the_next_listing(mounter: Mounter, options: str) -> None:
+    place = mounter(options)
+    (place.lower / "d").mkdir()
+    wanted: set[str] = set()
+    for turn in range(40):
+        name = f"{turn:03d}"
+        if turn % 3 == 2:
+            victim = sorted(wanted)[turn % len(wanted)]
+            (place.lower / "d" / victim).unlink()
+            wanted.remove(victim)
+        else:
+            where = place.lower if turn % 3 else place.point
+            (where / "d" / name).touch()
+            wanted.add(name)
+        assert names(place.point / "d") == wanted
+        assert names(place.point / "d") == wanted
+
+
+def test_the_kernel_keeps_a_listing(mounter: Mounter, eventually: Callable[..., None]) -> None:
+    """A listing of 3,000 names takes some hundred requests; one that was kept takes a few."""
+    place = mounter("timeout=60,watch=off")
+    directory = place.lower / "d"
+    directory.mkdir()
+    for number in range(3000):
+        (directory / f"{number:04d}{'x' * 100}").touch()
+    past = time.time() - 100
+    os.utime(directory, (past, past))
+    costs = []
+    listed = set()
+
+    def kept() -> bool:
+        # Where time stamps are coarse, nothing is kept until the directory has been as it is for two seconds.
+        nonlocal listed
+        before = switches(place.pid)
+        listed = names(place.point / "d")
+        costs.append(switches(place.pid) - before)
+        return costs[-1] < 20 < costs[0]
+
+    eventually(kept)
+    assert len(listed) == 3000
+    (directory / "new").touch()
+    assert len(names(place.point / "d")) == 3001
+
+
+def test_a_listing_is_as_old_as_its_attributes_at_most(mounter: Mounter) -> None:
+    """With lifetimes of nothing, nothing is kept."""
+    place = mounter("timeout=0,watch=off")
+    (place.lower / "d").mkdir()
+    for number in range(1000):
+        (place.lower / "d" / f"{number:04d}{'x' * 100}").touch()
+    costs = []
+    for _ in range(5):
+        before = switches(place.pid)
+        assert len(names(place.point / "d")) == 1000
+        costs.append(switches(place.pid) - before)
+    assert min(costs) * 4 > max(costs)

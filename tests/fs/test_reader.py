@@ -1,0 +1,331 @@
+"""The native reader between a kernel and a libfuse that are ends of sockets here: what it answers."""
+
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tmem.backends import _native
+from tmem.fs.reading import GONE, NOTHING, REQUEST
+from tmem.types import PAGE_SIZE
+
+GETATTR, OPEN, READ, OPENDIR, CREATE = 3, 14, 15, 27, 35
+CACHE_DIR, KEEP_CACHE, DIRECT_IO, PASSTHROUGH = 1 << 3, 1 << 1, 1 << 0, 1 << 7
+SO_SNDBUFFORCE = 32
+OID = bytes(range(24))
+PAGES = 40
+FH = 7
+
+
+@dataclass
+class Desk:
+    """A reader with its two neighbours: `kernel` sends requests, `libfuse` replies."""
+
+    reader: "_native.Reader"
+    pool: "_native.Pool"
+    gate: "_native.Gate"
+    kernel: socket.socket
+    libfuse: socket.socket
+    content: bytes
+    file: int
+    uniques: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
+
+    def request(self, opcode: int, body: bytes = b"") -> int:
+        """Send a request, and return its number."""
+        unique = next(self.uniques)
+        header = struct.pack("=IIQQIIII", 40 + len(body), opcode, unique, 1, 0, 0, 0, 0)
+        self.kernel.send(header + body)
+        return unique
+
+    def read(self, offset: int, size: int, fh: int = FH) -> int:
+        return self.request(READ, struct.pack("=QQIIQII", fh, offset, size, 0, 0, 0, 0))
+
+    def serve(self) -> int:
+        return self.reader.serve(-1, 0)
+
+    def answer(self) -> tuple[int, int, bytes]:
+        """Return number, error and data of the next reply that the kernel gets."""
+        reply = self.kernel.recv(1 << 21)
+        length, error, unique = struct.unpack_from("=IiQ", reply)
+        assert length == len(reply)
+        return unique, error, reply[16:]
+
+    def forwarded(self) -> tuple[int, int]:
+        """Return opcode and number of the next request that libfuse gets."""
+        request = self.libfuse.recv(1 << 21, socket.MSG_DONTWAIT)
+        length, opcode, unique = struct.unpack_from("=IIQ", request)
+        assert length == len(request)
+        return opcode, unique
+
+    def silent(self) -> bool:
+        """Say whether the kernel has got no reply."""
+        with pytest.raises(BlockingIOError):
+            self.kernel.recv(1, socket.MSG_DONTWAIT)
+        return True
+
+
+def make(tmp_path: Path, helpers: int = 0) -> Iterator[Desk]:
+    segment = _native.create(str(tmp_path / "segment"), 16 << 20)
+    pool = segment.client("c").new_pool(persistent=False, exclusive=False)
+    content = random.Random(1).randbytes(PAGES * PAGE_SIZE - 1000)
+    pool.put(OID, 0, content + bytes(1000))
+    (tmp_path / "file").write_bytes(content)
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    device.setblocking(False)
+    device.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 64 << 20)  # a device takes every reply
+    gate = _native.Gate()
+    reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers)
+    with kernel, device, ours, libfuse:
+        reader.set_pool(pool)
+        gate.set(OID, len(content), True)
+        reader.open(FH, file, gate)
+        yield Desk(reader, pool, gate, kernel, libfuse, content, file)
+        reader.close()
+    os.close(file)
+    segment.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    yield from make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (0, 4096),
+        (4096, 16 * 4096),
+        (5, 10),
+        (4090, 12),
+        (3000, 9 * 4096),
+        (39 * 4096, 4096),
+        (38 * 4096 + 1, 1 << 20),
+        (40 * 4096 - 1001, 1),
+        (40 * 4096 - 1000, 1),
+        (1 << 30, 4096),
+    ],
+)
+def test_a_hit_is_answered_with_exactly_its_bytes(desk: Desk, offset: int, size: int) -> None:
+    unique = desk.read(offset, size)
+    assert desk.serve() == NOTHING
+    assert desk.answer() == (unique, 0, desk.content[offset : offset + size])
+    counted = desk.reader.counters()
+    assert counted["hit_bytes"] == len(desk.content[offset : offset + size])
+    assert counted["forwarded"] == 0
+
+
+def test_what_is_not_all_there_is_for_libfuse(desk: Desk) -> None:
+    desk.pool.flush(OID, 12, 1)
+    unique = desk.read(10 * PAGE_SIZE, 4 * PAGE_SIZE)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (READ, unique)
+    assert desk.silent()
+    unique = desk.read(10 * PAGE_SIZE, 2 * PAGE_SIZE)
+    assert desk.serve() == NOTHING
+    assert desk.answer() == (unique, 0, desk.content[10 * PAGE_SIZE : 12 * PAGE_SIZE])
+
+
+def test_what_is_not_a_read_of_a_known_file_is_for_libfuse(desk: Desk) -> None:
+    for unique, opcode in (
+        (desk.request(GETATTR, bytes(16)), GETATTR),
+        (desk.read(0, 4096, fh=8), READ),
+        (desk.request(READ, bytes(8)), READ),  # cut off
+        (desk.read((1 << 64) - 4096, 8192), READ),
+        (desk.read(0, (1 << 20) + 1), READ),
+        (desk.read(1 << 44, 4096), READ),  # beyond the last index
+    ):
+        assert desk.serve() == REQUEST
+        assert desk.forwarded() == (opcode, unique)
+    desk.reader.close_file(FH)
+    unique = desk.read(0, 4096)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (READ, unique)
+
+
+def test_a_closed_gate(desk: Desk) -> None:
+    for oid, size, is_open in ((OID, len(desk.content), False), (OID[::-1], len(desk.content), True)):
+        desk.gate.set(oid, size, is_open)
+        unique = desk.read(0, 4096)
+        assert desk.serve() == REQUEST
+        assert desk.forwarded() == (READ, unique)
+    desk.gate.set(OID, len(desk.content), True)
+    desk.read(0, 4096)
+    assert desk.serve() == NOTHING
+
+
+def test_a_file_whose_size_has_changed(desk: Desk, tmp_path: Path) -> None:
+    os.truncate(tmp_path / "file", 5 * PAGE_SIZE)
+    unique = desk.read(39 * PAGE_SIZE, PAGE_SIZE)  # reaches the end, so it asks where that is
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (READ, unique)
+
+
+def test_without_a_pool(desk: Desk) -> None:
+    desk.reader.set_pool(None)
+    unique = desk.read(0, 4096)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (READ, unique)
+    desk.reader.set_pool(desk.pool)
+    desk.pool.destroy()
+    desk.read(0, 4096)
+    assert desk.serve() == REQUEST
+
+
+def test_a_mark_passes_one_read_on(desk: Desk) -> None:
+    desk.reader.mark(FH, 8 * PAGE_SIZE)
+    desk.read(4 * PAGE_SIZE, 4 * PAGE_SIZE)
+    assert desk.serve() == NOTHING
+    unique = desk.read(8 * PAGE_SIZE, 4096)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (READ, unique)
+    desk.read(9 * PAGE_SIZE, 4096)
+    assert desk.serve() == NOTHING
+
+
+def entry(fh: int, flags: int = 0) -> bytes:
+    return struct.pack("=QIi", fh, flags, 0)
+
+
+def test_replies_are_amended(desk: Desk) -> None:
+    def amended(opcode: int, body: bytes) -> bytes:
+        unique = desk.request(opcode, bytes(8))
+        assert desk.serve() == REQUEST
+        assert desk.forwarded() == (opcode, unique)
+        desk.libfuse.send(struct.pack("=IiQ", 16 + len(body), 0, unique) + body)
+        desk.reader.drain()
+        got, error, data = desk.answer()
+        assert (got, error) == (unique, 0)
+        return data
+
+    assert amended(OPENDIR, entry(3)) == entry(3)
+    desk.reader.keep_listing(3, False)
+    assert amended(OPEN, entry(3)) == entry(3)  # a file of the same number
+    assert amended(OPENDIR, entry(3)) == entry(3, CACHE_DIR)
+    desk.reader.keep_listing(4, True)
+    assert amended(OPENDIR, entry(4)) == entry(4, CACHE_DIR | KEEP_CACHE)
+    assert amended(OPENDIR, entry(4)) == entry(4)  # once
+    desk.reader.pass_through(5, 77)
+    assert amended(OPEN, entry(5, DIRECT_IO)) == struct.pack("=QIi", 5, PASSTHROUGH, 77)
+    desk.reader.pass_through(6, 78)
+    created = bytes(range(128))
+    assert amended(CREATE, created + entry(6, KEEP_CACHE)) == created + struct.pack(
+        "=QIi", 6, PASSTHROUGH, 78
+    )
+    desk.reader.pass_through(9, 79)
+    assert amended(GETATTR, entry(9, DIRECT_IO)) == entry(9, DIRECT_IO)  # the same bytes in another reply
+
+
+def test_notifications_go_to_the_kernel(desk: Desk) -> None:
+    attributes = struct.pack("=IiQQqq", 40, 2, 0, 1, -1, 0)
+    data = struct.pack("=IiQQqq", 40, 2, 0, 1, 0, 0)
+    desk.libfuse.send(attributes)
+    desk.reader.drain()
+    assert desk.kernel.recv(100) == attributes
+    desk.libfuse.send(data)
+    desk.reader.drain()
+    assert desk.kernel.recv(100) == data  # by a thread of its own
+
+
+def test_the_end_of_the_connection(desk: Desk) -> None:
+    desk.kernel.close()
+    assert desk.reader.serve(-1, 1000) == GONE
+
+
+def test_it_returns_for_others(desk: Desk) -> None:
+    reading, writing = os.pipe()
+    try:
+        assert desk.reader.serve(reading, 10) == NOTHING
+        os.write(writing, b"x")
+        assert desk.reader.serve(reading, 60_000) == NOTHING
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_helpers_serve_beside_and_can_be_paused(tmp_path: Path) -> None:
+    """All requests are answered once, whoever does it; while paused nobody reads."""
+    for desk in make(tmp_path, helpers=3):
+        random_ = random.Random(2)
+        wanted: dict[int, bytes] = {}
+        got: dict[int, bytes] = {}
+
+        def collect(desk: Desk = desk, got: dict[int, bytes] = got) -> None:
+            while len(got) < 3000:
+                unique, error, data = desk.answer()
+                assert not error
+                assert unique not in got
+                got[unique] = data
+
+        collector = threading.Thread(target=collect)
+        serving = threading.Event()
+
+        def serve(desk: Desk = desk, serving: threading.Event = serving) -> None:
+            while not serving.is_set():
+                assert desk.reader.serve(-1, 20) == NOTHING
+
+        server = threading.Thread(target=serve)
+        collector.start()
+        server.start()
+        for number in range(3000):
+            while number - len(got) > 200:
+                time.sleep(0.001)
+            offset = random_.randrange(len(desk.content) - 1)
+            size = random_.choice([1, 4096, 5000, 30 * 4096])
+            wanted[desk.read(offset, size)] = desk.content[offset : offset + size]
+        collector.join(60)
+        serving.set()
+        server.join()
+        assert got == wanted
+        desk.reader.pause(True)
+        while not desk.reader.quiet:
+            pass
+        desk.read(0, 4096)
+        assert desk.silent()
+        desk.reader.pause(False)
+        assert desk.serve() == NOTHING
+        assert desk.answer()[2] == desk.content[:4096]
+
+
+def test_a_pool_can_be_changed_while_it_is_read(tmp_path: Path) -> None:
+    for desk in make(tmp_path, helpers=2):
+        over = threading.Event()
+
+        def serve(desk: Desk = desk, over: threading.Event = over) -> None:
+            while not over.is_set():
+                if desk.reader.serve(-1, 10) == REQUEST:
+                    _, unique = desk.forwarded()
+                    desk.libfuse.send(struct.pack("=IiQ", 16, -5, unique))
+
+        server = threading.Thread(target=serve)
+        server.start()
+        for turn in range(300):
+            unique = desk.read(0, 20 * PAGE_SIZE)
+            desk.reader.set_pool(None if turn % 3 == 0 else desk.pool)
+            got, error, data = desk.answer()
+            assert got == unique
+            assert (error, data) in ((0, desk.content[: 20 * PAGE_SIZE]), (-5, b""))
+        over.set()
+        server.join()
+
+
+def test_misuse(tmp_path: Path) -> None:
+    for desk in make(tmp_path):
+        with pytest.raises(ValueError, match="24 bytes"):
+            desk.gate.set(b"short", 1, True)
+        with pytest.raises(TypeError):
+            desk.reader.set_pool("pool")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="positive"):
+            desk.reader.pass_through(1, 0)
+        desk.reader.close()
+        with pytest.raises(ValueError, match="closed"):
+            desk.serve()
+        desk.reader.close()
