@@ -154,13 +154,14 @@ class Coherence:
             state.suspect = True  # whether the file is as expected cannot be told while it changes
             self._drop(state)
             return False
-        state.size = version.size
-        state.show()
+        state.size = version.size  # shown with the pages that belong to it only: the last one is padded
         if state.version == version:
+            state.show()
             return True
         if state.version is not None:
             self._precache.counters.foreign_changes += 1
         self._start_over(state, version, is_quiet(descriptor))  # in this order: not before `status`
+        state.show()
         return False
 
     def reported(self, state: FileState, descriptor: int) -> None:

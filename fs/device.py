@@ -4,7 +4,8 @@ libfuse takes ``/dev/fd/N`` as a mount point that is mounted already. N is first
 the kernel's INIT request is handed through it, pyfuse3 answers, the answer is amended and given to the
 kernel, and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and
 the kernel; or, with a native reader (`reading`), the pair stays and the reader is in between. Amended: mmap
-with MAP_SHARED on direct_io files (ENODEV without it).
+with MAP_SHARED on direct_io files (ENODEV without it), and that the umask is ours to apply, since a default
+access control list takes its place.
 
 Request and answer are kept. New code that takes over a device whose connection is open (`restart`) hands
 the same request to its own libfuse: if that answers as the old one did, it will understand what the kernel
@@ -26,12 +27,15 @@ from tmem.fs import syscalls
 from tmem.fs.options import MountOptions
 
 _SO_SNDBUFFORCE = 32  # socket(7); Python has no name for it
-_CHANNEL_BYTES = 16 << 20  # several requests of 1 MiB, with what the kernel counts beside them
+_CHANNEL_BYTES = 256 << 20
+"""More than the replies that handlers may give in one turn of the event loop, which alone makes room again.
+Nothing is allocated before it is used."""
 _INIT_OPCODE = 26
 _IN_HEADER, _OUT_HEADER = 40, 16
 _IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
 _OUT_FLAGS, _OUT_FLAGS2 = _OUT_HEADER + 12, _OUT_HEADER + 32
 _INIT_EXT = 1 << 30
+_DONT_MASK = 1 << 6
 _DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
 _INIT_SECONDS = 10
 _NAMES = {
@@ -147,6 +151,8 @@ async def agree(device: Device) -> None:
         _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
         _set_bits(reply, _OUT_FLAGS2, _DIRECT_IO_ALLOW_MMAP)
         device.direct_mmap = True
+    if offered[0] & _DONT_MASK:
+        _set_bits(reply, _OUT_FLAGS, _DONT_MASK)
     device.reply = bytes(reply)
 
 

@@ -52,13 +52,12 @@ class Directories(Handlers):
             status = os.fstat(descriptor)
         number = self._next_listing
         self._next_listing += 1
-        self._listings[number] = _Listing(node, descriptor, version=self._settled(node, version_of(status)))
+        # Directories have coarse stamps on some file systems whose files have fine ones (tmpfs).
+        version = version_of(status)
+        settled = is_settled(version, time.time_ns(), fine_stamps=False)
+        self._listings[number] = _Listing(node, descriptor, version=version if settled else None)
         self._let_keep(number, self._listings[number])
         return number
-
-    def _settled(self, inode: Inode, version: Version) -> Version | None:
-        fine_stamps = self._fine_stamps and inode.key[0] == self.table.device
-        return version if is_settled(version, time.time_ns(), fine_stamps) else None
 
     def _let_keep(self, number: int, listing: _Listing) -> None:
         """Let the kernel keep the listing, and believe the one that it has if that is still right.

@@ -42,6 +42,8 @@ _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_TRUNC |
 _PAGE_MASK = PAGE_SIZE - 1
 _AT_ONCE_BYTES = 64 << 10
 """What is read on the event loop if the kernel has it: to compress this much takes some 80 us."""
+_REORDERED_BYTES = 1 << 20
+"""A request so far beyond the one before belongs to the same stream: the kernel sends several at a time."""
 _AHEAD_SHARE = 32
 """A stream is read ahead by at most this part of the pool's memory."""
 
@@ -74,6 +76,10 @@ class OpenFile:
     """The page that tells, when it is read, that more can be read ahead."""
     number: int = 0
     """The handle."""
+    loads: int = 0
+    """Reads of the lower file for the pool that are under way."""
+    side_by_side: tuple[int, int] | None = None
+    """The bytes that were put by reads that were under way at a time."""
     caller: Caller | None = None
     """Who opened it; None after the code was replaced."""
     accessed: bool = False
@@ -102,6 +108,7 @@ class Files(Namespace):
         self._policy = policy
         self._worth = Worth(self._account, clock)
         self._streams = Streams()
+        self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
         self._counted: dict[str, int] = {}  # of its counters, what ours have already
         self._files: dict[int, OpenFile] = {}
         self._next_file = 1
@@ -196,11 +203,13 @@ class Files(Namespace):
         file = OpenFile(
             inode, state, descriptor, writable, bool(flags & os.O_APPEND), number=number, caller=caller
         )
-        file.accessed = bool(flags & os.O_NOATIME)
+        file.accessed = self._no_atimes or bool(flags & os.O_NOATIME) or lower.was_accessed(status)
         self._files[number] = file
         inode.opens += 1
         if self._reading is not None and not inode.declined:
             self._reading.open(number, descriptor, state)
+            if not file.accessed:
+                self._reading.reader.mark(number, 0)  # so that the first read comes here, and is noted
         cached = self._cached(status)
         if cached and not unchanged:
             with contextlib.suppress(OSError):  # it may know no such inode; an old size must not cut reads
@@ -295,7 +304,7 @@ class Files(Namespace):
             file.ahead.missed(index, first + npages)
         elif file.stream_end == start > 0:
             self._begin_ahead(file, first, first + npages)
-        else:
+        elif not file.stream_start <= start <= file.stream_end + _REORDERED_BYTES or file.stream_end < 0:
             file.stream_start = start
         file.stream_end = start + len(missing)  # before it is done: the kernel's own requests may overlap
         count, stored = await self._load(file, index, missing, file.stream_start)
@@ -343,7 +352,13 @@ class Files(Namespace):
         if count and (count == len(pages) or start + count == state.size):
             whole, stored, put_ns = put(count)  # nothing of this waits, and a thread would cost 200 us
         else:
-            count, failure, lower_ns, whole, stored, put_ns = await self.in_thread(work)
+            file.loads += 1
+            try:
+                count, failure, lower_ns, whole, stored, put_ns = await self.in_thread(work)
+            finally:
+                file.loads -= 1
+        if whole and stored == whole:
+            self._drop_together(file, put_from, start + whole * PAGE_SIZE)
         counters = self.precache.counters
         counters.lower_bytes += count
         counters.lower_ns += lower_ns
@@ -356,6 +371,20 @@ class Files(Namespace):
         if failure is not None:  # not fewer bytes: in the kernel's cache that would mean zeros from there on
             raise failure
         return count, stored == whole == -(-count // PAGE_SIZE)
+
+    def _drop_together(self, file: OpenFile, start: int, end: int) -> None:
+        """Drop once more what was put from `start` to `end`, when the last of several reads is done.
+
+        Each keeps the others from dropping a folio that it reads from.
+        """
+        if file.side_by_side is not None:
+            start, end = min(start, file.side_by_side[0]), max(end, file.side_by_side[1])
+        elif not file.loads:
+            return
+        file.side_by_side = (start, end) if file.loads else None
+        if not file.loads:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def _begin_ahead(self, file: OpenFile, first: int, last: int) -> None:
         """Begin to read ahead of a reader that is about to read the pages from `first` to before `last`."""
@@ -539,10 +568,6 @@ class _Source:
     def leave(self, first: int, last: int) -> None:
         start, end = first * PAGE_SIZE, last * PAGE_SIZE
         lower.drop_cached(self._file.descriptor, start, end, start, end + 1)
-
-    def done(self, last: int) -> None:
-        start, end = self._put_from, last * PAGE_SIZE
-        os.posix_fadvise(self._file.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def mark(self, page: int) -> None:
         self._file.marker = page

@@ -139,6 +139,8 @@ class Readers:
         self._session, self._reading = session, reading
         self._awaited = session if reading is None else reading.fileno()
         self._stopping = self._starting = self._ended = False
+        if reading is not None:
+            reading.reader.pause(False)
         if not self._installed:
             await pyfuse3.main(1, _MAX_TASKS)
             return

@@ -96,13 +96,15 @@ def prefetch(descriptor: int, ranges: list[tuple[int, int]]) -> None:
         os.posix_fadvise(descriptor, first * PAGE_SIZE, (last - first) * PAGE_SIZE, os.POSIX_FADV_WILLNEED)
 
 
+def was_accessed(status: os.stat_result) -> bool:
+    """Say whether a further access need not show: relatime's rule."""
+    return status.st_atime_ns > max(status.st_mtime_ns, status.st_ctime_ns, time.time_ns() - _DAY_NS)
+
+
 def note_access(descriptor: int) -> None:
     """Have the file's access time say that it was read now, by the rules of its file system, reading nothing.
 
-    Mapping counts as an access. Setting the time would change the ctime. Asked first is relatime's rule.
+    Mapping counts as an access. Setting the time would change the ctime.
     """
-    status = os.fstat(descriptor)
-    if status.st_atime_ns > max(status.st_mtime_ns, status.st_ctime_ns, time.time_ns() - _DAY_NS):
-        return
     with contextlib.suppress(OSError, ValueError):  # it cannot be mapped, or is empty by now
         mmap.mmap(descriptor, 1, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ).close()

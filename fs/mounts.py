@@ -85,11 +85,15 @@ def detach(mountpoint: str) -> None:
 
 
 def statistics(mountpoint: str) -> MountStatistics:
-    """Ask a mount's daemon for its statistics. AttachError if that is no mount of ours, or a dead one."""
+    """Ask a mount's daemon for its statistics. AttachError if that is no mount of ours, or a dead one.
+
+    Of what a daemon of another version does not count, 0 is returned.
+    """
     try:
-        return MountStatistics(**json.loads(os.getxattr(mountpoint, STATISTICS_ATTRIBUTE)))
+        told = json.loads(os.getxattr(mountpoint, STATISTICS_ATTRIBUTE))
     except OSError as error:
         raise AttachError(f"{mountpoint} is no mount of tmem that answers: {error.strerror}") from None
+    return MountStatistics(**{name: told.get(name, 0) for name in MountStatistics.__dataclass_fields__})
 
 
 def daemon_of(mountpoint: str) -> Process | None:

@@ -34,7 +34,7 @@ class Loop(enum.StrEnum):
     """How requests are waited for; see `loop`."""
 
     AUTO = "auto"
-    """The native reader if it is to be had, else the fast loop."""
+    """The fast loop: the native reader can wait for memory where the others cannot (docs/mounts.md)."""
     NATIVE = "native"
     FAST = "fast"
     PLAIN = "plain"

@@ -48,10 +48,6 @@ class Source(Protocol):
     def leave(self, first: int, last: int) -> None:
         """Have the kernel forget what was prepared and will not be loaded."""
 
-    def done(self, last: int) -> None:
-        """Have the kernel forget all that was loaded, up to page `last`: chunks that were loaded side by side
-        may have kept each other from doing so."""
-
     def mark(self, page: int) -> None:
         """Have `Stream.reached` called when a read reaches `page`; replaces the mark before."""
 
@@ -98,7 +94,8 @@ class Stream:
 
     def covers(self, page: int) -> bool:
         """Say whether a reader that goes on at `page` is the one of this stream."""
-        return self._start <= page <= self._end and not self._ended
+        # Requests that are not aligned begin in the last page of the one before.
+        return self._start - 1 <= page <= self._end and not self._ended
 
     def reached(self, first: int, last: int) -> None:
         """Note a read of the pages from `first` to before `last` that has reached the mark."""
@@ -119,7 +116,11 @@ class Stream:
             if self._streams.full:
                 return
             self._end = self._ready = self._prepared = max(self._end, beyond)
-        end = min(max(self._end, beyond) + self._window, self._source.length())
+        elif beyond > self._end:  # it has overtaken what is under way
+            if self._prepared < self._end:
+                return
+            self._end = self._prepared = beyond
+        end = min(self._end + self._window, self._source.length())
         if end <= self._end:
             return
         self._source.mark(self._end)
@@ -160,7 +161,6 @@ class Stream:
             log.exception("reading ahead failed")
         finally:
             self._move()
-            self._source.done(self._ready)
             for first, last in self._ranges:
                 self._source.leave(first, last)
             self._ranges.clear()

@@ -85,9 +85,9 @@ class Server:
         """Make libfuse's session on the device's end."""
         self._readers.install()
         pyfuse3.init(self.overlay, f"/dev/fd/{mounted.session}", set())
-        if self.plan.options.loop in (Loop.AUTO, Loop.NATIVE) and self._readers.can_stop:
+        if self.plan.options.loop is Loop.NATIVE and self._readers.can_stop:
             mounted.read_natively = mounted.make_room()
-            if not mounted.read_natively and self.plan.options.loop is Loop.NATIVE:
+            if not mounted.read_natively:
                 log.warning("loop=native needs CAP_NET_ADMIN: using loop=fast")
 
     @property

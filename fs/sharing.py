@@ -46,6 +46,9 @@ class SharedCoherence(Coherence):
 
     def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
         """Turn to the pages of the version that the lower file has now; True if it is the one before."""
+        if not state.changes:
+            state.served = False  # the size is not shown with another version's object
+            state.show()
         unchanged = super().validate(state, status, descriptor)
         if not state.changes:
             state.oid = version_object_id(state.name, version_of(status))

@@ -18,6 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
+enum { NOTIFY_INC_EPOCH = 8 }; /* Linux 6.16 */
 #ifndef FOPEN_PASSTHROUGH /* Linux 6.9; Debian 12's header is older */
 #define FOPEN_PASSTHROUGH (1 << 7)
 #endif
@@ -207,8 +208,10 @@ static void refuse(struct reader *r, const struct fuse_in_header *in)
     (void)ignored;
 }
 
-/* Pass the request in `d->request` on. False: it did not fit, and whoever may wait for room must try again. */
-static bool forward(struct reader *r, struct desk *d, size_t length, int flags)
+enum sent { SENT, SENT_LATER, SENT_NEVER };
+
+/* Pass the request in `d->request` on. SENT_LATER: it did not fit, and whoever may wait for room must try again. */
+static enum sent forward(struct reader *r, struct desk *d, size_t length, int flags)
 {
     if (!d->kept && opens(((const struct fuse_in_header *)(const void *)d->request)->opcode))
         note_opening(r, (const void *)d->request);
@@ -221,7 +224,7 @@ static bool forward(struct reader *r, struct desk *d, size_t length, int flags)
         refuse(r, (const void *)d->request); /* nobody will answer it */
     if (n >= 0)
         add(&r->forwarded, 1);
-    return !d->kept;
+    return n >= 0 ? SENT : d->kept ? SENT_LATER : SENT_NEVER;
 }
 
 static uint32_t take_opening(struct reader *r, uint64_t unique)
@@ -271,11 +274,13 @@ static void amend(struct reader *r, uint8_t *reply, size_t length)
     pthread_mutex_unlock(&r->amend_lock);
 }
 
-/* A notification that cannot wait for a lock: of an inode's attributes alone. */
+/* A notification that cannot wait for a lock: of an inode's attributes alone, or of all names. */
 static bool is_prompt(const uint8_t *message, size_t length)
 {
     const struct fuse_out_header *out = (const void *)message;
     struct fuse_notify_inval_inode_out inode;
+    if (out->error == NOTIFY_INC_EPOCH)
+        return true;
     if (out->error != FUSE_NOTIFY_INVAL_INODE || length < sizeof *out + sizeof inode)
         return false;
     memcpy(&inode, message + sizeof *out, sizeof inode);
@@ -286,7 +291,7 @@ void reader_drain(struct reader *r)
 {
     ssize_t n;
     if (r->desk.kept)
-        forward(r, &r->desk, r->desk.kept, MSG_DONTWAIT);
+        (void)forward(r, &r->desk, r->desk.kept, MSG_DONTWAIT);
     while ((n = recv(r->ours, r->reply, buffer_size(r), MSG_DONTWAIT)) > 0) {
         size_t length = (size_t)n;
         const struct fuse_out_header *out = (const void *)r->reply;
@@ -323,8 +328,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
         return TAKEN_ANSWERED;
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
-    forward(r, d, length, leads ? MSG_DONTWAIT : 0); /* who leads is the one that makes room */
-    return TAKEN_PASSED_ON;
+    /* Who leads is the one that makes room. What nobody will get must not be waited for. */
+    return forward(r, d, length, leads ? MSG_DONTWAIT : 0) == SENT_NEVER ? TAKEN_NONE : TAKEN_PASSED_ON;
 }
 
 static int64_t now_ms(void)
@@ -374,8 +379,10 @@ enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms)
     for (;;) {
         if (!flows || served % POLL_EVERY == 0) {
             int64_t left = timeout_ms > 0 ? until - now_ms() : timeout_ms;
+            if (timeout_ms > 0 && left <= 0)
+                return READER_NOTHING; /* whoever set the deadline is due, however many requests wait */
             struct pollfd p[2] = {{.fd = r->device, .events = POLLIN}, {.fd = r->others, .events = POLLIN}};
-            int n = poll(p, 2, timeout_ms > 0 && left < 0 ? 0 : (int)left);
+            int n = poll(p, 2, (int)left);
             if (n <= 0)
                 return READER_NOTHING;
             if (p[1].revents && look_at_others(r, &event))
@@ -475,6 +482,7 @@ void reader_free(struct reader *r)
     pthread_cond_broadcast(&r->awake);
     pthread_mutex_unlock(&r->sleep_lock);
     atomic_store(&r->paused, true);
+    (void)shutdown(r->ours, SHUT_RDWR); /* a helper may wait for room that nobody will make */
     for (unsigned i = 0; i < r->nhelpers; i++) {
         pthread_join(r->helpers[i].thread, NULL);
         desk_free(r, &r->helpers[i].desk);

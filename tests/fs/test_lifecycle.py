@@ -1,6 +1,7 @@
 """The life of a mount: it answers when the command is back, ends cleanly, and survives a killed daemon."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -219,3 +220,11 @@ assert os.listdir("mount") == []
         if mount_kinds(base / "mount"):
             mounts.detach(str(base / "mount"))
         shutil.rmtree(base)
+
+
+def test_a_daemon_of_another_version_can_be_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade, before the mounts have been restarted."""
+    told = json.dumps({"hit_reads": 7, "counted_by_a_later_version": 1}).encode()
+    monkeypatch.setattr(os, "getxattr", lambda path, name: told)
+    statistics = place.statistics()
+    assert (statistics.hit_reads, statistics.ahead_pages) == (7, 0)

@@ -16,7 +16,9 @@ from tmem.errors import AttachError
 
 _OPTIONS_HELP = (
     "Mount options, comma-separated: client=NAME, shared=UUID, cache=auto|direct|kernel, "
-    "loop=auto|fast|plain, timeout=SECONDS, allow_other, ro, noexec and others of mount(8)."
+    "loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, cache_files=PATTERN:..., "
+    "skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, read_ahead=SIZE, step_aside=auto|never, "
+    "allow_other, ro, noexec and others of mount(8)."
 )
 
 

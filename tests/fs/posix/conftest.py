@@ -21,7 +21,7 @@ from tmem.fs.options import MountOptions
 from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
 
-MODES = ["loop=fast,cache=direct", "loop=plain,cache=kernel"]
+MODES = ["loop=fast,cache=direct", "loop=plain,cache=kernel", "loop=native,cache=direct"]
 
 
 @pytest.fixture(scope="module")
