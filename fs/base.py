@@ -73,7 +73,6 @@ class Handlers(pyfuse3.Operations):
         self.watch: Watch | None = None
         """Tells of changes underneath, where they are reported."""
         self._waiting = waiting
-        self._owner = (os.geteuid(), os.getegid())
 
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Run blocking work in a worker thread; the loop goes on meanwhile."""
@@ -119,11 +118,14 @@ class Handlers(pyfuse3.Operations):
     def state_of(self, inode: Inode) -> FileState:
         """Return the coherence of a regular file's pages, made at its first open or change of content."""
         if inode.state is None:
-            handle = self.table.handle(inode)
+            name = self._name_of(inode.key, self.table.handle(inode), self.table.descriptor(inode))
             fine_stamps = self._fine_stamps and inode.key[0] == self.table.device
-            mark = self.instances.mark_of(inode.key[0], self.table.descriptor(inode))
-            inode.state = self.coherence.recall(object_id(*inode.key, handle, mark), fine_stamps)
+            inode.state = self.coherence.recall(name, fine_stamps)
         return inode.state
+
+    def _name_of(self, key: tuple[int, int], handle: bytes | None, descriptor: int) -> bytes:
+        """Return what names the lower file with this (st_dev, st_ino), open at `descriptor`."""
+        return object_id(*key, handle, self.instances.mark_of(key[0], descriptor))
 
     def change(self, inode: Inode) -> Change:
         """Return the bracket around an own change of `inode` that ends before the handler waits."""
@@ -141,6 +143,5 @@ class Handlers(pyfuse3.Operations):
         if inode is not None and inode.state is not None:
             self.coherence.discard(inode.state.name, inode.state)
         else:
-            mark = self.instances.mark_of(status.st_dev, descriptor)
-            name = object_id(status.st_dev, status.st_ino, handle_of(descriptor), mark)
-            self.coherence.discard(name, None)
+            key = (status.st_dev, status.st_ino)
+            self.coherence.discard(self._name_of(key, handle_of(descriptor), descriptor), None)

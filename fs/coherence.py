@@ -130,9 +130,7 @@ class Coherence:
         if state is None:
             self._precache.counters.flushed_pages += self._precache.flush_object(name)
             return
-        state.epoch += 1
-        state.version = None
-        self._drop(state)
+        self._suspect(state)
 
     def distrust(self, state: FileState) -> None:
         """Keep no pages of a file any more: what its lower was given to write, it could not.
@@ -140,9 +138,7 @@ class Coherence:
         Its page cache shows the new bytes until it drops them, the old ones later, and no time stamp tells.
         """
         self._distrusted.add(state.name)
-        state.epoch += 1
-        state.version = None
-        self._drop(state)
+        self._forget(state)
 
     def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
         """Compare the lower file with what its pages are valid for, as every open must; True if unchanged.
@@ -182,6 +178,10 @@ class Coherence:
 
     def _suspect(self, state: FileState) -> None:
         """Drop every page; those that come from now on are good for who has the file open already."""
+        self._forget(state)
+
+    def _forget(self, state: FileState) -> None:
+        """Drop every page, put none that was read before, and trust no version until the next open."""
         state.epoch += 1
         state.version = None
         self._drop(state)

@@ -1,12 +1,12 @@
 """Open files: open, create, read, write, fsync, close.
 
-A read that lies in the pool is answered at once, on the event loop, into a reused buffer. Everything else
-goes to a worker thread, which reads the missing pages, puts them and drops them from the kernel's page cache,
-so that no second copy stays. Without a pool, what the kernel has cached is read at once (RWF_NOWAIT). The
-last page is kept padded with zeros and cut to the file's size, which is asked for whenever a request reaches
-the end. Writes go through to the lower file between two flushes (`coherence`). Only whole-file state that the
-event loop owns is touched here outside worker threads; `pause` is called at named points for tests of
-interleavings.
+A read that lies in the pool is answered at once, on the event loop, into a reused buffer; so is a small one
+whose missing pages the kernel has cached. Everything else goes to a worker thread. Either way the missing
+pages are put and dropped from the kernel's page cache, so that no second copy stays. Without a pool, what the
+kernel has cached is read at once (RWF_NOWAIT). The last page is kept padded with zeros and cut to the file's
+size, which is asked for whenever a request reaches the end. Writes go through to the lower file between two
+flushes (`coherence`). Only whole-file state that the event loop owns is touched here outside worker threads;
+`pause` is called at named points for tests of interleavings.
 """
 
 import contextlib

@@ -106,7 +106,7 @@ class InodeTable:
 
     def known(self, status: os.stat_result) -> Inode | None:
         """Return the inode of the file that `status` describes, if the kernel knows it."""
-        return self._by_key.get((status.st_dev, status.st_ino))
+        return self.find((status.st_dev, status.st_ino))
 
     def find(self, key: tuple[int, int]) -> Inode | None:
         """Return the inode of the lower file with these st_dev and st_ino, if the kernel knows it."""

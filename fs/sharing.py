@@ -28,21 +28,16 @@ from tmem.fs.identity import version_at, version_object_id, version_of
 
 
 class SharedCoherence(Coherence):
-    """The rules above for all files of a mount."""
+    """The rules above for all files of a mount.
+
+    Pages of a file that loses its last link and that nobody here has opened stay behind, to be evicted.
+    """
 
     def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""
         state = super().recall(name, fine_stamps)
         state.served = False  # until it is validated
         return state
-
-    def discard(self, name: bytes, state: FileState | None) -> None:
-        """Drop all pages of a file that has lost its last link; those of one that nobody opened stay behind,
-        to be evicted."""
-        if state is not None:
-            state.served = False
-            state.show()
-        super().discard(name, state)
 
     def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
         """Turn to the pages of the version that the lower file has now; True if it is the one before."""

@@ -94,16 +94,19 @@ class Watch:
         self._counters.noticed_changes += 1
         if event.mask & (fanotify.MODIFY | fanotify.CLOSE_WRITE):
             self._content(inode)
-        self._kernel.forget_attributes(inode.nodeid)
-        self._repeat[inode.nodeid] = None
+        self._tell(inode)
         return bool(event.mask & fanotify.NAMES)
 
     def _suspect_all(self) -> None:
         self._counters.lost_reports += 1
         for inode in self._table.all():
             self._content(inode)
-            self._kernel.forget_attributes(inode.nodeid)
-            self._repeat[inode.nodeid] = None
+            self._tell(inode)
+
+    def _tell(self, inode: Inode) -> None:
+        """Have the kernel ask for the attributes again, now and once more later."""
+        self._kernel.forget_attributes(inode.nodeid)
+        self._repeat[inode.nodeid] = None
 
     def _content(self, inode: Inode) -> None:
         if inode.state is not None:

@@ -21,7 +21,7 @@ from tmem.backends import cgroup, groups, meminfo
 from tmem.backends.groups import OWN, REST, Record
 from tmem.errors import TmemError
 from tmem.nbd import steps
-from tmem.nbd.containment import EXEMPT, KERNEL_SHARE, RESTART_BYTES, ROOM_BYTES, first_level
+from tmem.nbd.containment import EXEMPT, KERNEL_SHARE, ROOM_BYTES, first_level, growth_bytes
 from tmem.nbd.steps import Enable, Make, Move, Remove, Run, Step, Write
 from tmem.types import format_size
 
@@ -219,7 +219,7 @@ def _budget(machine: Machine, wanted: Wanted) -> int:
     outside = max(machine.taken_bytes - inside, 0)
     room = wanted.room_bytes
     if room is None:
-        running = machine.own_process_bytes + RESTART_BYTES + machine.ram_bytes // KERNEL_SHARE
+        running = machine.own_process_bytes + growth_bytes(machine.ram_bytes)
         room = max(default_room(machine.ram_bytes), running)
     budget = machine.ram_bytes - outside - wanted.segments_bytes - room
     if budget <= 0:

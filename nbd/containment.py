@@ -76,13 +76,18 @@ def examine(
     return Containment(limits, tuple(unlimited), len(stray), held)
 
 
+def growth_bytes(ram_bytes: int) -> int:
+    """Return what our processes and the kernel may come to take beside what they have now."""
+    return RESTART_BYTES + ram_bytes // KERNEL_SHARE
+
+
 def left_for_limits(found: Containment, memory_bytes: int, resident_bytes: int, memory: Memory) -> int:
     """Return what all limits may come to, given what everybody holds right now; bytes.
 
     `memory_bytes` is the segment's size, of which `resident_bytes` are in RAM; `memory` is the machine's.
     """
     outside = max(memory.taken_bytes - found.held_bytes, 0)
-    to_come = max(memory_bytes - resident_bytes, 0) + RESTART_BYTES + memory.total_bytes // KERNEL_SHARE
+    to_come = max(memory_bytes - resident_bytes, 0) + growth_bytes(memory.total_bytes)
     return memory.total_bytes - outside - to_come
 
 
