@@ -43,6 +43,22 @@ class HandoffError(TmemError):
     """A handoff did not come about, or nobody can tell; the message says where the client is."""
 
 
+class TierError(TmemError):
+    """A tier beyond RAM refused, failed, or does not answer."""
+
+
+class TierFullError(TierError):
+    """A tier has no room for a batch. Nothing of the batch is stored there; its pages stay in RAM."""
+
+
+class TierDownError(TierError):
+    """A tier does not answer, or its disk or connection failed. What it holds may come back: try again."""
+
+
+class TierCorruptError(TierError):
+    """A tier is not this client's, or is damaged as a whole: nothing in it may be believed."""
+
+
 ERRNO: dict[type[TmemError], int] = {
     SegmentError: errno.ENODEV,
     CorruptPageError: errno.EIO,
@@ -52,6 +68,8 @@ ERRNO: dict[type[TmemError], int] = {
     ServiceError: errno.EIO,
     SaveFileError: errno.EIO,
     HandoffError: errno.EIO,
+    TierError: errno.EIO,
+    TierFullError: errno.ENOSPC,
 }
 """What a program on the other side of NBD or FUSE sees of each exception."""
 
