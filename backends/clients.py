@@ -1,5 +1,6 @@
-"""Clients by name, and when one may end: not while it has pools, nor while somebody has set something for it.
+"""Clients by name, their settings changed together, and when one may end.
 
+That is not while it has pools, nor while somebody has set something for it.
 A mount and a swap device bring their client along and take it away again; what an operator has set for it
 (weight, cap, authorisations, ...) the next mount of the same name is to find. Any thread.
 """
@@ -7,7 +8,7 @@ A mount and a swap device bring their client along and take it away again; what 
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tmem.errors import PoolError
+from tmem.errors import PoolError, TmemError
 
 if TYPE_CHECKING:
     from tmem.backends._native import Client, Segment
@@ -35,3 +36,24 @@ def clients_by_name(store: "Segment") -> "dict[str, Client]":
         with suppress(PoolError):
             found[client.name] = client
     return found
+
+
+def change(client: "Client", values: dict[str, int | str]) -> None:
+    """Set the attributes `values` of `client`; if one is refused, put back those before and raise."""
+    before = {name: getattr(client, name) for name in values}
+    # A floor that grows is what can be refused, so it goes first; one that shrinks goes last, for it might
+    # not be had again.
+    grows = "floor_bytes" in values and int(values["floor_bytes"]) > before["floor_bytes"]
+    order = sorted(values, key=lambda name: (name == "floor_bytes") != grows)
+    done: list[str] = []
+    try:
+        for name in order:
+            done.append(name)
+            setattr(client, name, values[name])
+    except BaseException as error:
+        for name in reversed(done):
+            setattr(client, name, before[name])
+        if isinstance(error, ValueError | OverflowError):  # what the core knows better than the options
+            what = name.removesuffix("_bytes")
+            raise TmemError(f"{client.name} cannot have this {what}: {error}") from None
+        raise

@@ -25,6 +25,7 @@ import trio
 from tmem.backends import locking, notify
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
+from tmem.backends.settling import Settler, Wanted
 from tmem.backends.supervisor import Supervisor
 from tmem.errors import ServiceError, TmemError
 
@@ -83,8 +84,10 @@ class Reserve:
         return hurry
 
 
-def run(paths: SegmentPaths, segment: "_native.Segment") -> bool:
+def run(paths: SegmentPaths, segment: "_native.Segment", settings: Wanted = lambda name: {}) -> bool:
     """Run the manager until it is told to stop, by SIGINT, SIGTERM or the control socket.
+
+    `settings` says what clients are to have, by their names.
 
     True if the process is to go on as a new manager, of the code that is installed by now.
 
@@ -92,7 +95,7 @@ def run(paths: SegmentPaths, segment: "_native.Segment") -> bool:
     """
     with _exclusive(paths):
         _lock_memory(paths)
-        manager = _Manager(paths, segment)
+        manager = _Manager(paths, segment, settings)
         trio.run(manager.run)
     return manager.renewed
 
@@ -100,11 +103,12 @@ def run(paths: SegmentPaths, segment: "_native.Segment") -> bool:
 class _Manager:
     """One run of the manager."""
 
-    def __init__(self, paths: SegmentPaths, segment: "_native.Segment") -> None:
+    def __init__(self, paths: SegmentPaths, segment: "_native.Segment", settings: Wanted) -> None:
         self.statistics = ManagerStatistics()
         self._paths = paths
         self._segment = segment
         self._reserve = Reserve(segment.memory_bytes)
+        self._settler = Settler(settings)
         self._since_ns = time.monotonic_ns()
         self._scope = trio.CancelScope()
         self._complaint = ""
@@ -169,6 +173,7 @@ class _Manager:
         if dead := self._segment.reap():
             counts.reaped += dead
             _log.warning("repaired what %d dead threads left", dead)
+        self._settler.look(self._segment)
         added = await trio.to_thread.run_sync(self._segment.populate, self._reserve.size_bytes)
         counts.populated_bytes += added
         # Twice the reserve, so that a load which frees and takes does not fault the same memory in each

@@ -8,7 +8,6 @@ is replaced as a whole; commands on one client are serialised by `lifecycle`, no
 import dataclasses
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,6 @@ from tmem.types import MAX_INDEX, PAGE_SIZE, format_size
 _KIND = "tmem swap device"
 _VERSION = 1
 _SUN_PATH_BYTES = 107
-_HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]/?#@\s]+)):(\d{1,5})")
 
 
 @dataclass(frozen=True)
@@ -155,14 +153,6 @@ def load_all(paths: SegmentPaths) -> list[Export]:
         path.name.removeprefix("swap-").removesuffix(".json") for path in paths.state.glob("swap-*.json")
     )
     return [load(paths, name) for name in names]
-
-
-def parse_host_port(text: str) -> tuple[str, int]:
-    """Return the host and port that ``HOST:PORT`` or ``[IPV6]:PORT`` names; TmemError for anything else."""
-    match = _HOST_PORT.fullmatch(text)
-    if match is None or not 0 < int(match[3]) < 65536:
-        raise TmemError(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:10809 or [::1]:10809")
-    return match[1] or match[2], int(match[3])
 
 
 def _parse(document: object, client: str) -> Export:

@@ -1,4 +1,4 @@
-"""Imports point one way: errors, types <- backends <- nbd, fs <- doctor, cli."""
+"""Imports point one way: errors, types <- backends <- nbd, fs, config <- doctor, cli."""
 
 import ast
 from collections.abc import Iterator
@@ -12,10 +12,11 @@ ALLOWED = {
     "errors": set[str](),
     "types": {"errors"},
     "backends": BASE | {"backends"},
+    "config": BASE | {"backends", "config"},
     "nbd": BASE | {"backends", "nbd"},
     "fs": BASE | {"backends", "fs"},
-    "doctor": BASE | {"backends", "nbd", "fs"},
-    "cli": BASE | {"backends", "nbd", "fs", "doctor", "cli"},
+    "doctor": BASE | {"backends", "nbd", "fs", "config"},
+    "cli": BASE | {"backends", "config", "nbd", "fs", "doctor", "cli"},
     "__init__": set[str](),
     "__main__": {"cli"},
 }

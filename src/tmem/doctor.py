@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tmem.backends import cgroup, segment, service
 from tmem.backends.paths import SegmentPaths
-from tmem.errors import SegmentError, ServiceError, TmemError
+from tmem.config import reading
+from tmem.errors import ConfigError, SegmentError, ServiceError, TmemError
 from tmem.nbd import guards
 from tmem.types import format_size
 
@@ -32,8 +33,8 @@ class Finding:
     """One thing that was looked at."""
 
     group: str
-    """``program``, ``kernel``, ``privilege``, ``segment``, ``guard`` (of devices that this machine swaps to),
-    or without such a device ``local swap``: what it would need."""
+    """``program``, ``kernel``, ``privilege``, ``configuration``, ``segment``, ``guard`` (of devices
+    that this machine swaps to), or without such a device ``local swap``: what it would need."""
     name: str
     """What was looked at."""
     state: str
@@ -44,9 +45,16 @@ class Finding:
     """What to do about it: a command where there is one."""
 
 
-def examine(paths: SegmentPaths) -> list[Finding]:
-    """Return all findings, group by group."""
-    return [*_programs(), *_kernel(), *_privileges(), *_segment(paths), *_guards(paths)]
+def examine(paths: SegmentPaths, config: Path | None = None) -> list[Finding]:
+    """Return all findings, group by group. `config` is the configuration in place of the usual one."""
+    return [
+        *_programs(),
+        *_kernel(),
+        *_privileges(),
+        *_configuration(config),
+        *_segment(paths),
+        *_guards(paths),
+    ]
 
 
 def _programs() -> Iterator[Finding]:
@@ -160,6 +168,18 @@ def _privileges() -> Iterator[Finding]:
     else:
         detail = f"limited to {format_size(locked)}; servers cannot lock themselves"
         yield Finding("privilege", "locked memory", NOTE, detail, "ulimit -l unlimited")
+
+
+def _configuration(chosen: Path | None) -> Iterator[Finding]:
+    try:
+        found = reading.load(chosen)
+    except ConfigError as error:
+        place = str(error).partition(": ")[0]
+        remedy = f"edit {place.partition(':')[0]}; 'tmem start', 'swap add' and 'mount' refuse it until then"
+        yield Finding("configuration", "files", MISSING, str(error), remedy)
+        return
+    read = ", ".join(map(str, found.sources))
+    yield Finding("configuration", "files", OK, read or f"no {reading.DEFAULT_PATH}: defaults everywhere")
 
 
 def _segment(paths: SegmentPaths) -> Iterator[Finding]:

@@ -11,6 +11,10 @@ class TmemError(Exception):
     """Base of everything that tmem raises for a person to read."""
 
 
+class ConfigError(TmemError):
+    """The configuration has a key that does not exist, a value that makes no sense, or cannot be read."""
+
+
 class SegmentError(TmemError):
     """A segment file is missing, foreign, damaged, of another version, or cannot be created."""
 
@@ -60,6 +64,7 @@ class TierCorruptError(TierError):
 
 
 ERRNO: dict[type[TmemError], int] = {
+    ConfigError: errno.EINVAL,
     SegmentError: errno.ENODEV,
     CorruptPageError: errno.EIO,
     PoolError: errno.ENODEV,

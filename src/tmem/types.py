@@ -13,6 +13,13 @@ OID_SIZE = 24
 MAX_INDEX = 2**32 - 1
 """The largest page index within an object."""
 
+CODECS = ("lz4", "none")
+"""How pages can be compressed."""
+
+MOST_WEIGHT = 65535
+"""The largest weight of a client."""
+
+_HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]/?#@\s]+)):(\d{1,5})")
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -36,3 +43,11 @@ def format_size(size_bytes: int) -> str:
             return f"{value:.0f}{unit}" if unit == "B" or value == int(value) else f"{value:.1f}{unit}"
         value /= 1024
     return f"{value:.1f}T"
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """Return the host and port that ``HOST:PORT`` or ``[IPV6]:PORT`` names; TmemError for anything else."""
+    match = _HOST_PORT.fullmatch(text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise TmemError(f"{text!r} is no address: write HOST:PORT, such as 0.0.0.0:10809 or [::1]:10809")
+    return match[1] or match[2], int(match[3])

@@ -13,6 +13,7 @@ import pytest
 
 from tmem.cli import install
 from tmem.cli.main import run
+from tmem.config.example import example
 from tmem.errors import TmemError
 
 from .conftest import Tmem
@@ -93,9 +94,11 @@ def test_it_writes_units_and_the_helper(installed: Path, command: Path) -> None:
         "etc/systemd/system/tmem-swap@.service",
         "etc/systemd/system/tmem.slice",
         "etc/systemd/system/tmem@.service",
+        "etc/tmem.toml",
         "sbin/mount.fuse.tmem",
     }
     assert found.pop("sbin/mount.fuse.tmem") == str(command.with_name("mount.fuse.tmem"))
+    assert found.pop("etc/tmem.toml") == example()
     for text in found.values():
         assert text.startswith(install.MARKER)
         assert "@COMMAND@" not in text
@@ -118,7 +121,7 @@ def test_systemd_accepts_the_units_of_another_segment(installed: Path, command: 
     assert verify([installed / install.UNITS], *units) == ""
     text = (installed / install.UNITS / "tmem-swap-fast@.service").read_text()
     assert "After=tmem@fast.service" in text
-    assert "EnvironmentFile=/etc/tmem/swap-fast-%i.conf" in text
+    assert "EnvironmentFile=-/etc/tmem/swap-fast-%i.conf" in text
     assert "--name fast swap add" in text
 
 
@@ -248,7 +251,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, command: Path, capsys: pytest.
     assert run(arguments) == 0
     assert files(root) == {}
     out = capsys.readouterr().out
-    assert out.count("would write") == 7
+    assert out.count("would write") == 8
     assert out.count("would link") == 1
     assert run(arguments[:-1]) == 0
     before = files(root)

@@ -9,7 +9,8 @@ from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import TmemError
 from tmem.nbd import export
-from tmem.nbd.export import Attachment, Export, SwapUse, load, parse_host_port
+from tmem.nbd.export import Attachment, Export, SwapUse, load
+from tmem.types import parse_host_port
 
 
 @pytest.fixture

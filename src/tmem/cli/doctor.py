@@ -20,7 +20,7 @@ _COLOURS = {findings.OK: "green", findings.NOTE: "yellow", findings.MISSING: "re
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Check the machine, the segment and the manager, and say how to mend what is missing."""
-    found = findings.examine(SegmentPaths.of(segment_name(ctx)))
+    found = findings.examine(SegmentPaths.of(segment_name(ctx)), ctx.obj["config"])
     missing = sum(finding.state == findings.MISSING for finding in found)
     if as_json:
         click.echo(json.dumps({"missing": missing, "findings": [asdict(one) for one in found]}, indent=2))

@@ -1,4 +1,4 @@
-"""The command ``install``: unit files for systemd, and the helper by which mount(8) finds ``fuse.tmem``.
+"""The command ``install``: unit files for systemd, mount(8)'s helper for ``fuse.tmem``, the configuration.
 
 The units stand as templates in ``tmem/units``; only the path of the command and the segment's name are filled
 in. What is not marked as ours is never overwritten or removed, and everything is checked before anything is
@@ -17,12 +17,14 @@ import click
 
 from tmem.backends.paths import check_name
 from tmem.cli.context import segment_name
+from tmem.config.example import example
 from tmem.errors import TmemError
 
 MARKER = "# Written by 'tmem install', which overwrites it: change it by 'systemctl edit'."
 """The first line of every file that is ours."""
 
 UNITS = Path("etc/systemd/system")
+CONFIGURATION = Path("etc/tmem.toml")
 HELPER = "mount.fuse.tmem"
 
 # systemd, the shell and a script's first line would each want another way of quoting.
@@ -47,6 +49,7 @@ class Unit:
 def install(ctx: click.Context, root: Path, command: Path | None, dry_run: bool, uninstall: bool) -> None:
     """Write the units of the segment for systemd, and let mount(8) and fstab know fuse.tmem.
 
+    A commented /etc/tmem.toml is written where there is none.
     With another segment (tmem --name NAME install) they are called tmem-swap-NAME@ and so on.
     """
     root = root.absolute()
@@ -74,6 +77,14 @@ def install(ctx: click.Context, root: Path, command: Path | None, dry_run: bool,
         click.echo(f"{would}link {link} to {target}")
         if not dry_run:
             _link(link, target)
+    configuration = root / CONFIGURATION
+    if configuration.exists():
+        same = configuration.read_bytes() == example().encode()
+        click.echo(f"{configuration} {'is as it should be' if same else 'stays as somebody has made it'}")
+    else:
+        click.echo(f"{would}write {configuration}")
+        if not dry_run:
+            _write(configuration, example())
     if not dry_run:
         click.echo(_advice(segment), err=True)
 
@@ -161,6 +172,9 @@ def _uninstall(root: Path, dry_run: bool) -> None:
     link = helper_link(root)
     if _is_our_link(link):
         units.append(link)
+    configuration = root / CONFIGURATION
+    if configuration.is_file() and configuration.read_bytes() == example().encode():  # nobody has edited it
+        units.append(configuration)
     if not units:
         click.echo(f"nothing of ours is installed below {root}")
     for path in units:

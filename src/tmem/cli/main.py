@@ -79,11 +79,14 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--name", envvar="TMEM_NAME", default="default", show_default=True, help="The segment to use.")
+@click.option("--config", metavar="FILE", help="Configuration, in place of /etc/tmem.toml (TMEM_CONFIG).")
 @click.version_option(package_name="tmem", prog_name="tmem")
 @click.pass_context
-def cli(ctx: click.Context, name: str) -> None:
+def cli(ctx: click.Context, name: str, config: str | None) -> None:
     """Transcendent memory: a swap device and a file precache on one compressed pool manager."""
-    ctx.obj = {"name": name}
+    from tmem.config.reading import chosen_file
+
+    ctx.obj = {"name": name, "config": chosen_file(config)}
 
 
 def run(arguments: Sequence[str]) -> int:

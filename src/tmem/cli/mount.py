@@ -11,6 +11,7 @@ from itertools import pairwise
 import click
 
 from tmem.backends.paths import SegmentPaths
+from tmem.cli.configured import configuration
 from tmem.cli.context import segment_name
 from tmem.errors import AttachError
 
@@ -58,7 +59,9 @@ def mount(
 
     lower, mountpoint = places
     paths = SegmentPaths.of(segment_name(ctx))
-    parsed = MountOptions.parse(options, mountpoint)
+    configured = configuration(ctx).section(paths.name, "mount").get("options", [])
+    assert isinstance(configured, list)
+    parsed = MountOptions.parse([*configured, *options], mountpoint)
     if foreground:
         life.run(lower, mountpoint, parsed, paths)
     else:

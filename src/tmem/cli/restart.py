@@ -18,6 +18,7 @@ import click
 
 from tmem.backends import service
 from tmem.backends.paths import SegmentPaths
+from tmem.cli.configured import configuration
 from tmem.cli.context import segment_name
 from tmem.errors import ServiceError, TmemError
 
@@ -27,8 +28,9 @@ Step = Callable[[], None]
 
 @click.command()
 @click.option("--force", is_flag=True, help="Also servers whose clients must connect again by themselves.")
+@click.option("--manager", "only_manager", is_flag=True, help="Only the manager: it reads the configuration.")
 @click.pass_context
-def restart(ctx: click.Context, force: bool) -> int:
+def restart(ctx: click.Context, force: bool, only_manager: bool) -> int:
     """Go on with the version of tmem that is installed now, in every process of the segment.
 
     The manager, the servers of swap devices and the daemons of mounts are replaced one by one, while all of
@@ -36,10 +38,14 @@ def restart(ctx: click.Context, force: bool) -> int:
     still for the moment that it takes to lead the kernel from one to the other. A server of other machines is
     left alone while somebody is connected to it: say --force if they connect again by themselves.
     """
+    if only_manager:
+        configuration(ctx)  # nobody reads one that is wrong
     paths = SegmentPaths.of(segment_name(ctx))
     _try_out(paths)
     _restart_manager(paths)
     click.echo(f"manager of segment {paths.name!r}: another one")
+    if only_manager:
+        return 0
     failed = False
     for step in (*_devices(paths, force), *_mounts(paths)):
         try:

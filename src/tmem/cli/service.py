@@ -19,6 +19,7 @@ import click
 from tmem.backends import guarded, processes, segment, service
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.clients import departed_error, find_client, require_one
+from tmem.cli.configured import ConfiguredCommand, configuration, explicit, setting_of
 from tmem.cli.context import segment_name, size_option
 from tmem.errors import SegmentError, ServiceError, TmemError
 from tmem.types import format_size
@@ -32,7 +33,7 @@ STOP_TIMEOUT_S = 30.0
 _ROUNDING_BYTES = 4 << 20
 
 
-@click.command()
+@click.command(cls=ConfiguredCommand, section="start", may_go_on=segment.exists)
 @click.option(
     "--memory",
     metavar="SIZE",
@@ -46,23 +47,25 @@ _ROUNDING_BYTES = 4 << 20
 def start(ctx: click.Context, memory: int | None, detach: bool, realtime: bool, launched: bool) -> None:
     """Create the segment if absent, and run the manager service in the foreground."""
     paths = SegmentPaths.of(segment_name(ctx))
+    again = _command(ctx, paths)
+    if memory is not None and not explicit(ctx, "memory") and segment.exists(paths.name):
+        memory = None  # the configuration says how to create one, no more
     if detach:
-        _start_detached(paths, memory, realtime)
+        _start_detached(paths, memory, realtime, again)
         return
     if not launched:
         # Memory is charged to the group in which it is touched first, and threads inherit the guards.
-        guarded.become([*_command(paths, memory, realtime), "--launched"], realtime)
+        guarded.become([*again, "--launched"], realtime)
     with closing(_open_segment(paths, memory)) as opened:
         from tmem.backends import manager
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
-        renewed = manager.run(paths, opened)
+        renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name))
     if renewed:
         # The same process: whoever watches over it (a service file, a test) sees no end of it.
-        argv = [*_command(paths, memory, realtime), "--launched"]
-        os.execv(argv[0], argv)
+        os.execv(again[0], [*again, "--launched"])
 
 
 @click.command()
@@ -115,14 +118,14 @@ def _open_segment(paths: SegmentPaths, memory: int | None) -> "_native.Segment":
     return opened
 
 
-def _start_detached(paths: SegmentPaths, memory: int | None, realtime: bool) -> None:
+def _start_detached(paths: SegmentPaths, memory: int | None, realtime: bool, argv: list[str]) -> None:
     """Start the manager in a session of its own unless one runs, and say so."""
     if segment.exists(paths.name):
         _open_segment(paths, memory).close()  # what is wrong with it is said here
     try:
         pid, state = _ping(paths), "runs already"
     except ServiceError:
-        pid, state = _launch(paths, _command(paths, memory, realtime)), "runs"
+        pid, state = _launch(paths, argv), "runs"
     if realtime and not _realtime(pid):
         raise ServiceError(
             f"the manager (pid {pid}) {state}, but not under SCHED_RR: 'tmem --name {paths.name} stop', "
@@ -152,13 +155,15 @@ def _launch(paths: SegmentPaths, argv: list[str]) -> int:
     raise ServiceError(said or f"the manager failed: see {output}")
 
 
-def _command(paths: SegmentPaths, memory: int | None, realtime: bool) -> list[str]:
-    """Return the command that runs the manager in the foreground."""
-    size = [] if memory is None else ["--memory", str(memory)]
+def _command(ctx: click.Context, paths: SegmentPaths) -> list[str]:
+    """Return the command that runs the manager in the foreground: it reads the configuration itself."""
+    config, given = ctx.find_root().obj.get("config"), ctx.params
     return [
-        *(sys.executable, "-P", "-m", "tmem", "--name", paths.name, "start"),
-        *size,
-        *(["--realtime"] if realtime else []),
+        *(sys.executable, "-P", "-m", "tmem", "--name", paths.name),
+        *(["--config", str(config)] if config else []),
+        "start",
+        *(["--memory", str(given["memory"])] if explicit(ctx, "memory") else []),
+        *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
     ]
 
 

@@ -4,21 +4,15 @@ They change the segment itself, so they work while no manager runs. Not for mode
 """
 
 import uuid
-from typing import TYPE_CHECKING
 
 import click
 
+from tmem.backends.clients import change
 from tmem.backends.paths import check_name
 from tmem.cli.clients import attached, find_client
 from tmem.cli.context import segment_name, size_option
-from tmem.errors import PoolError, TmemError
-from tmem.types import format_size
-
-if TYPE_CHECKING:
-    from tmem.backends import _native
-
-MOST_WEIGHT = 65535
-CODECS = ("lz4", "none")
+from tmem.errors import PoolError
+from tmem.types import CODECS, MOST_WEIGHT, format_size
 
 # Sizes of the core have 64 bits, and nobody means more than a tenth of that.
 _MOST_BYTES = 1 << 60
@@ -87,27 +81,6 @@ def authorise(ctx: click.Context, client: str, pool: str, revoke: bool, create: 
                 f"{client} was not allowed to share {uuid.UUID(bytes=key)}: "
                 f"'tmem --name {segment_name(ctx)} list --long {client}' shows what it may"
             )
-
-
-def change(client: "_native.Client", values: dict[str, int | str]) -> None:
-    """Set the attributes `values` of `client`; if one is refused, put back those before and raise."""
-    before = {name: getattr(client, name) for name in values}
-    # A floor that grows is what can be refused, so it goes first; one that shrinks goes last, for it might
-    # not be had again.
-    grows = "floor_bytes" in values and int(values["floor_bytes"]) > before["floor_bytes"]
-    order = sorted(values, key=lambda name: (name == "floor_bytes") != grows)
-    done: list[str] = []
-    try:
-        for name in order:
-            done.append(name)
-            setattr(client, name, values[name])
-    except BaseException as error:
-        for name in reversed(done):
-            setattr(client, name, before[name])
-        if isinstance(error, ValueError | OverflowError):  # what the core knows better than the options
-            what = name.removesuffix("_bytes")
-            raise TmemError(f"{client.name} cannot have this {what}: {error}") from None
-        raise
 
 
 def _uuid_bytes(text: str) -> bytes:

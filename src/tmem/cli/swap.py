@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tmem.backends.paths import SegmentPaths
+from tmem.cli.configured import ConfiguredCommand, explicit
 from tmem.cli.context import segment_name, size_option
 from tmem.errors import TmemError
-from tmem.types import PAGE_SIZE, format_size
+from tmem.types import PAGE_SIZE, format_size, parse_host_port
 
 if TYPE_CHECKING:
     from tmem.nbd.guards import Guard
@@ -30,7 +31,7 @@ def swap() -> None:
     """Make and remove swap devices."""
 
 
-@swap.command()
+@swap.command(cls=ConfiguredCommand, section="swap", per_client=True)
 @click.argument("client")
 @click.option("--size", "size_bytes", required=True, callback=size_option, help="Such as 512M or 4G.")
 @click.option("--attach", "local", is_flag=True, help="Attach it here as a block device, and swap to it.")
@@ -58,8 +59,15 @@ def add(
     force: bool,
 ) -> None:
     """Make a swap device for CLIENT and serve it; print its NBD URI once it answers."""
+    # What stands in the configuration gives way, and defaults are about the devices that they can be about.
+    if unix is not None and tcp is not None and explicit(ctx, "unix") != explicit(ctx, "tcp"):
+        unix, tcp = (unix, None) if explicit(ctx, "unix") else (None, tcp)
     if unix is not None and tcp is not None:
         raise click.UsageError("give either --unix or --tcp")
+    if tcp is None and not explicit(ctx, "tls_psk"):
+        tls_psk = None
+    if not local and not explicit(ctx, "priority"):
+        priority = None
     if tls_psk is not None and tcp is None:
         raise click.UsageError("--tls-psk goes with --tcp")
     if tcp is not None and local:
@@ -69,7 +77,7 @@ def add(
     # Imported here so that `tmem --help` stays quick.
     from tmem.backends.paths import check_name
     from tmem.nbd import lifecycle
-    from tmem.nbd.export import Export, parse_host_port
+    from tmem.nbd.export import Export
 
     paths = SegmentPaths.of(segment_name(ctx))
     check_name(client, "client name")
