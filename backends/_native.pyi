@@ -89,8 +89,41 @@ class Segment:
     def evict(self, size_bytes: int) -> int:
         """Evict ephemeral pages until `size_bytes` of blocks are free, or none are left; the bytes freed."""
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """How much may be used now, tables included: by everybody, and by persistent pages that find nothing
+        to evict (and clients below their floors), who may pass the first as far as the second."""
+    def set_limits(self, limit_bytes: int, persistent_bytes: int) -> int:
+        """Move the limits below `memory_bytes`, the ceiling; the first limit that is in force now.
+
+        It stays above what persistent pages and floors need. Lowering it frees nothing: see `shrink`.
+        """
+
+    @property
+    def size_range(self) -> tuple[int, int]:
+        """Between which sizes the manager may move the limit; equal: not at all."""
+    def size_within(self, least_bytes: int, most_bytes: int) -> None:
+        """Set `size_range`; the limits stay where they are until somebody moves them."""
+
+    def shrink(self, keep_bytes: int, hard: bool = False) -> int:
+        """Give back what exceeds the limit; the bytes given back.
+
+        First what is free beyond `keep_bytes`, then what ephemeral pages occupy (with `hard` without sparing
+        those that were hit, which is faster), then what moving pages together gains. No persistent page goes.
+        """
+
+    def compact(self, holes: int, most_ns: int) -> int:
+        """Move together the pages of all chunks of which at least `holes` sixteenths are free, for at most
+        `most_ns`; the bytes of the chunks that came free."""
+
     def freeable_bytes(self) -> int:
-        """Free memory of the segment plus everything that ephemeral pages occupy."""
+        """What persistent pages could have: what is free below their limit, and all that ephemeral ones
+        occupy."""
+
+    @property
+    def occupied(self) -> tuple[int, int, int]:
+        """`used_bytes`, `reserve_bytes` and `hole_bytes` of the statistics, for who asks a hundred times a
+        second."""
 
     def close(self) -> None:
         """Detach. Objects that came from this mapping raise SegmentError from then on."""

@@ -36,11 +36,22 @@ class SegmentStatistics(_Statistics):
     layout_version: int
     """Version of the segment file's layout."""
     memory_bytes: int
-    """The bound on everything: blocks, index and tables."""
+    """The ceiling of everything: blocks, index and tables."""
     used_bytes: int
     """Memory in use: index and tables, and the chunks that hold pages."""
+    limit_bytes: int
+    """The bound of now, at most `memory_bytes`."""
+    persistent_limit_bytes: int
+    """How far persistent pages that find nothing to evict may pass it."""
+    size_least_bytes: int
+    """The manager does not move the limit below this..."""
+    size_most_bytes: int
+    """... nor above this. Equal: it does not move it."""
     reserve_bytes: int
     """Memory that is free but backed, so that the next puts need none from the system."""
+    hole_bytes: int
+    """Free blocks in chunks that hold pages, a part of `used_bytes`: for more pages of their sizes, or gained
+    by moving the others together."""
     metadata_bytes: int
     """Memory of index and tables, a part of `used_bytes`."""
     persistent_pages: int
@@ -83,7 +94,11 @@ class SegmentStatistics(_Statistics):
     trimmed_bytes: int
     """Memory that was given back."""
     relocated_pages: int
-    """Persistent pages that were moved to free a chunk."""
+    """Pages that were moved to free a chunk."""
+    compacted_bytes: int
+    """Memory of the chunks that came free so."""
+    shrinks: int
+    """Times that the limit was lowered."""
     chunks_total: int
     """Chunks that the segment is divided into."""
     chunks_used: int

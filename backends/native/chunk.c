@@ -174,13 +174,13 @@ static void punch(struct tm_segment *seg, uint32_t c)
                     (off_t)(seg->data_offset + (uint64_t)c * TM_CHUNK), TM_CHUNK);
 }
 
-static uint32_t available_locked(const struct tm_segment *seg)
+static uint32_t available_locked(const struct tm_segment *seg, uint32_t limit)
 {
-    const struct tm_super *s = seg->super;
-    return s->nret + s->nfree + (seg->nchunks - s->fresh);
+    uint32_t used = atomic_load_explicit(&seg->super->nused, memory_order_relaxed);
+    return limit > used ? limit - used : 0;
 }
 
-static uint32_t reserve_of(const struct tm_segment *seg)
+uint32_t chunks_kept(const struct tm_segment *seg)
 {
     return seg->nchunks / 16 < RESERVE ? seg->nchunks / 16 : RESERVE;
 }
@@ -208,16 +208,29 @@ static uint32_t back_one(struct tm_ctx *ctx)
     return 0;
 }
 
-uint32_t chunks_available(struct tm_segment *seg)
+uint32_t chunks_available(struct tm_segment *seg, uint32_t limit)
 {
-    uint32_t free = available_locked(seg), keep = reserve_of(seg);
+    uint32_t free = available_locked(seg, limit), keep = chunks_kept(seg);
     return free > keep ? free - keep : 0;
 }
 
 /* How many chunks must stay free for others when `ctx` takes one. */
 static uint32_t kept_for_others(struct tm_ctx *ctx, enum alloc how)
 {
-    return how == ALLOC_RESERVE ? 0 : reserve_of(ctx->seg) + promised_chunks(ctx->seg, ctx->payer);
+    return how == ALLOC_RESERVE ? 0 : chunks_kept(ctx->seg) + promised_chunks(ctx->seg, ctx->payer);
+}
+
+/* How many chunks may be in use when `ctx` takes one. What moves hot pages frees as much in a moment: it may pass the
+ * limit by a chunk of each size class. Beyond the limit, where nothing can be evicted, goes who must not be refused. */
+static uint32_t limit_for(struct tm_ctx *ctx, enum alloc how, bool beyond)
+{
+    return how == ALLOC_RESERVE ? ctx->seg->nchunks : chunk_limit(ctx->seg, beyond);
+}
+
+static bool may_pass_limit(struct tm_ctx *ctx)
+{
+    return chunk_limit(ctx->seg, true) > chunk_limit(ctx->seg, false)
+           && (ctx->seg->pools[ctx->pool].persistent || below_floor(ctx->seg, ctx->payer));
 }
 
 static void note_drains(struct tm_segment *seg, unsigned n)
@@ -229,10 +242,11 @@ static void note_drains(struct tm_segment *seg, unsigned n)
 uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
 {
     struct tm_segment *seg = ctx->seg;
+    bool beyond = false;
     for (unsigned tries = 0; tries < TRIES; tries++) {
         uint32_t c = 0;
         chunks_lock(seg);
-        if (available_locked(seg) > kept_for_others(ctx, how)) {
+        if (available_locked(seg, limit_for(ctx, how, beyond)) > kept_for_others(ctx, how)) {
             if ((c = pop_ret(seg))) {
                 seg->super->nused++;
                 busy_locked(ctx, c - 1);
@@ -254,8 +268,12 @@ uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
             return 0;
         bool some = evict_chunk(ctx, -1, tries >= SOFT);
         /* Also if there is only something to evict that cannot be, because somebody is stopped at it. */
-        if ((!some || tries >= 2 * SOFT) && !compact(ctx) && !some)
-            break;
+        if ((!some || tries >= 2 * SOFT) && !compact(ctx) && !some) {
+            if (beyond || !may_pass_limit(ctx))
+                break;
+            beyond = true;
+        }
+        beyond = beyond || (tries >= 4 * SOFT && may_pass_limit(ctx));
     }
     return 0;
 }
@@ -311,7 +329,8 @@ uint64_t tm_populate(struct tm_ctx *ctx, uint64_t bytes)
     atomic_store(&seg->super->keep, (uint32_t)((bytes < most ? bytes : most) / TM_CHUNK));
     for (bool more = true; more;) {
         chunks_lock(seg);
-        more = (uint64_t)seg->super->nret * TM_CHUNK < bytes;
+        more = (uint64_t)seg->super->nret * TM_CHUNK < bytes
+               && seg->super->nused + seg->super->nret < chunk_limit(seg, true);
         uint32_t c = more ? back_one(ctx) : 0;
         if (c) {
             push_ret(seg, c - 1);

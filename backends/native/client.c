@@ -314,7 +314,9 @@ int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t 
     }
     client_store_floor(seg, id, bytes); /* from here on nobody takes what it needs */
     chunks_lock(seg);
-    bool fits = bytes <= before || floors_fit(seg);
+    bool fits = bytes <= before || floors_fit(seg, chunk_limit(seg, false));
+    if (!fits && (fits = floors_fit(seg, chunk_limit(seg, true)))) /* the manager has said that there is memory */
+        atomic_store(&seg->super->limit, chunk_limit(seg, true));
     chunks_unlock(seg);
     if (!fits)
         client_store_floor(seg, id, before);

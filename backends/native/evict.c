@@ -55,7 +55,7 @@ uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue,
 
 /* Copy a page to a block of `bin`: an ephemeral one that earned it to the main queue, a persistent one out of a
  * chunk that is to be freed. False: no room, or the page changed. */
-static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin)
+static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, enum alloc how)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
@@ -67,7 +67,7 @@ static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t w
                  && from->checksum == block_checksum(from, header, stamp);
     if (!sound && (bin_is_ephemeral(bin) || header_slot(header) != number || length + TM_HEADER > bin_stride(bin)))
         return false; /* corrupt: evict it, or leave it for whoever asks */
-    uint64_t block = block_alloc(ctx, bin, bin_is_ephemeral(bin) ? ALLOC_RESERVE : ALLOC_LISTED);
+    uint64_t block = block_alloc(ctx, bin, how);
     for (uint32_t larger = bin + 1; !block && larger < TM_NCLASSES - 1; larger++)
         if (atomic_load_explicit(&seg->bins[larger].room, memory_order_relaxed))
             block = block_alloc(ctx, larger, ALLOC_LISTED);
@@ -78,7 +78,7 @@ static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t w
         block_at(seg, block)->checksum ^= 1; /* and stays corrupt for whoever asks */
     KP(50);
     uint64_t bits = word & SLOT_FREQ;
-    if (bin_is_ephemeral(bin))
+    if (how == ALLOC_RESERVE)
         bits = from_probation ? 0 : bits - SLOT_FREQ_ONE;
     if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | bits))
         return true;
@@ -116,7 +116,7 @@ static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
     uint32_t account = bin_account(bin), length = block_length(atomic_load(&from->word));
     if (!hard && slot_freq(word) && length <= TM_PAGE
-        && relocate(ctx, pool, slot, word, ephemeral_bin(seg, account, QUEUE_MAIN, length)))
+        && relocate(ctx, pool, slot, word, ephemeral_bin(seg, account, QUEUE_MAIN, length), ALLOC_RESERVE))
         return true;
     uint64_t block = word & SLOT_VALUE, clock = atomic_fetch_add(&seg->clients[account].evict_clock, 1) + 1;
     uint64_t ghost = bin_queue(bin) == QUEUE_PROBATION ? clock & SLOT_VALUE : 0;
@@ -132,7 +132,7 @@ static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
 static bool move_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
 {
     (void)hard;
-    if (!relocate(ctx, pool, slot, word, bin)) {
+    if (!relocate(ctx, pool, slot, word, bin, ALLOC_LISTED)) {
         return atomic_load(slot) != word; /* it changed: look again; else there is no hole for it */
     }
     atomic_fetch_add_explicit(&ctx->seg->super->relocated, 1, memory_order_relaxed);
@@ -208,10 +208,45 @@ bool compact(struct tm_ctx *ctx)
     if (!c || atomic_load(&ctx->rec->drain))
         return false;
     atomic_store(&ctx->rec->drain, c);
-    return empty_chunk(ctx, c - 1, bin, move_page, false);
+    bool freed = empty_chunk(ctx, c - 1, bin, move_page, false);
+    atomic_fetch_add_explicit(&seg->super->compacted, freed, memory_order_relaxed);
+    return freed;
 }
 
-uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes)
+/* Would moving the pages of chunk `c` into holes of its bin gain a chunk, and is it worth it? A guess. */
+static bool worth_emptying(struct tm_segment *seg, uint32_t c, unsigned holes)
+{
+    const struct tm_chunk *d = &seg->chunks[c];
+    uint32_t bin = d->bin;
+    if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED || !bin_is_block(bin)
+        || !(d->flags & CF_LISTED))
+        return false;
+    uint32_t units = TM_CHUNK / bin_stride(bin);
+    return d->nfree * 16u >= units * holes && atomic_load_explicit(&seg->bins[bin].room, memory_order_relaxed) >= units;
+}
+
+/* Move the pages of all chunks of which at least `holes` sixteenths are free together, for at most `most_ns`; the
+ * bytes of the chunks that came free. Not for when memory is needed this moment: see tm_evict and compact. */
+uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t freed = 0, until = timing_now() + most_ns;
+    ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
+    for (uint32_t c = 0; c < seg->nchunks; c++) {
+        if (!worth_emptying(seg, c, holes))
+            continue;
+        if (timing_now() > until)
+            break;
+        op_begin(ctx);
+        atomic_store(&ctx->rec->drain, c + 1);
+        freed += empty_chunk(ctx, c, seg->chunks[c].bin, move_page, false);
+        op_end(ctx);
+    }
+    atomic_fetch_add_explicit(&seg->super->compacted, freed, memory_order_relaxed);
+    return freed * TM_CHUNK;
+}
+
+uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t before = atomic_load(&seg->super->nused), freed = 0;
@@ -220,7 +255,7 @@ uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes)
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
     for (uint64_t tries = 0; freed < bytes && tries < 4 * before + 16; tries++) {
         op_begin(ctx);
-        bool some = evict_chunk(ctx, client, tries >= 2 * before);
+        bool some = evict_chunk(ctx, client, hard || tries >= 2 * before);
         op_end(ctx);
         uint64_t now = client >= 0 ? client_chunks(seg, (uint32_t)client) : atomic_load(&seg->super->nused);
         freed = now < before ? (before - now) * TM_CHUNK : 0;

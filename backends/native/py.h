@@ -50,6 +50,20 @@ const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
 int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */
 int set_number(PyObject *dict, const char *key, int64_t value);
 
+/* py_sizing.c: methods and attributes of a segment */
+PyObject *segment_limits(SegmentObject *self, void *unused);
+PyObject *segment_size_range(SegmentObject *self, void *unused);
+PyObject *segment_occupied(SegmentObject *self, void *unused);
+PyObject *segment_set_limits(SegmentObject *self, PyObject *args);
+PyObject *segment_size_within(SegmentObject *self, PyObject *args);
+PyObject *segment_shrink(SegmentObject *self, PyObject *args, PyObject *kwargs);
+PyObject *segment_compact(SegmentObject *self, PyObject *args);
+int64_t hole_bytes(struct tm_segment *seg); /* of blocks, in chunks of which others are in use */
+static inline uint64_t size_of(const struct tm_segment *seg, uint32_t chunks)
+{
+    return seg->data_offset + (uint64_t)chunks * TM_CHUNK;
+}
+
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 
 #endif

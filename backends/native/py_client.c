@@ -290,7 +290,7 @@ static PyObject *evict(ClientObject *self, PyObject *arg)
     if (!number_of(arg, "size_bytes", UINT64_MAX, &bytes) || !ready(self, &c, &ctx))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    freed = tm_evict(ctx, (int)self->id, bytes);
+    freed = tm_evict(ctx, (int)self->id, bytes, false);
     Py_END_ALLOW_THREADS
     return PyLong_FromUnsignedLongLong(freed);
 }

@@ -288,7 +288,12 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"layout_version", TM_VERSION},
         {"memory_bytes", (int64_t)super->memory_bytes},
         {"used_bytes", nused * TM_CHUNK + (int64_t)seg->data_offset},
+        {"limit_bytes", (int64_t)size_of(seg, chunk_limit(seg, false))},
+        {"persistent_limit_bytes", (int64_t)size_of(seg, chunk_limit(seg, true))},
+        {"size_least_bytes", (int64_t)size_of(seg, atomic_load(&super->size_least))},
+        {"size_most_bytes", (int64_t)size_of(seg, atomic_load(&super->size_most))},
         {"reserve_bytes", nret * TM_CHUNK},
+        {"hole_bytes", hole_bytes(seg)},
         {"metadata_bytes", u.meta * TM_CHUNK + (int64_t)seg->data_offset},
         {"persistent_pages", persistent},
         {"ephemeral_pages", ephemeral},
@@ -310,6 +315,8 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"trims", (int64_t)super->trims},
         {"trimmed_bytes", (int64_t)super->trimmed_bytes},
         {"relocated_pages", (int64_t)super->relocated},
+        {"compacted_bytes", (int64_t)super->compacted * TM_CHUNK},
+        {"shrinks", (int64_t)super->shrinks},
         {"chunks_total", seg->nchunks},
         {"chunks_used", nused},
         {"chunks_used_max", (int64_t)super->most[MOST_CHUNKS]},
@@ -350,8 +357,8 @@ static PyObject *freeable(SegmentObject *self, PyObject *unused)
     (void)unused;
     if (!seg)
         return NULL;
-    int64_t chunks = (int64_t)seg->nchunks - seg->super->nused + usage_of(seg).ephemeral;
-    return PyLong_FromLongLong(chunks * TM_CHUNK);
+    int64_t free = (int64_t)chunk_limit(seg, true) - seg->super->nused;
+    return PyLong_FromLongLong(((free > 0 ? free : 0) + usage_of(seg).ephemeral) * TM_CHUNK);
 }
 
 static void add_line(void *list, const char *line)
@@ -406,7 +413,7 @@ static PyObject *with_bytes(SegmentObject *self, PyObject *arg, uint64_t (*work)
 
 static PyObject *populate(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, tm_populate); }
 static PyObject *trim(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, tm_trim); }
-static uint64_t evict_any(struct tm_ctx *ctx, uint64_t bytes) { return tm_evict(ctx, -1, bytes); }
+static uint64_t evict_any(struct tm_ctx *ctx, uint64_t bytes) { return tm_evict(ctx, -1, bytes, false); }
 static PyObject *evict(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, evict_any); }
 
 static PyMethodDef segment_methods[] = {
@@ -422,12 +429,19 @@ static PyMethodDef segment_methods[] = {
     {"populate", (PyCFunction)populate, METH_O, NULL},
     {"trim", (PyCFunction)trim, METH_O, NULL},
     {"evict", (PyCFunction)evict, METH_O, NULL},
+    {"set_limits", (PyCFunction)segment_set_limits, METH_VARARGS, NULL},
+    {"size_within", (PyCFunction)segment_size_within, METH_VARARGS, NULL},
+    {"shrink", (PyCFunction)(void (*)(void))segment_shrink, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"compact", (PyCFunction)segment_compact, METH_VARARGS, NULL},
     {"close", (PyCFunction)close_segment, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef segment_getset[] = {
     {"path", (getter)get_path, NULL, NULL, NULL},
     {"memory_bytes", (getter)get_memory, NULL, NULL, NULL},
+    {"limits", (getter)segment_limits, NULL, NULL, NULL},
+    {"occupied", (getter)segment_occupied, NULL, NULL, NULL},
+    {"size_range", (getter)segment_size_range, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
     {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},

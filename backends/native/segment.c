@@ -106,6 +106,8 @@ static void initialise(struct tm_segment *seg)
         lock_init(&seg->threads[i].life);
     for (uint32_t bin = 0; bin < BIN_EPHEMERAL; bin++)
         bin_ready(seg, bin);
+    seg->super->limit = seg->super->persistent_limit = seg->nchunks;
+    seg->super->size_least = seg->super->size_most = seg->nchunks;
     atomic_store(&seg->super->alive, 1);
 }
 

@@ -141,13 +141,18 @@ static uint32_t slack(const struct tm_segment *seg)
     return seg->nchunks / 16 < TM_NCLASSES ? seg->nchunks / 16 : TM_NCLASSES;
 }
 
+bool below_floor(struct tm_segment *seg, uint32_t client)
+{
+    return client < TM_MAX_CLIENTS && client_bytes(seg, client) < floor_of(&seg->clients[client]);
+}
+
 uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker)
 {
     struct promise sum = {0};
     if (!atomic_load_explicit(&seg->super->nfloors, memory_order_relaxed))
         return 0;
     /* Whoever is below its own floor takes what it was promised; all floors together fit. */
-    if (asker < TM_MAX_CLIENTS && client_bytes(seg, asker) < floor_of(&seg->clients[asker]))
+    if (below_floor(seg, asker))
         return 0;
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
         if (i != asker && atomic_load_explicit(&seg->clients[i].floor_bytes, memory_order_relaxed))
@@ -161,18 +166,36 @@ bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes)
         return true;
     if (client_bytes(seg, client) + bytes <= floor_of(&seg->clients[client]))
         return true;
-    return chunks_available(seg) >= promised_chunks(seg, client);
+    return chunks_available(seg, chunk_limit(seg, true)) >= promised_chunks(seg, client);
 }
 
-bool floors_fit(struct tm_segment *seg)
+/* What all clients below their floors are still to get, and in `*evictable` the chunks that can be had for them. */
+static struct promise promises(struct tm_segment *seg, uint64_t *evictable)
 {
     struct promise sum = {0};
-    uint64_t have = chunks_available(seg);
+    *evictable = 0;
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
         uint64_t floor = (uint64_t)floor_of(&seg->clients[i]), used = (uint64_t)client_bytes(seg, i);
         uint64_t ephemeral = client_chunks(seg, i), above = used > floor ? (used - floor) / TM_CHUNK : 0;
-        have += ephemeral < above ? ephemeral : above; /* what can be evicted */
+        *evictable += floor == 0 || ephemeral < above ? ephemeral : above;
         add_promise(seg, i, &sum);
     }
-    return promise_chunks(&sum) + slack(seg) <= have;
+    return sum;
+}
+
+bool floors_fit(struct tm_segment *seg, uint32_t limit)
+{
+    uint64_t evictable;
+    struct promise sum = promises(seg, &evictable);
+    return promise_chunks(&sum) + slack(seg) <= chunks_available(seg, limit) + evictable;
+}
+
+uint32_t least_limit(struct tm_segment *seg)
+{
+    uint64_t evictable, used = atomic_load_explicit(&seg->super->nused, memory_order_relaxed);
+    struct promise sum = promises(seg, &evictable);
+    uint64_t least = (used > evictable ? used - evictable : 0) + chunks_kept(seg);
+    if (sum.any)
+        least += promise_chunks(&sum) + slack(seg);
+    return least < seg->nchunks ? (uint32_t)least : seg->nchunks;
 }

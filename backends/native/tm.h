@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 2u
+#define TM_VERSION 3u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -104,7 +104,7 @@ struct tm_super {
     char magic[8];
     uint32_t version;
     uint32_t abi;          /* sizes of lock and records: another libc's segment is refused */
-    uint64_t memory_bytes; /* the bound that the user asked for */
+    uint64_t memory_bytes; /* the ceiling of everything, for which the tables were made */
     uint64_t file_bytes;
     uint64_t nonce;       /* tells one segment from another at the same path */
     uint64_t off_clients; /* offsets of the tables, in bytes */
@@ -138,6 +138,10 @@ struct tm_super {
     _Atomic uint32_t nret;    /* length of the ret list */
     _Atomic uint32_t nused;   /* chunks in use, being populated or being punched */
     _Atomic uint32_t keep;    /* RET chunks that were asked for last: not to be punched as surplus */
+    /* The bound, in chunks in use or backed; it moves below nchunks. See sizing.c. */
+    _Atomic uint32_t limit;            /* for everybody */
+    _Atomic uint32_t persistent_limit; /* for persistent pages that find nothing to evict; not below `limit` */
+    _Atomic uint32_t size_least, size_most; /* between which the manager may move it; equal: it does not */
     struct tm_lock shards[TM_NSHARDS];
 
     /* Statistics. */
@@ -148,7 +152,9 @@ struct tm_super {
     _Atomic uint64_t drains_most;       /* for one request */
     _Atomic uint64_t no_memory;
     _Atomic uint64_t trims, trimmed_bytes;
-    _Atomic uint64_t relocated;         /* persistent pages moved to free a chunk */
+    _Atomic uint64_t relocated;         /* pages moved to free a chunk */
+    _Atomic uint64_t compacted;         /* chunks freed so */
+    _Atomic uint64_t shrinks;           /* times that the limit was lowered */
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing {
         _Atomic uint64_t samples, total_ns, least_ns, most_ns;
@@ -408,7 +414,8 @@ static inline bool bit_is_set(const struct tm_chunk *d, uint32_t bit) { return d
 void chunks_lock(struct tm_segment *seg); /* taken, and repaired if its holder died */
 void chunks_unlock(struct tm_segment *seg);
 uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how); /* 1-based, 0 none; OWNED */
-uint32_t chunks_available(struct tm_segment *seg); /* that a put could take; exact under the chunk lock */
+uint32_t chunks_available(struct tm_segment *seg, uint32_t limit); /* that a put could take; exact under the chunk lock */
+uint32_t chunks_kept(const struct tm_segment *seg); /* which only the relocation of hot ephemeral pages may take */
 void chunk_release(struct tm_ctx *ctx, uint32_t c); /* an OWNED one; clears intent chunk */
 void chunk_requeue(struct tm_ctx *ctx, uint32_t c); /* clears intent drain */
 uint32_t queue_pop(struct tm_ctx *ctx, uint32_t account, unsigned queue, uint32_t *bin); /* 1-based; sets intent drain */
@@ -517,8 +524,9 @@ int dev_zero(const struct tm_device *d, uint64_t offset, uint64_t n);
 enum { SOFT = 8 }; /* drains on somebody's behalf that spare pages which were hit; beyond that they go too */
 bool evict_chunk(struct tm_ctx *ctx, int client, bool hard); /* client -1: whose turn it is; false: none left */
 uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue, uint32_t length); /* of a page */
-uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes);
+uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes, bool hard);
 bool compact(struct tm_ctx *ctx); /* free a chunk by moving persistent pages; false: there is nothing to gain */
+uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns);
 bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot; or it is GONE */
 
 /* share.c: who gets how much */
@@ -529,7 +537,14 @@ int victim(struct tm_segment *seg, int asker);              /* the account to ev
 int fullest_account(struct tm_segment *seg, uint32_t client);
 uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker); /* to other clients than that one */
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes); /* no promise would be broken */
-bool floors_fit(struct tm_segment *seg); /* under the chunk lock: could all floors be claimed now? */
+bool floors_fit(struct tm_segment *seg, uint32_t limit); /* under the chunk lock: could all floors be claimed now? */
+uint32_t least_limit(struct tm_segment *seg); /* under the chunk lock: what persistent pages and floors need */
+bool below_floor(struct tm_segment *seg, uint32_t client);
+
+/* sizing.c: sizes in bytes, tables included */
+void tm_size_within(struct tm_ctx *ctx, uint64_t least, uint64_t most);
+uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes); /* the limit that is in force now */
+uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard); /* bytes given back */
 
 /* timing.c */
 void timing_begin(struct tm_ctx *ctx);
@@ -598,6 +613,13 @@ static inline void *meta_at(const struct tm_segment *seg, uint32_t ref) { return
 static inline uint32_t chunk_of(const struct tm_segment *seg, uint64_t offset)
 {
     return (uint32_t)((offset - seg->data_offset) / TM_CHUNK);
+}
+/* The bound of now, in chunks: what everybody may use, or what persistent pages may when nothing can be evicted. */
+static inline uint32_t chunk_limit(const struct tm_segment *seg, bool persistent)
+{
+    uint32_t limit = atomic_load_explicit(persistent ? &seg->super->persistent_limit : &seg->super->limit,
+                                          memory_order_relaxed);
+    return limit < seg->nchunks ? limit : seg->nchunks;
 }
 static inline bool in_data(const struct tm_segment *seg, uint64_t offset)
 {

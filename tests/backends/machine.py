@@ -218,7 +218,9 @@ class StoreMachine(RuleBasedStateMachine):
         if not self.oracle.may_put(where.client):
             demand(not stored, f"{stored} pages stored while {self.oracle.mode_of(where.client)}")
         elif stored < len(data) and (keep or len(data) == 1):
-            demand(self.is_short(payer), f"refused for no reason: {self.segment.statistics()}")
+            demand(
+                self.is_short(payer, model.persistent), f"refused for no reason: {self.segment.statistics()}"
+            )
         if cap := self.oracle.clients[payer].cap_bytes:
             used = self.used_bytes(payer)
             demand(used <= max(cap, before), f"{used} bytes used above the cap of {cap}, {before} before")
@@ -226,7 +228,7 @@ class StoreMachine(RuleBasedStateMachine):
     def used_bytes(self, name: str) -> int:
         return self.segment.client(name, create=False).statistics()["used_bytes"]
 
-    def is_short(self, name: str) -> bool:
+    def is_short(self, name: str, persistent: bool) -> bool:
         """A put may be refused now: the cap is used up, or memory, and nothing is left to evict.
 
         Not what the client was promised, and not for memory that others were promised when they have it.
@@ -254,7 +256,8 @@ class StoreMachine(RuleBasedStateMachine):
                 promised += max(missing, 0) // 55_000 + 6 * (missing > 0)
             if who == name or missing <= -CHUNK or not other.floor_bytes:  # chunks go at once, or not at all
                 left += evictable(who)
-        return s["chunks_free"] <= kept + promised and left == 0
+        limit = s["persistent_limit_bytes" if persistent else "limit_bytes"]
+        return (limit - s["used_bytes"]) // CHUNK <= kept + promised and left == 0
 
     @precondition(some_pool)
     @rule(at=numbers, pool=numbers, o=objects, first=starts, n=counts)
@@ -324,8 +327,38 @@ class StoreMachine(RuleBasedStateMachine):
     def populate(self, at: int, chunks: int) -> None:
         self.place(at).do(op.populate, chunks * CHUNK)
         s = self.segment.statistics()
-        enough = min(chunks, s["chunks_free"]) * CHUNK
+        enough = min(chunks * CHUNK, s["persistent_limit_bytes"] - s["used_bytes"])
         demand(s["reserve_bytes"] >= enough, "populate left free memory unbacked")
+
+    @rule(at=numbers, chunks=st.sampled_from((0, 80, 100, 2**20)), beyond=st.sampled_from((0, 10, 2**20)))
+    def set_limits(self, at: int, chunks: int, beyond: int) -> None:
+        limit = self.place(at).do(op.set_limits, chunks * CHUNK, (chunks + beyond) * CHUNK)
+        now, persistent = self.segment.limits
+        demand(limit == now <= persistent, f"set the limit to {limit}; it is {now}, {persistent}")
+
+    @rule(at=numbers, keep=st.sampled_from((0, 5)), hard=st.booleans())
+    def shrink(self, at: int, keep: int, hard: bool) -> None:
+        pages = self.segment.statistics()["persistent_pages"]
+        self.place(at).do(op.shrink, keep * CHUNK, hard)
+        s = self.segment.statistics()
+        demand(s["persistent_pages"] == pages, "a persistent page was dropped")
+        over = s["used_bytes"] + s["reserve_bytes"] - s["limit_bytes"]
+        demand(over <= keep * CHUNK or not self.gives_way(), f"{over} bytes beyond the limit: {s}")
+
+    def gives_way(self) -> bool:
+        """Whether there are ephemeral pages that are promised to nobody."""
+        return any(
+            not self.oracle.clients[payer].floor_bytes
+            and self.own.do(op.statistics, Where(payer, number))["bytes"] > 0
+            for payer, number, model in self.oracle.each()
+            if not model.persistent
+        )
+
+    @rule(at=numbers, holes=st.sampled_from((1, 4, 8, 16)))
+    def compact(self, at: int, holes: int) -> None:
+        used = self.segment.statistics()["used_bytes"]
+        freed = self.place(at).do(op.compact, holes)
+        demand(self.segment.statistics()["used_bytes"] == used - freed, f"compaction says it freed {freed}")
 
     @rule(at=numbers)
     def reap(self, at: int) -> None:
@@ -355,7 +388,7 @@ class StoreMachine(RuleBasedStateMachine):
         for payer, number, model in self.oracle.each():
             model.compare(self.own.do(op.statistics, Where(payer, number)))
         s = self.segment.statistics()
-        free = s["chunks_free"] * CHUNK
+        free = max(s["persistent_limit_bytes"] - s["used_bytes"], 0)
         demand(free <= self.segment.freeable_bytes() <= s["memory_bytes"], f"freeable: {s}")
         demand(s["used_bytes"] + free <= s["memory_bytes"], f"more memory than there is: {s}")
         blocks = self.path.stat().st_blocks * 512

@@ -181,5 +181,17 @@ def populate(segment: Segment, size_bytes: int) -> int:
     return segment.populate(size_bytes)
 
 
+def set_limits(segment: Segment, limit_bytes: int, persistent_bytes: int) -> int:
+    return segment.set_limits(limit_bytes, persistent_bytes)
+
+
+def shrink(segment: Segment, keep_bytes: int, hard: bool) -> int:
+    return segment.shrink(keep_bytes, hard)
+
+
+def compact(segment: Segment, holes: int) -> int:
+    return segment.compact(holes, 10**9)
+
+
 def reap(segment: Segment) -> int:
     return segment.reap()

@@ -40,6 +40,29 @@ static void do_client(struct tm_segment *seg, uint32_t slot, unsigned what, uint
     }
 }
 
+/* Give memory back, move the limits, and move pages together. */
+static void do_sizing(struct tm_segment *seg, uint64_t r)
+{
+    struct tm_ctx *ctx = ctx_get(seg);
+    uint64_t most = seg->super->memory_bytes;
+    switch (r % 8) {
+    case 0:
+        tm_limit(ctx, most / 2 + (r >> 8) % (most / 2), most / 2 + (r >> 32) % (most / 2));
+        break;
+    case 1:
+        tm_limit(ctx, most, most);
+        break;
+    case 2:
+        tm_shrink(ctx, 0, r >> 8 & 1);
+        break;
+    case 3:
+        tm_compact(ctx, 1 + (unsigned)(r >> 8) % 8, 10000000);
+        break;
+    default:
+        tm_trim(ctx, 0);
+    }
+}
+
 static void *work(void *arg)
 {
     struct thread *t = arg;
@@ -55,7 +78,7 @@ static void *work(void *arg)
             break;
         case 1:
             if (opt.trim)
-                tm_trim(ctx_get(t->seg), 0);
+                do_sizing(t->seg, r >> 24);
             break;
         case 2:
             tm_reap(ctx_get(t->seg));

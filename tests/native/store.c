@@ -119,7 +119,7 @@ static void ranges(uint64_t seed)
         if (step % 500 == 0)
             tm_check(ctx_get(seg), say, NULL);
     }
-    tm_evict(ctx_get(seg), -1, UINT64_MAX);
+    tm_evict(ctx_get(seg), -1, UINT64_MAX, false);
     expect(seg->pools[e.pool].pages == 0 || seg->pools[e.pool].bytes == 0, "evict leaves only same-filled pages");
     tm_check(ctx_get(seg), say, NULL);
     tm_close(seg);

@@ -53,7 +53,7 @@ static int64_t get_one(struct world *w, struct actor *a) { return tm_get(&w->poo
 static int64_t evict_one(struct world *w, struct actor *a)
 {
     (void)a;
-    return (int64_t)tm_evict(ctx_get(w->seg), -1, 1);
+    return (int64_t)tm_evict(ctx_get(w->seg), -1, 1, false);
 }
 
 static int64_t compact_one(struct world *w, struct actor *a)

@@ -1,0 +1,82 @@
+/* The segment's bound, which moves below its ceiling, and memory that goes back when it falls.
+ *
+ * The ceiling sizes the tables and never changes. The limit bounds what everybody uses; persistent pages that find
+ * nothing to evict (and clients below their floors) may pass it as far as `persistent_limit`: a swap device that is
+ * refused a page has lost more than the memory is worth, and the manager knows how much there is. Lowering a limit
+ * frees nothing by itself; tm_shrink does, ephemeral pages first. No page of a persistent pool is ever dropped, and no
+ * promise broken: then the limit stays at what those need (least_limit).
+ *
+ * The limits are single words, changed under the control lock (floors are) and read without. */
+#include "tm.h"
+
+enum { SMALLEST = 64 }; /* chunks: fewer are used up by size classes alone */
+
+static uint32_t chunks_of(const struct tm_segment *seg, uint64_t bytes)
+{
+    uint64_t chunks = bytes > seg->data_offset ? (bytes - seg->data_offset) / TM_CHUNK : 0;
+    uint32_t least = SMALLEST < seg->nchunks ? SMALLEST : seg->nchunks;
+    return chunks < least ? least : chunks < seg->nchunks ? (uint32_t)chunks : seg->nchunks;
+}
+
+void tm_size_within(struct tm_ctx *ctx, uint64_t least, uint64_t most)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_lock *lock = control_lock(seg);
+    uint32_t high = chunks_of(seg, most), low = chunks_of(seg, least);
+    atomic_store(&seg->super->size_least, low < high ? low : high);
+    atomic_store(&seg->super->size_most, high);
+    lock_drop(lock);
+}
+
+uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t limit = chunks_of(seg, bytes), persistent = chunks_of(seg, persistent_bytes);
+    struct tm_lock *lock = control_lock(seg);
+    chunks_lock(seg);
+    uint32_t before = chunk_limit(seg, false), least = limit < before ? least_limit(seg) : 0;
+    /* What has no room below the limit does not raise it, either: it waits for the next time. */
+    if (limit < least)
+        limit = least < before ? least : before;
+    atomic_store(&seg->super->limit, limit);
+    atomic_store(&seg->super->persistent_limit, persistent > limit ? persistent : limit);
+    chunks_unlock(seg);
+    lock_drop(lock);
+    if (limit < before)
+        atomic_fetch_add_explicit(&seg->super->shrinks, 1, memory_order_relaxed);
+    return seg->data_offset + (uint64_t)limit * TM_CHUNK;
+}
+
+/* Chunks in use or backed beyond the limit. */
+static uint32_t excess(const struct tm_segment *seg)
+{
+    uint32_t have = atomic_load_explicit(&seg->super->nused, memory_order_relaxed)
+                    + atomic_load_explicit(&seg->super->nret, memory_order_relaxed);
+    uint32_t limit = chunk_limit(seg, false);
+    return have > limit ? have - limit : 0;
+}
+
+/* Punch what is free, as far as it exceeds the limit, but for `keep` chunks. */
+static uint64_t trim_excess(struct tm_ctx *ctx, uint32_t keep)
+{
+    uint32_t over = excess(ctx->seg), ret = atomic_load_explicit(&ctx->seg->super->nret, memory_order_relaxed);
+    uint32_t stays = ret > over ? ret - over : 0;
+    return over && ret > keep ? tm_trim(ctx, (uint64_t)(stays > keep ? stays : keep) * TM_CHUNK) : 0;
+}
+
+uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard)
+{
+    enum { STEP = 64 }; /* chunks between two looks: memory goes back while the rest is being evicted */
+    struct tm_segment *seg = ctx->seg;
+    uint32_t keep = (uint32_t)(keep_bytes / TM_CHUNK), over;
+    uint64_t returned = trim_excess(ctx, keep);
+    while ((over = excess(seg)) > keep) {
+        uint64_t some = tm_evict(ctx, -1, (uint64_t)(over - keep < STEP ? over - keep : STEP) * TM_CHUNK, hard);
+        returned += trim_excess(ctx, keep);
+        if (!some)
+            break;
+    }
+    if (excess(seg) > keep && tm_compact(ctx, 1, UINT64_C(1000000000)))
+        returned += trim_excess(ctx, keep);
+    return returned;
+}
