@@ -12,6 +12,7 @@ from pathlib import Path
 
 LIMIT_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}
 """The file with the limit of a group, by version."""
+_USAGE_FILES = ("memory.usage_in_bytes", "memory.current")
 
 # v1 shows "no limit" as the largest page-aligned long; anything near it is none.
 _UNLIMITED = 1 << 60
@@ -64,13 +65,18 @@ def group_of(pid: int | str, proc: Path = Path("/proc")) -> Path | None:
 
     In a container this is the nearest one that can be seen.
     """
+    return next(iter(groups_of(pid, proc)), None)
+
+
+def groups_of(pid: int | str, proc: Path = Path("/proc")) -> list[Path]:
+    """Return the directories of that group and of its parents: each is charged for what its children use."""
     hierarchy = _hierarchies(proc).get({1: "memory", 2: ""}.get(version(proc) or 0, "none"))
     for controllers, group in _groups(proc, pid):
         if hierarchy is not None and (
             "memory" in controllers.split(",") if hierarchy.limit_file == LIMIT_FILES[1] else not controllers
         ):
-            return _ancestors(hierarchy, group)[0]
-    return None
+            return _ancestors(hierarchy, group)
+    return []
 
 
 def user_processes(group: Path, recursive: bool, proc: Path = Path("/proc")) -> Iterator[int]:
@@ -88,6 +94,14 @@ def limit_of(group: Path) -> int | None:
     """Return the memory limit in bytes of the group with this directory, None if it has none."""
     limits = (_read_limit(group / name) for name in LIMIT_FILES.values())
     return next((limit for limit in limits if limit is not None), None)
+
+
+def usage_of(group: Path) -> int | None:
+    """Return what is charged to the group with this directory and its children, page cache included."""
+    for name in _USAGE_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            return int((group / name).read_text(encoding="ascii"))
+    return None
 
 
 def statistics(group: Path) -> dict[str, int]:

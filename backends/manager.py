@@ -1,8 +1,9 @@
 """The manager service of a segment: everything that must happen while nobody asks for a page.
 
-Every second it repairs what dead threads left, refills the reserve of backed memory and gives back what is
-free beyond it; it keeps the servers running and answers on the control socket, to its own user and root
-only. It is not in the data path: while it is down, puts, gets and flushes go on, and the servers that it
+Every second it repairs what dead threads left, refills the reserve of backed memory, moves pages together
+where many were freed, and gives back what is free beyond the reserve; it keeps the segment as large as the
+machine can spare (`resizing`) and the servers running, and answers on the control socket, to its own user and
+root only. It is not in the data path: while it is down, puts, gets and flushes go on, and the servers that it
 started stay. One manager per segment, held by a lock file. Threading: one trio run; calls of the core that
 may take long run in worker threads. The protocol stands in `service`.
 """
@@ -24,6 +25,7 @@ import trio
 
 from tmem.backends import locking, notify
 from tmem.backends.paths import SegmentPaths
+from tmem.backends.resizing import Resizer
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
 from tmem.backends.settling import Settler, Wanted
 from tmem.backends.supervisor import Supervisor
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
 PERIOD_S = 1.0
 HURRY_S = 0.1
 """The period while puts use up more than half of the reserve within one."""
+LEAST_HOLES_BYTES = 4 << 20
+WORTH_HOLES = 8
+"""Sixteenths of a chunk that must be free for its pages to be moved: a byte moved gains at least a byte."""
+COMPACT_NS = 100_000_000
+"""How long to compact in a period."""
 
 _UCRED = struct.Struct("iII")
 
@@ -51,6 +58,10 @@ class ManagerStatistics:
     """Memory that it backed ahead of puts."""
     trimmed_bytes: int = 0
     """Free memory that it gave back to the system."""
+    compacted_bytes: int = 0
+    """Memory of chunks that it freed by moving their pages together."""
+    compacting_ns: int = 0
+    """What that took."""
 
 
 class Reserve:
@@ -109,6 +120,7 @@ class _Manager:
         self._segment = segment
         self._reserve = Reserve(segment.memory_bytes)
         self._settler = Settler(settings)
+        self._resizer = Resizer(segment, lambda: self._reserve.size_bytes, self._is_local)
         self._since_ns = time.monotonic_ns()
         self._scope = trio.CancelScope()
         self._complaint = ""
@@ -133,6 +145,7 @@ class _Manager:
                 self._supervisor.adopt()
                 nursery.start_soon(self._follow_signals, signals)
                 nursery.start_soon(self._keep_house)
+                nursery.start_soon(self._resizer.run)
                 with trio.socket.socket(trio.socket.AF_UNIX) as listening:
                     with socket_address(control) as address:
                         await listening.bind(address)
@@ -169,12 +182,16 @@ class _Manager:
         """Do one round; return the bytes that had to be populated."""
         counts = self.statistics
         self._supervisor.trim_outputs()
-        self._reserve.serve_local(self._supervisor.keeps("keeper-"))
+        self._reserve.serve_local(self._is_local())
         if dead := self._segment.reap():
             counts.reaped += dead
             _log.warning("repaired what %d dead threads left", dead)
         self._settler.look(self._segment)
-        added = await trio.to_thread.run_sync(self._segment.populate, self._reserve.size_bytes)
+        await self._compact()
+        # Beyond the limit nothing is backed ahead, but for a machine that swaps to it.
+        room = max(self._segment.limits[self._is_local()] - self._segment.occupied[0], 0)
+        wanted = min(self._reserve.size_bytes, room)
+        added = await trio.to_thread.run_sync(self._segment.populate, wanted)
         counts.populated_bytes += added
         # Twice the reserve, so that a load which frees and takes does not fault the same memory in each
         # second.
@@ -182,6 +199,21 @@ class _Manager:
             self._segment.trim, 2 * self._reserve.size_bytes
         )
         return added
+
+    async def _compact(self) -> None:
+        """Move pages together, if that gains an eighth of the memory, for a tenth of the time at most."""
+        used, _, holes = self._segment.occupied
+        if holes <= max(used // 8, LEAST_HOLES_BYTES):
+            return
+        began_ns = time.monotonic_ns()
+        self.statistics.compacted_bytes += await trio.to_thread.run_sync(
+            self._segment.compact, WORTH_HOLES, COMPACT_NS
+        )
+        self.statistics.compacting_ns += time.monotonic_ns() - began_ns
+
+    def _is_local(self) -> bool:
+        """Say whether this machine swaps to the segment."""
+        return self._supervisor.keeps("keeper-")
 
     # -- the control socket
 
@@ -229,7 +261,7 @@ class _Manager:
             "pid": os.getpid(),
             "since_ns": self._since_ns,
             "segment": self._paths.name,
-            "statistics": asdict(self.statistics),
+            "statistics": asdict(self.statistics) | asdict(self._resizer.statistics),
         }
 
     async def _list_services(self, message: dict[str, object]) -> dict[str, object]:

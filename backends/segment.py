@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from tmem.backends import cgroup
 from tmem.backends.paths import SegmentPaths, runtime_dir
 from tmem.errors import SegmentError
-from tmem.types import format_size
+from tmem.types import SizeRange, format_size
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -84,6 +84,30 @@ def create(name: str, memory_bytes: int) -> "_native.Segment":
     except OSError as error:
         raise SegmentError(f"cannot create {paths.segment}: {error.strerror or error}") from error
     return made
+
+
+def resize(opened: "_native.Segment", size: SizeRange) -> int:
+    """Bound the segment to a size below its ceiling, or to a range in which the manager moves it.
+
+    Returns the limit of now, which stays above what persistent pages and floors need. Memory beyond it
+    goes with ``shrink``. Raises `SegmentError` for sizes that the segment cannot have.
+    """
+    ceiling = opened.memory_bytes
+    if size.most_bytes > ceiling:
+        raise SegmentError(
+            f"the segment was created with {format_size(ceiling)}: use at most that, or end it and create a "
+            "larger one"
+        )
+    if size.least_bytes < MIN_MEMORY_BYTES:
+        raise SegmentError(f"a segment has at least {format_size(MIN_MEMORY_BYTES)}: use that or more")
+    opened.size_within(size.least_bytes, size.most_bytes)
+    if size.least_bytes == size.most_bytes:
+        return opened.set_limits(size.most_bytes, size.most_bytes)
+    limit, persistent = opened.limits
+    limit = min(max(limit, size.least_bytes), size.most_bytes)
+    if (limit, persistent) == (ceiling, ceiling) or opened.statistics()["chunks_used"] == 0:
+        limit = size.least_bytes  # new: it grows as the machine can spare it
+    return opened.set_limits(limit, min(max(persistent, limit), size.most_bytes))
 
 
 def attach(name: str) -> "_native.Segment":

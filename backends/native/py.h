@@ -58,7 +58,6 @@ PyObject *segment_set_limits(SegmentObject *self, PyObject *args);
 PyObject *segment_size_within(SegmentObject *self, PyObject *args);
 PyObject *segment_shrink(SegmentObject *self, PyObject *args, PyObject *kwargs);
 PyObject *segment_compact(SegmentObject *self, PyObject *args);
-int64_t hole_bytes(struct tm_segment *seg); /* of blocks, in chunks of which others are in use */
 static inline uint64_t size_of(const struct tm_segment *seg, uint32_t chunks)
 {
     return seg->data_offset + (uint64_t)chunks * TM_CHUNK;

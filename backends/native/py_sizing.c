@@ -3,7 +3,7 @@
 
 static PyObject *two_sizes(const struct tm_segment *seg, uint32_t first, uint32_t second)
 {
-    return Py_BuildValue("(KK)", (unsigned long long)size_of(seg, first), (unsigned long long)size_of(seg, second));
+    return Py_BuildValue("(KK)", (unsigned long long)limit_bytes(seg, first), (unsigned long long)limit_bytes(seg, second));
 }
 
 PyObject *segment_limits(SegmentObject *self, void *unused)
@@ -18,20 +18,6 @@ PyObject *segment_size_range(SegmentObject *self, void *unused)
     struct tm_segment *seg = segment_of(self);
     (void)unused;
     return seg ? two_sizes(seg, atomic_load(&seg->super->size_least), atomic_load(&seg->super->size_most)) : NULL;
-}
-
-int64_t hole_bytes(struct tm_segment *seg)
-{
-    int64_t sum = 0;
-    for (uint32_t first = BIN_PERSISTENT; first < BIN_LEAF; first += TM_NCLASSES) {
-        if (first == BIN_OBJECT)
-            first = BIN_EPHEMERAL;
-        if (!atomic_load_explicit(&seg->bins[first].ready, memory_order_relaxed))
-            continue; /* nor the other classes */
-        for (uint32_t bin = first; bin < first + TM_NCLASSES; bin++)
-            sum += (int64_t)atomic_load_explicit(&seg->bins[bin].room, memory_order_relaxed) * bin_stride(bin);
-    }
-    return sum;
 }
 
 PyObject *segment_occupied(SegmentObject *self, void *unused)

@@ -44,7 +44,7 @@ uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes)
     lock_drop(lock);
     if (limit < before)
         atomic_fetch_add_explicit(&seg->super->shrinks, 1, memory_order_relaxed);
-    return seg->data_offset + (uint64_t)limit * TM_CHUNK;
+    return limit_bytes(seg, limit);
 }
 
 /* Chunks in use or backed beyond the limit. */
@@ -64,9 +64,24 @@ static uint64_t trim_excess(struct tm_ctx *ctx, uint32_t keep)
     return over && ret > keep ? tm_trim(ctx, (uint64_t)(stays > keep ? stays : keep) * TM_CHUNK) : 0;
 }
 
+int64_t hole_bytes(const struct tm_segment *seg)
+{
+    int64_t sum = 0;
+    for (uint32_t first = BIN_PERSISTENT; first < BIN_LEAF; first += TM_NCLASSES) {
+        if (first == BIN_OBJECT)
+            first = BIN_EPHEMERAL;
+        if (!atomic_load_explicit(&seg->bins[first].ready, memory_order_relaxed))
+            continue; /* nor the other classes */
+        for (uint32_t bin = first; bin < first + TM_NCLASSES; bin++)
+            sum += (int64_t)atomic_load_explicit(&seg->bins[bin].room, memory_order_relaxed) * bin_stride(bin);
+    }
+    return sum;
+}
+
 uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard)
 {
     enum { STEP = 64 }; /* chunks between two looks: memory goes back while the rest is being evicted */
+    enum { HOLES = 4, COMPACT_NS = 100000000 };
     struct tm_segment *seg = ctx->seg;
     uint32_t keep = (uint32_t)(keep_bytes / TM_CHUNK), over;
     uint64_t returned = trim_excess(ctx, keep);
@@ -76,7 +91,8 @@ uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard)
         if (!some)
             break;
     }
-    if (excess(seg) > keep && tm_compact(ctx, 1, UINT64_C(1000000000)))
+    if (excess(seg) > keep && hole_bytes(seg) * 8 > (int64_t)seg->super->nused * TM_CHUNK
+        && tm_compact(ctx, HOLES, COMPACT_NS))
         returned += trim_excess(ctx, keep);
     return returned;
 }

@@ -542,6 +542,7 @@ uint32_t least_limit(struct tm_segment *seg); /* under the chunk lock: what pers
 bool below_floor(struct tm_segment *seg, uint32_t client);
 
 /* sizing.c: sizes in bytes, tables included */
+int64_t hole_bytes(const struct tm_segment *seg); /* of blocks, in chunks of which others are in use */
 void tm_size_within(struct tm_ctx *ctx, uint64_t least, uint64_t most);
 uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes); /* the limit that is in force now */
 uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard); /* bytes given back */
@@ -620,6 +621,10 @@ static inline uint32_t chunk_limit(const struct tm_segment *seg, bool persistent
     uint32_t limit = atomic_load_explicit(persistent ? &seg->super->persistent_limit : &seg->super->limit,
                                           memory_order_relaxed);
     return limit < seg->nchunks ? limit : seg->nchunks;
+}
+static inline uint64_t limit_bytes(const struct tm_segment *seg, uint32_t limit)
+{
+    return limit == seg->nchunks ? seg->super->memory_bytes : seg->data_offset + (uint64_t)limit * TM_CHUNK;
 }
 static inline bool in_data(const struct tm_segment *seg, uint64_t offset)
 {

@@ -1,6 +1,7 @@
 """Constants and small value helpers that every layer shares."""
 
 import re
+from dataclasses import dataclass
 
 from tmem.errors import TmemError
 
@@ -20,6 +21,22 @@ MOST_WEIGHT = 65535
 """The largest weight of a client."""
 
 _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]/?#@\s]+)):(\d{1,5})")
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """Between which sizes a segment may move; equal: it does not."""
+
+    least_bytes: int
+    most_bytes: int
+
+    def __str__(self) -> str:
+        """Return it as `parse_range` takes it."""
+        if self.least_bytes == self.most_bytes:
+            return str(self.most_bytes)
+        return f"{self.least_bytes}..{self.most_bytes}"
+
+
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -33,6 +50,18 @@ def parse_size(text: str) -> int:
     if match is None:
         raise TmemError(f"{text!r} is not a size: write a whole number with K, M, G or T, such as 512M")
     return int(match[1]) << _UNITS[match[2].lower()]
+
+
+def parse_range(text: str) -> SizeRange:
+    """Return what a size such as ``4G``, or two such as ``1G..4G``, stand for.
+
+    Raises `TmemError` for anything else, and for a range that ends before it begins.
+    """
+    least, dots, most = text.partition("..")
+    sizes = SizeRange(parse_size(least), parse_size(most if dots else least))
+    if sizes.least_bytes > sizes.most_bytes:
+        raise TmemError(f"{text!r} begins with the larger size: write it as {most.strip()}..{least.strip()}")
+    return sizes
 
 
 def format_size(size_bytes: int) -> str:

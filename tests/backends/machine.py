@@ -327,7 +327,7 @@ class StoreMachine(RuleBasedStateMachine):
     def populate(self, at: int, chunks: int) -> None:
         self.place(at).do(op.populate, chunks * CHUNK)
         s = self.segment.statistics()
-        enough = min(chunks * CHUNK, s["persistent_limit_bytes"] - s["used_bytes"])
+        enough = min(chunks, (s["persistent_limit_bytes"] - s["used_bytes"]) // CHUNK) * CHUNK
         demand(s["reserve_bytes"] >= enough, "populate left free memory unbacked")
 
     @rule(at=numbers, chunks=st.sampled_from((0, 80, 100, 2**20)), beyond=st.sampled_from((0, 10, 2**20)))
@@ -388,7 +388,7 @@ class StoreMachine(RuleBasedStateMachine):
         for payer, number, model in self.oracle.each():
             model.compare(self.own.do(op.statistics, Where(payer, number)))
         s = self.segment.statistics()
-        free = max(s["persistent_limit_bytes"] - s["used_bytes"], 0)
+        free = max(s["persistent_limit_bytes"] - s["used_bytes"], 0) // CHUNK * CHUNK
         demand(free <= self.segment.freeable_bytes() <= s["memory_bytes"], f"freeable: {s}")
         demand(s["used_bytes"] + free <= s["memory_bytes"], f"more memory than there is: {s}")
         blocks = self.path.stat().st_blocks * 512

@@ -44,7 +44,7 @@ def test_a_new_segment_may_use_all(segment: _native.Segment) -> None:
     statistics = segment.statistics()
     limit, persistent = segment.limits
     assert limit == persistent == statistics["limit_bytes"] == statistics["persistent_limit_bytes"]
-    assert MEMORY_BYTES - CHUNK < limit <= MEMORY_BYTES
+    assert limit == MEMORY_BYTES
     assert segment.size_range == (limit, limit)
 
 

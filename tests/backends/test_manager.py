@@ -1,6 +1,7 @@
 """The manager service, as a process of its own: housekeeping, its one lock, its end, and what outlives it."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.backends.service import request
 from tmem.errors import ServiceError
-from tmem.types import OID_SIZE, PAGE_SIZE
+from tmem.types import OID_SIZE, PAGE_SIZE, SizeRange
 
 from ..waiting import DEADLINE_S
 
@@ -98,6 +99,56 @@ def test_keeps_a_reserve_and_gives_back_the_rest(
         pool.flush(oid, 0, stored)
         eventually(lambda: segment.statistics()["reserve_bytes"] <= 2 * reserve + (1 << 20))
         assert segment.statistics()["reserve_bytes"] >= reserve
+
+
+def test_a_segment_grows_while_there_is_memory_and_falls_to_the_size_it_is_given(
+    paths: SegmentPaths, segment: _native.Segment, eventually: Eventually
+) -> None:
+    """The machine has more to spare than this segment could take."""
+    least, most = 16 << 20, segment.memory_bytes
+    segments.resize(segment, SizeRange(least, most))
+    pool = segment.client("cache").new_pool(persistent=False)
+    with running(paths, eventually):
+        eventually(lambda: segment.limits[0] > least + (4 << 20))
+        pool.put(bytes(OID_SIZE), 0, os.urandom(most))
+        assert segment.occupied[0] > least
+        segments.resize(segment, SizeRange(least, least))
+        eventually(lambda: Path(segment.path).stat().st_blocks * 512 <= least)
+        statistics = request(paths, {"op": "ping"})["statistics"]
+        assert isinstance(statistics, dict)
+        assert statistics["raised"] > 0
+        assert statistics["looks"] > 0
+        assert statistics["given_back_bytes"] > 0
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_memory_goes_back_after_freeing_at_random(
+    paths: SegmentPaths, segment: _native.Segment, eventually: Eventually, persistent: bool
+) -> None:
+    """Nine pages of ten, in no order: four fifths of the memory are back with the system."""
+    pool = segment.client("one").new_pool(persistent, exclusive=False)
+    oid, npages = bytes(OID_SIZE), 30000
+    source = random.Random(1).randbytes(npages * 512)
+    for index in range(npages):
+        assert pool.put(oid, index, source[index * 512 : (index + 1) * 512].ljust(PAGE_SIZE, b"\0")) == 1
+    used = Path(segment.path).stat().st_blocks * 512 - segment.statistics()["metadata_bytes"]
+    order = random.Random(2).sample(range(npages), npages)
+    with running(paths, eventually):
+        for index in order[npages // 10 :]:
+            assert pool.flush(oid, index) == 1
+
+        def left() -> int:
+            now = segment.statistics()
+            backed = Path(segment.path).stat().st_blocks * 512
+            return backed - now["metadata_bytes"] - now["reserve_bytes"]
+
+        # Not what the manager keeps ready, which is much of so small a segment.
+        eventually(lambda: left() <= used // 5)
+    buffer = bytearray(PAGE_SIZE)
+    for index in order[: npages // 10]:
+        assert pool.get(oid, index, buffer) == 1
+        assert buffer.rstrip(b"\0") == source[index * 512 : (index + 1) * 512].rstrip(b"\0")
+    assert segment.check() == []
 
 
 def test_the_reserve_follows_the_load() -> None:

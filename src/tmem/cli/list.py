@@ -134,8 +134,11 @@ def _show(state: Mapping[str, object], long: bool) -> None:
     pid = state["manager_pid"]
     sizes = {name: format_size(value) for name, value in memory.items() if name.endswith("_bytes")}
     mode = "" if state["mode"] == "on" else f"{state['mode']}, "
+    moves = ""
+    if memory["size_least_bytes"] != memory["size_most_bytes"]:
+        moves = f" (moves from {sizes['size_least_bytes']} to {sizes['size_most_bytes']})"
     console.print(
-        f"segment {state['name']}: {mode}{sizes['used_bytes']} of {sizes['memory_bytes']} used "
+        f"segment {state['name']}: {mode}{sizes['used_bytes']} of {sizes['limit_bytes']} used{moves} "
         f"({sizes['metadata_bytes']} for tables), {sizes['reserve_bytes']} in reserve, "
         f"{sizes['freeable_bytes']} freeable, {'no manager runs' if pid is None else f'manager pid {pid}'}"
     )

@@ -33,6 +33,7 @@ COMMANDS = {
     "mount": Entry("tmem.cli.mount", "mount", "Mount a directory through the precache."),
     "umount": Entry("tmem.cli.mount", "umount", "Unmount such a directory."),
     "list": Entry("tmem.cli.list", "list_command", "Show memory, clients and pools."),
+    "resize": Entry("tmem.cli.service", "resize", "Give the segment another bound, or a range for it."),
     "freeable": Entry("tmem.cli.list", "freeable", "Print the memory that persistent pages could still get."),
     "set": Entry("tmem.cli.settings", "set_command", "Set a client's weight, cap, floor or compression."),
     "authorise": Entry("tmem.cli.settings", "authorise", "Allow a client to share an ephemeral pool."),

@@ -1,4 +1,4 @@
-"""The commands ``start``, ``stop`` and ``destroy``: the life of a segment and of its manager.
+"""The commands ``start``, ``stop``, ``resize`` and ``destroy``: the life of a segment and of its manager.
 
 Not for swap devices and mounts, which have modules of their own and end before the segment does. Threading: a
 command runs in the main thread of its process.
@@ -18,11 +18,11 @@ import click
 
 from tmem.backends import guarded, processes, segment, service
 from tmem.backends.paths import SegmentPaths
-from tmem.cli.clients import departed_error, find_client, require_one
+from tmem.cli.clients import attached, departed_error, find_client, require_one
 from tmem.cli.configured import ConfiguredCommand, configuration, explicit, setting_of
-from tmem.cli.context import segment_name, size_option
+from tmem.cli.context import range_option, segment_name
 from tmem.errors import SegmentError, ServiceError, TmemError
-from tmem.types import format_size
+from tmem.types import SizeRange, format_size
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -36,15 +36,16 @@ _ROUNDING_BYTES = 4 << 20
 @click.command(cls=ConfiguredCommand, section="start", may_go_on=segment.exists)
 @click.option(
     "--memory",
-    metavar="SIZE",
-    callback=size_option,
-    help="Bound of the segment, such as 2G. Default: half of the RAM.",
+    metavar="SIZE[..SIZE]",
+    callback=range_option,
+    help="Bound of the segment, such as 2G, or between which sizes it follows the memory that the machine "
+    "can spare, such as 512M..4G. Default: half of the RAM.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the manager answers.")
 @click.option("--realtime", is_flag=True, help="Run it, and all that it starts, under SCHED_RR.")
 @click.option("--launched", is_flag=True, hidden=True, help="What the process sets for itself is set.")
 @click.pass_context
-def start(ctx: click.Context, memory: int | None, detach: bool, realtime: bool, launched: bool) -> None:
+def start(ctx: click.Context, memory: SizeRange | None, detach: bool, realtime: bool, launched: bool) -> None:
     """Create the segment if absent, and run the manager service in the foreground."""
     paths = SegmentPaths.of(segment_name(ctx))
     again = _command(ctx, paths)
@@ -102,23 +103,51 @@ def destroy(ctx: click.Context, client: str | None, everything: bool, force: boo
     segment.destroy(paths.name)
 
 
-def _open_segment(paths: SegmentPaths, memory: int | None) -> "_native.Segment":
+@click.command()
+@click.argument("size", metavar="SIZE[..SIZE]", callback=range_option)
+@click.pass_context
+def resize(ctx: click.Context, size: SizeRange) -> None:
+    """Give the segment another bound, at most the one that it was created with.
+
+    Of two sizes, the manager keeps it between them, as large as the machine can spare. Memory that is too
+    much goes back to the system now: ephemeral pages are evicted, persistent ones stay.
+    """
+    with attached(ctx) as opened:
+        limit = segment.resize(opened, size)
+        returned = opened.shrink(0)
+        used, _, _ = opened.occupied
+    more = f", {format_size(returned)} given back to the system" if returned else ""
+    click.echo(f"limit {format_size(limit)}{more}")
+    if size.least_bytes == size.most_bytes and limit > size.most_bytes:
+        raise TmemError(
+            f"persistent pages and floors need {format_size(limit)}: the manager lowers the limit as they go "
+            f"({format_size(used)} in use)"
+        )
+
+
+def _open_segment(paths: SegmentPaths, memory: SizeRange | None) -> "_native.Segment":
     """Attach the segment, or create it if it is absent."""
     if not segment.exists(paths.name):
-        return segment.create(paths.name, segment.default_memory_bytes() if memory is None else memory)
+        if memory is None:
+            return segment.create(paths.name, segment.default_memory_bytes())
+        made = segment.create(paths.name, memory.most_bytes)
+        if memory.least_bytes < memory.most_bytes:
+            segment.resize(made, memory)
+        return made
     opened = segment.attach(paths.name)
-    if memory is not None and abs(opened.memory_bytes - memory) > _ROUNDING_BYTES:
+    if memory is not None and abs(opened.memory_bytes - memory.most_bytes) > _ROUNDING_BYTES:
         size = format_size(opened.memory_bytes)
         opened.close()
         raise TmemError(
-            f"segment {paths.name!r} exists with {size}: leave out --memory, "
-            f"or end it first with 'tmem --name {paths.name} destroy --all'"
+            f"segment {paths.name!r} exists with {size}: leave out --memory, change its bound below that "
+            f"with 'tmem --name {paths.name} resize', or end it first with "
+            f"'tmem --name {paths.name} destroy --all'"
         )
     segment.prepare_state_dir(paths)
     return opened
 
 
-def _start_detached(paths: SegmentPaths, memory: int | None, realtime: bool, argv: list[str]) -> None:
+def _start_detached(paths: SegmentPaths, memory: SizeRange | None, realtime: bool, argv: list[str]) -> None:
     """Start the manager in a session of its own unless one runs, and say so."""
     if segment.exists(paths.name):
         _open_segment(paths, memory).close()  # what is wrong with it is said here

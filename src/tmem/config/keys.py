@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tmem.errors import TmemError
-from tmem.types import CODECS, MOST_WEIGHT, parse_host_port, parse_size
+from tmem.types import CODECS, MOST_WEIGHT, parse_host_port, parse_range, parse_size
 
 Value = bool | int | str | list[str]
 """What a key may have, as it stands in the file."""
@@ -46,6 +46,16 @@ def _size(value: object) -> int:
         return parse_size(value)
     except TmemError:
         raise ValueError from None
+
+
+def _range(value: object) -> int | str:
+    if not isinstance(value, str):
+        return _size(value)
+    try:
+        parse_range(value)
+    except TmemError:
+        raise ValueError from None
+    return value
 
 
 def _boolean(value: object) -> bool:
@@ -98,6 +108,7 @@ def _one_of(choices: tuple[str, ...]) -> Kind:
 
 
 SIZE = Kind('a size, such as "512M" or "4G"', _size)
+RANGE = Kind('a size or two, such as "4G" or "1G..4G"', _range)
 YES = Kind("true or false", _boolean)
 PATH = Kind("a path in quotes", _text)
 ADDRESS = Kind('an address, such as "127.0.0.1:9753" or "[::1]:9753"', _address)
@@ -109,9 +120,10 @@ KEYS = (
     Key(
         "start",
         "memory",
-        SIZE,
-        "Bound of the segment, when it is created. Without it: half of the RAM.",
-        '"2G"',
+        RANGE,
+        "Bound of the segment, when it is created, or between which sizes it follows the memory that the "
+        "machine can spare. Without it: half of the RAM.",
+        '"512M..2G"',
     ),
     Key("start", "realtime", YES, "Run the manager, and all that it starts, under SCHED_RR.", "true"),
     Key("swap", "reserve", YES, "Promise each device room for all of its pages, even uncompressed.", "true"),

@@ -1,0 +1,105 @@
+"""Decides how large a segment should be: as large as the machine can spare, between a least and a most size.
+
+A pure function of what was seen, with a memory of when it last took something away; no clock, no files, so
+a machine can be played to it (`tests/backends/test_sizing.py`). Looking is `tmem.backends.pressure`'s, doing
+it `tmem.backends.resizing`'s. Any thread, one at a time.
+
+What others do not need is what the segment uses and what is available beyond a *margin*. That sum does
+not change when the segment itself grows or shrinks, so the rule does not feed back on itself. The limit
+follows it down at once and up slowly, with a dead band of a quarter of the margin on both sides, and not up
+for a while after it went down. While programs wait for memory, others are left four margins, not more: a
+control group that reclaims at its own limit makes pressure that more free memory would not end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tmem.backends.pressure import Room
+
+HOLD_S = 10.0
+"""How long a limit that was lowered does not rise."""
+STALLED = 0.1
+"""The share of time in which somebody waits for memory that takes something away."""
+GROW_SHARE = 1 / 16
+"""Of the way from least to most in a second."""
+FASTEST_BYTES_S = 4 << 30
+"""How fast a program may take memory: looks are so close that half a margin lasts until the next."""
+LEAST_LOOK_S, MOST_LOOK_S = 0.01, 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen."""
+
+    now_s: float
+    used_bytes: int
+    """Memory of the segment, its reserve included."""
+    limit_bytes: int
+    """The limit that is in force."""
+    spare_bytes: int
+    """What is available beyond the margin; negative if less."""
+    margin_bytes: int
+    """What must stay available for others."""
+    stalled: float
+    """Share of the time since the last look in which somebody waited for memory."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do."""
+
+    limit_bytes: int
+    persistent_bytes: int
+    """How far persistent pages may go: to a quarter of the margin."""
+    hard: bool
+    """Whether memory is needed so soon that pages which were hit are not spared."""
+    next_look_s: float
+    """When to look again."""
+
+
+def margin_of(total_bytes: int) -> int:
+    """Return how much of the memory of a machine or a group stays available: a 16th, and at least 64 MiB or
+    a quarter."""
+    return max(total_bytes // 16, min(64 << 20, total_bytes // 4))
+
+
+def spare_of(rooms: Sequence[Room]) -> tuple[int, int]:
+    """Return what the tightest of `rooms` has beyond its margin, and that margin."""
+    return min(
+        (room.available_bytes - margin_of(room.total_bytes), margin_of(room.total_bytes)) for room in rooms
+    )
+
+
+class Sizer:
+    """Moves a limit between `least_bytes` and `most_bytes`."""
+
+    def __init__(self, least_bytes: int, most_bytes: int) -> None:
+        self.range = least_bytes, most_bytes
+        self._calm_from_s = float("-inf")
+        self._last_s: float | None = None
+
+    def decide(self, sample: Sample, local: bool = False) -> Decision:
+        """Return what to do now. `local`: this machine swaps to the segment, so a page put frees memory."""
+        least, most = self.range
+        passed_s = 0.0 if self._last_s is None else max(sample.now_s - self._last_s, 0.0)
+        self._last_s = sample.now_s
+        band = sample.margin_bytes // 4
+        room = sample.used_bytes + sample.spare_bytes
+        limit = min(max(sample.limit_bytes, least), most)
+        target = room - 3 * sample.margin_bytes if sample.stalled > STALLED else room
+        if target < limit - band:
+            if target < room:  # half of what is used in a second of waiting, until that ends
+                used = min(limit, sample.used_bytes)
+                target = min(max(target, used - int(used * min(passed_s, 1.0) / 2)), max(room, least))
+            limit = min(limit, max(target, least))
+            self._calm_from_s = sample.now_s + HOLD_S
+        elif target > limit + band and sample.now_s >= self._calm_from_s:
+            limit = min(limit + int((most - least) * GROW_SHARE * min(passed_s, 1.0)), target, most)
+        persistent = most if local else min(max(room + 3 * band, limit), most)
+        return Decision(limit, persistent, sample.spare_bytes < -2 * band, self._next_look_s(sample, limit))
+
+    def _next_look_s(self, sample: Sample, limit: int) -> float:
+        if min(sample.used_bytes, limit) <= self.range[0] and sample.spare_bytes < 0:
+            return MOST_LOOK_S  # there is nothing to give
+        soonest_s = (sample.spare_bytes + sample.margin_bytes / 2) / FASTEST_BYTES_S
+        return min(max(soonest_s, LEAST_LOOK_S), MOST_LOOK_S)
