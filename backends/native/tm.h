@@ -684,8 +684,9 @@ void kill_point(int n);
 #define KP(n) ((void)0)
 #endif
 /* Mutants: deliberate bugs that the crash test must catch. Nothing in the product's build. */
-#ifdef TM_MUTANT
-#define MUTANT(n) (TM_MUTANT == (n))
+#ifdef TM_KILL_POINTS
+extern int tm_mutant; /* which, 0 none; tests/native/mutant.c */
+#define MUTANT(n) (tm_mutant == (n))
 #else
 #define MUTANT(n) 0
 #endif
