@@ -158,7 +158,8 @@ class Client:
     def weight(self, value: int) -> None: ...
     @property
     def compress(self) -> str:
-        """How its pages are compressed from now on: "lz4" or "none". Settable."""
+        """How its pages are compressed from now on: "lz4", "none", or "auto", which leaves ephemeral pages as
+        they are while half of the memory is free, and compresses those when it runs out. Settable."""
     @compress.setter
     def compress(self, value: str) -> None: ...
     @property

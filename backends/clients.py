@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def has_settings(client: "Client") -> bool:
     """Say whether anything about the client is not as it is with a new one."""
     return (
-        (client.weight, client.cap_bytes, client.floor_bytes, client.compress) != (100, 0, 0, "lz4")
+        (client.weight, client.cap_bytes, client.floor_bytes, client.compress) != (100, 0, 0, "auto")
         or client.mode != "on"
         or bool(client.authorised())
     )

@@ -189,7 +189,7 @@ class ClientRecord(_Document):
         self._check("weight", int, most=65535)
         self._check("cap_bytes", int)
         self._check("floor_bytes", int)
-        if self.compress not in ("lz4", "none") or self.mode not in ("on", "frozen", "off"):
+        if self.compress not in ("auto", "lz4", "none") or self.mode not in ("on", "frozen", "off"):
             raise ValueError(f"compression {self.compress!r}, mode {self.mode!r}")
         if len(set(self.authorised)) != len(self.authorised) or len(self.authorised) > UUIDS_PER_CLIENT:
             raise ValueError(f"{len(self.authorised)} UUIDs authorised, or one of them twice")

@@ -99,6 +99,10 @@ class SegmentStatistics(_Statistics):
     """Memory of the chunks that came free so."""
     shrinks: int
     """Times that the limit was lowered."""
+    squeezed_pages: int
+    """Pages that were stored as they are while there was memory in plenty, and compressed when it ran out."""
+    squeezed_bytes: int
+    """Memory that this saved."""
     chunks_total: int
     """Chunks that the segment is divided into."""
     chunks_used: int
@@ -139,7 +143,7 @@ class ClientStatistics(_Statistics):
     compressed_bytes: int
     """Memory of those."""
     raw_pages: int
-    """Pages stored as they are, because compression did not pay."""
+    """Pages stored as they are: compression did not pay, was not wanted, or there was memory in plenty."""
     allocation_failures: int
     """Times that no memory was found for it, or its cap did not allow it."""
     persistent_puts_stored: int
@@ -187,7 +191,7 @@ class PoolStatistics(_Statistics):
     compressed_pages: int
     """Pages stored compressed."""
     raw_pages: int
-    """Pages stored as they are, because compression did not pay."""
+    """Pages stored as they are: compression did not pay, was not wanted, or there was memory in plenty."""
     fill_pages: int
     """Pages that repeat one word and take no block."""
     puts: int

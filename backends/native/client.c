@@ -34,7 +34,7 @@ static void client_make(struct tm_segment *seg, uint32_t id, const char *name, u
     atomic_store(&c->evict_clock, 0);
     atomic_store(&c->begun, 0);
     atomic_store(&c->weight, 100);
-    atomic_store(&c->codec, CODEC_LZ4);
+    atomic_store(&c->codec, CODEC_AUTO);
     atomic_store(&c->mode, MODE_ON);
     atomic_store(&c->phase, PHASE_NONE);
     atomic_store(&c->copier, 0);

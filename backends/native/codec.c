@@ -1,4 +1,4 @@
-/* From a page to what is stored: a same-filled word in the slot, an LZ4 block, or the raw page. */
+/* From a page to what is stored and back: a same-filled word in the slot, an LZ4 block, or the page as it is. */
 #include "tm.h"
 
 #define XXH_INLINE_ALL
@@ -9,7 +9,7 @@
 
 /* Fill values have 36 bits: with bit 35 a 64-bit word below 2^35, without it a 32-bit pattern. */
 #define FILL_WIDE (UINT64_C(1) << 35)
-#define WORD_RAW (UINT64_C(1) << 53)
+#define WORD_KIND(w) ((uint32_t)((w) >> 53) & 7u)
 #define WORD_LENGTH(w) ((uint32_t)((w) >> 40) & 0x1fffu)
 
 bool codec_fill(const uint8_t *page, uint64_t *value)
@@ -40,13 +40,11 @@ void codec_expand(uint64_t value, uint8_t *page)
         memcpy(page + i, &word, 8);
 }
 
-uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page)
+uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
 {
-    if (atomic_load_explicit(&ctx->seg->clients[ctx->client].codec, memory_order_relaxed) == CODEC_NONE)
-        return TM_PAGE;
     /* One stride step below a raw block, or it does not pay. */
     const int most = (int)(TM_PAGE - TM_STRIDE_STEP);
-    int n = LZ4_compress_fast_extState(ctx->lz4, (const char *)page, (char *)ctx->scratch, (int)TM_PAGE, most, 1);
+    int n = LZ4_compress_fast_extState(ctx->lz4, (const char *)page, (char *)to, (int)TM_PAGE, most, 1);
     return n > 0 ? (uint32_t)n : TM_PAGE;
 }
 
@@ -79,10 +77,11 @@ uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp)
 }
 
 uint32_t block_length(uint64_t word) { return WORD_LENGTH(word); }
+enum block_kind block_kind(uint64_t word) { return (enum block_kind)WORD_KIND(word); }
 
-void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8_t *payload)
+void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32_t length, const uint8_t *payload)
 {
-    uint64_t word = slot | (uint64_t)length << 40 | (length == TM_PAGE ? WORD_RAW : 0);
+    uint64_t word = slot | (uint64_t)length << 40 | (uint64_t)kind << 53;
     memcpy(b + 1, payload, length);
     /* From the source, which is warm. */
     b->checksum = checksum(payload, length, word, atomic_load_explicit(&b->stamp, memory_order_relaxed));
@@ -100,10 +99,14 @@ bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t 
     if (b->checksum != checksum(payload, length, word, stamp))
         return false;
     KP(46);
-    if (word & WORD_RAW) {
+    switch (block_kind(word)) {
+    case BLOCK_LZ4:
+        /* No copy first: if the block is reused meanwhile, the slot has changed and the caller tries again. */
+        return LZ4_decompress_safe((const char *)payload, (char *)page, (int)length, (int)TM_PAGE) == (int)TM_PAGE;
+    case BLOCK_RAW:
+    case BLOCK_LOOSE:
         memcpy(page, payload, TM_PAGE);
         return length == TM_PAGE;
     }
-    /* No copy first: if the block is reused meanwhile, the slot has changed and the caller tries again. */
-    return LZ4_decompress_safe((const char *)payload, (char *)page, (int)length, (int)TM_PAGE) == (int)TM_PAGE;
+    return false;
 }

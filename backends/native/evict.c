@@ -53,34 +53,79 @@ uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue,
     return bin_ephemeral(account, queue, cls);
 }
 
-/* Copy a page to a block of `bin`: an ephemeral one that earned it to the main queue, a persistent one out of a
- * chunk that is to be freed. False: no room, or the page changed. */
-static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, enum alloc how)
+static bool is_sound(const struct tm_block *b, uint64_t header, uint64_t number)
+{
+    return header_slot(header) == number && block_length(header) <= TM_PAGE
+           && b->checksum == block_checksum(b, header, atomic_load(&b->stamp));
+}
+
+/* Copy a sound ephemeral page to the end of `queue` of its account, compressed if it was loose. False: no room, the page
+ * changed, or with `smaller` it would not shrink. */
+static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, unsigned queue, bool smaller)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
     uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
-    uint32_t stamp = atomic_load(&from->stamp), length = block_length(header);
-    uint32_t old_bin = seg->chunks[chunk_of(seg, (word & SLOT_VALUE) * 16)].bin;
-    bool from_probation = bin_is_ephemeral(old_bin) && bin_queue(old_bin) == QUEUE_PROBATION;
-    bool sound = header_slot(header) == number && length + TM_HEADER <= bin_stride(bin)
-                 && from->checksum == block_checksum(from, header, stamp);
-    if (!sound && (bin_is_ephemeral(bin) || header_slot(header) != number || length + TM_HEADER > bin_stride(bin)))
-        return false; /* corrupt: evict it, or leave it for whoever asks */
-    uint64_t block = block_alloc(ctx, bin, how);
+    uint32_t old_bin = seg->chunks[chunk_of(seg, (word & SLOT_VALUE) * 16)].bin, length = block_length(header);
+    enum block_kind kind = block_kind(header);
+    const uint8_t *payload = (const uint8_t *)(from + 1);
+    if (!is_sound(from, header, number) || !bin_is_ephemeral(old_bin))
+        return false; /* corrupt: evict it */
+    bool loose = kind == BLOCK_LOOSE && length == TM_PAGE;
+    if (loose) {
+        memcpy(ctx->moved, payload, TM_PAGE); /* what is compressed must not change */
+        length = codec_compress(ctx, ctx->moved, ctx->packed);
+        kind = length < TM_PAGE ? BLOCK_LZ4 : BLOCK_RAW;
+        payload = length < TM_PAGE ? ctx->packed : ctx->moved;
+    }
+    if (smaller && kind != BLOCK_LZ4)
+        return false;
+    uint32_t bin = ephemeral_bin(seg, bin_account(old_bin), queue, length);
+    uint64_t block = block_alloc(ctx, bin, ALLOC_RESERVE);
+    if (!block)
+        return false;
+    block_write(block_at(seg, block), number, kind, length, payload);
+    KP(50);
+    /* In MAIN it begins without credit, or with one hit less. */
+    uint64_t bits = word & SLOT_FREQ;
+    if (queue == QUEUE_MAIN)
+        bits = bin_queue(old_bin) == QUEUE_PROBATION || !bits ? 0 : bits - SLOT_FREQ_ONE;
+    if (!slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | bits)) {
+        block_free_new(ctx);
+        return false;
+    }
+    if (loose && kind == BLOCK_LZ4) {
+        atomic_fetch_add_explicit(&seg->super->squeezed, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&seg->super->squeezed_bytes, bin_stride(old_bin) - bin_stride(bin),
+                                  memory_order_relaxed);
+    }
+    return true;
+}
+
+/* Copy a page as it is out of a chunk that is to be freed, into one of the same bin. False: no room, or the page
+ * changed. */
+static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin)
+{
+    struct tm_segment *seg = ctx->seg;
+    const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
+    uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
+    uint32_t length = block_length(header);
+    if (header_slot(header) != number || length + TM_HEADER > bin_stride(bin))
+        return false; /* corrupt: leave it for whoever asks */
+    bool sound = is_sound(from, header, number);
+    if (!sound && bin_is_ephemeral(bin))
+        return false;
+    uint64_t block = block_alloc(ctx, bin, ALLOC_LISTED);
     for (uint32_t larger = bin + 1; !block && larger < TM_NCLASSES - 1; larger++)
         if (atomic_load_explicit(&seg->bins[larger].room, memory_order_relaxed))
             block = block_alloc(ctx, larger, ALLOC_LISTED);
     if (!block)
         return false;
-    block_write(block_at(seg, block), number, length, (const uint8_t *)(from + 1));
+    block_write(block_at(seg, block), number, block_kind(header), length, (const uint8_t *)(from + 1));
     if (!sound)
         block_at(seg, block)->checksum ^= 1; /* and stays corrupt for whoever asks */
     KP(50);
-    uint64_t bits = word & SLOT_FREQ;
-    if (how == ALLOC_RESERVE)
-        bits = from_probation ? 0 : bits - SLOT_FREQ_ONE;
-    if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | bits))
+    if (slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | (word & SLOT_FREQ)))
         return true;
     block_free_new(ctx);
     return false;
@@ -109,14 +154,17 @@ static void each_page(struct tm_ctx *ctx, uint32_t c,
     }
 }
 
-/* Evict the page or, unless `hard`, move it away if it earned it. */
+/* Evict the page or, unless `hard`, move it away if it earned it, or if it is loose and need not go. Who evicts on
+ * nobody's behalf wants the memory at once. */
 static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
 {
     struct tm_segment *seg = ctx->seg;
-    const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
-    uint32_t account = bin_account(bin), length = block_length(atomic_load(&from->word));
-    if (!hard && slot_freq(word) && length <= TM_PAGE
-        && relocate(ctx, pool, slot, word, ephemeral_bin(seg, account, QUEUE_MAIN, length), ALLOC_RESERVE))
+    uint32_t account = bin_account(bin);
+    bool loose = block_kind(atomic_load(&block_at(seg, word & SLOT_VALUE)->word)) == BLOCK_LOOSE;
+    if (!hard && slot_freq(word) && requeue_page(ctx, pool, slot, word, QUEUE_MAIN, false))
+        return true;
+    if (!hard && !slot_freq(word) && loose && ctx->client < TM_MAX_CLIENTS
+        && requeue_page(ctx, pool, slot, word, bin_queue(bin), true))
         return true;
     uint64_t block = word & SLOT_VALUE, clock = atomic_fetch_add(&seg->clients[account].evict_clock, 1) + 1;
     uint64_t ghost = bin_queue(bin) == QUEUE_PROBATION ? clock & SLOT_VALUE : 0;
@@ -132,7 +180,7 @@ static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
 static bool move_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
 {
     (void)hard;
-    if (!relocate(ctx, pool, slot, word, bin, ALLOC_LISTED)) {
+    if (!relocate(ctx, pool, slot, word, bin)) {
         return atomic_load(slot) != word; /* it changed: look again; else there is no hole for it */
     }
     atomic_fetch_add_explicit(&ctx->seg->super->relocated, 1, memory_order_relaxed);

@@ -139,7 +139,7 @@ static int set_weight(ClientObject *self, PyObject *value, void *unused)
     return store_value(self, VALUE_WEIGHT, weight);
 }
 
-static const char *const codecs[2] = {"lz4", "none"};
+static const char *const codecs[3] = {[CODEC_LZ4] = "lz4", [CODEC_NONE] = "none", [CODEC_AUTO] = "auto"};
 
 static PyObject *get_compress(ClientObject *self, void *unused)
 {
@@ -151,7 +151,7 @@ static PyObject *get_compress(ClientObject *self, void *unused)
 static int set_compress(ClientObject *self, PyObject *value, void *unused)
 {
     struct tm_client *c = client_of(self);
-    int codec = c ? word_of(value, codecs, 2, "compress") : -1;
+    int codec = c ? word_of(value, codecs, 3, "compress") : -1;
     (void)unused;
     if (codec < 0)
         return -1;

@@ -317,6 +317,8 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"relocated_pages", (int64_t)super->relocated},
         {"compacted_bytes", (int64_t)super->compacted * TM_CHUNK},
         {"shrinks", (int64_t)super->shrinks},
+        {"squeezed_pages", (int64_t)super->squeezed},
+        {"squeezed_bytes", (int64_t)super->squeezed_bytes},
         {"chunks_total", seg->nchunks},
         {"chunks_used", nused},
         {"chunks_used_max", (int64_t)super->most[MOST_CHUNKS]},

@@ -169,6 +169,17 @@ bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes)
     return chunks_available(seg, chunk_limit(seg, true)) >= promised_chunks(seg, client);
 }
 
+/* Half of the memory is free beyond what was promised, and half of what the client may have. Pages that are put now
+ * need not be compressed; when that has changed, they are (evict.c). Half, because then what is loose fits into the other
+ * half once it is compressed, and nothing is evicted that would not have been. */
+bool memory_is_plentiful(struct tm_segment *seg, uint32_t client)
+{
+    uint64_t cap = atomic_load_explicit(&seg->clients[client].cap_bytes, memory_order_relaxed);
+    uint32_t limit = chunk_limit(seg, false);
+    return chunks_available(seg, limit) >= limit / 2 + promised_chunks(seg, client)
+           && (!cap || client_bytes(seg, client) < (int64_t)(cap / 2));
+}
+
 /* What all clients below their floors are still to get, and in `*evictable` the chunks that can be had for them. */
 static struct promise promises(struct tm_segment *seg, uint64_t *evictable)
 {

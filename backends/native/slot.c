@@ -230,7 +230,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
             return refuse(ctx, pool, slot, keep);
         }
         KP(44);
-        block_write(block_at(seg, block), number_of(seg, slot), what->length, what->payload);
+        block_write(block_at(seg, block), number_of(seg, slot), what->kind, what->length, what->payload);
         KP(45);
         what->value = block;
         old = atomic_load_explicit(slot, memory_order_acquire);
@@ -267,6 +267,22 @@ bool refuses_puts(const struct tm_ctx *ctx)
     return mode_of(ctx->seg, ctx->client) != MODE_ON || phase_of(ctx->seg, ctx->client) >= PHASE_FROZEN;
 }
 
+/* What the page is stored as, by what its client is set to and how much memory there is. */
+static void encode(struct tm_ctx *ctx, uint32_t pool, const uint8_t *page, struct content *what)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t codec = atomic_load_explicit(&seg->clients[ctx->client].codec, memory_order_relaxed);
+    what->length = TM_PAGE;
+    what->kind = BLOCK_RAW;
+    what->payload = page;
+    if (codec == CODEC_AUTO && !seg->pools[pool].persistent && memory_is_plentiful(seg, ctx->payer)) {
+        what->kind = BLOCK_LOOSE;
+    } else if (codec != CODEC_NONE && (what->length = codec_compress(ctx, page, ctx->scratch)) < TM_PAGE) {
+        what->kind = BLOCK_LZ4;
+        what->payload = ctx->scratch;
+    }
+}
+
 int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *page, enum keep keep,
              const uint64_t *expected)
 {
@@ -280,9 +296,8 @@ int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *pag
     if (!what.fill) {
         prefetch_old(ctx->seg, slot);
         uint64_t began = ctx->began_ns ? timing_now() : 0;
-        what.length = codec_compress(ctx, page);
-        what.payload = what.length == TM_PAGE ? page : ctx->scratch;
-        if (began)
+        encode(ctx, pool, page, &what);
+        if (began && what.kind != BLOCK_LOOSE)
             timing_add(ctx->seg, T_COMPRESS, timing_now() - began);
     }
     return slot_store(ctx, pool, slot, &what, keep, expected);

@@ -155,6 +155,8 @@ struct tm_super {
     _Atomic uint64_t relocated;         /* pages moved to free a chunk */
     _Atomic uint64_t compacted;         /* chunks freed so */
     _Atomic uint64_t shrinks;           /* times that the limit was lowered */
+    _Atomic uint64_t squeezed;          /* loose pages compressed after all */
+    _Atomic uint64_t squeezed_bytes;    /* memory that this saved */
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing {
         _Atomic uint64_t samples, total_ns, least_ns, most_ns;
@@ -171,7 +173,8 @@ enum { QUEUE_PROBATION, QUEUE_MAIN };
 
 enum { MODE_ON, MODE_FROZEN, MODE_OFF };
 enum { PHASE_NONE, PHASE_COPYING, PHASE_FROZEN, PHASE_DEPARTED }; /* of a handoff */
-enum { CODEC_LZ4, CODEC_NONE };
+/* Of a client: LZ4, nothing, or what suits: ephemeral pages raw as long as there is memory in plenty, else LZ4. */
+enum { CODEC_LZ4, CODEC_NONE, CODEC_AUTO };
 enum { FREE, LIVE, DYING, STAGED }; /* states of clients and pools; STAGED clients are seen by their maker only */
 
 /* A client, and behind those the accounts of the shared pools, of which only the sums and queues are used. */
@@ -277,11 +280,14 @@ struct tm_chunk {
 #define QUEUE_TIME (QUEUED - 1)
 
 struct tm_block { /* header of a block; the payload follows */
-    _Atomic uint64_t word; /* slot number 40, payload length 13, raw 1, codec 2, spare 8 */
+    _Atomic uint64_t word; /* slot number 40, payload length 13, kind 3, spare 8 */
     _Atomic uint32_t stamp;
     uint32_t checksum;
 };
 #define TM_HEADER ((uint32_t)sizeof(struct tm_block))
+/* What the payload is. LOOSE: the page itself, only because there was memory in plenty; it is compressed before
+ * anything is evicted for want of that. */
+enum block_kind { BLOCK_LZ4, BLOCK_RAW, BLOCK_LOOSE };
 
 /* The slot that a block's header word names, and whether a slot's word refers to a block. */
 static inline uint64_t header_slot(uint64_t word) { return word & ((UINT64_C(1) << 40) - 1); }
@@ -352,6 +358,9 @@ struct tm_ctx {
     _Alignas(16) uint8_t lz4[16416];
     _Alignas(64) uint8_t scratch[TM_SCRATCH];
     _Alignas(64) uint8_t page[TM_PAGE];
+    /* Of whom moves pages, while the others hold what a put brings. */
+    _Alignas(64) uint8_t moved[TM_PAGE];
+    _Alignas(64) uint8_t packed[TM_SCRATCH];
 };
 
 struct tm_handle { /* a pool as an operation names it */
@@ -431,11 +440,12 @@ uint64_t checksum_wide(const uint8_t *data, size_t length);
 /* codec.c */
 bool codec_fill(const uint8_t *page, uint64_t *value); /* same-filled, and the word fits a slot */
 void codec_expand(uint64_t value, uint8_t *page);
-uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page); /* length in ctx->scratch, TM_PAGE if raw */
+uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to); /* length; TM_PAGE: it does not pay */
 uint64_t codec_checksum(const uint8_t *data, size_t length); /* XXH3, 64 bits */
-void block_write(struct tm_block *b, uint64_t slot, uint32_t length, const uint8_t *payload);
+void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32_t length, const uint8_t *payload);
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp);
 uint32_t block_length(uint64_t word);
+enum block_kind block_kind(uint64_t word);
 bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
 
 /* index.c */
@@ -481,6 +491,7 @@ int64_t tm_import(const struct tm_handle *h, const uint8_t *records, size_t size
 struct content { /* what a put stores: a fill value, or `length` bytes of payload */
     bool fill;
     uint64_t value;
+    enum block_kind kind;
     uint32_t length;
     const uint8_t *payload;
 };
@@ -537,6 +548,7 @@ int victim(struct tm_segment *seg, int asker);              /* the account to ev
 int fullest_account(struct tm_segment *seg, uint32_t client);
 uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker); /* to other clients than that one */
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes); /* no promise would be broken */
+bool memory_is_plentiful(struct tm_segment *seg, uint32_t client); /* for it: pages may stay as they are */
 bool floors_fit(struct tm_segment *seg, uint32_t limit); /* under the chunk lock: could all floors be claimed now? */
 uint32_t least_limit(struct tm_segment *seg); /* under the chunk lock: what persistent pages and floors need */
 bool below_floor(struct tm_segment *seg, uint32_t client);

@@ -57,7 +57,7 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
                    && TM_HEADER + length <= most
                    && b->checksum == block_checksum(b, header, atomic_load(&b->stamp));
             if (good)
-                emit(to, oid, (uint32_t)e->index, length == TM_PAGE ? KIND_RAW : KIND_LZ4, b + 1, length);
+                emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1, length);
         } else {
             return TM_OK;
         }
@@ -156,7 +156,7 @@ static size_t parse(const uint8_t *p, size_t left, struct record *r)
 
 static int import_one(struct tm_ctx *ctx, const struct record *r, struct cursor *cur)
 {
-    struct content what = {.length = r->length, .payload = r->data};
+    struct content what = {.kind = r->kind == KIND_RAW ? BLOCK_RAW : BLOCK_LZ4, .length = r->length, .payload = r->data};
     if (r->kind == KIND_ABSENT) {
         *cur = (struct cursor){0};
         cursor_find(ctx->seg, ctx->pool, r->oid, r->index, cur);

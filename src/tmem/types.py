@@ -14,7 +14,7 @@ OID_SIZE = 24
 MAX_INDEX = 2**32 - 1
 """The largest page index within an object."""
 
-CODECS = ("lz4", "none")
+CODECS = ("auto", "lz4", "none")
 """How pages can be compressed."""
 
 MOST_WEIGHT = 65535

@@ -129,7 +129,7 @@ class ControlMachine(StoreMachine):
         self.oracle.clients[self.name(who)].weight = weight
 
     @precondition(StoreMachine.some_client)
-    @rule(at=numbers, who=numbers, compress=st.sampled_from(("lz4", "none")))
+    @rule(at=numbers, who=numbers, compress=st.sampled_from(("auto", "lz4", "none")))
     def set_compress(self, at: int, who: int, compress: str) -> None:
         self.place(at).do(op.set_compress, self.name(who), compress)
         self.oracle.clients[self.name(who)].compress = compress

@@ -215,7 +215,7 @@ class ClientModel:
     cap_bytes: int = 0
     floor_bytes: int = 0
     weight: int = 100
-    compress: str = "lz4"
+    compress: str = "auto"
     mode: str = "on"
     phase: str = "none"
     authorised: set[bytes] = field(default_factory=set)

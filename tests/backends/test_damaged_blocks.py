@@ -41,8 +41,10 @@ def locate(path: Path, content: bytes) -> int:
         return found
 
 
-def small_pool(segment: _native.Segment, persistent: bool) -> _native.Pool:
-    return segment.client("a").new_pool(persistent, exclusive=False)
+def small_pool(segment: _native.Segment, persistent: bool, compress: str = "lz4") -> _native.Pool:
+    client = segment.client("a")
+    client.compress = compress
+    return client.new_pool(persistent, exclusive=False)
 
 
 def places(kind: str, path: Path) -> list[int]:
@@ -73,10 +75,10 @@ def test_flipped_bits_of_a_persistent_block(segment: _native.Segment, kind: str)
     assert segment.check() == []
 
 
-@pytest.mark.parametrize("kind", ["random", "text"])
-def test_flipped_bits_of_an_ephemeral_block(segment: _native.Segment, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "compress"), [("random", "lz4"), ("text", "lz4"), ("random", "auto")])
+def test_flipped_bits_of_an_ephemeral_block(segment: _native.Segment, kind: str, compress: str) -> None:
     """A miss, for ever; the block is free again."""
-    pool = small_pool(segment, persistent=False)
+    pool = small_pool(segment, False, compress)
     assert pool.put(OBJECT, 0, page(kind, 0)) == 1
     buffer = bytearray(PAGE_SIZE)
     flips = 0

@@ -228,7 +228,7 @@ def test_a_restricted_sharer_restricts_nobody_else(small: _native.Segment, clien
 def test_uncompressed_pages(client: _native.Client) -> None:
     """From now on, whatever they are; those of one repeated word need no memory either way."""
     pool = client.new_pool(persistent=True)
-    assert client.compress == "lz4"
+    assert client.compress == "auto"
     assert pool.put(OBJECT, 0, b"".join(pages("text", 0, 20))) == 20
     client.compress = "none"
     assert client.compress == "none"
@@ -252,5 +252,5 @@ def test_what_a_client_is_set_to_stays_with_it(small: _native.Segment, client: _
     assert seen == (1 << 20, 0, 7, "none", "frozen", "none", [UUID])
     client.destroy()
     small.client("guest")
-    assert op.settings(small, "guest") == (0, 0, 100, "lz4", "on", "none", [])
+    assert op.settings(small, "guest") == (0, 0, 100, "auto", "on", "none", [])
     assert Where("guest", 0) not in [Where(c.name, p.id) for c in small.clients() for p in c.pools()]

@@ -45,7 +45,7 @@ def test_json_carries_every_counter(filled: "_native.Segment", capsys: pytest.Ca
     for name, value in {
         "mode": "on",
         "phase": "none",
-        "compress": "lz4",
+        "compress": "auto",
         "weight": 100,
         "cap_bytes": 0,
         "floor_bytes": 0,

@@ -23,13 +23,13 @@ def values(client: "_native.Client") -> tuple[int, int, int, str]:
 
 def test_every_value(segment: "_native.Segment") -> None:
     client = segment.client("one")
-    assert values(client) == (100, 0, 0, "lz4")
+    assert values(client) == (100, 0, 0, "auto")
     assert run(["set", "one", "--weight", "7", "--cap", "8M", "--floor", "4M", "--compress", "none"]) == 0
     assert values(client) == (7, 8 * MIB, 4 * MIB, "none")
     assert run(["set", "one", "--weight", "0"]) == 0
     assert values(client) == (0, 8 * MIB, 4 * MIB, "none")
-    assert run(["set", "one", "--cap", "0", "--floor", "0", "--compress", "lz4"]) == 0
-    assert values(client) == (0, 0, 0, "lz4")
+    assert run(["set", "one", "--cap", "0", "--floor", "0", "--compress", "auto"]) == 0
+    assert values(client) == (0, 0, 0, "auto")
 
 
 def test_values_are_in_force(segment: "_native.Segment") -> None:

@@ -79,7 +79,7 @@ def test_no_files_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("[mount]\noptions = 'ro'\n", 2, "a list of options"),
         ("[mount]\noptions = [\n  'ro',\n  7,\n]\n", 2, "mount.options cannot be"),
         ("[client.web1]\nwieght = 3\n", 2, "did you mean 'weight'?"),
-        ("[client.web1]\ncompress = 'zip'\n", 2, 'one of "lz4"'),
+        ("[client.web1]\ncompress = 'zip'\n", 2, 'one of "auto"'),
         ("[client]\nweight = 3\n", 2, "client.weight is a table"),
         ("\n[client.'a/b']\nweight = 3\n", 2, "'a/b' is no client name"),
         ("[client.'*']\nweight = 3\n", 1, "'*' is no client name"),

@@ -106,7 +106,7 @@ static void compact_and_reuse(struct world *w)
     tm_flush(&w->pool, oid, 1, RAW_PER_CHUNK - 1); /* one page stays in the first chunk, three in the others */
     tm_flush(&w->pool, oid, RAW_PER_CHUNK + 3, RAW_PER_CHUNK - 3);
     tm_flush(&w->pool, oid, 2 * RAW_PER_CHUNK + 3, RAW_PER_CHUNK - 3);
-    put_sized(&w->ephemeral, 0, 20); /* its index exists, and takes no chunk any more */
+    put_sized(&w->ephemeral, 0, 0); /* its index exists, and takes no chunk any more */
     pid_t mover = start(0, compact_one, 52, 0);
     at_point(0);
     tm_flush(&w->pool, oid, 0, 1);

@@ -155,7 +155,7 @@ KEYS = (
         "What nobody else may take from it. This file never lowers it.",
         '"256M"',
     ),
-    Key("client.NAME", "compress", _one_of(CODECS), "How its pages are compressed from then on.", '"lz4"'),
+    Key("client.NAME", "compress", _one_of(CODECS), "How its pages are compressed from then on.", '"auto"'),
     Key("client.NAME.swap", "size", SIZE, "Size of its swap device.", '"4G"'),
     Key("client.NAME.swap", "attach", YES, "Attach it here as a block device, and swap to it.", "false"),
     Key("client.NAME.swap", "reserve", YES, "As in [swap], for this device.", "true"),
