@@ -17,7 +17,7 @@ setup(
             depends=sorted(str(path) for path in NATIVE.glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],
             extra_compile_args=["-std=c11", "-O2", "-g", "-Wall", *STRICT],
-            libraries=["lz4", "pthread"],
+            libraries=["lz4", "zstd", "pthread"],
             py_limited_api=True,
         )
     ],

@@ -72,7 +72,7 @@ class Segment:
 
     def timing(self) -> dict[str, tuple[int, int, int, int]]:
         """The fields of `tmem.backends.statistics.Timing` for "put_stored", "put_refused", "get_hit",
-        "get_missed", "flush", "flush_object", "compress" and "decompress"."""
+        "get_missed", "flush", "flush_object", "compress", "decompress" and "expand" (of condensed pages)."""
 
     def check(self) -> list[str]:
         """Check every invariant; one line per violation, [] when sound. Exact only while nobody works."""
@@ -124,6 +124,28 @@ class Segment:
     def occupied(self) -> tuple[int, int, int]:
         """`used_bytes`, `reserve_bytes` and `hole_bytes` of the statistics, for who asks a hundred times a
         second."""
+
+    @property
+    def condense_percent(self) -> int:
+        """How much of one CPU the manager may spend on storing cold pages smaller; 0: none. Settable."""
+    @condense_percent.setter
+    def condense_percent(self, value: int) -> None: ...
+    def condense(
+        self,
+        first: int,
+        most_ns: int,
+        *,
+        persistent: bool = False,
+        ephemeral: bool = False,
+        loose: bool = False,
+        warm: bool = False,
+    ) -> tuple[int, int]:
+        """Store pages smaller that were not put or got between the last two visits, from chunk `first` on.
+
+        Those of persistent or ephemeral pools, and of loose pages all; with `warm` whatever was put and got.
+        Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, and the
+        CPU time spent. Releases the GIL.
+        """
 
     def close(self) -> None:
         """Detach. Objects that came from this mapping raise SegmentError from then on."""

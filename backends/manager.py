@@ -2,10 +2,11 @@
 
 Every second it repairs what dead threads left, refills the reserve of backed memory, moves pages together
 where many were freed, and gives back what is free beyond the reserve; it keeps the segment as large as the
-machine can spare (`resizing`) and the servers running, and answers on the control socket, to its own user and
-root only. It is not in the data path: while it is down, puts, gets and flushes go on, and the servers that it
-started stay. One manager per segment, held by a lock file. Threading: one trio run; calls of the core that
-may take long run in worker threads. The protocol stands in `service`.
+machine can spare (`resizing`), stores cold pages smaller (`condensing`), keeps the servers running, and
+answers on the control socket, to its own user and root only. It is not in the data path: while it is down,
+puts, gets and flushes go on, and the servers that it started stay. One manager per segment, held by a lock
+file. Threading: one trio run; calls of the core that may take long run in worker threads. The protocol stands
+in `service`.
 """
 
 import fcntl
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tmem.backends import locking, notify
+from tmem.backends.condensing import Condenser
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.resizing import Resizer
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
@@ -121,6 +123,7 @@ class _Manager:
         self._reserve = Reserve(segment.memory_bytes)
         self._settler = Settler(settings)
         self._resizer = Resizer(segment, lambda: self._reserve.size_bytes, self._is_local)
+        self._condenser = Condenser(segment)
         self._since_ns = time.monotonic_ns()
         self._scope = trio.CancelScope()
         self._complaint = ""
@@ -146,6 +149,7 @@ class _Manager:
                 nursery.start_soon(self._follow_signals, signals)
                 nursery.start_soon(self._keep_house)
                 nursery.start_soon(self._resizer.run)
+                nursery.start_soon(self._condense)
                 with trio.socket.socket(trio.socket.AF_UNIX) as listening:
                     with socket_address(control) as address:
                         await listening.bind(address)
@@ -177,6 +181,15 @@ class _Manager:
                     _log.warning("housekeeping: %s", error)
                 self._complaint = str(error)
             await trio.sleep(HURRY_S if self._reserve.follow(added) else PERIOD_S)
+
+    async def _condense(self) -> None:
+        while True:
+            await trio.sleep(PERIOD_S)
+            try:
+                await trio.to_thread.run_sync(self._condenser.step)
+            except (TmemError, MemoryError) as error:  # the segment is ending, as `_keep_house` finds
+                _log.info("cold pages: %s", error)
+                await trio.sleep(10 * PERIOD_S)
 
     async def _tend(self) -> int:
         """Do one round; return the bytes that had to be populated."""

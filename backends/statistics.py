@@ -103,6 +103,14 @@ class SegmentStatistics(_Statistics):
     """Pages that were stored as they are while there was memory in plenty, and compressed when it ran out."""
     squeezed_bytes: int
     """Memory that this saved."""
+    condensed_pages: int
+    """Pages that were stored smaller because nobody had asked for them in a while."""
+    condensed_bytes: int
+    """Memory that this saved."""
+    restored_pages: int
+    """Of those, pages that were asked for again and stored as before."""
+    condensing_ns: int
+    """CPU time of all this, loose pages in the background included."""
     chunks_total: int
     """Chunks that the segment is divided into."""
     chunks_used: int

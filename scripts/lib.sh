@@ -13,7 +13,7 @@ die() {
 
 # Needed to build and run, and to test as well. nbdfuse is a package of its own in later releases.
 # shellcheck disable=SC2034 # used by those who source this
-run_packages=(fio fuse3 gcc libc6-dev libfuse3-dev liblz4-dev libnbd-bin libxxhash-dev mount nbdkit
+run_packages=(fio fuse3 gcc libc6-dev libfuse3-dev liblz4-dev libnbd-bin libxxhash-dev libzstd-dev mount nbdkit
     nbdkit-plugin-python pkg-config procps python3 python3-dev python3-libnbd python3-venv util-linux)
 # The second line is what guests need: see tests/guest.
 # shellcheck disable=SC2034
@@ -21,7 +21,7 @@ test_packages=(acl attr bindfs e2fsprogs
     busybox-static kmod nbd-client qemu-system-x86 '?user-mode-linux')
 # What is measured beside ours, besides bindfs.
 # shellcheck disable=SC2034
-bench_packages=(git mergerfs)
+bench_packages=(git mergerfs redis-server)
 
 # packages NAME...: installs what is missing, touching the network only then. ?NAME is left out where there is none.
 packages() {

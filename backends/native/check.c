@@ -8,6 +8,7 @@
 
 struct report {
     struct tm_segment *seg;
+    struct tm_ctx *ctx;
     void (*say)(void *arg, const char *line);
     void *arg;
     uint8_t *seen; /* one bit per 128 bytes of the file: meta units that something refers to */
@@ -97,6 +98,8 @@ static void check_block(struct report *r, uint64_t block)
     }
     if (block_length(word) > TM_PAGE || b->checksum != block_checksum(b, word, atomic_load(&b->stamp)))
         say(r, "I3: block %llu of pool %d fails its checksum", (unsigned long long)block, pool);
+    else if (!block_read(r->ctx, b, number, seg->size - block * 16, r->ctx->page))
+        say(r, "I3: block %llu of pool %d passes its checksum and cannot be decoded", (unsigned long long)block, pool);
     if (seg->pools[pool].persistent != (seg->chunks[chunk_of(seg, block * 16)].bin < BIN_OBJECT))
         say(r, "I3: block %llu is in a bin of the wrong kind", (unsigned long long)block);
 }
@@ -285,7 +288,7 @@ static void check_sums(struct report *r, const struct sums *sums)
 
 void tm_check(struct tm_ctx *ctx, void (*report)(void *arg, const char *line), void *arg)
 {
-    struct report r = {ctx->seg, report, arg, calloc(1, ctx->seg->size / 128 / 8 + 1)};
+    struct report r = {ctx->seg, ctx, report, arg, calloc(1, ctx->seg->size / 128 / 8 + 1)};
     struct sums *sums = calloc(TM_MAX_POOLS, sizeof *sums);
     if (!r.seen || !sums) {
         say(&r, "no memory for the check");

@@ -217,6 +217,8 @@ uint32_t chunks_available(struct tm_segment *seg, uint32_t limit)
 /* How many chunks must stay free for others when `ctx` takes one. */
 static uint32_t kept_for_others(struct tm_ctx *ctx, enum alloc how)
 {
+    if (how == ALLOC_SPARE) /* more comes back, and what was promised is found by compaction meanwhile */
+        return chunks_kept(ctx->seg) / 2;
     return how == ALLOC_RESERVE ? 0 : chunks_kept(ctx->seg) + promised_chunks(ctx->seg, ctx->payer);
 }
 
@@ -264,7 +266,7 @@ uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
             note_drains(seg, tries);
         if (c)
             return c;
-        if (how == ALLOC_RESERVE)
+        if (how != ALLOC_NORMAL)
             return 0;
         bool some = evict_chunk(ctx, -1, tries >= SOFT);
         /* Also if there is only something to evict that cannot be, because somebody is stopped at it. */

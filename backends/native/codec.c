@@ -1,4 +1,9 @@
-/* From a page to what is stored and back: a same-filled word in the slot, an LZ4 block, or the page as it is. */
+/* From a page to what is stored and back: a same-filled word in the slot, an LZ4 block, the page as it is, or what the
+ * background pass makes of pages that nobody asked for in a while, a zstd frame without its magic number.
+ *
+ * zstd at level 3: on 144,000 anonymous pages of programs 1.66 times LZ4's ratio after rounding to size classes, for 13
+ * to 21 us a page, and 5 to 8 us to expand one. Level 6 gives 1.71 for 30 to 55 us; see docs/design.md for
+ * dictionaries. */
 #include "tm.h"
 
 #define XXH_INLINE_ALL
@@ -6,6 +11,7 @@
 
 #include <lz4.h>
 #include <string.h>
+#include <zstd.h>
 
 /* Fill values have 36 bits: with bit 35 a 64-bit word below 2^35, without it a 32-bit pattern. */
 #define FILL_WIDE (UINT64_C(1) << 35)
@@ -48,6 +54,48 @@ uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
     return n > 0 ? (uint32_t)n : TM_PAGE;
 }
 
+enum { MAGIC = 4, LEVEL = 3 };
+static const uint8_t magic[MAGIC] = {0x28, 0xb5, 0x2f, 0xfd};
+
+uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
+{
+    uint8_t frame[TM_SCRATCH];
+    if (!ctx->condenser && !(ctx->condenser = ZSTD_createCCtx()))
+        return TM_PAGE;
+    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_compressionLevel, LEVEL);
+    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_contentSizeFlag, 0);
+    size_t n = ZSTD_compress2(ctx->condenser, frame, TM_PAGE - TM_STRIDE_STEP + MAGIC, page, TM_PAGE);
+    if (ZSTD_isError(n) || memcmp(frame, magic, MAGIC) != 0)
+        return TM_PAGE;
+    memcpy(to, frame + MAGIC, n - MAGIC);
+    return (uint32_t)n - MAGIC;
+}
+
+static bool expand(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *page)
+{
+    uint8_t frame[TM_SCRATCH];
+    memcpy(frame, magic, MAGIC);
+    memcpy(frame + MAGIC, payload, length); /* at most a page: the caller has looked */
+    return ZSTD_decompressDCtx(ctx->expander, page, TM_PAGE, frame, MAGIC + length) == TM_PAGE;
+}
+
+void *codec_expander(void)
+{
+    ZSTD_DCtx *made = ZSTD_createDCtx();
+    /* Backed now: a swap-in must not wait for memory. */
+    for (size_t i = 0, size = made ? ZSTD_sizeof_DCtx(made) : 0; i < size; i += TM_PAGE) {
+        volatile uint8_t *byte = (volatile uint8_t *)made + i;
+        *byte = *byte;
+    }
+    return made;
+}
+
+void codec_free(struct tm_ctx *ctx)
+{
+    ZSTD_freeDCtx(ctx->expander);
+    ZSTD_freeCCtx(ctx->condenser);
+}
+
 static uint64_t checksum_plain(const uint8_t *data, size_t length) { return XXH3_64bits(data, length); }
 
 static uint64_t (*hash)(const uint8_t *data, size_t length) = checksum_plain;
@@ -88,7 +136,7 @@ void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32
     atomic_store_explicit(&b->word, word, memory_order_release);
 }
 
-bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page)
+bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page)
 {
     uint64_t word = atomic_load_explicit(&b->word, memory_order_acquire);
     uint32_t stamp = atomic_load_explicit(&b->stamp, memory_order_relaxed);
@@ -107,6 +155,8 @@ bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t 
     case BLOCK_LOOSE:
         memcpy(page, payload, TM_PAGE);
         return length == TM_PAGE;
+    case BLOCK_ZSTD:
+        return expand(ctx, payload, length, page);
     }
     return false;
 }

@@ -65,4 +65,7 @@ static inline uint64_t size_of(const struct tm_segment *seg, uint32_t chunks)
 
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 
+/* py_client.c: a whole number of 0 to `most`, else an error that names it */
+bool number_of(PyObject *value, const char *name, unsigned long long most, uint64_t *out);
+
 #endif

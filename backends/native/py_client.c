@@ -64,7 +64,7 @@ static bool ready(ClientObject *self, struct tm_client **c, struct tm_ctx **ctx)
 }
 
 /* A number from 0 to `most` for attribute `name`; false with an exception. */
-static bool number_of(PyObject *value, const char *name, unsigned long long most, uint64_t *out)
+bool number_of(PyObject *value, const char *name, unsigned long long most, uint64_t *out)
 {
     if (!value) {
         PyErr_Format(PyExc_AttributeError, "%s cannot be deleted; set it to 0", name);

@@ -319,6 +319,10 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"shrinks", (int64_t)super->shrinks},
         {"squeezed_pages", (int64_t)super->squeezed},
         {"squeezed_bytes", (int64_t)super->squeezed_bytes},
+        {"condensed_pages", (int64_t)super->condensed},
+        {"condensed_bytes", (int64_t)super->condensed_bytes},
+        {"restored_pages", (int64_t)super->restored},
+        {"condensing_ns", (int64_t)super->condensing_ns},
         {"chunks_total", seg->nchunks},
         {"chunks_used", nused},
         {"chunks_used_max", (int64_t)super->most[MOST_CHUNKS]},
@@ -334,15 +338,15 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
 
 static PyObject *timing(SegmentObject *self, PyObject *unused)
 {
-    static const char *const names[8] = {
+    static const char *const names[9] = {
         [T_STORED] = "put_stored", [T_REFUSED] = "put_refused", [T_HIT] = "get_hit",
         [T_MISSED] = "get_missed", [T_FLUSH] = "flush", [T_FLUSH_OBJECT] = "flush_object",
-        [T_COMPRESS] = "compress", [T_DECOMPRESS] = "decompress",
+        [T_COMPRESS] = "compress", [T_DECOMPRESS] = "decompress", [T_EXPAND] = "expand",
     };
     struct tm_segment *seg = segment_of(self);
     PyObject *dict = seg ? PyDict_New() : NULL;
     (void)unused;
-    for (unsigned i = 0; dict && i < 8; i++) {
+    for (unsigned i = 0; dict && i < 9; i++) {
         const struct tm_timing *t = &seg->super->timing[i];
         PyObject *item = Py_BuildValue("(KKKK)", (unsigned long long)t->samples, (unsigned long long)t->total_ns,
                                        (unsigned long long)t->least_ns, (unsigned long long)t->most_ns);
@@ -418,6 +422,45 @@ static PyObject *trim(SegmentObject *self, PyObject *arg) { return with_bytes(se
 static uint64_t evict_any(struct tm_ctx *ctx, uint64_t bytes) { return tm_evict(ctx, -1, bytes, false); }
 static PyObject *evict(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, evict_any); }
 
+static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"first", "most_ns", "persistent", "ephemeral", "loose", "warm", NULL};
+    unsigned int first, what;
+    int persistent = 0, ephemeral = 0, loose = 0, warm = 0;
+    unsigned long long most_ns;
+    uint64_t spent_ns = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$pppp", names, &first, &most_ns, &persistent, &ephemeral, &loose,
+                                     &warm))
+        return NULL;
+    what = (persistent ? CONDENSE_PERSISTENT : 0u) | (ephemeral ? CONDENSE_EPHEMERAL : 0u)
+           | (loose ? CONDENSE_LOOSE : 0u) | (warm ? CONDENSE_ALL : 0u);
+    struct tm_ctx *ctx = context_of(self);
+    if (!ctx)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    first = tm_condense(ctx, first, most_ns, what, &spent_ns);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+}
+
+static PyObject *get_condense_percent(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    return seg ? PyLong_FromUnsignedLong(atomic_load(&seg->super->condense_percent)) : NULL;
+}
+
+static int set_condense_percent(SegmentObject *self, PyObject *value, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    uint64_t percent;
+    (void)unused;
+    if (!seg || !number_of(value, "condense_percent", 100, &percent))
+        return -1;
+    atomic_store(&seg->super->condense_percent, (uint32_t)percent);
+    return 0;
+}
+
 static PyMethodDef segment_methods[] = {
     {"client", (PyCFunction)(void (*)(void))client, METH_VARARGS | METH_KEYWORDS, NULL},
     {"clients", (PyCFunction)clients, METH_NOARGS, NULL},
@@ -431,6 +474,7 @@ static PyMethodDef segment_methods[] = {
     {"populate", (PyCFunction)populate, METH_O, NULL},
     {"trim", (PyCFunction)trim, METH_O, NULL},
     {"evict", (PyCFunction)evict, METH_O, NULL},
+    {"condense", (PyCFunction)(void (*)(void))condense, METH_VARARGS | METH_KEYWORDS, NULL},
     {"set_limits", (PyCFunction)segment_set_limits, METH_VARARGS, NULL},
     {"size_within", (PyCFunction)segment_size_within, METH_VARARGS, NULL},
     {"shrink", (PyCFunction)(void (*)(void))segment_shrink, METH_VARARGS | METH_KEYWORDS, NULL},
@@ -445,6 +489,7 @@ static PyGetSetDef segment_getset[] = {
     {"occupied", (getter)segment_occupied, NULL, NULL, NULL},
     {"size_range", (getter)segment_size_range, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
+    {"condense_percent", (getter)get_condense_percent, (setter)set_condense_percent, NULL, NULL},
     {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -53,6 +53,7 @@ static bool geometry(struct tm_super *s, uint64_t memory_bytes)
     s->off_buckets = take(&end, sizeof(uint32_t) * s->nbuckets);
     s->off_states = take(&end, n);
     s->off_descs = take(&end, sizeof(struct tm_chunk) * n);
+    s->off_touched = take(&end, sizeof(struct tm_touched) * n);
     s->off_data = align(end, TM_CHUNK);
     if (s->off_data + 32 * TM_CHUNK > memory_bytes)
         return false;
@@ -89,6 +90,7 @@ static struct tm_segment *map(int fd, const char *path, const struct tm_super *s
     seg->buckets = at(seg, s->off_buckets);
     seg->states = at(seg, s->off_states);
     seg->chunks = at(seg, s->off_descs);
+    seg->touched = at(seg, s->off_touched);
     seg->data_offset = s->off_data;
     seg->nchunks = s->nchunks;
     seg->id = atomic_fetch_add(&next_id, 1);
@@ -108,6 +110,7 @@ static void initialise(struct tm_segment *seg)
         bin_ready(seg, bin);
     seg->super->limit = seg->super->persistent_limit = seg->nchunks;
     seg->super->size_least = seg->super->size_most = seg->nchunks;
+    atomic_store(&seg->super->condense_percent, 5);
     atomic_store(&seg->super->alive, 1);
 }
 
@@ -213,6 +216,7 @@ void tm_close(struct tm_segment *seg)
         munmap(seg->base, seg->size);
         close(seg->fd);
         free(seg->path);
+        free(seg->vain);
         free(seg);
     }
 }

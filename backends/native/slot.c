@@ -244,6 +244,8 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
         bool had = slot_stored(old);
         uint64_t next = slot_next(old, what->fill ? SLOT_FILL : SLOT_BLOCK, what->value);
         if (slot_replace(ctx, pool, slot, &old, next | carried(seg, pool, old))) {
+            if (block)
+                note_touched(seg, block);
             count(seg, pool, C_STORED, 1);
             if (had)
                 count(seg, pool, C_REPLACED, 1);
@@ -314,6 +316,11 @@ static void touch(struct tm_segment *seg, slot_t *slot, uint64_t word)
                                                 memory_order_relaxed);
 }
 
+static bool is_condensed(struct tm_segment *seg, uint64_t block)
+{
+    return block_kind(atomic_load_explicit(&block_at(seg, block)->word, memory_order_relaxed)) == BLOCK_ZSTD;
+}
+
 int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uint64_t *seen)
 {
     struct tm_segment *seg = ctx->seg;
@@ -330,9 +337,9 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
         } else {
             uint64_t block = word & SLOT_VALUE, began = ctx->began_ns ? timing_now() : 0;
             good = in_data(seg, block * 16)
-                   && block_read(block_at(seg, block), number_of(seg, slot), seg->size - block * 16, page);
+                   && block_read(ctx, block_at(seg, block), number_of(seg, slot), seg->size - block * 16, page);
             if (began)
-                timing_add(seg, T_DECOMPRESS, timing_now() - began);
+                timing_add(seg, good && is_condensed(seg, block) ? T_EXPAND : T_DECOMPRESS, timing_now() - began);
             atomic_thread_fence(memory_order_acquire);
             uint64_t now = atomic_load_explicit(slot, memory_order_relaxed);
             if (((now ^ word) & ~SLOT_FREQ) && !MUTANT(6))
@@ -340,6 +347,8 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
             word = now;
         }
         if (good && !p->exclusive) {
+            if (slot_type(word) == SLOT_BLOCK)
+                note_touched(seg, word & SLOT_VALUE);
             if (!p->persistent)
                 touch(seg, slot, word);
             return TM_OK;

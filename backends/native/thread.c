@@ -26,6 +26,7 @@ static void forget(struct tm_ctx *ctx)
         lock_drop(&ctx->rec->life);
         atomic_fetch_sub(&ctx->seg->users, 1);
     }
+    codec_free(ctx);
     free(ctx);
 }
 
@@ -107,9 +108,15 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->client = ctx->payer = TM_MAX_CLIENTS;
     ctx->began_ns = 0;
     ctx->rec = NULL;
+    ctx->condenser = NULL;
+    if (!(ctx->expander = codec_expander())) {
+        free(ctx);
+        return NULL;
+    }
     ctx->index = TM_MAX_THREADS; /* while repairing: nobody's */
     struct tm_thread *rec = claim(ctx, &ctx->index);
     if (!rec) {
+        codec_free(ctx);
         free(ctx);
         return NULL;
     }

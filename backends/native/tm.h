@@ -114,6 +114,7 @@ struct tm_super {
     uint64_t off_buckets;
     uint64_t off_states;
     uint64_t off_descs;
+    uint64_t off_touched;
     uint64_t off_data;
     uint32_t nbuckets; /* power of two */
     uint32_t nchunks;
@@ -157,13 +158,18 @@ struct tm_super {
     _Atomic uint64_t shrinks;           /* times that the limit was lowered */
     _Atomic uint64_t squeezed;          /* loose pages compressed after all */
     _Atomic uint64_t squeezed_bytes;    /* memory that this saved */
+    _Atomic uint64_t condensed;         /* cold pages stored smaller by the background pass */
+    _Atomic uint64_t condensed_bytes;   /* memory that this saved */
+    _Atomic uint64_t restored;          /* of those, pages that were hit again and stored as before */
+    _Atomic uint64_t condensing_ns;     /* CPU time of the pass */
+    _Atomic uint32_t condense_percent;  /* of one CPU that the manager may spend on it */
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing {
         _Atomic uint64_t samples, total_ns, least_ns, most_ns;
-    } timing[8];
+    } timing[9];
 };
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
-enum { T_STORED, T_REFUSED, T_HIT, T_MISSED, T_FLUSH, T_FLUSH_OBJECT, T_COMPRESS, T_DECOMPRESS };
+enum { T_STORED, T_REFUSED, T_HIT, T_MISSED, T_FLUSH, T_FLUSH_OBJECT, T_COMPRESS, T_DECOMPRESS, T_EXPAND };
 
 struct tm_queue { /* a client's ephemeral chunks, oldest first */
     uint32_t head, tail; /* 1-based */
@@ -279,6 +285,13 @@ struct tm_chunk {
 #define QUEUED 0x8000u
 #define QUEUE_TIME (QUEUED - 1)
 
+/* When pages were put or got, by the KiB of the chunk in which their blocks begin: one bit each. A hint, which a
+ * reader may set for a block that is just being freed: then another page looks warm for a while. */
+struct tm_touched {
+    _Atomic uint64_t now;    /* since the pass that condenses cold pages last came by */
+    _Atomic uint64_t before; /* between the two last times; only the pass writes this */
+};
+
 struct tm_block { /* header of a block; the payload follows */
     _Atomic uint64_t word; /* slot number 40, payload length 13, kind 3, spare 8 */
     _Atomic uint32_t stamp;
@@ -287,7 +300,7 @@ struct tm_block { /* header of a block; the payload follows */
 #define TM_HEADER ((uint32_t)sizeof(struct tm_block))
 /* What the payload is. LOOSE: the page itself, only because there was memory in plenty; it is compressed before
  * anything is evicted for want of that. */
-enum block_kind { BLOCK_LZ4, BLOCK_RAW, BLOCK_LOOSE };
+enum block_kind { BLOCK_LZ4, BLOCK_RAW, BLOCK_LOOSE, BLOCK_ZSTD };
 
 /* The slot that a block's header word names, and whether a slot's word refers to a block. */
 static inline uint64_t header_slot(uint64_t word) { return word & ((UINT64_C(1) << 40) - 1); }
@@ -334,6 +347,8 @@ struct tm_segment {
     _Atomic uint32_t *buckets;
     _Atomic uint8_t *states;
     struct tm_chunk *chunks;
+    struct tm_touched *touched; /* by chunk */
+    uint64_t *vain;             /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
     uint64_t data_offset;
     uint32_t nchunks;
     uint32_t id;             /* unique in this process */
@@ -355,6 +370,8 @@ struct tm_ctx {
     uint32_t client;   /* that asked */
     uint32_t payer;    /* for the pool's pages */
     uint64_t began_ns; /* of an operation that is timed, else 0 */
+    void *expander;    /* zstd's state for decompression; made with the rest, so that no get has to ask for memory */
+    void *condenser;   /* zstd's state for compression, of whom runs the pass; or NULL */
     _Alignas(16) uint8_t lz4[16416];
     _Alignas(64) uint8_t scratch[TM_SCRATCH];
     _Alignas(64) uint8_t page[TM_PAGE];
@@ -404,8 +421,9 @@ void recount(struct tm_ctx *ctx);
 void bin_ready(struct tm_segment *seg, uint32_t bin);
 uint32_t bin_stride(uint32_t bin);
 struct tm_bin *bin_lock(struct tm_segment *seg, uint32_t bin); /* taken, and repaired if its holder died */
-/* Sets new_block; 0: none. ALLOC_RESERVE: the reserve may be used; ALLOC_LISTED: only chunks in use already. */
-enum alloc { ALLOC_NORMAL, ALLOC_RESERVE, ALLOC_LISTED };
+/* Sets new_block; 0: none. ALLOC_RESERVE: the reserve may be used; ALLOC_LISTED: only chunks in use already; ALLOC_SPARE:
+ * also free ones, half of the reserve among them, but nothing is evicted. */
+enum alloc { ALLOC_NORMAL, ALLOC_RESERVE, ALLOC_LISTED, ALLOC_SPARE };
 uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how);
 void block_free_old(struct tm_ctx *ctx);               /* frees and clears old_block */
 void block_free_new(struct tm_ctx *ctx);               /* frees and clears new_block */
@@ -446,7 +464,14 @@ void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp);
 uint32_t block_length(uint64_t word);
 enum block_kind block_kind(uint64_t word);
-bool block_read(const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
+bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
+uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to); /* zstd; as codec_compress */
+void *codec_expander(void); /* NULL: no memory */
+void codec_free(struct tm_ctx *ctx);
+
+/* dense.c: the background pass. One visit of chunks from `first` on, for most_ns of CPU time; where to go on. */
+enum { CONDENSE_PERSISTENT = 1, CONDENSE_EPHEMERAL = 2, CONDENSE_LOOSE = 4, CONDENSE_ALL = 8 };
+uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns);
 
 /* index.c */
 struct cursor { /* where consecutive indexes of one object have their slots; {0} to begin with */
@@ -672,6 +697,14 @@ static inline uint32_t mode_of(const struct tm_segment *seg, uint32_t client)
 static inline uint32_t phase_of(const struct tm_segment *seg, uint32_t client)
 {
     return atomic_load_explicit(&seg->clients[client].phase, memory_order_relaxed);
+}
+/* The page whose block this is was wanted. */
+static inline void note_touched(struct tm_segment *seg, uint64_t block)
+{
+    uint64_t within = block * 16 - seg->data_offset, bit = UINT64_C(1) << (within % TM_CHUNK / 1024);
+    _Atomic uint64_t *mask = &seg->touched[within / TM_CHUNK].now;
+    if (!(atomic_load_explicit(mask, memory_order_relaxed) & bit))
+        atomic_fetch_or_explicit(mask, bit, memory_order_relaxed);
 }
 static inline uint32_t size_class(uint32_t length)
 {

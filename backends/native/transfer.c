@@ -29,6 +29,23 @@ static void emit(struct sink *to, const uint64_t oid[3], uint32_t index, unsigne
     to->left -= HEADER + length;
 }
 
+/* A condensed page leaves as any other: how it is kept is of this segment alone. False: it cannot be expanded. */
+static bool emit_condensed(struct tm_ctx *ctx, const struct tm_export *e, const slot_t *slot, const uint64_t oid[3],
+                           struct sink *to)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t block = atomic_load_explicit(slot, memory_order_acquire) & SLOT_VALUE;
+    if (!in_data(seg, block * 16)
+        || !block_read(ctx, block_at(seg, block), off(seg, slot) / 8, seg->size - block * 16, ctx->page))
+        return false;
+    uint32_t length = codec_compress(ctx, ctx->page, ctx->scratch);
+    if (length < TM_PAGE)
+        emit(to, oid, (uint32_t)e->index, KIND_LZ4, ctx->scratch, length);
+    else
+        emit(to, oid, (uint32_t)e->index, KIND_RAW, ctx->page, TM_PAGE);
+    return true;
+}
+
 /* Write the record of one page, if there is anything to say about it. */
 static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *slot, const uint64_t oid[3], struct sink *to)
 {
@@ -56,7 +73,9 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
             good = good && header_slot(header) == off(seg, slot) / 8 && length && length <= TM_PAGE
                    && TM_HEADER + length <= most
                    && b->checksum == block_checksum(b, header, atomic_load(&b->stamp));
-            if (good)
+            if (good && block_kind(header) == BLOCK_ZSTD)
+                good = emit_condensed(ctx, e, slot, oid, to);
+            else if (good)
                 emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1, length);
         } else {
             return TM_OK;

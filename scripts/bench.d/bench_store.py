@@ -7,71 +7,12 @@ import tempfile
 from pathlib import Path
 
 from common import ROOT, workplace
+from programs import collect
 
 PUT_TARGET_NS = 1000
 GET_TARGET_NS = 600
 SCALE_TARGET = 1.5
 NEIGHBOUR_TARGET = 1.2
-
-# Programs that are on any machine with tmem; each keeps data of its own kind in memory, then waits.
-PROGRAMS = {
-    "syntax trees": "import ast,inspect,json,http.server,email.message,unittest,asyncio,sys\n"
-    "trees=[ast.parse(open(m.__file__).read()) for m in list(sys.modules.values())\n"
-    "       if str(getattr(m,'__file__','')).endswith('.py')]",
-    "records": "import json,random,sys\n"
-    "r=random.Random(1)\n"
-    "rows=[{'id':i,'name':f'user{i}','mail':f'u{i}@example.org','score':r.random()} for i in range(90000)]\n"
-    "text=json.dumps(rows); again=json.loads(text)",
-    "tables": "import array,random,sqlite3,sys\n"
-    "r=random.Random(2)\n"
-    "floats=array.array('d',(r.gauss(0,1) for _ in range(1500000)))\n"
-    "db=sqlite3.connect(':memory:'); db.execute('create table t(a integer primary key,b text,c real)')\n"
-    "rows=((i,f'row {i} of many',r.random()) for i in range(300000))\n"
-    "db.executemany('insert into t values(?,?,?)',rows)",
-    "words": "import collections,sys\n"
-    "from pathlib import Path\n"
-    "texts=[p.read_text(errors='replace') for p in sorted(Path('/usr/lib/python3').rglob('*.py'))[:1200]]\n"
-    "index=collections.defaultdict(set)\n"
-    "for n,t in enumerate(texts):\n"
-    "    for w in t.split(): index[w].add(n)",
-}
-
-
-def anonymous_pages(pid: int) -> bytes:
-    """Return the writable private memory of a process, without pages of zeros."""
-    found = bytearray()
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            fields = line.split()
-            if not fields[1].startswith("rw") or (len(fields) > 5 and fields[5] not in ("[heap]", "[stack]")):
-                continue
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            memory.seek(start)
-            data = memory.read(end - start)
-            for at in range(0, len(data) - 4095, 4096):
-                page = data[at : at + 4096]
-                if any(page):
-                    found += page
-    return bytes(found)
-
-
-def collect(path: Path) -> int:
-    """Write the pages of all programs to `path`; their number."""
-    with path.open("wb") as out:
-        for name, source in PROGRAMS.items():
-            program = subprocess.Popen(
-                ["/usr/bin/python3", "-c", f"{source}\nprint('ready', flush=True)\nsys.stdin.read()"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            assert program.stdin is not None
-            assert program.stdout is not None
-            with program.stdin, program.stdout:
-                if program.stdout.readline() != b"ready\n":
-                    raise RuntimeError(f"the program {name!r} failed")
-                out.write(anonymous_pages(program.pid))
-            program.wait(timeout=30)
-        return out.tell() // 4096
 
 
 def build(directory: Path) -> Path:
@@ -82,7 +23,7 @@ def build(directory: Path) -> Path:
     subprocess.run(
         [
             *("gcc", "-std=c11", "-D_GNU_SOURCE", "-O2", f"-I{native}", *sources),
-            *(str(Path(__file__).with_name("store.c")), "-o", str(program), "-llz4", "-lpthread"),
+            *(str(Path(__file__).with_name("store.c")), "-o", str(program), "-llz4", "-lzstd", "-lpthread"),
         ],
         check=True,
     )
@@ -114,9 +55,9 @@ def run(many: int, operations: int) -> dict[str, object]:
 
     with workplace() as directory, tempfile.TemporaryDirectory() as disk:
         pages = Path(disk) / "pages"
-        npages = collect(pages)
+        found = collect(pages, all_kinds=False)
         program = build(Path(disk))
-        print(f"  {npages} pages of {len(PROGRAMS)} programs")
+        print(f"  {found.npages} pages of {len(found.by_program)} programs")
         segment = directory / "segment"
         base = [str(program), str(segment), str(pages)]
         few = _measure([*base, "100000", str(operations)])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_density
 import bench_fuse
 import bench_nbd
 import bench_save
@@ -28,7 +29,7 @@ def main() -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument(
-        "parts", nargs="*", help="store, nbd, swap, save, fuse, tree, slow; all of them by default"
+        "parts", nargs="*", help="store, density, nbd, swap, save, fuse, tree, slow; all of them by default"
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -36,6 +37,7 @@ def main() -> int:
     quick = options.quick
     parts: dict[str, Callable[[], dict[str, object]]] = {
         "store": lambda: bench_store.run(400_000 if quick else 4_000_000, 70_000 if quick else 700_000),
+        "density": bench_density.run,
         "nbd": lambda: bench_nbd.run(3 if quick else 7, 1 if quick else 2),
         "swap": lambda: bench_swap.run(1 if quick else 3, 3 if quick else 6),
         "save": lambda: bench_save.run((128 if quick else 512) << 20, 3 if quick else 7),

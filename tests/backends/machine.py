@@ -354,6 +354,12 @@ class StoreMachine(RuleBasedStateMachine):
             if not model.persistent
         )
 
+    @rule(at=numbers, warm=st.booleans(), loose=st.booleans())
+    def condense(self, at: int, warm: bool, loose: bool) -> None:
+        pages = self.segment.statistics()["ephemeral_pages"]
+        demand(self.place(at).do(op.condense, warm, loose), "not every chunk was visited")
+        demand(self.segment.statistics()["ephemeral_pages"] == pages, "a page was evicted to store others")
+
     @rule(at=numbers, holes=st.sampled_from((1, 4, 8, 16)))
     def compact(self, at: int, holes: int) -> None:
         used = self.segment.statistics()["used_bytes"]

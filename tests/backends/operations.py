@@ -189,6 +189,12 @@ def shrink(segment: Segment, keep_bytes: int, hard: bool) -> int:
     return segment.shrink(keep_bytes, hard)
 
 
+def condense(segment: Segment, warm: bool, loose: bool) -> bool:
+    """Visit all chunks; whether they were all visited."""
+    after, _ = segment.condense(0, 10**9, persistent=True, ephemeral=True, loose=loose, warm=warm)
+    return after == 0
+
+
 def compact(segment: Segment, holes: int) -> int:
     return segment.compact(holes, 10**9)
 

@@ -18,7 +18,8 @@ SEGMENT_GROWS = frozenset(
     *("operations", "failed_operations", "ephemeral_puts_new", "allocation_failures", "evicted_pages"),
     *("eviction_attempts", "evictions_per_request_max", "trims", "trimmed_bytes", "relocated_pages"),
     *("compacted_bytes", "shrinks"),
-    *("squeezed_pages", "squeezed_bytes"),
+    *("squeezed_pages", "squeezed_bytes", "condensed_pages", "condensed_bytes", "restored_pages"),
+    "condensing_ns",
     "dead_threads_repaired",
 }
 CLIENT_GROWS = frozenset({"ephemeral_pages_max", "allocation_failures", "persistent_puts_stored"}) | {

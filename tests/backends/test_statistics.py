@@ -217,7 +217,7 @@ def test_pages_that_are_moved_together(small: _native.Segment, client: _native.C
 def test_timing(small: _native.Segment, client: _native.Client, persistent: _native.Pool) -> None:
     """Every 64th operation of a thread is measured: so many samples, each no longer than all of it took."""
     names = ["put_stored", "put_refused", "get_hit", "get_missed", "flush", "flush_object"]
-    assert set(small.timing()) == {*names, "compress", "decompress"}
+    assert set(small.timing()) == {*names, "compress", "decompress", "expand"}
     before = {name: Timing(*value) for name, value in small.timing().items()}
     busy = of_client(client).busy_ns
     for index in range(6400):

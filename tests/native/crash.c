@@ -40,6 +40,14 @@ static void do_client(struct tm_segment *seg, uint32_t slot, unsigned what, uint
     }
 }
 
+/* Store pages smaller, cold ones or all, in some chunks. */
+static void do_condense(struct tm_segment *seg, uint64_t r)
+{
+    uint64_t spent_ns;
+    unsigned what = CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | (r & 1 ? CONDENSE_LOOSE : 0) | (r & 6 ? 0 : CONDENSE_ALL);
+    tm_condense(ctx_get(seg), (uint32_t)(r >> 8) % seg->nchunks, 300000, what, &spent_ns);
+}
+
 /* Give memory back, move the limits, and move pages together. */
 static void do_sizing(struct tm_segment *seg, uint64_t r)
 {
@@ -82,6 +90,9 @@ static void *work(void *arg)
             break;
         case 2:
             tm_reap(ctx_get(t->seg));
+            break;
+        case 4:
+            do_condense(t->seg, r >> 24);
             break;
         case 3:
             do_client(t->seg, t->slot, (unsigned)(r >> 40) % 10, &rng);
@@ -173,7 +184,7 @@ static void watch(const pid_t *pids, uint64_t *last, double *since)
 }
 
 static const uint8_t points[] = {1,  2,  3,  4,  5,  6,  7,  10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 25,
-                                 26, 27, 28, 29, 30, 31, 32, 33, 40, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 60,
+                                 26, 27, 28, 29, 30, 31, 32, 33, 40, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 54, 55, 60,
                                  61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91};
 
 static unsigned run(uint64_t *rng)

@@ -183,6 +183,118 @@ static void corruption(void)
     tm_close(seg);
 }
 
+static struct tm_block *block_of_page(struct tm_segment *seg, const struct tm_handle *h, uint32_t index)
+{
+    struct cursor cur = {0};
+    uint64_t id[3] = {0};
+    cursor_find(seg, h->pool, id, index, &cur);
+    uint64_t word = cur.slots ? atomic_load(&cur.slots[index - cur.first]) : 0;
+    return slot_type(word) == SLOT_BLOCK ? block_at(seg, word & SLOT_VALUE) : NULL;
+}
+
+static void condense_all(struct tm_segment *seg, unsigned what)
+{
+    uint64_t spent_ns;
+    tm_condense(ctx_get(seg), 0, UINT64_MAX, what, &spent_ns);
+}
+
+/* A page of which LZ4 makes less than zstd does: few different bytes, in no order. */
+static void spread_page(uint8_t *page, uint64_t seed)
+{
+    for (unsigned i = 0; i < TM_PAGE; i++)
+        page[i] = (uint8_t)("etaoin"[next_random(&seed) % 6]);
+}
+
+/* Cold pages become smaller, are read back as they were, show every flipped bit, and become LZ4 blocks when hit. */
+static void condensing(void)
+{
+    enum { N = 400 };
+    const unsigned both = CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL;
+    struct tm_segment *seg = fresh(16);
+    struct tm_handle h[2] = {new_pool(seg, "p", true, false), new_pool(seg, "e", false, false)};
+    static const uint8_t oid[TM_OID];
+    uint8_t page[TM_PAGE], back[TM_PAGE];
+    for (uint32_t i = 0; i < N; i++) {
+        spread_page(page, i + 1);
+        for (unsigned k = 0; k < 2; k++)
+            expect(tm_put(&h[k], oid, i, page, 1, KEEP_NOTHING) == 1, "put");
+    }
+    int64_t before = seg->pools[h[0].pool].bytes;
+    condense_all(seg, both); /* what was put since the last time is not cold yet */
+    condense_all(seg, both);
+    expect(atomic_load(&seg->super->condensed) == 0, "a warm page was condensed");
+    for (uint32_t i = 0; i < N / 4; i++)
+        for (unsigned k = 0; k < 2; k++)
+            tm_get(&h[k], oid, i, back, 1);
+    condense_all(seg, both);
+    uint64_t condensed = atomic_load(&seg->super->condensed);
+    expect(condensed > 2 * N * 7 / 10 && condensed <= 2 * N * 3 / 4, "all cold pages are condensed and no others");
+    expect(seg->pools[h[0].pool].bytes < before * 4 / 5, "condensed pages take less memory");
+    tm_check(ctx_get(seg), say, NULL);
+    for (uint32_t i = 0; i < N; i++)
+        for (unsigned k = 0; k < 2; k++) {
+            struct tm_block *b = block_of_page(seg, &h[k], i);
+            uint64_t word = b ? atomic_load(&b->word) : 0;
+            bool is_condensed = block_kind(word) == BLOCK_ZSTD;
+            expect(i < N / 4 ? !is_condensed : i < N / 4 + 30 || is_condensed, "the right pages are condensed");
+            if (is_condensed && k == 0) {
+                uint64_t at_bit = mix(i) % ((block_length(word) + TM_HEADER) * 8);
+                ((uint8_t *)b)[at_bit / 8] ^= (uint8_t)(1 << at_bit % 8);
+                expect(tm_get(&h[k], oid, i, back, 1) == TM_CORRUPT, "a flipped bit goes unnoticed");
+                ((uint8_t *)b)[at_bit / 8] ^= (uint8_t)(1 << at_bit % 8);
+            }
+            spread_page(page, i + 1);
+            expect(tm_get(&h[k], oid, i, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "page came back");
+        }
+    condense_all(seg, both);
+    expect(atomic_load(&seg->super->restored) == 0, "one interval of hits does not restore a page");
+    for (uint32_t i = 0; i < N; i++)
+        for (unsigned k = 0; k < 2; k++)
+            tm_get(&h[k], oid, i, back, 1);
+    condense_all(seg, both);
+    expect(atomic_load(&seg->super->restored) == condensed, "pages that are hit again and again are restored");
+    tm_check(ctx_get(seg), say, NULL);
+    for (uint32_t i = 0; i < N; i++)
+        for (unsigned k = 0; k < 2; k++) {
+            spread_page(page, i + 1);
+            expect(tm_get(&h[k], oid, i, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "restored page came back");
+        }
+    tm_close(seg);
+}
+
+/* Loose pages become LZ4 blocks, warm or not; and condensing evicts nothing and needs no memory that is not there. */
+static void condensing_when_full(void)
+{
+    struct tm_segment *seg = fresh(8);
+    struct tm_handle p = new_pool(seg, "p", true, false), e = new_pool(seg, "e", false, false);
+    static const uint8_t oid[TM_OID];
+    uint8_t page[TM_PAGE], back[TM_PAGE];
+    uint32_t n = 0, loose = 0;
+    for (; loose < 200; loose++) {
+        spread_page(page, loose + 1);
+        expect(tm_put(&e, oid, loose, page, 1, KEEP_NOTHING) == 1, "put");
+    }
+    expect(seg->pools[e.pool].raw_pages == loose, "pages are loose");
+    condense_all(seg, CONDENSE_LOOSE);
+    expect(seg->pools[e.pool].raw_pages == 0 && seg->pools[e.pool].pages == loose, "loose pages are compressed");
+    for (;; n++) {
+        spread_page(page, n + 1);
+        if (tm_put(&p, oid, n, page, 1, KEEP_NOTHING) != 1)
+            break;
+    }
+    int64_t held = seg->pools[e.pool].pages;
+    uint64_t evicted = seg->pools[e.pool].counters[C_EVICTIONS];
+    condense_all(seg, CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | CONDENSE_ALL);
+    expect(seg->pools[e.pool].pages == held && seg->pools[e.pool].counters[C_EVICTIONS] == evicted, "nothing was evicted");
+    expect(atomic_load(&seg->super->condensed) > n / 2, "pages are condensed in a full segment");
+    for (uint32_t i = 0; i < n; i++) {
+        spread_page(page, i + 1);
+        expect(tm_get(&p, oid, i, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "page came back");
+    }
+    tm_check(ctx_get(seg), say, NULL);
+    tm_close(seg);
+}
+
 /* Holes that flushed pages leave in every chunk are memory for pages of any other size, and nothing is lost. */
 static void compaction(void)
 {
@@ -227,6 +339,8 @@ int main(int argc, char **argv)
     ranges(seed);
     device(seed);
     corruption();
+    condensing();
+    condensing_when_full();
     compaction();
     unlink(path);
     printf("store: %s\n", failures ? "FAILED" : "ok");

@@ -43,9 +43,22 @@ _ROUNDING_BYTES = 4 << 20
 )
 @click.option("-d", "--detach", is_flag=True, help="Return as soon as the manager answers.")
 @click.option("--realtime", is_flag=True, help="Run it, and all that it starts, under SCHED_RR.")
+@click.option(
+    "--condense",
+    type=click.IntRange(0, 100),
+    metavar="PERCENT",
+    help="Share of one CPU for storing pages smaller that nobody asks for (5 at first; 0: none).",
+)
 @click.option("--launched", is_flag=True, hidden=True, help="What the process sets for itself is set.")
 @click.pass_context
-def start(ctx: click.Context, memory: SizeRange | None, detach: bool, realtime: bool, launched: bool) -> None:
+def start(
+    ctx: click.Context,
+    memory: SizeRange | None,
+    detach: bool,
+    realtime: bool,
+    condense: int | None,
+    launched: bool,
+) -> None:
     """Create the segment if absent, and run the manager service in the foreground."""
     paths = SegmentPaths.of(segment_name(ctx))
     again = _command(ctx, paths)
@@ -61,6 +74,8 @@ def start(ctx: click.Context, memory: SizeRange | None, detach: bool, realtime: 
         from tmem.backends import manager
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
+        if condense is not None:
+            opened.condense_percent = condense
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
         renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name))
@@ -193,6 +208,7 @@ def _command(ctx: click.Context, paths: SegmentPaths) -> list[str]:
         "start",
         *(["--memory", str(given["memory"])] if explicit(ctx, "memory") else []),
         *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
+        *(["--condense", str(given["condense"])] if explicit(ctx, "condense") else []),
     ]
 
 

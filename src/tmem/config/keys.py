@@ -126,6 +126,13 @@ KEYS = (
         '"512M..2G"',
     ),
     Key("start", "realtime", YES, "Run the manager, and all that it starts, under SCHED_RR.", "true"),
+    Key(
+        "start",
+        "condense",
+        _whole(0, 100),
+        "Per cent of one CPU for storing pages smaller that nobody asks for (5 without it; 0: none).",
+        "10",
+    ),
     Key("swap", "reserve", YES, "Promise each device room for all of its pages, even uncompressed.", "true"),
     Key("swap", "priority", PRIORITY, "Priority as swap, of devices of this machine; higher first.", "100"),
     Key("swap", "discard", YES, "Hear of pages that the kernel has freed (the default).", "true"),

@@ -1,0 +1,106 @@
+"""When the manager stores cold pages smaller, and how much CPU time that may take.
+
+The core does it (`_native.Segment.condense`, native/dense.c): it goes over the chunks, and pages that were
+neither put nor got between two visits of their chunk are compressed again with zstd. This says how often: a
+round begins `ROUND_S` after the last one at the earliest, so a page is cold after that time, and takes no
+more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
+everything while the CPUs are wanted: what programs wait for comes first.
+
+Threading: `step` blocks while it works, the segment's share of two seconds at most; the manager calls it from
+a worker thread, one call at a time.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+ROUND_S = 30.0
+"""A condensed page costs four times as much to read: what is asked for twice a minute stays as it is."""
+MOST_PRESSURE = 30.0
+"""Per cent of the time that somebody waited for a CPU, in the last ten seconds."""
+_SLICE_NS = 20_000_000
+_MOST_SAVED_UP_S = 2.0
+_HOLES = 8
+"""Sixteenths of a chunk that must be free before what is left in it is moved."""
+
+
+def cpu_pressure(proc: Path = Path("/proc")) -> float:
+    """Return what part of the last ten seconds some task waited for a CPU, in per cent; 0 if unknown."""
+    try:
+        words = (proc / "pressure" / "cpu").read_text(encoding="ascii").split()
+        return float(words[1].partition("=")[2])
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+class Condenser:
+    """Spends the segment's share of CPU time; see the module."""
+
+    def __init__(
+        self,
+        segment: "_native.Segment",
+        pressure: Callable[[], float] = cpu_pressure,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._segment = segment
+        self._pressure = pressure
+        self._clock = clock
+        self._last = self._round = clock()
+        self._chunk = 0
+        self._waiting = True
+        self._budget_ns = 0
+
+    def step(self) -> int:
+        """Spend what has been saved up since the last step; the CPU time spent, in nanoseconds."""
+        now = self._clock()
+        share = self._segment.condense_percent / 100
+        earned = min(now - self._last, _MOST_SAVED_UP_S) * share * 1e9
+        self._last = now
+        if self._waiting and now - self._round < ROUND_S:
+            return 0
+        if share == 0 or self._pressure() > MOST_PRESSURE:
+            return 0
+        if self._waiting:
+            self._waiting, self._round = False, now
+        # What a chunk took beyond the budget is owed.
+        self._budget_ns = min(self._budget_ns, 0) + int(earned)
+        spent = 0
+        with _ordinary():
+            while spent < self._budget_ns and not self._waiting:
+                self._chunk, ns = self._segment.condense(
+                    self._chunk, min(self._budget_ns - spent, _SLICE_NS), **self._what()
+                )
+                spent += ns
+                if not self._chunk:
+                    self._waiting = True
+                    self._segment.compact(_HOLES, _SLICE_NS)
+        self._budget_ns -= spent
+        return spent
+
+    def _what(self) -> dict[str, bool]:
+        """Return which pages are to be stored smaller: ephemeral ones while memory is short."""
+        used, limit = self._segment.occupied[0], self._segment.limits[0]
+        return {"persistent": True, "ephemeral": used * 2 > limit, "loose": used * 4 > limit * 3}
+
+
+@contextmanager
+def _ordinary() -> Iterator[None]:
+    """Have the calling thread scheduled as any other: a realtime manager's background work is not urgent."""
+    policy = os.sched_getscheduler(0)
+    if policy == os.SCHED_OTHER:
+        yield
+        return
+    parameters = os.sched_getparam(0)
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, policy, parameters)

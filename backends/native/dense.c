@@ -1,0 +1,166 @@
+/* More pages per byte, in the background: what nobody asked for in a while is stored smaller.
+ *
+ * A visit goes over chunks. A page that was neither put nor got between the last two visits of its chunk is cold, and is
+ * compressed again with zstd; a condensed page that was got in both intervals is stored as LZ4 again, because it costs
+ * four times as much to read. Loose pages (codec.c) are compressed at any age when memory is not in plenty any more.
+ *
+ * What is done to a page is what a put of the same bytes would do: write a block, swap the slot if it is as it was when
+ * the page was read, free the old block. So readers, writers, evictions and deaths meet nothing new. Nothing is
+ * evicted for it, and no chunk is owned: a chunk that becomes another's meanwhile has no slot that refers into it where
+ * we look. Runs in one thread of the manager; two at once only do the same work twice. */
+#include "tm.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* Below this a condensed block could save a step or two at most, and never pays for itself. */
+enum { SMALLEST = 256 };
+
+static uint64_t cpu_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
+/* The bin in which the page of `old_bin` is kept once it has another length. */
+static uint32_t bin_for(struct tm_segment *seg, uint32_t old_bin, uint32_t length)
+{
+    return bin_is_ephemeral(old_bin) ? ephemeral_bin(seg, bin_account(old_bin), bin_queue(old_bin), length)
+                                     : BIN_PERSISTENT + size_class(length);
+}
+
+/* A block for it: holes first, then a chunk that nobody needs, then a larger hole; a smaller one than now if `smaller`. */
+static uint64_t place_for(struct tm_ctx *ctx, uint32_t bin, uint32_t old_bin, bool smaller)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t last = bin_is_ephemeral(bin) ? bin_ephemeral(bin_account(bin), bin_queue(bin), TM_NCLASSES - 1)
+                                          : BIN_PERSISTENT + TM_NCLASSES - 1;
+    uint64_t block = block_alloc(ctx, bin, ALLOC_SPARE);
+    if (!block && compact(ctx)) /* the holes that we have made ourselves */
+        block = block_alloc(ctx, bin, ALLOC_SPARE);
+    for (uint32_t more = bin + 1; !block && more < last && !(smaller && more >= old_bin); more++)
+        if (atomic_load_explicit(&seg->bins[more].room, memory_order_relaxed))
+            block = block_alloc(ctx, more, ALLOC_LISTED);
+    return block;
+}
+
+enum outcome { DONE, IN_VAIN, NO_ROOM };
+
+/* Store the page of `slot`, which is as `word` says, in another form. */
+static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, enum block_kind kind)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t old = word & SLOT_VALUE, number = off(seg, slot) / 8;
+    enum block_kind before = block_kind(atomic_load(&block_at(seg, old)->word));
+    uint32_t old_bin = seg->chunks[chunk_of(seg, old * 16)].bin;
+    if (!block_read(ctx, block_at(seg, old), number, seg->size - old * 16, ctx->moved) || !bin_is_block(old_bin))
+        return IN_VAIN; /* corrupt, or gone this moment */
+    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(ctx, ctx->moved, ctx->packed)
+                                         : codec_compress(ctx, ctx->moved, ctx->packed);
+    uint32_t bin = bin_for(seg, old_bin, length);
+    bool smaller = before != BLOCK_ZSTD;
+    if (length == TM_PAGE || (smaller && bin >= old_bin))
+        return IN_VAIN;
+    uint64_t block = place_for(ctx, bin, old_bin, smaller);
+    if (!block)
+        return NO_ROOM;
+    block_write(block_at(seg, block), number, kind, length, ctx->packed);
+    KP(54);
+    int64_t saved = (int64_t)bin_stride(old_bin) - bin_stride(seg->chunks[chunk_of(seg, block * 16)].bin);
+    if (!slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | (word & SLOT_FREQ))) {
+        block_free_new(ctx);
+        return DONE; /* it changed, so it is not cold */
+    }
+    KP(55);
+    if (before == BLOCK_ZSTD) {
+        note_touched(seg, block);
+        atomic_fetch_add_explicit(&seg->super->restored, 1, memory_order_relaxed);
+    } else {
+        bool squeezed = kind == BLOCK_LZ4;
+        atomic_fetch_add_explicit(squeezed ? &seg->super->squeezed : &seg->super->condensed, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(squeezed ? &seg->super->squeezed_bytes : &seg->super->condensed_bytes,
+                                  (uint64_t)saved, memory_order_relaxed);
+    }
+    return DONE;
+}
+
+/* What should become of a page that is stored as `kind`; the same if nothing. */
+static enum block_kind wanted(enum block_kind kind, bool cold, bool hot, bool persistent, unsigned what)
+{
+    bool condense = cold && (what & (persistent ? CONDENSE_PERSISTENT : CONDENSE_EPHEMERAL));
+    switch (kind) {
+    case BLOCK_ZSTD:
+        return hot ? BLOCK_LZ4 : kind;
+    case BLOCK_LOOSE:
+        return condense ? BLOCK_ZSTD : (what & CONDENSE_LOOSE) ? BLOCK_LZ4 : kind;
+    case BLOCK_RAW:
+    case BLOCK_LZ4:
+        return condense ? BLOCK_ZSTD : kind;
+    }
+    return kind;
+}
+
+/* Visit one chunk, inside an operation. */
+static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what)
+{
+    struct tm_segment *seg = ctx->seg;
+    const struct tm_chunk *d = &seg->chunks[c];
+    uint32_t bin = d->bin, stride = bin_stride(bin);
+    /* From here on it is not punched. What it may become meanwhile is another's, to which no slot of ours refers. */
+    if (atomic_load(&seg->states[c]) != CHUNK_USED || !bin_is_block(bin))
+        return;
+    uint64_t now = atomic_exchange(&seg->touched[c].now, 0), before = atomic_exchange(&seg->touched[c].before, now);
+    uint64_t cold = what & CONDENSE_ALL ? UINT64_MAX : ~(now | before), hot = now & before, in_vain = 0;
+    if (what & CONDENSE_ALL)
+        hot = 0;
+    seg->vain[c] &= ~now;
+    for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
+        uint64_t granule = UINT64_C(1) << (bit * stride / 1024);
+        uint64_t due = what & CONDENSE_LOOSE ? granule : (cold | hot) & granule;
+        if (!bit_is_set(d, bit) || (seg->vain[c] & granule) || !due)
+            continue;
+        uint64_t block = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 16;
+        uint64_t header = atomic_load(&block_at(seg, block)->word), number = header_slot(header);
+        int pool = slot_pool(seg, number);
+        slot_t *slot = pool < 0 ? NULL : at(seg, number * 8);
+        uint64_t word = slot ? atomic_load(slot) : 0;
+        if (!slot || !slot_refers(word, block))
+            continue;
+        enum block_kind kind = block_kind(header);
+        enum block_kind next = wanted(kind, cold & granule, hot & granule, seg->pools[pool].persistent, what);
+        if (next == kind || (next == BLOCK_ZSTD && stride < SMALLEST))
+            continue;
+        enum outcome came = recode(ctx, (uint32_t)pool, slot, word, next);
+        if (came == IN_VAIN)
+            in_vain |= granule;
+        else if (came == NO_ROOM)
+            break;
+    }
+    seg->vain[c] |= in_vain;
+}
+
+uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t began = cpu_ns(), now = began;
+    uint32_t c = first;
+    ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
+    if (!seg->vain && !(seg->vain = calloc(seg->nchunks, sizeof *seg->vain)))
+        return first;
+    for (unsigned idle = 0; c < seg->nchunks && now - began < most_ns; c++) {
+        if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED || !bin_is_block(seg->chunks[c].bin)) {
+            if (++idle % 1024 == 0)
+                now = cpu_ns();
+            continue;
+        }
+        op_begin(ctx);
+        visit(ctx, c, what);
+        op_end(ctx);
+        now = cpu_ns();
+    }
+    *spent_ns = cpu_ns() - began;
+    atomic_fetch_add_explicit(&seg->super->condensing_ns, *spent_ns, memory_order_relaxed);
+    return c < seg->nchunks ? c : 0;
+}
