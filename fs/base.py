@@ -69,7 +69,7 @@ class Handlers(pyfuse3.Operations):
         self._fine_stamps = fine_stamps
         self.lifetimes = lifetimes
         self.kernel = Kernel()
-        self._reading: Reading | None = None
+        self.reading: Reading | None = None
         self.watch: Watch | None = None
         """Tells of changes underneath, where they are reported."""
         self._waiting = waiting

@@ -65,12 +65,12 @@ class Directories(Handlers):
         Only for as long as it believes the attributes that came with it: it would ask for each of them, when
         a new listing brings all at once.
         """
-        if self._reading is None or listing.version is None:
+        if self.reading is None or listing.version is None:
             return
         version, since = listing.inode.listed
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         believe = version == listing.version and time.monotonic() < since + lifetime
-        self._reading.reader.keep_listing(number, believe)
+        self.reading.reader.keep_listing(number, believe)
 
     async def readdir(self, fh: int, start_id: int, token: "ReaddirToken") -> None:
         """Report entries from number `start_id` on, until the reply is full."""

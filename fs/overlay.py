@@ -20,11 +20,12 @@ from tmem.fs.base import Waiting
 from tmem.fs.coherence import Coherence
 from tmem.fs.directories import Directories
 from tmem.fs.fanotify import Events
-from tmem.fs.files import Files, Pause, no_pause
+from tmem.fs.files import Files
 from tmem.fs.identity import has_fine_stamps
 from tmem.fs.inodes import InodeTable
 from tmem.fs.lifetimes import Lifetimes
 from tmem.fs.mounts import PID_ATTRIBUTE, RESTART_ATTRIBUTE, STATISTICS_ATTRIBUTE
+from tmem.fs.openfile import Pause, no_pause
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import Precache
 from tmem.fs.sharing import SharedCoherence

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tmem.fs.buffers import REQUEST_BYTES
 from tmem.fs.coherence import FileState
 from tmem.fs.device import Device
+from tmem.fs.statistics import Counters
 
 if TYPE_CHECKING:
     from tmem.backends._native import Pool
@@ -33,6 +34,7 @@ class Reading:
         helpers = min(len(os.sched_getaffinity(0)) - 1, MOST_HELPERS)
         ends = (device.descriptor, device.channel.fileno(), device.session)
         self.reader = _native.Reader(*ends, helpers, REQUEST_BYTES)
+        self._counted: dict[str, int] = {}  # of its counters, what the mount's have already
         self._session = device.session
         self._switch = threading.Lock()
         # Readable when there is something to do: a request, a reply, or a request that a helper has read.
@@ -65,6 +67,14 @@ class Reading:
     def close(self, number: int) -> None:
         """Stop serving a file."""
         self.reader.close_file(number)
+
+    def count_hits(self, counters: Counters) -> None:
+        """Add to `counters` what was answered here since the last time."""
+        counted, before = self.reader.counters(), self._counted
+        counters.hit_reads += counted["hit_reads"] - before.get("hit_reads", 0)
+        counters.hit_pages += counted["hit_pages"] - before.get("hit_pages", 0)
+        counters.hit_bytes += counted["hit_bytes"] - before.get("hit_bytes", 0)
+        self._counted = counted
 
     def end(self) -> None:
         """Stop it all; nobody may be in `Reader.serve`."""

@@ -1,0 +1,179 @@
+"""Loading pages of open files: from the lower file into the pool, and out of the kernel's page cache.
+
+A small read whose bytes the kernel has cached is done at once; any other goes to a worker thread. Either way
+the pages are put, if nobody changed the file meanwhile (`coherence`), and dropped from the kernel's page
+cache, so that no second copy stays. Also what `readahead` reads from. Not for deciding what is cached.
+Threading: the event loop's thread, except what is said to be in worker threads.
+"""
+
+import contextlib
+import os
+import time
+
+from tmem.fs import lower
+from tmem.fs.base import Handlers
+from tmem.fs.buffers import Buffers
+from tmem.fs.openfile import OpenFile, Pause, no_pause
+from tmem.fs.policy import Policy
+from tmem.fs.readahead import NEVER, Stream, Streams
+from tmem.types import MAX_INDEX, PAGE_SIZE
+
+_AT_ONCE_BYTES = 64 << 10
+"""What is read on the event loop if the kernel has it: to compress this much takes some 80 us."""
+_REORDERED_BYTES = 1 << 20
+"""A request so far beyond the one before belongs to the same stream: the kernel sends several at a time."""
+_AHEAD_SHARE = 32
+"""A stream is read ahead by at most this part of the pool's memory."""
+
+
+class Loader:
+    """Loads pages for the handlers of one mount; `pause` is called before each put in a worker thread."""
+
+    def __init__(self, handlers: Handlers, policy: Policy, pause: Pause) -> None:
+        self._handlers = handlers
+        self._policy = policy
+        self._pause = pause
+        self._streams = Streams()
+        self.buffers = Buffers()
+
+    async def fill(self, file: OpenFile, buffer: memoryview, first: int, found: int, npages: int) -> int:
+        """Read the pages that were not found from the lower file, put them; the valid bytes in `buffer`."""
+        missing = buffer[found * PAGE_SIZE : npages * PAGE_SIZE]
+        index = first + found
+        start = index * PAGE_SIZE
+        if file.ahead is not None and file.ahead.covers(index):
+            file.ahead.missed(index, first + npages)
+        elif file.stream_end == start > 0:
+            self._begin_ahead(file, first, first + npages)
+        elif not file.stream_start <= start <= file.stream_end + _REORDERED_BYTES or file.stream_end < 0:
+            file.stream_start = start
+        file.stream_end = start + len(missing)  # before it is done: the kernel's own requests may overlap
+        count, stored = await self.load(file, index, missing, file.stream_start)
+        if not stored:
+            file.stream_end = -1
+        return found * PAGE_SIZE + count
+
+    async def load(self, file: OpenFile, index: int, pages: memoryview, put_from: int) -> tuple[int, bool]:
+        """Read the pages from `index` on, put them, and drop them from the kernel's page cache.
+
+        The bytes read, and whether all pages are now in the pool, as are those from byte `put_from` on.
+        """
+        state, descriptor = file.state, file.descriptor
+        token = self._handlers.coherence.read_token(state)
+        start = index * PAGE_SIZE
+        if not file.exact:
+            file.exact = True
+            lower.read_exactly(descriptor, True)
+
+        def put(count: int) -> tuple[int, int | None, int]:
+            whole = lower.whole_pages(start, count, state.size)
+            self._pause("read:lower-read")
+            if not whole:
+                return 0, 0, 0
+            if count < whole * PAGE_SIZE:
+                pages[count : whole * PAGE_SIZE] = bytes(whole * PAGE_SIZE - count)
+            begun = time.monotonic_ns()
+            stored = self._handlers.coherence.put_if(
+                state, token, descriptor, index, pages[: whole * PAGE_SIZE]
+            )
+            put_ns = time.monotonic_ns() - begun
+            if stored == whole:
+                lower.drop_cached(descriptor, start, start + whole * PAGE_SIZE, put_from, state.size)
+            return whole, stored, put_ns
+
+        def work() -> tuple[int, OSError | None, int, int, int | None, int]:
+            begun = time.monotonic_ns()
+            count, failure = lower.read_until_error(descriptor, start, pages)
+            lower_ns = time.monotonic_ns() - begun
+            return count, failure, lower_ns, *put(count)
+
+        begun, count, failure = time.monotonic_ns(), 0, None
+        # Who holds reads up at `pause` may do so in threads only.
+        if len(pages) <= _AT_ONCE_BYTES and not state.lock.locked() and self._pause is no_pause:
+            count = lower.read_cached(descriptor, start, pages)
+        lower_ns = time.monotonic_ns() - begun
+        if count and (count == len(pages) or start + count == state.size):
+            whole, stored, put_ns = put(count)  # nothing of this waits, and a thread would cost 200 us
+        else:
+            file.loads += 1
+            try:
+                count, failure, lower_ns, whole, stored, put_ns = await self._handlers.in_thread(work)
+            finally:
+                file.loads -= 1
+        if whole and stored == whole:
+            self._drop_together(file, put_from, start + whole * PAGE_SIZE)
+        counters = self._handlers.precache.counters
+        counters.lower_bytes += count
+        counters.lower_ns += lower_ns
+        counters.put_ns += put_ns
+        if stored is None:
+            counters.overtaken_pages += whole
+        else:
+            counters.put_pages += stored
+            counters.refused_pages += whole - stored
+        if failure is not None:  # not fewer bytes: in the kernel's cache that would mean zeros from there on
+            raise failure
+        return count, stored == whole == -(-count // PAGE_SIZE)
+
+    def _drop_together(self, file: OpenFile, start: int, end: int) -> None:
+        """Drop once more what was put from `start` to `end`, when the last of several reads is done.
+
+        Each keeps the others from dropping a folio that it reads from.
+        """
+        if file.side_by_side is not None:
+            start, end = min(start, file.side_by_side[0]), max(end, file.side_by_side[1])
+        elif not file.loads:
+            return
+        file.side_by_side = (start, end) if file.loads else None
+        if not file.loads:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
+    def _begin_ahead(self, file: OpenFile, first: int, last: int) -> None:
+        """Begin to read ahead of a reader that is about to read the pages from `first` to before `last`."""
+        most = (
+            min(self._policy.ahead_bytes, self._handlers.precache.room_bytes() // _AHEAD_SHARE) // PAGE_SIZE
+        )
+        if most and (file.ahead is None or not file.ahead.running):
+            source = _Source(self._handlers, self, file, file.stream_start)
+            file.ahead = Stream(source, self._streams, last, last - first, most)
+            file.ahead.extend(last)
+
+
+class _Source:
+    """An open file as `readahead.Stream` sees it."""
+
+    def __init__(self, handlers: Handlers, loader: Loader, file: OpenFile, put_from: int) -> None:
+        self._handlers = handlers
+        self._loader = loader
+        self._file = file
+        self._put_from = put_from
+
+    def length(self) -> int:
+        return min(-(-self._file.state.size // PAGE_SIZE), MAX_INDEX)
+
+    async def prepare(self, first: int, last: int) -> list[tuple[int, int]]:
+        ranges = self._handlers.precache.absent(self._file.state.oid, first, last)
+        await self._handlers.in_thread(lower.prefetch, self._file.descriptor, ranges)
+        return ranges
+
+    async def load(self, first: int, last: int) -> bool:
+        buffers = self._loader.buffers
+        buffer = buffers.take((last - first) * PAGE_SIZE)
+        try:
+            pages = buffer[: (last - first) * PAGE_SIZE]
+            count, stored = await self._loader.load(self._file, first, pages, self._put_from)
+        finally:
+            buffers.give(buffer)
+        if stored:
+            self._handlers.precache.counters.ahead_pages += -(-count // PAGE_SIZE)
+        return stored and count > 0
+
+    def leave(self, first: int, last: int) -> None:
+        start, end = first * PAGE_SIZE, last * PAGE_SIZE
+        lower.drop_cached(self._file.descriptor, start, end, start, end + 1)
+
+    def mark(self, page: int) -> None:
+        self._file.marker = page
+        if page != NEVER and self._handlers.reading is not None:
+            self._handlers.reading.reader.mark(self._file.number, page * PAGE_SIZE)

@@ -1,0 +1,51 @@
+"""An open file of the mount, and the points at which tests hold its handlers up.
+
+What the handlers of open files (`opening`, `files`) and the loads of its pages (`loading`) share. Threading:
+the event loop's thread; worker threads get its descriptor and `state` only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tmem.fs.acting import Caller
+from tmem.fs.coherence import FileState
+from tmem.fs.inodes import Inode
+from tmem.fs.readahead import NEVER, Stream
+
+Pause = Callable[[str], None]
+"""Called in worker threads, at ``read:lower-read`` (before the put), ``write:flushed``, ``write:written`` and
+``truncate:done``."""
+
+
+def no_pause(point: str) -> None:
+    """Do nothing."""
+
+
+@dataclass(eq=False, slots=True)
+class OpenFile:
+    """One open file of the mount."""
+
+    inode: Inode
+    state: FileState
+    descriptor: int
+    writable: bool
+    append: bool
+    stream_start: int = 0
+    """Where the stretch of bytes began that ends at `stream_end` and was put as it was read."""
+    stream_end: int = 0
+    exact: bool = False
+    """Whether the kernel reads no more of the lower file than it is asked for."""
+    ahead: Stream | None = None
+    """What is read ahead of it."""
+    marker: int = NEVER
+    """The page that tells, when it is read, that more can be read ahead."""
+    number: int = 0
+    """The handle."""
+    loads: int = 0
+    """Reads of the lower file for the pool that are under way."""
+    side_by_side: tuple[int, int] | None = None
+    """The bytes that were put by reads that were under way at a time."""
+    caller: Caller | None = None
+    """Who opened it; None after the code was replaced."""
+    accessed: bool = False
+    """Whether its access time needs no more care."""

@@ -1,0 +1,240 @@
+"""Opening, creating and closing files, and handing open ones over to new code.
+
+Each open checks whether the file's pages still show it, decides (at the first one) whether the file is
+cached at all, and says how the kernel is to cache it. Not for what is done with open files (`files`).
+Threading: the event loop's thread.
+"""
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pyfuse3
+
+from tmem.fs import lower
+from tmem.fs.acting import Caller, acting_as
+from tmem.fs.base import errors
+from tmem.fs.inodes import Inode, proc_path
+from tmem.fs.namespace import Namespace
+from tmem.fs.openfile import OpenFile
+from tmem.fs.policy import DEFAULT, Policy
+from tmem.fs.precache import ignore_pool
+from tmem.fs.reading import Reading
+from tmem.fs.rules import path_below
+from tmem.fs.state import SavedFile
+from tmem.fs.worth import Account, Worth
+
+if TYPE_CHECKING:
+    from pyfuse3 import EntryAttributes, FileInfo, RequestContext
+
+_KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_TRUNC | os.O_NOATIME
+
+
+class Opening(Namespace):
+    """Handlers that open and close files.
+
+    `cached` says whether the kernel caches what is read from a file with this status (else direct_io);
+    `clock` is a monotonic clock in seconds.
+    """
+
+    def __init__(
+        self,
+        *arguments: object,
+        cached: Callable[[os.stat_result], bool],
+        policy: Policy = DEFAULT,
+        clock: Callable[[], float] = time.monotonic,
+        **keywords: object,
+    ) -> None:
+        super().__init__(*arguments, **keywords)  # type: ignore[arg-type]  # passed on as they are
+        self._cached = cached
+        self._policy = policy
+        self._worth = Worth(self._account, clock)
+        self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
+        self._files: dict[int, OpenFile] = {}
+        self._next_file = 1
+
+    async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":
+        """Open a file, and check whether its pages still show it."""
+        with errors():
+            node = self.table[inode]
+            if flags & os.O_TRUNC:
+                return await self._open_truncated(node, flags, Caller.of(ctx))
+            path = self.table.path(node)
+            unchanged: bool | None = None
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                # First with a descriptor that only reads: one of our own that writes hides other writers.
+                with contextlib.suppress(PermissionError):
+                    unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+            return self._opened(node, descriptor, flags, Caller.of(ctx), unchanged)
+
+    def _validate(self, inode: Inode, descriptor: int) -> bool:
+        """Check with `descriptor`, which is closed, whether the file's pages still show it."""
+        try:
+            return self.coherence.validate(self.state_of(inode), os.fstat(descriptor), descriptor)
+        finally:
+            os.close(descriptor)
+
+    async def _open_truncated(self, inode: Inode, flags: int, caller: Caller | None = None) -> "FileInfo":
+        # Opened without O_TRUNC first: the change needs a descriptor before it happens.
+        descriptor = os.open(self.table.path(inode), (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CLOEXEC)
+        try:
+            with self.coherence.change(self.state_of(inode), descriptor) as change:
+                change.flush(0, None)
+                try:
+                    before = os.fstat(descriptor)
+                    # By its path: it may be open for reading only.
+                    await self.in_thread(os.truncate, proc_path(descriptor), 0)
+                    self.lose_set_ids(inode, descriptor, before, caller)
+                finally:
+                    change.flush(0, None)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self._opened(inode, descriptor, flags, caller)
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: "RequestContext"
+    ) -> tuple["FileInfo", "EntryAttributes"]:
+        """Create a file and open it."""
+        with errors():
+            wanted = (flags & (_KEPT_FLAGS | os.O_EXCL)) | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            directory = self.table.descriptor(self.table[parent_inode])
+            with acting_as(ctx):
+                descriptor = os.open(name, wanted & ~os.O_TRUNC, stat.S_IMODE(mode), dir_fd=directory)
+            try:
+                entry = self.enter(self.table[parent_inode], name)
+                node = self.table[entry.st_ino]
+                if flags & os.O_TRUNC:  # it may have come into being underneath
+                    with self.coherence.change(node.state, descriptor) as change:
+                        change.flush(0, None)
+                        os.ftruncate(descriptor, 0)
+                        change.flush(0, None)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return self._opened(node, descriptor, flags, Caller.of(ctx)), entry
+
+    def _opened(
+        self,
+        inode: Inode,
+        descriptor: int,
+        flags: int,
+        caller: Caller | None,
+        unchanged: bool | None = None,
+    ) -> "FileInfo":
+        """Register an open file; `unchanged` is what its validation said, None if there was none yet."""
+        try:
+            self.precache.pool()  # senses a segment that has appeared
+            state = self.state_of(inode)
+            status = os.fstat(descriptor)
+            if unchanged is None:
+                unchanged = self.coherence.validate(state, status, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        number = self._next_file
+        self._next_file += 1
+        if not inode.opens:  # all opens of a file agree, as the kernel wants it where it passes them through
+            inode.declined = self._declines(status, descriptor)
+        self.precache.counters.declined_opens += inode.declined
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        file = OpenFile(
+            inode, state, descriptor, writable, bool(flags & os.O_APPEND), number=number, caller=caller
+        )
+        file.accessed = self._no_atimes or bool(flags & os.O_NOATIME) or lower.was_accessed(status)
+        self._files[number] = file
+        inode.opens += 1
+        if self.reading is not None and not inode.declined:
+            self.reading.open(number, descriptor, state)
+            if not file.accessed:
+                self.reading.reader.mark(number, 0)  # so that the first read comes here, and is noted
+        cached = self._cached(status)
+        if cached and not unchanged:
+            with contextlib.suppress(OSError):  # it may know no such inode; an old size must not cut reads
+                pyfuse3.invalidate_inode(inode.nodeid, attr_only=True)
+        return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=cached and unchanged)
+
+    def _declines(self, status: os.stat_result, descriptor: int) -> bool:
+        """Say whether a file that is opened now is to be passed through."""
+        if self._policy.steps_aside and self._worth.aside():
+            return True
+        return self._policy.rules.decline(status.st_size, lambda: path_below(self.table.root, descriptor))
+
+    def _account(self) -> Account:
+        """Tell how caching stands."""
+        self.count_native_hits()
+        counters = self.precache.counters
+        evicted, stored = self.precache.turnover()
+        return Account(
+            hit_pages=counters.hit_pages,
+            ahead_pages=counters.ahead_pages,
+            miss_reads=counters.miss_reads,
+            lower_pages=counters.miss_pages + counters.ahead_pages,
+            lower_ns=counters.lower_ns,
+            put_ns=counters.put_ns,
+            gone_pages=evicted + counters.refused_pages,
+            stored_pages=stored,
+        )
+
+    async def release(self, fh: int) -> None:
+        """Close; a file without a name loses its pages with its last close."""
+        if self.reading is not None:
+            self.reading.close(fh)
+        file = self._files.pop(fh)
+        if file.ahead is not None and file.ahead.running:
+            with self._waiting():
+                await file.ahead.close()
+        file.inode.opens -= 1
+        with errors():
+            try:
+                if not file.inode.opens:
+                    self.discard_if_unlinked(file.descriptor)
+            finally:
+                os.close(file.descriptor)
+
+    def read_by(self, reading: Reading | None) -> None:
+        """Have hits answered by a native reader from now on, or not any more."""
+        self.count_native_hits()
+        self.reading = reading
+        self.precache.on_pool = reading.use_pool if reading is not None else ignore_pool
+        if reading is not None:
+            reading.use_pool(self.precache.current)
+            for number, file in self._files.items():
+                if not file.inode.declined:
+                    reading.open(number, file.descriptor, file.state)
+
+    def count_native_hits(self) -> None:
+        """Bring the counters up to date with what the native reader has answered."""
+        if self.reading is not None:
+            self.reading.count_hits(self.precache.counters)
+
+    def used_by_files(self) -> list[Inode]:
+        """Return the inodes of open files."""
+        return [file.inode for file in self._files.values()]
+
+    def saved_files(self, places: dict[Inode, int]) -> tuple[list[SavedFile], int]:
+        """Return the open files, with their inodes as `places`, and the next handle."""
+        files = [
+            (number, places[file.inode], file.descriptor, file.writable, file.append, file.inode.declined)
+            for number, file in self._files.items()
+        ]
+        return files, self._next_file
+
+    def restore_files(self, saved: list[SavedFile], next_file: int, inodes: list[Inode]) -> None:
+        """Have the files open that were saved."""
+        self._next_file = next_file
+        for number, place, descriptor, writable, append, declined in saved:
+            inode = inodes[place]
+            inode.declined = declined
+            assert inode.state is not None
+            self._files[number] = OpenFile(inode, inode.state, descriptor, writable, append, number=number)
+            inode.opens += 1
+
+    def close_files(self) -> None:
+        """Close what is still open at the end of the mount."""
+        while self._files:
+            os.close(self._files.popitem()[1].descriptor)
