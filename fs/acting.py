@@ -51,6 +51,30 @@ class Caller:
             return False
 
 
+_KEEP_SET_IDS = 1 << 4  # CAP_FSETID
+
+
+@contextlib.contextmanager
+def losing_set_ids() -> Iterator[None]:
+    """Lack the right to keep set-id bits (CAP_FSETID), as users do, for as long as this lasts. OSError."""
+    before = ctypes.create_string_buffer(24)
+    _check(_libc.capget(_HEADER, before))
+    (effective,) = struct.unpack_from("=I", before)
+    fewer = ctypes.create_string_buffer(before.raw, 24)
+    struct.pack_into("=I", fewer, 0, effective & ~_KEEP_SET_IDS)
+    _check(_libc.capset(_HEADER, fewer))
+    try:
+        yield
+    finally:
+        _check(_libc.capset(_HEADER, before))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
 @contextlib.contextmanager
 def acting_as(ctx: "RequestContext") -> Iterator[None]:
     """Make files as the caller, with its user, group and umask, for as long as this lasts.

@@ -85,7 +85,7 @@ class Handlers(pyfuse3.Operations):
         entry.st_ino = inode.nodeid
         entry.generation = inode.generation
         entry.entry_timeout = self.lifetimes.of_name(status.st_dev)
-        entry.attr_timeout = self.lifetimes.of_attributes(status)
+        entry.attr_timeout = 0.0 if inode.stored_to else self.lifetimes.of_attributes(status)
         entry.st_mode = status.st_mode
         entry.st_nlink = status.st_nlink
         entry.st_uid = status.st_uid

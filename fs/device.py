@@ -4,8 +4,8 @@ libfuse takes ``/dev/fd/N`` as a mount point that is mounted already. N is first
 the kernel's INIT request is handed through it, pyfuse3 answers, the answer is amended and given to the
 kernel, and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and
 the kernel; or, with a native reader (`reading`), the pair stays and the reader is in between. Amended: mmap
-with MAP_SHARED on direct_io files (ENODEV without it), and that the umask is ours to apply, since a default
-access control list takes its place.
+with MAP_SHARED on direct_io files (ENODEV without it), that the umask is ours to apply, since a default
+access control list takes its place, and that files may be passed through (`backing`).
 
 Request and answer are kept. New code that takes over a device whose connection is open (`restart`) hands
 the same request to its own libfuse: if that answers as the old one did, it will understand what the kernel
@@ -37,6 +37,11 @@ _OUT_FLAGS, _OUT_FLAGS2 = _OUT_HEADER + 12, _OUT_HEADER + 32
 _INIT_EXT = 1 << 30
 _DONT_MASK = 1 << 6
 _DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
+_PASSTHROUGH = 1 << (37 - 32)
+_OUT_MAX_STACK_DEPTH = _OUT_FLAGS2 + 4
+_STACK_DEPTH = 1
+"""How many file systems lie on top of each other with this one on top: the lower may not be such a one. With
+2, the most, overlayfs could not be put on top of the mount."""
 _INIT_SECONDS = 10
 _NAMES = {
     syscalls.MS_RDONLY: "ro",
@@ -64,6 +69,11 @@ class Device:
     """What it was answered with."""
     read_natively: bool = False
     """Whether a native reader is to stand between pyfuse3 and the kernel; see `make_room`."""
+
+    wants_passthrough: bool = False
+    """Whether files are to be passed through, if the kernel can."""
+    passthrough: bool = False
+    """Whether files can be passed through; known after `negotiate`."""
 
     @property
     def fuse(self) -> int:
@@ -107,7 +117,15 @@ def mount(lower: str, mountpoint: str, options: MountOptions) -> Device:
 def taken_over(descriptor: int, request: bytes, reply: bytes) -> Device:
     """Return a device whose connection is open: `descriptor` is /dev/fuse, `reply` answered `request`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return Device(descriptor, theirs.detach(), ours, request=request, reply=reply)
+    wants_passthrough = bool(_flags(reply, _OUT_FLAGS, _OUT_FLAGS2)[1] & _PASSTHROUGH)
+    return Device(
+        descriptor,
+        theirs.detach(),
+        ours,
+        request=request,
+        reply=reply,
+        wants_passthrough=wants_passthrough,
+    )
 
 
 async def negotiate(device: Device) -> None:
@@ -144,14 +162,18 @@ async def agree(device: Device) -> None:
             await trio.lowlevel.wait_readable(device.channel.fileno())
         reply += device.channel.recv(4096)
         nursery.cancel_scope.cancel()
-    offered = (0, 0)
-    if len(device.request) >= _IN_FLAGS2 + 4:
-        offered = struct.unpack_from("=II", device.request, _IN_FLAGS)
-    if offered[0] & _INIT_EXT and offered[1] & _DIRECT_IO_ALLOW_MMAP and len(reply) >= _OUT_FLAGS2 + 4:
-        _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
-        _set_bits(reply, _OUT_FLAGS2, _DIRECT_IO_ALLOW_MMAP)
-        device.direct_mmap = True
-    if offered[0] & _DONT_MASK:
+    offered, more = _flags(device.request, _IN_FLAGS, _IN_FLAGS2)
+    if offered & _INIT_EXT and len(reply) >= _OUT_MAX_STACK_DEPTH + 4:
+        if more & _DIRECT_IO_ALLOW_MMAP:
+            _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
+            _set_bits(reply, _OUT_FLAGS2, _DIRECT_IO_ALLOW_MMAP)
+            device.direct_mmap = True
+        if more & _PASSTHROUGH and device.wants_passthrough:
+            _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
+            _set_bits(reply, _OUT_FLAGS2, _PASSTHROUGH)
+            struct.pack_into("=I", reply, _OUT_MAX_STACK_DEPTH, _STACK_DEPTH)
+            device.passthrough = True
+    if offered & _DONT_MASK:
         _set_bits(reply, _OUT_FLAGS, _DONT_MASK)
     device.reply = bytes(reply)
 
@@ -164,6 +186,14 @@ def _connect(device: Device) -> None:
     os.close(device.descriptor)
     device.descriptor = -1
     device.channel.close()
+
+
+def _flags(message: bytes, first: int, second: int) -> tuple[int, int]:
+    """Return both words of flags, 0 where the message is too short for them."""
+    words = [
+        struct.unpack_from("=I", message, at)[0] if len(message) >= at + 4 else 0 for at in (first, second)
+    ]
+    return words[0], words[1]
 
 
 def _set_bits(reply: bytearray, offset: int, bits: int) -> None:

@@ -47,6 +47,10 @@ class Inode:
     """Open handles of regular files."""
     declined: bool = False
     """Whether these are passed through; decided when the first one is opened."""
+    backing: int = 0
+    """The kernel's number of its backing file, if it is passed through while it is open (`backing`)."""
+    stored_to: bool = False
+    """Whether programs may write to it through the mount without our knowledge, also after its last close."""
     listed: tuple[Version | None, float] = (None, 0.0)
     """Which version of a directory the kernel has a listing of, and since when (monotonic)."""
     state: FileState | None = field(default=None, repr=False)
@@ -207,9 +211,12 @@ class InodeTable:
         self._last_generation = saved["last_generation"]
         inodes = []
         for row in saved["nodes"]:
-            nodeid, device, number, kind, descriptor, lookups, handle, by_id, by_key, state, generation = row
+            nodeid, device, number, kind, descriptor, lookups, handle, by_id, by_key, state, generation = row[
+                :11
+            ]
             inode = Inode(nodeid, (device, number), kind, descriptor, lookups, generation, handle)
             inode.state = FileState.restored(state) if state else None
+            inode.backing, inode.stored_to = row[11:]
             if by_id:
                 self._by_id[nodeid] = inode
             if by_key:
@@ -231,6 +238,8 @@ class InodeTable:
             self._by_key.get(inode.key) is inode,
             inode.state.saved() if inode.state else None,
             inode.generation,
+            inode.backing,
+            inode.stored_to,
         )
 
     def _match(self, status: os.stat_result, descriptor: int) -> Inode | None:

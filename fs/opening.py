@@ -26,6 +26,7 @@ from tmem.fs.reading import Reading
 from tmem.fs.rules import path_below
 from tmem.fs.state import SavedFile
 from tmem.fs.worth import Account, Worth
+from tmem.fs.writers import is_quiet
 
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, FileInfo, RequestContext
@@ -116,7 +117,10 @@ class Opening(Namespace):
             except BaseException:
                 os.close(descriptor)
                 raise
-            return self._opened(node, descriptor, flags, Caller.of(ctx)), entry
+            info = self._opened(node, descriptor, flags, Caller.of(ctx))
+            if node.stored_to:
+                entry.attr_timeout = 0.0
+            return info, entry
 
     def _opened(
         self,
@@ -133,13 +137,20 @@ class Opening(Namespace):
             status = os.fstat(descriptor)
             if unchanged is None:
                 unchanged = self.coherence.validate(state, status, descriptor)
+            number = self._next_file
+            self._next_file += 1
+            if (
+                not inode.opens
+            ):  # all opens of a file agree, as the kernel wants it for those it passes through
+                inode.declined = self._declines(status, descriptor)
+                inode.backing = self._back(inode, status) if inode.declined else 0
+            if inode.backing:
+                self._let_pass(inode, number, flags)
         except BaseException:
+            if inode.backing and not inode.opens:
+                self._unback(inode, descriptor)
             os.close(descriptor)
             raise
-        number = self._next_file
-        self._next_file += 1
-        if not inode.opens:  # all opens of a file agree, as the kernel wants it where it passes them through
-            inode.declined = self._declines(status, descriptor)
         self.precache.counters.declined_opens += inode.declined
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         file = OpenFile(
@@ -163,6 +174,31 @@ class Opening(Namespace):
         if self._policy.steps_aside and self._worth.aside():
             return True
         return self._policy.rules.decline(status.st_size, lambda: path_below(self.table.root, descriptor))
+
+    def _back(self, inode: Inode, status: os.stat_result) -> int:
+        """Return a new backing file for a file that nobody has open through the mount; 0: none."""
+        if self.reading is None or self.reading.backing is None:
+            return 0
+        return self.reading.backing.open(self.table.path(inode), status)
+
+    def _let_pass(self, inode: Inode, number: int, flags: int) -> None:
+        """Have the kernel read and write an open file by itself, which it is told in the reply."""
+        assert self.reading is not None
+        if flags & os.O_DIRECT:  # the kernel would make EIO of what the lower says to that
+            os.close(os.open(self.table.path(inode), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+        self.reading.reader.pass_through(number, inode.backing)
+        self.precache.counters.backed_opens += 1
+        if flags & os.O_ACCMODE != os.O_RDONLY and not inode.stored_to:
+            inode.stored_to = True  # a store to a mapped page changes times, and the kernel does not notice
+            self.kernel.forget_attributes(inode.nodeid)
+
+    def _unback(self, inode: Inode, descriptor: int) -> None:
+        """Give a file's backing file back after its last close."""
+        if self.reading is not None and self.reading.backing is not None:
+            self.reading.backing.close(inode.backing)
+        inode.backing = 0
+        # A mapping lives longer than the open file that it was made from.
+        inode.stored_to = inode.stored_to and is_quiet(descriptor) is not True
 
     def _account(self) -> Account:
         """Tell how caching stands."""
@@ -192,6 +228,8 @@ class Opening(Namespace):
         with errors():
             try:
                 if not file.inode.opens:
+                    if file.inode.backing:
+                        self._unback(file.inode, file.descriptor)
                     self.discard_if_unlinked(file.descriptor)
             finally:
                 os.close(file.descriptor)

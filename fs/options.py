@@ -47,6 +47,13 @@ class Aside(enum.StrEnum):
     NEVER = "never"
 
 
+class Passthrough(enum.StrEnum):
+    """Whether the kernel reads and writes by itself what is not cached, where it can; see `backing`."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Watching(enum.StrEnum):
     """Whether changes underneath are watched for, where the kernel reports them; see `watch`."""
 
@@ -81,6 +88,7 @@ class MountOptions:
     timeout_seconds: float | None = None
     """How long the kernel may believe names and attributes; None: see `lifetimes`."""
     watch: Watching = Watching.AUTO
+    passthrough: Passthrough = Passthrough.AUTO
     policy: Policy = DEFAULT
     """What is cached."""
     flags: int = syscalls.MS_NOSUID | syscalls.MS_NODEV
@@ -110,6 +118,8 @@ class MountOptions:
                 return replace(self, timeout_seconds=_seconds(value))
             if name == "watch" and equals:
                 return replace(self, watch=Watching(value))
+            if name == "passthrough" and equals:
+                return replace(self, passthrough=Passthrough(value))
             if name in _POLICY and equals:
                 return replace(self, policy=_POLICY[name](self.policy, value))
         except ValueError:
@@ -127,8 +137,9 @@ class MountOptions:
         raise TmemError(
             f"{word!r} is no mount option: use client=NAME, shared=UUID, cache=auto|direct|kernel, "
             "loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, cache_files=PATTERN:..., "
-            "skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, read_ahead=SIZE, "
-            "step_aside=auto|never, allow_other, default_permissions, ro, noexec, noatime, sync, dev or suid"
+            "skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, passthrough=auto|off, "
+            "read_ahead=SIZE, step_aside=auto|never, allow_other, default_permissions, ro, noexec, noatime, "
+            "sync, dev or suid"
         )
 
 
@@ -137,6 +148,7 @@ _CHOICES = {
     "loop": "use loop=auto, loop=native, loop=fast or loop=plain",
     "shared": "use shared=UUID, neither all zeros nor all ones",
     "watch": "use watch=auto or watch=off",
+    "passthrough": "use passthrough=auto or passthrough=off",
     "timeout": "use timeout=SECONDS with a number from 0 on",
     "cache_files": "use cache_files=PATTERN, or several with ':' between them, such as *.db:data/*",
     "skip_files": "use skip_files=PATTERN, or several with ':' between them, such as *.log:tmp/*",

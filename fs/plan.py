@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.backends.paths import SegmentPaths
-from tmem.fs.options import Cache, Loop, MountOptions, Watching
+from tmem.fs.options import Cache, Loop, MountOptions, Passthrough, Watching
 from tmem.fs.policy import Policy
 from tmem.fs.state import SavedPlan
 
@@ -50,6 +50,7 @@ class Plan:
             allow_other=options.allow_other,
             timeout_seconds=options.timeout_seconds,
             watch=options.watch.value,
+            passthrough=options.passthrough.value,
             policy=options.policy.saved(),
             flags=options.flags,
             ignored=options.ignored,
@@ -69,6 +70,7 @@ class Plan:
             saved["allow_other"],
             saved["timeout_seconds"],
             Watching(saved["watch"]),
+            Passthrough(saved["passthrough"]),
             Policy.restored(saved["policy"]),
             saved["flags"],
             saved["ignored"],

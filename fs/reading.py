@@ -10,6 +10,7 @@ import select
 import threading
 from typing import TYPE_CHECKING
 
+from tmem.fs.backing import Backing
 from tmem.fs.buffers import REQUEST_BYTES
 from tmem.fs.coherence import FileState
 from tmem.fs.device import Device
@@ -35,6 +36,8 @@ class Reading:
         ends = (device.descriptor, device.channel.fileno(), device.session)
         self.reader = _native.Reader(*ends, helpers, REQUEST_BYTES)
         self._counted: dict[str, int] = {}  # of its counters, what the mount's have already
+        self.backing = Backing(device.descriptor) if device.passthrough else None
+        """Where files that are not cached can be passed through."""
         self._session = device.session
         self._switch = threading.Lock()
         # Readable when there is something to do: a request, a reply, or a request that a helper has read.

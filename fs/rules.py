@@ -5,6 +5,7 @@ matched against the path below the lower directory (``*`` matches slashes too), 
 part of it. Case counts.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,10 +46,16 @@ def path_below(root: int, descriptor: int) -> str:
     """Return the path by which the open file was found, below the directory open at `root`.
 
     The kernel follows renames. Of several hard links it is the one that `descriptor` was opened by; a file
-    without links keeps its last name; of a file outside `root` the whole path comes back.
+    without links keeps its last name; of a file outside `root` the whole path comes back. A path that is too
+    long for the kernel to tell (4,096 bytes) is empty.
     """
     top = os.readlink(f"/proc/self/fd/{root}").rstrip("/") + "/"  # noqa: PTH115 - per open
-    path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+    try:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return ""
     if path.endswith(_DELETED) and not os.fstat(descriptor).st_nlink:
         path = path.removesuffix(_DELETED)
     return path.removeprefix(top)

@@ -21,7 +21,7 @@ from tmem.fs.device import Device
 from tmem.fs.fanotify import Events
 from tmem.fs.lastresort import LastResort
 from tmem.fs.loop import Readers
-from tmem.fs.options import Cache, Loop, Watching
+from tmem.fs.options import Cache, Loop, Passthrough, Watching
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.plan import Plan
 from tmem.fs.precache import Precache
@@ -89,6 +89,9 @@ class Server:
             mounted.read_natively = mounted.make_room()
             if not mounted.read_natively:
                 log.warning("loop=native needs CAP_NET_ADMIN: using loop=fast")
+        if not mounted.request:  # else the kernel was told by the code before
+            wanted = self.plan.options.passthrough is Passthrough.AUTO and os.geteuid() == 0
+            mounted.wants_passthrough = wanted and mounted.read_natively
 
     @property
     def can_restart(self) -> bool:

@@ -20,7 +20,7 @@ from typing import NoReturn, TypedDict, cast
 from tmem.errors import AttachError
 from tmem.fs.policy import SavedPolicy
 
-FORMAT = 2
+FORMAT = 3
 
 _HEADER = struct.Struct("<8sI4x")
 _MAGIC = b"tmemfuse"
@@ -31,9 +31,12 @@ SavedVersion = tuple[int, int, int]
 SavedFileState = tuple[bytes, bytes, bool, int, SavedVersion | None, int, bool, int]
 """name, oid, fine_stamps, size, version, epoch, served and top of a `FileState` that nothing is changing."""
 
-SavedInode = tuple[int, int, int, int, int, int, bytes | None, bool, bool, SavedFileState | None, int]
+SavedInode = tuple[
+    int, int, int, int, int, int, bytes | None, bool, bool, SavedFileState | None, int, int, bool
+]
 """nodeid, device and number of the lower inode, kind, descriptor (-1: closed), lookups, handle, whether its
-node id leads to it, whether its lower identity does, the coherence of its pages, and its generation."""
+node id leads to it, whether its lower identity does, the coherence of its pages, its generation, the number
+of its backing file (0: none), and whether it may be written without our knowledge."""
 
 SavedFile = tuple[int, int, int, bool, bool, bool]
 """Handle, inode, descriptor, writable, append and declined of an open file."""
@@ -93,6 +96,7 @@ class SavedPlan(TypedDict):
     allow_other: bool
     timeout_seconds: float | None
     watch: str
+    passthrough: str
     policy: SavedPolicy
     flags: int
     ignored: tuple[str, ...]

@@ -43,6 +43,8 @@ class MountStatistics:
     """Files that were found changed underneath the mount, so that their pages were dropped."""
     declined_opens: int
     """Opens of files that are passed through: the rules decline them, or the mount had stepped aside."""
+    backed_opens: int
+    """Those of them that the kernel reads and writes by itself, uncounted (`backing`)."""
     stepped_aside: bool
     """Whether files opened now are passed through because caching has not paid lately (`worth`)."""
     noticed_changes: int
@@ -97,6 +99,7 @@ class Counters:
     noticed_changes: int = 0
     lost_reports: int = 0
     declined_opens: int = 0
+    backed_opens: int = 0
 
     def snapshot(self, pool_active: bool, stepped_aside: bool, watching: bool = False) -> MountStatistics:
         """Return the counters as they are now."""

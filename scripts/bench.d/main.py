@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import bench_declined
 import bench_density
 import bench_fuse
 import bench_nbd
@@ -29,7 +30,9 @@ def main() -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument(
-        "parts", nargs="*", help="store, density, nbd, swap, save, fuse, tree, slow; all of them by default"
+        "parts",
+        nargs="*",
+        help="store, density, nbd, swap, save, fuse, declined, tree, slow; all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -42,6 +45,7 @@ def main() -> int:
         "swap": lambda: bench_swap.run(1 if quick else 3, 3 if quick else 6),
         "save": lambda: bench_save.run((128 if quick else 512) << 20, 3 if quick else 7),
         "fuse": lambda: bench_fuse.run(bench_fuse.QUICK if quick else bench_fuse.Sizes()),
+        "declined": lambda: bench_declined.run(bench_declined.QUICK if quick else bench_declined.Sizes()),
         "tree": lambda: bench_tree.run(bench_tree.QUICK if quick else bench_tree.Sizes()),
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),
     }

@@ -25,6 +25,8 @@ _COMMANDS = {
     "bindfs -mt": ["bindfs", "-f", "--multithreaded"],
     "mergerfs": ["mergerfs", "-f"],
     "tmem": [*_TMEM, "client=tmem"],
+    "tmem declined": [*_TMEM, "client=declined,loop=native,skip_files=*"],
+    "tmem declined, off": [*_TMEM, "client=off,loop=native,skip_files=*,passthrough=off"],
     "tmem plain": [*_TMEM, "client=plain,loop=fast"],
 }
 

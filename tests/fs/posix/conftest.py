@@ -22,6 +22,8 @@ from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
 
 MODES = ["loop=fast,cache=direct", "loop=plain,cache=kernel", "loop=native,cache=direct"]
+PASSING = "loop=native,skip_files=*"
+"""All files are passed through: their reads and writes are the kernel's, so only files are tried."""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,14 @@ def twins(request: pytest.FixtureRequest, base: Path) -> Iterator[Twins]:
     """A mount with a pool, in each mode, and its twin."""
     with mounted(base, request.param) as place:
         yield place
+
+
+@pytest.fixture(scope="module")
+def passing(base: Path) -> Iterator[Twins]:
+    """A mount that passes files through, and its twin."""
+    with mounted(base, PASSING) as place:
+        yield place
+        assert mounts.statistics(str(place.point)).backed_opens
 
 
 @contextlib.contextmanager

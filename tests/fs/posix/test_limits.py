@@ -1,5 +1,7 @@
 """What a mount cannot offer fails, or differs, exactly as the documentation says."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,14 @@ def test_operation(name: str, twins: Twins) -> None:
         except OSError as error:
             found.append(errno_name(error))
     assert found == [lower, mount]
+
+
+def test_files_that_are_passed_through_have_fewer(passing: Twins) -> None:
+    do, _, _ = LIMITS["unaligned_direct_read"]
+    case = passing.stage(stage)
+    for root in (passing.plain, passing.point):
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            do(root / case)
 
 
 @pytest.mark.parametrize("name", LIMITS_BETWEEN)

@@ -473,3 +473,21 @@ def test_a_read_only_mount(mode: str, base: Path) -> None:
             assert failure.value.errno == errno.EROFS
         assert not os.access(x, os.W_OK)
         mounts.umount(str(place.point))
+
+
+@pytest.mark.parametrize(
+    "story",
+    [
+        test_two_appenders_lose_nothing,
+        test_truncating_opens_against_a_writer,
+        test_very_long_paths,
+        test_writing_to_a_program_that_runs,
+        test_running_a_program_that_is_written,
+        test_private_mappings_keep_their_stores,
+        test_the_limit_of_file_sizes,
+        test_direct_access,
+        test_a_number_that_is_used_again_is_another_file,
+    ],
+)
+def test_files_that_are_passed_through(story: Callable[[Twins], None], passing: Twins) -> None:
+    story(passing)

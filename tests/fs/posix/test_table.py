@@ -6,7 +6,7 @@ known to differ is listed, with the reason; it is listed only as long as it does
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import pytest
 
@@ -27,16 +27,20 @@ KNOWN: dict[tuple[str, str], str] = {
 WAITING = () if hasattr(device, "_DONT_MASK") else ("nothing_in_listed", "listed_directory")
 """Default access control lists need the caller's umask to come with the request, not applied to the mode."""
 
+PASSED = ("file", "nothing", "set_gid_file", "capable_file", "listed_file", "linked_file", "sparse_file")
+"""Kinds that are tried with files passed through: stores to a mapping are then what they are on the lower."""
+NOT_PASSED = [("set_gid_file", "map_and_write"), *(case for case in KNOWN if case[1] != "map_and_write")]
+
 ALL_USERS = ("file", "nothing")
 Case = tuple[str, str, User]
 
 
-def cases(kind: str, thin: bool) -> Iterator[Case]:
+def cases(kind: str, thin: bool, known: Container[tuple[str, str]] = KNOWN) -> Iterator[Case]:
     """Yield what is to be tried on a kind."""
     for number, operation in enumerate(OPERATIONS):
         turn = (number + list(KINDS).index(kind)) % len(USERS)
         users = USERS if not thin or kind in ALL_USERS else (USERS[turn],)
-        if (kind, operation) not in KNOWN and kind not in WAITING:
+        if (kind, operation) not in known and kind not in WAITING:
             yield from ((kind, operation, user) for user in users)
 
 
@@ -52,6 +56,15 @@ def differences(place: Twins, actors: dict[User, Actor], chosen: Iterable[Case])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mount_does_as_the_lower_does(kind: str, twins: Twins, actors: dict[User, Actor]) -> None:
     found = differences(twins, actors, cases(kind, thin=True))
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("kind", PASSED)
+def test_it_does_so_with_files_that_are_passed_through(
+    kind: str, passing: Twins, actors: dict[User, Actor]
+) -> None:
+    thin = "TMEM_ALL_CASES" not in os.environ
+    found = differences(passing, actors, cases(kind, thin, NOT_PASSED))
     assert not found, "\n" + "\n".join(found)
 
 
