@@ -70,7 +70,7 @@ class Segment:
     def statistics(self) -> dict[str, int]:
         """Counters of the whole segment; see `tmem.backends.statistics.SegmentStatistics`."""
 
-    def timing(self) -> dict[str, tuple[int, int, int, int]]:
+    def timing(self) -> dict[str, tuple[int, int, int, int, tuple[int, ...]]]:
         """The fields of `tmem.backends.statistics.Timing` for "put_stored", "put_refused", "get_hit",
         "get_missed", "flush", "flush_object", "compress", "decompress" and "expand" (of condensed pages)."""
 

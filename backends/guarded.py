@@ -51,6 +51,15 @@ def set_guards(realtime: bool) -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, hard))
 
 
+def drop_guards() -> None:
+    """Give back what `set_guards` gave to who started us: this process is nothing that swap depends on."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_IO_FLUSHER, 0, 0, 0, 0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0", encoding="ascii")
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def become(argv: Sequence[str], realtime: bool) -> NoReturn:
     """Exec `argv` in our control group, with the guards set. Raises `AttachError` if it cannot be started."""
     groups.enter()

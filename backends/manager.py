@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tmem.backends import locking, notify
+from tmem.backends import locking, notify, scraping
 from tmem.backends.condensing import Condenser
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.resizing import Resizer
@@ -44,6 +44,8 @@ WORTH_HOLES = 8
 """Sixteenths of a chunk that must be free for its pages to be moved: a byte moved gains at least a byte."""
 COMPACT_NS = 100_000_000
 """How long to compact in a period."""
+
+_METRICS_TIMEOUT_S = 10.0
 
 _UCRED = struct.Struct("iII")
 
@@ -97,10 +99,16 @@ class Reserve:
         return hurry
 
 
-def run(paths: SegmentPaths, segment: "_native.Segment", settings: Wanted = lambda name: {}) -> bool:
+def run(
+    paths: SegmentPaths,
+    segment: "_native.Segment",
+    settings: Wanted = lambda name: {},
+    metrics: list[str] | None = None,
+) -> bool:
     """Run the manager until it is told to stop, by SIGINT, SIGTERM or the control socket.
 
-    `settings` says what clients are to have, by their names.
+    `settings` says what clients are to have, by their names; `metrics` is the command that serves metrics, if
+    somebody is to.
 
     True if the process is to go on as a new manager, of the code that is installed by now.
 
@@ -108,7 +116,7 @@ def run(paths: SegmentPaths, segment: "_native.Segment", settings: Wanted = lamb
     """
     with _exclusive(paths):
         _lock_memory(paths)
-        manager = _Manager(paths, segment, settings)
+        manager = _Manager(paths, segment, settings, metrics)
         trio.run(manager.run)
     return manager.renewed
 
@@ -116,7 +124,9 @@ def run(paths: SegmentPaths, segment: "_native.Segment", settings: Wanted = lamb
 class _Manager:
     """One run of the manager."""
 
-    def __init__(self, paths: SegmentPaths, segment: "_native.Segment", settings: Wanted) -> None:
+    def __init__(
+        self, paths: SegmentPaths, segment: "_native.Segment", settings: Wanted, metrics: list[str] | None
+    ) -> None:
         self.statistics = ManagerStatistics()
         self._paths = paths
         self._segment = segment
@@ -124,6 +134,7 @@ class _Manager:
         self._settler = Settler(settings)
         self._resizer = Resizer(segment, lambda: self._reserve.size_bytes, self._is_local)
         self._condenser = Condenser(segment)
+        self._metrics = metrics
         self._since_ns = time.monotonic_ns()
         self._scope = trio.CancelScope()
         self._complaint = ""
@@ -150,6 +161,7 @@ class _Manager:
                 nursery.start_soon(self._keep_house)
                 nursery.start_soon(self._resizer.run)
                 nursery.start_soon(self._condense)
+                nursery.start_soon(self._serve_metrics)
                 with trio.socket.socket(trio.socket.AF_UNIX) as listening:
                     with socket_address(control) as address:
                         await listening.bind(address)
@@ -164,6 +176,18 @@ class _Manager:
         async for number in signals:
             _log.info("%s", signal.Signals(number).name)
             self._scope.cancel()
+
+    async def _serve_metrics(self) -> None:
+        """Have a process serve metrics, or none: one that was left behind is replaced, or ended."""
+        try:
+            if not self._metrics:
+                await self._supervisor.unsupervise(scraping.NAME, _METRICS_TIMEOUT_S)
+            elif self._supervisor.keeps(scraping.NAME):
+                self._supervisor.restart(scraping.NAME, self._metrics, {})
+            else:
+                self._supervisor.supervise(scraping.NAME, self._metrics, {})
+        except ServiceError as error:  # nothing that anybody's pages depend on
+            _log.warning("%s: %s", scraping.NAME, error)
 
     # -- housekeeping
 
@@ -274,6 +298,7 @@ class _Manager:
             "pid": os.getpid(),
             "since_ns": self._since_ns,
             "segment": self._paths.name,
+            "complaint": self._complaint,
             "statistics": asdict(self.statistics) | asdict(self._resizer.statistics),
         }
 

@@ -235,6 +235,10 @@ class PoolStatistics(_Statistics):
     """Pages that went because the client was turned off, or because their last user left the shared pool."""
 
 
+BUCKETS_NS = tuple(1 << bits for bits in range(7, 31))
+"""Upper bounds of the buckets of `Timing`: powers of two from 128 ns to 1 s."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """How long one kind of operation takes: of every 64th of a thread, in nanoseconds."""
@@ -243,3 +247,29 @@ class Timing:
     total_ns: int
     least_ns: int
     most_ns: int
+    buckets: tuple[int, ...]
+    """How many of them took longer than one bound of `BUCKETS_NS` and at most the next; the last: longer than
+    all bounds."""
+
+    def since(self, before: "Timing") -> "Timing":
+        """Return what has come since `before`; least and most are those of all time."""
+        return Timing(
+            self.samples - before.samples,
+            self.total_ns - before.total_ns,
+            self.least_ns,
+            self.most_ns,
+            tuple(now - then for now, then in zip(self.buckets, before.buckets, strict=True)),
+        )
+
+    def quantile_ns(self, share: float) -> float | None:
+        """Return the time that `share` of the samples did not exceed, within a factor of two; None of none.
+
+        Between the bounds of a bucket it is interpolated, and `most_ns` bounds the last one.
+        """
+        left, below = share * sum(self.buckets), 0
+        for number, bound in zip(self.buckets, (*BUCKETS_NS, max(self.most_ns, BUCKETS_NS[-1])), strict=True):
+            if number and left <= number:
+                return below + (bound - below) * left / number
+            left -= number
+            below = bound
+        return None

@@ -348,8 +348,15 @@ static PyObject *timing(SegmentObject *self, PyObject *unused)
     (void)unused;
     for (unsigned i = 0; dict && i < 9; i++) {
         const struct tm_timing *t = &seg->super->timing[i];
-        PyObject *item = Py_BuildValue("(KKKK)", (unsigned long long)t->samples, (unsigned long long)t->total_ns,
-                                       (unsigned long long)t->least_ns, (unsigned long long)t->most_ns);
+        PyObject *buckets = PyTuple_New(TM_BUCKETS);
+        for (unsigned b = 0; buckets && b < TM_BUCKETS; b++) {
+            PyObject *number = PyLong_FromUnsignedLongLong(t->buckets[b]);
+            if (!number || PyTuple_SetItem(buckets, b, number))
+                Py_CLEAR(buckets);
+        }
+        /* N takes the tuple; it fails if there is none. */
+        PyObject *item = Py_BuildValue("(KKKKN)", (unsigned long long)t->samples, (unsigned long long)t->total_ns,
+                                       (unsigned long long)t->least_ns, (unsigned long long)t->most_ns, buckets);
         if (!item || PyDict_SetItemString(dict, names[i], item))
             Py_CLEAR(dict);
         Py_XDECREF(item);

@@ -1,4 +1,5 @@
-/* How long operations take, sampled: every 64th of a thread is measured. And maxima that are looked at now and then. */
+/* How long operations take, sampled: every 64th of a thread is measured. And maxima that are looked at now and then.
+ * All of it is plain counters, so a death in between leaves them off by one sample, and nothing to repair. */
 #include "tm.h"
 
 #include <time.h>
@@ -14,11 +15,20 @@ uint64_t timing_now(void)
 
 void timing_begin(struct tm_ctx *ctx) { ctx->began_ns = ctx->ticks % EVERY ? 0 : timing_now(); }
 
+/* The bucket of a duration: one count leading zeros, no loop and no table. */
+static unsigned bucket_of(uint64_t ns)
+{
+    unsigned bits = ns > 1 ? 64u - (unsigned)__builtin_clzll(ns - 1) : 0; /* least with ns <= 2^bits */
+    unsigned bucket = bits > TM_BUCKET_FIRST ? bits - TM_BUCKET_FIRST : 0;
+    return bucket < TM_BUCKETS ? bucket : TM_BUCKETS - 1;
+}
+
 void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns)
 {
     struct tm_timing *t = &seg->super->timing[kind];
     uint64_t before = atomic_fetch_add_explicit(&t->samples, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&t->total_ns, ns, memory_order_relaxed);
+    atomic_fetch_add_explicit(&t->buckets[bucket_of(ns)], 1, memory_order_relaxed);
     if (!before || ns < atomic_load_explicit(&t->least_ns, memory_order_relaxed))
         atomic_store_explicit(&t->least_ns, ns, memory_order_relaxed);
     if (ns > atomic_load_explicit(&t->most_ns, memory_order_relaxed))

@@ -34,6 +34,11 @@
 #define TM_STRIDE_MIN 128u
 #define TM_NCLASSES 64u /* strides 128, 192, ... 4160 */
 
+/* Histograms of timings: bucket i counts what took at most 2^(TM_BUCKET_FIRST + i) ns and more than the one before,
+ * the last one all that took longer: 128 ns to 1 s. */
+#define TM_BUCKET_FIRST 7u
+#define TM_BUCKETS 25u
+
 #define TM_MAX_CLIENTS 64u
 #define TM_CLIENT_POOLS 16u
 #define TM_MAX_SHARED 16u
@@ -166,6 +171,7 @@ struct tm_super {
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing {
         _Atomic uint64_t samples, total_ns, least_ns, most_ns;
+        _Atomic uint64_t buckets[TM_BUCKETS]; /* how many samples took how long */
     } timing[9];
 };
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };

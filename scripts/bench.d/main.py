@@ -22,7 +22,6 @@ import bench_save
 import bench_slow
 import bench_store
 import bench_swap
-import bench_tiers
 import bench_tree
 from common import machine
 
@@ -33,7 +32,7 @@ def main() -> int:
     parser.add_argument(
         "parts",
         nargs="*",
-        help="store, density, nbd, swap, save, fuse, declined, tree, slow, tiers; all by default",
+        help="store, density, nbd, swap, save, fuse, declined, tree, slow; all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -49,7 +48,6 @@ def main() -> int:
         "declined": lambda: bench_declined.run(bench_declined.QUICK if quick else bench_declined.Sizes()),
         "tree": lambda: bench_tree.run(bench_tree.QUICK if quick else bench_tree.Sizes()),
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),
-        "tiers": lambda: bench_tiers.run(3 if quick else 7, 16 if quick else 40),
     }
     if unknown := [part for part in options.parts if part not in parts]:
         parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(parts)}")

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmem.backends import cgroup, segment, service
+from tmem.backends import cgroup, scraping, segment, service
 from tmem.backends.paths import SegmentPaths
 from tmem.config import reading
 from tmem.errors import ConfigError, SegmentError, ServiceError, TmemError
@@ -204,8 +204,9 @@ def _segment(paths: SegmentPaths) -> Iterator[Finding]:
             detail = "none runs: servers that die stay dead, and nobody refills the reserve"
             yield Finding("segment", "manager", NOTE, detail, start)
         else:
-            running = ", ".join(services) or "nothing"
+            running = ", ".join(f"{one['name']} ({one['state']})" for one in services) or "nothing"
             yield Finding("segment", "manager", OK, f"runs and supervises {running}")
+            yield from _metrics(paths)
         violations = opened.check()
         if not violations:
             detail = f"{format_size(opened.memory_bytes)}, every invariant holds"
@@ -217,14 +218,27 @@ def _segment(paths: SegmentPaths) -> Iterator[Finding]:
             yield Finding("segment", paths.name, state, violation + suffix, remedy)
 
 
-def _services(paths: SegmentPaths) -> list[str] | None:
-    """Return ``NAME (state)`` of each service, or None if no manager answers."""
+def _metrics(paths: SegmentPaths) -> Iterator[Finding]:
+    """Yield whether metrics are served, if somebody has asked for it."""
+    address = scraping.address_of(paths)
+    if address is None:
+        return
+    if scraping.answers(paths, address):
+        yield Finding("segment", "metrics", OK, f"served on {address}")
+    else:
+        remedy = "choose another address for --metrics or in [start], then 'tmem restart --manager'"
+        detail = scraping.last_words(paths) or f"nobody serves them on {address}"
+        yield Finding("segment", "metrics", MISSING, detail, remedy)
+
+
+def _services(paths: SegmentPaths) -> list[dict[str, object]] | None:
+    """Return what the manager says of each service, or None if it does not answer."""
     try:
         services = service.request(paths, {"op": "services"}, timeout_s=5)["services"]
     except ServiceError:
         return None
     assert isinstance(services, list)
-    return [f"{entry['name']} ({entry['state']})" for entry in services]
+    return services
 
 
 def _guards(paths: SegmentPaths) -> Iterator[Finding]:

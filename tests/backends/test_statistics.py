@@ -3,12 +3,19 @@
 That counters add up and agree with the model after whatever happened is `sums` and the state machine.
 """
 
+import bisect
 from pathlib import Path
 
 import pytest
 
 from tmem.backends import _native
-from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics, Timing
+from tmem.backends.statistics import (
+    BUCKETS_NS,
+    ClientStatistics,
+    PoolStatistics,
+    SegmentStatistics,
+    Timing,
+)
 from tmem.errors import PoolError
 from tmem.types import PAGE_SIZE
 
@@ -214,6 +221,28 @@ def test_pages_that_are_moved_together(small: _native.Segment, client: _native.C
         assert page_at(pool, index, oid(900)) == page("text", 10_000 + index)
 
 
+def bucket_of(ns: int) -> int:
+    """The bucket that a time belongs to."""
+    return bisect.bisect_left(BUCKETS_NS, ns)
+
+
+def test_quantiles_of_a_histogram() -> None:
+    """Within the bucket in which so many samples have been counted, by proportion."""
+    nothing = (0,) * (len(BUCKETS_NS) + 1)
+    assert Timing(0, 0, 0, 0, nothing).quantile_ns(0.5) is None
+    buckets = [*nothing]
+    buckets[3], buckets[5] = 90, 10  # up to 1024, up to 4096 ns
+    some = Timing(100, 0, 600, 4000, tuple(buckets))
+    assert some.quantile_ns(0.45) == 512 + 512 * 0.5
+    assert some.quantile_ns(0.9) == 1024
+    assert some.quantile_ns(0.95) == 2048 + 2048 * 0.5
+    assert some.quantile_ns(1) == 4096
+    slow = Timing(1, 5 << 30, 5 << 30, 5 << 30, (*nothing[1:], 1))
+    assert slow.quantile_ns(1) == 5 << 30
+    assert some.since(some).quantile_ns(0.5) is None
+    assert some.since(Timing(0, 0, 0, 0, nothing)) == some
+
+
 def test_timing(small: _native.Segment, client: _native.Client, persistent: _native.Pool) -> None:
     """Every 64th operation of a thread is measured: so many samples, each no longer than all of it took."""
     names = ["put_stored", "put_refused", "get_hit", "get_missed", "flush", "flush_object"]
@@ -234,6 +263,15 @@ def test_timing(small: _native.Segment, client: _native.Client, persistent: _nat
     for timing in after.values():
         if timing.samples:
             assert 0 < timing.least_ns <= timing.total_ns / timing.samples <= timing.most_ns
+        # A snapshot beside nobody: each sample is in one bucket, and the extremes are in the outermost ones.
+        assert sum(timing.buckets) == timing.samples
+        assert len(timing.buckets) == len(BUCKETS_NS) + 1
+        if timing.samples:
+            assert bucket_of(timing.least_ns) == next(i for i, n in enumerate(timing.buckets) if n)
+            assert bucket_of(timing.most_ns) == max(i for i, n in enumerate(timing.buckets) if n)
+            median = timing.quantile_ns(0.5)
+            assert median is not None
+            assert timing.least_ns / 2 <= median <= timing.most_ns * 2
     assert of_client(client).busy_ns > busy
     client.mode = "frozen"
     for _ in range(640):

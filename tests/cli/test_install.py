@@ -11,8 +11,8 @@ from string import Template
 
 import pytest
 
-from tmem.cli import install
-from tmem.cli.main import run
+from tmem.cli import install, pages
+from tmem.cli.main import COMMANDS, run
 from tmem.config.example import example
 from tmem.errors import TmemError
 
@@ -86,6 +86,14 @@ def enable(units: Path, *names: str) -> None:
 
 def test_it_writes_units_and_the_helper(installed: Path, command: Path) -> None:
     found = files(installed)
+    texts = {path: found.pop(path) for path in [*found] if path.startswith("usr/share/")}
+    assert {
+        "usr/share/bash-completion/completions/tmem",
+        "usr/share/zsh/vendor-completions/_tmem",
+        "usr/share/fish/vendor_completions.d/tmem.fish",
+        *(f"usr/share/man/man1/tmem-{name}.1" for name in (*COMMANDS, "swap-add", "swap-remove")),
+        "usr/share/man/man1/tmem.1",
+    } <= {*texts}
     assert set(found) == {
         "etc/systemd/system/run-tmem.mount.d/tmem.conf",
         "etc/systemd/system/tmem-contain.service",
@@ -251,7 +259,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, command: Path, capsys: pytest.
     assert run(arguments) == 0
     assert files(root) == {}
     out = capsys.readouterr().out
-    assert out.count("would write") == 8
+    assert out.count("would write") == 8 + 3 + len(pages.manual())
     assert out.count("would link") == 1
     assert run(arguments[:-1]) == 0
     before = files(root)

@@ -36,7 +36,7 @@ def test_json_carries_every_counter(filled: "_native.Segment", capsys: pytest.Ca
     assert (state["name"], state["path"], state["manager_pid"]) == ("default", filled.path, None)
     assert (state["mode"], state["timing"]["put_stored"].keys()) == (
         "on",
-        {"samples", "total_ns", "least_ns", "most_ns"},
+        {"samples", "total_ns", "least_ns", "most_ns", "buckets"},
     )
     assert state["memory"]["memory_bytes"] == filled.memory_bytes
     assert state["memory"]["freeable_bytes"] == filled.freeable_bytes()
@@ -96,7 +96,7 @@ def test_the_long_form_has_every_value_of_the_json_form(
     assert run(["list", "-l"]) == 0
     words = capsys.readouterr().out.split()
     parts = [state["memory"], *state["timing"].values(), *state["clients"], *state["clients"][1]["pools"]]
-    assert {name for part in parts for name in part} - {"pools"} <= set(words)
+    assert {name for part in parts for name in part} - {"pools", "buckets"} <= set(words)
     assert str(filled.memory_bytes) in words
 
 

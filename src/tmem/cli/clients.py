@@ -13,7 +13,7 @@ import click
 
 from tmem.backends import segment
 from tmem.backends.clients import clients_by_name
-from tmem.cli.context import segment_name
+from tmem.cli.context import client_names, segment_name
 from tmem.errors import PoolError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def client_or_all(all_help: str) -> Callable[[_Command], _Command]:
 
     def decorate(command: _Command) -> _Command:
         command = click.option("--all", "everything", is_flag=True, help=all_help)(command)
-        return click.argument("client", required=False)(command)
+        return click.argument("client", shell_complete=client_names, required=False)(command)
 
     return decorate
 

@@ -3,10 +3,12 @@
 Not for output. Imported by every command, so it imports nothing heavy itself.
 """
 
+from contextlib import closing
+
 import click
 
 from tmem.errors import TmemError
-from tmem.types import SizeRange, parse_range, parse_size
+from tmem.types import SizeRange, parse_host_port, parse_range, parse_size
 
 
 def size_option(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -23,6 +25,30 @@ def range_option(ctx: click.Context, param: click.Parameter, value: str | None) 
         return None if value is None else parse_range(value)
     except TmemError as error:
         raise click.BadParameter(str(error), ctx, param) from None
+
+
+def address_or_off(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check the value of an option such as ``--metrics HOST:PORT``; ``off`` is none (a click callback)."""
+    try:
+        if value is None or value == "off":
+            return None
+        parse_host_port(value)
+    except TmemError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
+
+def client_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the clients that a shell may complete a word to; none where there is no segment."""
+    from tmem.backends import segment
+    from tmem.backends.clients import clients_by_name
+
+    try:
+        opened = segment.attach(str(ctx.find_root().params["name"]))
+    except TmemError:
+        return []
+    with closing(opened):
+        return sorted(name for name in clients_by_name(opened) if name.startswith(incomplete))
 
 
 def segment_name(ctx: click.Context) -> str:

@@ -1,4 +1,4 @@
-"""The command ``install``: unit files for systemd, mount(8)'s helper for ``fuse.tmem``, the configuration.
+"""The command ``install``: unit files for systemd, mount(8)'s helper for ``fuse.tmem``, texts for people.
 
 The units stand as templates in ``tmem/units``; only the path of the command and the segment's name are filled
 in. What is not marked as ours is never overwritten or removed, and everything is checked before anything is
@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from tmem.backends.paths import check_name
+from tmem.cli import pages
 from tmem.cli.context import segment_name
 from tmem.config.example import example
 from tmem.errors import TmemError
@@ -49,7 +50,8 @@ class Unit:
 def install(ctx: click.Context, root: Path, command: Path | None, dry_run: bool, uninstall: bool) -> None:
     """Write the units of the segment for systemd, and let mount(8) and fstab know fuse.tmem.
 
-    A commented /etc/tmem.toml is written where there is none.
+    Completions for shells and man pages as well, and a commented /etc/tmem.toml where there is none.
+
     With another segment (tmem --name NAME install) they are called tmem-swap-NAME@ and so on.
     """
     root = root.absolute()
@@ -58,18 +60,18 @@ def install(ctx: click.Context, root: Path, command: Path | None, dry_run: bool,
         return
     segment = check_name(segment_name(ctx), "segment name")
     tmem = checked_command(command or find_command())
-    units = render(segment, tmem)
+    wanted = {root / UNITS / unit.name: unit.text for unit in render(segment, tmem)}
+    wanted |= {root / path: text for path, text in pages.everything().items()}
     link = helper_link(root)
-    _check(root, units, link)
+    _check(root, list(wanted), link)
     would = "would " if dry_run else ""
-    for unit in units:
-        path = root / UNITS / unit.name
-        if path.exists() and path.read_text(encoding="utf-8") == unit.text:
+    for path, text in wanted.items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
             click.echo(f"{path} is as it should be")
             continue
         click.echo(f"{would}write {path}")
         if not dry_run:
-            _write(path, unit.text)
+            _write(path, text)
     target = tmem.with_name(HELPER)
     if link.is_symlink() and link.readlink() == target:
         click.echo(f"{link} is as it should be")
@@ -139,17 +141,16 @@ def _unit_name(source: str, suffix: str) -> str:
     return f"{stem.removesuffix('@')}{suffix}{'@' if stem.endswith('@') else ''}{dot}{kind}"
 
 
-def _check(root: Path, units: list[Unit], link: Path) -> None:
+def _check(root: Path, wanted: list[Path], link: Path) -> None:
     """Raise `TmemError` if a file in the way is not ours, or if nothing can be written."""
     if not root.is_dir():
         raise TmemError(f"{root} is no directory: make it, or leave out --root")
-    for unit in units:
-        path = root / UNITS / unit.name
+    for path in wanted:
         if (path.exists() or path.is_symlink()) and not _is_ours(path):
             raise TmemError(f"{path} was not written by this command: move it away first")
     if (link.exists() or link.is_symlink()) and not _is_our_link(link):
         raise TmemError(f"{link} was not made by this command: move it away first")
-    for directory in (root / UNITS, link.parent):
+    for directory in {path.parent: None for path in (*wanted, link)}:
         if not os.access(_existing(directory), os.W_OK):
             raise TmemError(
                 f"{directory} is not writable: run this as root, or install elsewhere with --root"
@@ -160,7 +161,9 @@ def _uninstall(root: Path, dry_run: bool) -> None:
     directory = root / UNITS
     units = [
         path
-        for path in sorted([*directory.glob("tmem*"), *directory.glob("*.d/tmem.conf")])
+        for path in sorted(
+            [*directory.glob("tmem*"), *directory.glob("*.d/tmem.conf"), *pages.candidates(root)]
+        )
         if _is_ours(path)
     ]
     names = {path.name for path in units}
@@ -189,11 +192,12 @@ def _uninstall(root: Path, dry_run: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Say whether a unit file carries our marker."""
+    """Say whether a file carries a marker of ours, in its first line or, where that is taken, the second."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().rstrip("\n") == MARKER
+        lines = file.readline(), file.readline()
+    return any(line.rstrip("\n") in (MARKER, pages.MARKER, pages.MANUAL_MARKER) for line in lines)
 
 
 def _is_our_link(path: Path) -> bool:

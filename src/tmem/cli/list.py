@@ -10,15 +10,21 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tmem.backends import segment, service
 from tmem.backends.paths import SegmentPaths
-from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics, Timing
+from tmem.backends.statistics import (
+    BUCKETS_NS,
+    ClientStatistics,
+    PoolStatistics,
+    SegmentStatistics,
+    Timing,
+)
 from tmem.cli.clients import attached, find_client
-from tmem.cli.context import segment_name
+from tmem.cli.context import client_names, segment_name
 from tmem.errors import PoolError, ServiceError
 from tmem.types import PAGE_SIZE, format_size
 
@@ -36,7 +42,7 @@ _NUMBERS = ("PAGES", "DATA", "MEMORY", "RATIO", "PUTS", "REFUSED", "GETS", "HIT%
 
 
 @click.command("list")
-@click.argument("client", required=False)
+@click.argument("client", shell_complete=client_names, required=False)
 @click.option("--json", "as_json", is_flag=True, help="Everything that is counted, for programs.")
 @click.option("-l", "--long", is_flag=True, help="Everything that is counted, for people.")
 @click.pass_context
@@ -80,6 +86,7 @@ def describe(
         "mode": opened.mode,
         "manager_pid": _manager_pid(paths),
         "memory": memory,
+        "timing_bounds_ns": list(BUCKETS_NS),
         "timing": {name: asdict(Timing(*values)) for name, values in opened.timing().items()},
         "clients": described,
     }
@@ -214,17 +221,24 @@ def _show_counts(console: "Console", state: Mapping[str, object]) -> None:
             _show_values(console, f"client {client['name']}, pool {pool['id']}", pool)
 
 
-def _timing_table(timing: Mapping[str, Mapping[str, int]]) -> "Table":
+def _timing_table(timing: Mapping[str, Mapping[str, Any]]) -> "Table":
     """One line for each kind of operation."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("timing", no_wrap=True)
-    for heading in (*(field.name for field in fields(Timing)), "mean_ns"):
+    plain = [field.name for field in fields(Timing) if field.name != "buckets"]
+    for heading in (*plain, "mean_ns", "p50_ns", "p99_ns"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, values in timing.items():
-        mean = values["total_ns"] // max(values["samples"], 1)
-        table.add_row(name, *map(str, values.values()), str(mean))
+        one = Timing(**values)
+        quantiles = (one.quantile_ns(share) for share in (0.5, 0.99))
+        table.add_row(
+            name,
+            *(str(values[heading]) for heading in plain),
+            str(one.total_ns // max(one.samples, 1)),
+            *("-" if value is None else f"{value:.0f}" for value in quantiles),
+        )
     return table
 
 

@@ -33,8 +33,10 @@ COMMANDS = {
     "mount": Entry("tmem.cli.mount", "mount", "Mount a directory through the precache."),
     "umount": Entry("tmem.cli.mount", "umount", "Unmount such a directory."),
     "list": Entry("tmem.cli.list", "list_command", "Show memory, clients and pools."),
+    "top": Entry("tmem.cli.top", "top", "Show live what happens in the segment."),
     "resize": Entry("tmem.cli.service", "resize", "Give the segment another bound, or a range for it."),
     "freeable": Entry("tmem.cli.list", "freeable", "Print the memory that persistent pages could still get."),
+    "metrics": Entry("tmem.cli.metrics", "metrics", "Serve or print the statistics for Prometheus."),
     "set": Entry("tmem.cli.settings", "set_command", "Set a client's weight, cap, floor or compression."),
     "authorise": Entry("tmem.cli.settings", "authorise", "Allow a client to share an ephemeral pool."),
     "freeze": Entry("tmem.cli.control", "freeze", "Refuse new pages of a client, or of everybody."),
@@ -70,6 +72,7 @@ class LazyGroup(click.Group):
             return None
         command = getattr(importlib.import_module(entry.module), entry.attribute)
         assert isinstance(command, click.Command)
+        command.short_help = entry.help
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -17,7 +17,7 @@ import click
 
 from tmem.backends import segment
 from tmem.backends.paths import SegmentPaths, check_name
-from tmem.cli.context import segment_name
+from tmem.cli.context import client_names, segment_name
 from tmem.errors import SaveFileError, TmemError
 from tmem.types import format_size
 
@@ -91,7 +91,7 @@ def restore(ctx: click.Context, file: str, clients: tuple[str, ...], called: str
 
 
 @click.command()
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.option("--to", "target", metavar="NAME", help="Another segment on this machine.")
 @click.option("--through", metavar="COMMAND", help="Runs 'tmem receive' elsewhere: 'ssh HOST tmem receive'.")
 @click.pass_context

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tmem.backends import guarded, processes, segment, service
+from tmem.backends import guarded, processes, scraping, segment, service
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.clients import attached, departed_error, find_client, require_one
 from tmem.cli.configured import ConfiguredCommand, configuration, explicit, setting_of
-from tmem.cli.context import range_option, segment_name
+from tmem.cli.context import address_or_off, client_names, range_option, segment_name
 from tmem.errors import SegmentError, ServiceError, TmemError
 from tmem.types import SizeRange, format_size
 
@@ -49,6 +49,12 @@ _ROUNDING_BYTES = 4 << 20
     metavar="PERCENT",
     help="Share of one CPU for storing pages smaller that nobody asks for (5 at first; 0: none).",
 )
+@click.option(
+    "--metrics",
+    metavar="HOST:PORT",
+    callback=address_or_off,
+    help="Serve the statistics for Prometheus there, such as 127.0.0.1:9753; off: nobody does (default).",
+)
 @click.option("--launched", is_flag=True, hidden=True, help="What the process sets for itself is set.")
 @click.pass_context
 def start(
@@ -57,6 +63,7 @@ def start(
     detach: bool,
     realtime: bool,
     condense: int | None,
+    metrics: str | None,
     launched: bool,
 ) -> None:
     """Create the segment if absent, and run the manager service in the foreground."""
@@ -66,6 +73,8 @@ def start(
         memory = None  # the configuration says how to create one, no more
     if detach:
         _start_detached(paths, memory, realtime, again)
+        if metrics is not None:
+            _wait_for_metrics(paths, metrics)
         return
     if not launched:
         # Memory is charged to the group in which it is touched first, and threads inherit the guards.
@@ -78,7 +87,8 @@ def start(
             opened.condense_percent = condense
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
-        renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name))
+        exporter = None if metrics is None else [*_prefix(ctx, paths), "metrics", metrics]
+        renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name), exporter)
     if renewed:
         # The same process: whoever watches over it (a service file, a test) sees no end of it.
         os.execv(again[0], [*again, "--launched"])
@@ -92,7 +102,7 @@ def stop(ctx: click.Context) -> None:
 
 
 @click.command()
-@click.argument("client", required=False)
+@click.argument("client", shell_complete=client_names, required=False)
 @click.option("--all", "everything", is_flag=True, help="The whole segment, and the manager with it.")
 @click.option("--force", is_flag=True, help="End a client that departed in a handoff.")
 @click.pass_context
@@ -201,15 +211,42 @@ def _launch(paths: SegmentPaths, argv: list[str]) -> int:
 
 def _command(ctx: click.Context, paths: SegmentPaths) -> list[str]:
     """Return the command that runs the manager in the foreground: it reads the configuration itself."""
-    config, given = ctx.find_root().obj.get("config"), ctx.params
+    given = ctx.params
     return [
-        *(sys.executable, "-P", "-m", "tmem", "--name", paths.name),
-        *(["--config", str(config)] if config else []),
+        *_prefix(ctx, paths),
         "start",
         *(["--memory", str(given["memory"])] if explicit(ctx, "memory") else []),
         *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
         *(["--condense", str(given["condense"])] if explicit(ctx, "condense") else []),
+        *(["--metrics", given["metrics"] or "off"] if explicit(ctx, "metrics") else []),
     ]
+
+
+def _prefix(ctx: click.Context, paths: SegmentPaths) -> list[str]:
+    """Return the beginning of a command of ours on the same segment and configuration."""
+    config = ctx.find_root().obj.get("config")
+    return [
+        *(sys.executable, "-P", "-m", "tmem", "--name", paths.name),
+        *(["--config", str(config)] if config else []),
+    ]
+
+
+def _wait_for_metrics(paths: SegmentPaths, address: str) -> None:
+    """Return when metrics are served; `ServiceError` with what their process says if they are not."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        services = service.request(paths, {"op": "services"})["services"]
+        assert isinstance(services, list)
+        if not (found := [one for one in services if one["name"] == scraping.NAME]):
+            raise ServiceError(
+                f"the manager runs without metrics: 'tmem --name {paths.name} stop', then start it again"
+            )
+        if found[0]["state"] == "waiting" and (said := scraping.last_words(paths)):
+            raise ServiceError(f"the manager runs, but {said}")
+        if scraping.answers(paths, address):
+            return
+        time.sleep(0.02)
+    raise ServiceError(f"the manager runs, but nobody serves metrics on {address}: see 'tmem doctor'")
 
 
 def _realtime(pid: int) -> bool:

@@ -10,7 +10,7 @@ import click
 from tmem.backends.clients import change
 from tmem.backends.paths import check_name
 from tmem.cli.clients import attached, find_client
-from tmem.cli.context import segment_name, size_option
+from tmem.cli.context import client_names, segment_name, size_option
 from tmem.errors import PoolError
 from tmem.types import CODECS, MOST_WEIGHT, format_size
 
@@ -19,7 +19,7 @@ _MOST_BYTES = 1 << 60
 
 
 @click.command("set")
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.option(
     "--weight",
     type=click.IntRange(0, MOST_WEIGHT),
@@ -50,7 +50,7 @@ def set_command(
 
 
 @click.command()
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.argument("pool", metavar="UUID")
 @click.option("--revoke", is_flag=True, help="Withdraw it; the client leaves the pool if it shares it.")
 @click.option("--create", is_flag=True, help="Make the client if it is not there yet.")

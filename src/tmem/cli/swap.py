@@ -16,7 +16,7 @@ import click
 
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.configured import ConfiguredCommand, explicit
-from tmem.cli.context import segment_name, size_option
+from tmem.cli.context import client_names, segment_name, size_option
 from tmem.errors import TmemError
 from tmem.types import PAGE_SIZE, format_size, parse_host_port
 
@@ -32,7 +32,7 @@ def swap() -> None:
 
 
 @swap.command(cls=ConfiguredCommand, section="swap", per_client=True)
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.option("--size", "size_bytes", required=True, callback=size_option, help="Such as 512M or 4G.")
 @click.option("--attach", "local", is_flag=True, help="Attach it here as a block device, and swap to it.")
 @click.option("--reserve", is_flag=True, help="Promise it room for all of its pages, even uncompressed.")
@@ -103,7 +103,7 @@ def add(
 
 
 @swap.command()
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.option("--force", is_flag=True, help="Also where RAM may not suffice: then processes may be killed.")
 @click.pass_context
 def remove(ctx: click.Context, client: str, force: bool) -> None:
@@ -117,7 +117,7 @@ def remove(ctx: click.Context, client: str, force: bool) -> None:
 
 
 @swap.command()
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.pass_context
 def serve(ctx: click.Context, client: str) -> None:
     """Serve CLIENT's device in the foreground, for service files; it must have been added."""
@@ -128,7 +128,7 @@ def serve(ctx: click.Context, client: str) -> None:
 
 
 @click.command()
-@click.argument("client")
+@click.argument("client", shell_complete=client_names)
 @click.option("--to", "to_bytes", metavar="SIZE", callback=size_option, help="Only if it has more pages.")
 @click.option("--force", is_flag=True, help="Also where RAM may not suffice: then processes may be killed.")
 @click.pass_context

@@ -133,6 +133,13 @@ KEYS = (
         "Per cent of one CPU for storing pages smaller that nobody asks for (5 without it; 0: none).",
         "10",
     ),
+    Key(
+        "start",
+        "metrics",
+        METRICS,
+        "Serve the statistics for Prometheus there. Without it nobody does.",
+        '"127.0.0.1:9753"',
+    ),
     Key("swap", "reserve", YES, "Promise each device room for all of its pages, even uncompressed.", "true"),
     Key("swap", "priority", PRIORITY, "Priority as swap, of devices of this machine; higher first.", "100"),
     Key("swap", "discard", YES, "Hear of pages that the kernel has freed (the default).", "true"),

@@ -1,0 +1,265 @@
+"""``tmem top``: right numbers between two looks, 80 columns, and real keys in a real terminal."""
+
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from tmem.cli import sampling
+from tmem.cli.main import run
+from tmem.cli.sampling import Look, Pressure, Row, operations, rows
+from tmem.cli.topview import COLUMNS, Frame, View, amount, draw, duration, ordered, short
+from tmem.types import OID_SIZE, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+SECOND_NS = 1_000_000_000
+
+
+@pytest.fixture
+def looks(segment: "_native.Segment") -> tuple[Look, Look]:
+    """Two looks, two seconds apart, between which a known number of things has happened."""
+    key = uuid.UUID("6c1f0b2e-54a4-4c63-8a5e-0f7e9d1c2b3a").bytes
+    web, files, other = (segment.client(name) for name in ("web1", "files", "other"))
+    segment.client("idle")
+    persistent = web.new_pool(persistent=True)
+    ephemeral = files.new_pool(persistent=False, exclusive=False)
+    for one in (files, other):
+        one.authorise(key)
+    shared = files.new_pool(persistent=False, uuid=key)
+    other.new_pool(persistent=False, uuid=key)
+    persistent.put(bytes(OID_SIZE), 0, os.urandom(100 * PAGE_SIZE))
+    before = sampling.take(segment, lambda: 5 * SECOND_NS)
+    persistent.put(bytes(OID_SIZE), 100, os.urandom(60 * PAGE_SIZE))
+    for index in range(80):
+        ephemeral.put(bytes(OID_SIZE), index, (b"%04d" % index) * 512 + os.urandom(2048))
+        ephemeral.get(bytes(OID_SIZE), 2 * index, bytearray(PAGE_SIZE))
+    shared.put(bytes(OID_SIZE), 0, os.urandom(20 * PAGE_SIZE))
+    files.mode = "frozen"
+    files.pool(0).put(bytes(OID_SIZE), 500, os.urandom(PAGE_SIZE))
+    files.mode = "off"
+    return before, sampling.take(segment, lambda: 7 * SECOND_NS)
+
+
+def test_rows_are_what_happened_in_between(looks: tuple[Look, Look]) -> None:
+    found = {(row.client, row.kind): row for row in rows(*looks)}
+    assert {*found} == {
+        ("web1", "persistent"),
+        ("files", "ephemeral"),
+        ("files", "shared"),
+        ("other", "shared"),
+        ("idle", "-"),
+    }
+    web = found["web1", "persistent"]
+    assert (web.puts_per_s, web.gets_per_s, web.hit_share) == (30, 0, None)
+    assert web.data_bytes == 160 * PAGE_SIZE
+    assert web.ratio == pytest.approx(0.985, abs=0.01)
+    files = found["files", "ephemeral"]
+    assert (files.puts_per_s, files.gets_per_s, files.refused_per_s) == (40.5, 40, 0.5)
+    assert files.hit_share == 1 / 80  # the others were asked for before they were there
+    assert (files.state, web.state, found["idle", "-"].puts_per_s) == ("off", "unserved", None)
+
+
+def test_a_pool_that_is_new_or_came_again_has_no_rate(looks: tuple[Look, Look]) -> None:
+    before, now = looks
+    assert all(row.puts_per_s is None for row in rows(replace(before, pools={}), now))
+    backwards = rows(now, replace(before, at_ns=now.at_ns + SECOND_NS))
+    assert {row.puts_per_s for row in backwards if row.kind == "persistent"} == {None}
+
+
+def test_a_shared_pool_counts_once_in_the_sums(looks: tuple[Look, Look]) -> None:
+    found = operations(*looks)
+    assert found["put_stored"].per_s == (60 + 80 + 20) / 2
+    assert found["put_refused"].per_s == 0.5
+    hits, missed = found["get_hit"].per_s, found["get_missed"].per_s
+    assert hits is not None
+    assert missed is not None
+    assert hits + missed == 40
+    assert found["compress"].per_s is None
+    some = found["put_stored"].quantiles_ns
+    assert all(one is not None and 50 < one < 1e9 for one in some)
+    assert [*some] == sorted(one for one in some if one is not None)
+
+
+def test_numbers_take_little_room() -> None:
+    numbers = (None, 0, 7.5, 99.4, 123.4, 999.6, 12_345, 3.4e7, 5e12)
+    assert [short(one) for one in numbers] == [
+        *("-", "0", "7.5", "99.4", "123", "1.0k", "12.3k", "34M", "5T")
+    ]
+    for exponent in range(120):
+        value = 1.3**exponent
+        assert len(amount(value)) <= 5 or value > 1e14
+        assert len(short(value)) <= 5 or value > 1e12
+        assert len(duration(value)) <= 5 or value > 1e12
+    assert [duration(one) for one in (None, 850.2, 6200, 99_900, 1.5e9)] == [
+        "-",
+        "850ns",
+        "6.2us",
+        "100us",
+        "1.5s",
+    ]
+    assert [amount(one) for one in (0, 512, 10_035, 64 << 20, 3 << 29)] == [
+        "0B",
+        "512B",
+        "9.8K",
+        "64M",
+        "1.5G",
+    ]
+
+
+def frame(looks: tuple[Look, Look], **changes: object) -> Frame:
+    nothing = Pressure({"memory": 7.0, "io": 0.0, "cpu": 99.0}, {"memory": 30.0, "io": 0.0}, 10, 20)
+    more = replace(nothing, swapped_in=2010, swapped_out=20)
+    return replace(Frame("default", "12:00:00", 2.0, 4711, *looks, nothing, more), **changes)  # type: ignore[arg-type]
+
+
+def drawn(shown: Frame, view: View, width: int, height: int | None, blocks: bool = True) -> list[str]:
+    console = Console(width=width, height=height, highlight=False, record=True, file=open(os.devnull, "w"))  # noqa: PTH123,SIM115
+    console.print(draw(shown, view, width, height, blocks))
+    console.file.close()
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 19), (80, 50), (140, 40)])
+def test_a_frame_fits_its_terminal(looks: tuple[Look, Look], width: int, height: int) -> None:
+    lines = drawn(frame(looks), View(), width, height)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert "manager 4711" in lines[0]
+    assert "memory 7%/30%" in text
+    assert "swaps in 1k/s, out 0/s" in text
+    assert re.search(r"web1.* persistent +640K", text) or height == 19
+    assert ("STATE" in text) == (width >= 96)
+    assert "quit" in lines[-1]
+
+
+def test_what_has_no_room_is_told_and_can_be_reached(looks: tuple[Look, Look]) -> None:
+    lines = drawn(frame(looks), View(), 80, 20)
+    assert "1 to 2 of 5" in "\n".join(lines)
+    assert "web1" not in "\n".join(lines)
+    assert "web1" in "\n".join(drawn(frame(looks), View(first=3), 80, 20))
+
+
+def test_plain_terminals_get_plain_characters(looks: tuple[Look, Look]) -> None:
+    lines = drawn(frame(looks, manager_pid=None), View(paused=True, help=True), 80, 30, blocks=False)
+    assert all(line.isascii() for line in lines)
+    assert "no manager" in lines[0]
+    assert "paused" in lines[0]
+    assert "Any key goes back." in lines[-3]
+
+
+def test_every_column_sorts_both_ways() -> None:
+    small = Row("a", "on", "ephemeral", 1, 1, 1.0, 1.0, 1.0, 0.1, 1.0, 1.0)
+    large = Row("b", "on", "persistent", 2, 2, 2.0, 2.0, 2.0, 0.2, 2.0, 2.0)
+    unknown = Row("c", "on", "-")
+    for number, column in enumerate(COLUMNS):
+        up = ordered([large, unknown, small], View(sort=number))
+        assert up == [*reversed(ordered([small, unknown, large], View(sort=number, reverse=True)))]
+        assert up.index(large) < up.index(small) or not column.numeric
+    keys = [column.key for column in COLUMNS]
+    assert len({*keys, "q", " ", "?", "+", "-"}) == len(keys) + 5
+
+
+def test_once_is_for_scripts(
+    segment: "_native.Segment", capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment.client("web1").new_pool(persistent=True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["top", "--once", "--interval", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "web1" in out
+    assert "quit" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert run(["top", "--count", "3", "-d", "0.1"]) == 0
+    assert capsys.readouterr().out.count("tmem default") == 3
+    assert run(["top", "--once", "--count", "2"]) == 2
+    assert run(["top", "--interval", "0"]) == 2
+
+
+class Terminal:
+    """A terminal of 80 columns with ``tmem top`` in it, by tmux."""
+
+    def __init__(self, socket: Path) -> None:
+        self._tmux = ["tmux", "-S", str(socket)]
+        self.run(
+            "-f",
+            os.devnull,
+            "new-session",
+            "-d",
+            "-x",
+            "80",
+            "-y",
+            "24",
+            f"{sys.executable} -m tmem top -d 0.2; echo status $?; read x",
+        )
+
+    def run(self, *words: str) -> str:
+        return subprocess.run([*self._tmux, *words], check=True, capture_output=True, text=True).stdout
+
+    def press(self, *keys: str) -> None:
+        self.run("send-keys", *keys)
+
+    def screen(self) -> str:
+        return self.run("capture-pane", "-p")
+
+
+@pytest.fixture
+def terminal(segment: "_native.Segment", tmp_path: Path) -> Iterator[Terminal]:
+    for name in ("aaa", "bbb"):
+        segment.client(name).new_pool(persistent=True).put(
+            bytes(OID_SIZE), 0, os.urandom((30 if name == "bbb" else 10) * PAGE_SIZE)
+        )
+    terminal = Terminal(tmp_path / "tmux")
+    yield terminal
+    subprocess.run([*terminal._tmux, "kill-server"], check=False)
+
+
+def test_in_a_terminal_with_keys(
+    terminal: Terminal, segment: "_native.Segment", eventually: Callable[..., None]
+) -> None:
+    def order() -> list[str]:
+        return re.findall(r"^(aaa|bbb)\b", terminal.screen(), re.MULTILINE)
+
+    eventually(lambda: order() == ["aaa", "bbb"], what="a first frame")
+    assert "quit" in terminal.screen()
+    terminal.press("m")
+    eventually(lambda: order() == ["bbb", "aaa"], what="by memory")
+    terminal.press("m")
+    eventually(lambda: order() == ["aaa", "bbb"], what="the other way round")
+    terminal.press("Left")
+    eventually(lambda: order() == ["bbb", "aaa"], what="by data")
+    terminal.press("?")
+    eventually(lambda: "Any key goes back" in terminal.screen())
+    terminal.press("x", "Space")
+    eventually(lambda: "paused" in terminal.screen())
+    terminal.press("Space", "+")
+    eventually(lambda: "every 0.4 s" in terminal.screen() and "paused" not in terminal.screen())
+    terminal.run("resize-window", "-x", "110", "-y", "30")
+    eventually(lambda: "STATE" in terminal.screen())
+    segment.client("ccc")
+    eventually(lambda: "ccc" in terminal.screen(), what="a client that is new")
+    terminal.press("q")
+    eventually(lambda: "status 0" in terminal.screen())
+
+
+def test_it_ends_with_the_segment_and_leaves_the_terminal_as_it_was(
+    terminal: Terminal, segment: "_native.Segment", eventually: Callable[..., None]
+) -> None:
+    from tmem.backends import _native as core
+
+    eventually(lambda: "aaa" in terminal.screen())
+    core.destroy(segment.path)
+    eventually(lambda: "status 1" in terminal.screen())
+    assert "was destroyed" in terminal.screen()
+    terminal.press("visible")
+    eventually(lambda: "visible" in terminal.screen())  # what is typed is shown again
