@@ -123,6 +123,13 @@ def held_bytes(group: Path) -> int:
     return total
 
 
+def cache_bytes(group: Path) -> int:
+    """Return the page cache of a group and its children, which goes when memory is needed."""
+    counts = statistics(group)
+    prefix = "total_" if "total_rss" in counts else ""
+    return counts.get(f"{prefix}inactive_file", 0) + counts.get(f"{prefix}active_file", 0)
+
+
 def shared_bytes(group: Path) -> int:
     """Return the part of `held_bytes` that is files on a tmpfs and the like: the pages of segments."""
     counts = statistics(group)

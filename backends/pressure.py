@@ -28,22 +28,39 @@ class Room:
     available_bytes: int
 
 
+CACHE_LOOK_S = 0.1
+"""How long the page cache of a group is believed: memory.stat has to be summed up, which takes 0.4 ms."""
+
+
 class Rooms:
     """The machine and every limited control group that process `pid` is charged to."""
 
     def __init__(self, pid: int | str = "self", proc: Path = Path("/proc")) -> None:
         self._proc = proc
         self._groups = cgroup.groups_of(pid, proc)
+        self._caches: dict[Path, tuple[float, int]] = {}
 
-    def look(self) -> list[Room]:
-        """Return them as they are now, the machine first."""
+    def look(self, now_s: float) -> list[Room]:
+        """Return them as they are at `now_s`, of any clock that goes forward; the machine first."""
         memory = meminfo.read(self._proc)
         rooms = [Room(memory.total_bytes, memory.available_bytes)]
         for group in self._groups:
             limit = cgroup.limit_of(group)
             if limit is not None and limit < memory.total_bytes:
-                rooms.append(Room(limit, _available(group, limit)))
+                rooms.append(Room(limit, self._available(group, limit, now_s)))
         return rooms
+
+    def _available(self, group: Path, limit_bytes: int, now_s: float) -> int:
+        """Return what a group can still have: what is below its limit, and its page cache."""
+        used = cgroup.usage_of(group)
+        free = limit_bytes - (0 if used is None else used)
+        if free > limit_bytes // 4:
+            return free  # enough: the rest is not worth the time
+        at_s, cache = self._caches.get(group, (float("-inf"), 0))
+        if now_s - at_s > CACHE_LOOK_S:
+            cache = cgroup.cache_bytes(group)
+            self._caches[group] = now_s, cache
+        return free + cache
 
 
 class Stalls:
@@ -107,17 +124,6 @@ def stall_files(pid: int | str = "self", proc: Path = Path("/proc")) -> list[Pat
     group = cgroup.group_of(pid, proc)
     files = [proc / "pressure" / "memory"] + ([] if group is None else [group / "memory.pressure"])
     return [file for file in files if file.exists()]
-
-
-def _available(group: Path, limit_bytes: int) -> int:
-    """Return what a group can still have: what is below its limit, and its page cache."""
-    used = cgroup.usage_of(group)
-    free = limit_bytes - (0 if used is None else used)
-    if free > limit_bytes // 4:
-        return free  # enough: the rest is not worth the time, memory.stat has to be summed up
-    counts = cgroup.statistics(group)
-    prefix = "total_" if "total_rss" in counts else ""
-    return free + counts.get(f"{prefix}inactive_file", 0) + counts.get(f"{prefix}active_file", 0)
 
 
 def _stalled_us(file: Path) -> int:

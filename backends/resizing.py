@@ -92,7 +92,7 @@ class Resizer:
             self._sizer = sizing.Sizer(least, most)
         now_s, counts = time.monotonic(), self.statistics
         used, reserve, _ = self._segment.occupied
-        spare, margin = sizing.spare_of(self._rooms.look())
+        spare, margin = sizing.spare_of(self._rooms.look(now_s))
         stalled = self._stalls.share(now_s)
         sample = sizing.Sample(now_s, used + reserve, self._segment.limits[0], spare, margin, stalled)
         decision = self._sizer.decide(sample, self._local())

@@ -25,6 +25,8 @@ GROW_SHARE = 1 / 16
 FASTEST_BYTES_S = 4 << 30
 """How fast a program may take memory: looks are so close that half a margin lasts until the next."""
 LEAST_LOOK_S, MOST_LOOK_S = 0.01, 1.0
+LEAD_S = 0.1
+"""How far ahead of a program that takes memory to be: giving it back takes that long."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Sizer:
         self.range = least_bytes, most_bytes
         self._calm_from_s = float("-inf")
         self._last_s: float | None = None
+        self._last_room = 0
 
     def decide(self, sample: Sample, local: bool = False) -> Decision:
         """Return what to do now. `local`: this machine swaps to the segment, so a page put frees memory."""
@@ -85,18 +88,24 @@ class Sizer:
         self._last_s = sample.now_s
         band = sample.margin_bytes // 4
         room = sample.used_bytes + sample.spare_bytes
+        falling = max(self._last_room - room, 0) / passed_s if passed_s > 0 else 0.0  # bytes a second
+        self._last_room = room
+        ahead = min(int(falling * LEAD_S), 2 * sample.margin_bytes)
         limit = min(max(sample.limit_bytes, least), most)
         target = room - 3 * sample.margin_bytes if sample.stalled > STALLED else room
         if target < limit - band:
-            if target < room:  # half of what is used in a second of waiting, until that ends
+            if target == room:
+                target -= ahead
+            else:  # half of what is used in a second of waiting, until that ends
                 used = min(limit, sample.used_bytes)
-                target = min(max(target, used - int(used * min(passed_s, 1.0) / 2)), max(room, least))
+                target = min(max(target, used - int(used * min(passed_s, 1.0) / 2)), max(room - ahead, least))
             limit = min(limit, max(target, least))
             self._calm_from_s = sample.now_s + HOLD_S
         elif target > limit + band and sample.now_s >= self._calm_from_s:
             limit = min(limit + int((most - least) * GROW_SHARE * min(passed_s, 1.0)), target, most)
         persistent = most if local else min(max(room + 3 * band, limit), most)
-        return Decision(limit, persistent, sample.spare_bytes < -2 * band, self._next_look_s(sample, limit))
+        hard = sample.spare_bytes - ahead < -2 * band
+        return Decision(limit, persistent, hard, self._next_look_s(sample, limit))
 
     def _next_look_s(self, sample: Sample, limit: int) -> float:
         if min(sample.used_bytes, limit) <= self.range[0] and sample.spare_bytes < 0:

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -18,7 +19,7 @@
 
 enum { RESERVE = 8 };  /* chunks that only the relocation of hot ephemeral pages may take */
 enum { TRIES = 200 };  /* evictions that a put waits for before it is refused */
-enum { BATCH = 16 };   /* chunks punched per grace period */
+enum { BATCH = 64 };   /* chunks punched per grace period */
 
 void chunks_lock(struct tm_segment *seg)
 {
@@ -167,11 +168,30 @@ static bool populate(struct tm_segment *seg, uint32_t c)
     return madvise(at(seg, offset), TM_CHUNK, MADV_POPULATE_WRITE) == 0 || errno == EINVAL; /* before Linux 5.14 */
 }
 
-static void punch(struct tm_segment *seg, uint32_t c)
+static void punch_run(struct tm_segment *seg, uint32_t c, uint32_t n)
 {
     /* Not MADV_REMOVE: that is refused on a locked mapping. */
     (void)fallocate(seg->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                    (off_t)(seg->data_offset + (uint64_t)c * TM_CHUNK), TM_CHUNK);
+                    (off_t)(seg->data_offset + (uint64_t)c * TM_CHUNK), (off_t)n * TM_CHUNK);
+}
+
+static void punch(struct tm_segment *seg, uint32_t c) { punch_run(seg, c, 1); }
+
+static int by_number(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Neighbours in one call: what was filled together is mostly evicted together. */
+static void punch_all(struct tm_segment *seg, uint32_t *batch, uint32_t n)
+{
+    qsort(batch, n, sizeof *batch, by_number);
+    for (uint32_t i = 0, run; i < n; i += run) {
+        for (run = 1; i + run < n && batch[i + run] == batch[i] + run; run++)
+            continue;
+        punch_run(seg, batch[i], run);
+    }
 }
 
 static uint32_t available_locked(const struct tm_segment *seg, uint32_t limit)
@@ -362,8 +382,8 @@ uint64_t tm_trim(struct tm_ctx *ctx, uint64_t keep_bytes)
         KP(17);
         /* Whoever is stopped inside an operation may still read: then keep the memory, never punch anyway. */
         bool safe = n && grace(ctx, 200);
-        for (uint32_t i = 0; safe && i < n; i++)
-            punch(seg, batch[i]);
+        if (safe)
+            punch_all(seg, batch, n);
         KP(18);
         chunks_lock(seg);
         for (uint32_t i = 0; i < n; i++) {

@@ -18,6 +18,8 @@ import bench_declined
 import bench_density
 import bench_fuse
 import bench_nbd
+import bench_pages
+import bench_pressure
 import bench_save
 import bench_slow
 import bench_store
@@ -32,7 +34,8 @@ def main() -> int:
     parser.add_argument(
         "parts",
         nargs="*",
-        help="store, density, nbd, swap, save, fuse, declined, tree, slow; all of them by default",
+        help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages; "
+        "all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -47,6 +50,12 @@ def main() -> int:
         "fuse": lambda: bench_fuse.run(bench_fuse.QUICK if quick else bench_fuse.Sizes()),
         "declined": lambda: bench_declined.run(bench_declined.QUICK if quick else bench_declined.Sizes()),
         "tree": lambda: bench_tree.run(bench_tree.QUICK if quick else bench_tree.Sizes()),
+        "pressure": lambda: bench_pressure.run((2 if quick else 4) << 30, 2 if quick else 5),
+        "giveback": lambda: {
+            kind: bench_pages.giveback(102_400 if quick else 1_024_000, kind == "persistent")
+            for kind in ("persistent", "ephemeral")
+        },
+        "pages": lambda: bench_pages.run(1_024_000 if quick else 16_000_000),
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),
     }
     if unknown := [part for part in options.parts if part not in parts]:

@@ -26,7 +26,7 @@ def test_the_machine_and_the_groups_that_have_a_limit(tmp_path: Path, version: i
     proc, top = tmp_path / "proc", tmp_path / "group"
     fake(proc, top, version)
     rooms = Rooms("self", proc)
-    assert rooms.look() == [Room(1024 * MIB, 512 * MIB)]
+    assert rooms.look(0.0) == [Room(1024 * MIB, 512 * MIB)]
     limit, usage, prefix = {
         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         2: ("memory.max", "memory.current", ""),
@@ -37,9 +37,12 @@ def test_the_machine_and_the_groups_that_have_a_limit(tmp_path: Path, version: i
     (top / "a" / "memory.stat").write_text(
         f"{prefix}rss 5\n{prefix}inactive_file {6 * MIB}\n{prefix}active_file {4 * MIB}\n"
     )
-    assert rooms.look() == [Room(1024 * MIB, 512 * MIB), Room(256 * MIB, 26 * MIB)]
+    assert rooms.look(1.0) == [Room(1024 * MIB, 512 * MIB), Room(256 * MIB, 26 * MIB)]
+    (top / "a" / "memory.stat").write_text(f"{prefix}rss 5\n{prefix}inactive_file 0\n")
+    assert rooms.look(1.05)[1] == Room(256 * MIB, 26 * MIB)
+    assert rooms.look(1.2)[1] == Room(256 * MIB, 16 * MIB)
     (top / "a" / usage).write_text(f"{100 * MIB}\n")
-    assert rooms.look()[1] == Room(256 * MIB, 156 * MIB)  # plenty: nothing is summed up
+    assert rooms.look(1.3)[1] == Room(256 * MIB, 156 * MIB)  # plenty: nothing is summed up
 
 
 def test_how_long_anybody_waited(tmp_path: Path) -> None:
@@ -60,7 +63,7 @@ def test_how_long_anybody_waited(tmp_path: Path) -> None:
 
 
 def test_this_machine() -> None:
-    rooms = Rooms().look()
+    rooms = Rooms().look(0.0)
     assert all(0 < room.available_bytes <= room.total_bytes for room in rooms)
     assert (MACHINE in stall_files()) == MACHINE.exists()
     trigger = Trigger()

@@ -83,7 +83,7 @@ def test_shrinks_at_once_and_waits_before_it_grows(machine: Machine) -> None:
     machine.run(30)
     machine.others = 8 * GIB
     decision = machine.step()
-    assert machine.available() == margin_of(24 * GIB)
+    assert margin_of(24 * GIB) <= machine.available() <= 3 * margin_of(24 * GIB)
     assert decision.hard
     assert decision.next_look_s < 0.3
     machine.others = 4 * GIB
