@@ -6,6 +6,25 @@
  * whoever takes the lock over from the dead resolves the one ambiguous instant (repair_bin). */
 #include "tm.h"
 
+/* Sizes of blocks. The large ones divide a chunk without a rest; below 2 KiB they are about 40 bytes apart. Of 144,000
+ * anonymous pages, as LZ4, 3.6 % of the memory is lost to headers, rounding and rests; with steps of 64 bytes 4.9 %. */
+const uint16_t tm_strides[TM_NCLASSES] = {
+    128,  160,  208,  240,  288,  320,  368,  400,  448,  480,  528,  560,  608,  640,  688,  720,
+    768,  800,  848,  880,  928,  960,  1008, 1040, 1088, 1120, 1168, 1200, 1248, 1280, 1328, 1360,
+    1392, 1456, 1488, 1520, 1552, 1584, 1632, 1680, 1712, 1760, 1808, 1872, 1920, 1984, 2048, 2112,
+    2176, 2256, 2336, 2416, 2512, 2608, 2720, 2848, 2976, 3120, 3264, 3440, 3632, 3840, 4096, TM_STRIDE_RAW,
+};
+uint8_t tm_classes[TM_STRIDE_RAW / 16 + 1];
+
+/* When the library is loaded, so that no call has to ask. */
+__attribute__((constructor)) static void fill_classes(void)
+{
+    for (uint32_t size = 0, cls = 0; size <= TM_STRIDE_RAW; size += 16) {
+        cls += size > tm_strides[cls];
+        tm_classes[size / 16] = (uint8_t)cls;
+    }
+}
+
 void bin_ready(struct tm_segment *seg, uint32_t bin)
 {
     /* A lock is initialised once in the life of a segment and never again (under the control lock). */
@@ -25,7 +44,7 @@ uint32_t bin_stride(uint32_t bin)
     if (bin == BIN_NODE)
         return TM_PAGE;
     uint32_t cls = bin < BIN_OBJECT ? bin : (bin - BIN_EPHEMERAL) % TM_NCLASSES;
-    return TM_STRIDE_MIN + cls * TM_STRIDE_STEP;
+    return tm_strides[cls];
 }
 
 struct tm_bin *bin_lock(struct tm_segment *seg, uint32_t bin)

@@ -128,7 +128,7 @@ static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums 
             uint32_t size = bin_stride(seg->chunks[bc].bin);
             sums[pool].pages++;
             sums[pool].bytes += size;
-            sums[pool].raw += size == TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP;
+            sums[pool].raw += size == TM_STRIDE_RAW;
         } else if (slot_type(word) != SLOT_EMPTY) {
             say(r, "I4: a slot of pool %u has type %u", pool, slot_type(word));
         }

@@ -48,8 +48,7 @@ void codec_expand(uint64_t value, uint8_t *page)
 
 uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
 {
-    /* One stride step below a raw block, or it does not pay. */
-    const int most = (int)(TM_PAGE - TM_STRIDE_STEP);
+        const int most = (int)(TM_PAGE - TM_LEAST_GAIN);
     int n = LZ4_compress_fast_extState(ctx->lz4, (const char *)page, (char *)to, (int)TM_PAGE, most, 1);
     return n > 0 ? (uint32_t)n : TM_PAGE;
 }
@@ -64,7 +63,7 @@ uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
         return TM_PAGE;
     ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_compressionLevel, LEVEL);
     ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_contentSizeFlag, 0);
-    size_t n = ZSTD_compress2(ctx->condenser, frame, TM_PAGE - TM_STRIDE_STEP + MAGIC, page, TM_PAGE);
+    size_t n = ZSTD_compress2(ctx->condenser, frame, TM_PAGE - TM_LEAST_GAIN + MAGIC, page, TM_PAGE);
     if (ZSTD_isError(n) || memcmp(frame, magic, MAGIC) != 0)
         return TM_PAGE;
     memcpy(to, frame + MAGIC, n - MAGIC);

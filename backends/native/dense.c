@@ -86,10 +86,14 @@ static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint
     return DONE;
 }
 
-/* What should become of a page that is stored as `kind`; the same if nothing. */
-static enum block_kind wanted(enum block_kind kind, bool cold, bool hot, bool persistent, unsigned what)
+/* What should become of a page of `pool` that is stored as `kind`; the same if nothing. */
+static enum block_kind wanted(struct tm_segment *seg, uint32_t pool, enum block_kind kind, bool cold, bool hot,
+                              unsigned what)
 {
-    bool condense = cold && (what & (persistent ? CONDENSE_PERSISTENT : CONDENSE_EPHEMERAL));
+    uint32_t client = payer_of(seg, pool) % TM_MAX_CLIENTS;
+    bool condense = cold && (what & (seg->pools[pool].persistent ? CONDENSE_PERSISTENT : CONDENSE_EPHEMERAL));
+    if (atomic_load_explicit(&seg->clients[client].codec, memory_order_relaxed) == CODEC_NONE)
+        return kind; /* whoever wants its pages as they are has them so */
     switch (kind) {
     case BLOCK_ZSTD:
         return hot ? BLOCK_LZ4 : kind;
@@ -111,6 +115,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what)
     /* From here on it is not punched. What it may become meanwhile is another's, to which no slot of ours refers. */
     if (atomic_load(&seg->states[c]) != CHUNK_USED || !bin_is_block(bin))
         return;
+    KP(56);
     uint64_t now = atomic_exchange(&seg->touched[c].now, 0), before = atomic_exchange(&seg->touched[c].before, now);
     uint64_t cold = what & CONDENSE_ALL ? UINT64_MAX : ~(now | before), hot = now & before, in_vain = 0;
     if (what & CONDENSE_ALL)
@@ -129,7 +134,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what)
         if (!slot || !slot_refers(word, block))
             continue;
         enum block_kind kind = block_kind(header);
-        enum block_kind next = wanted(kind, cold & granule, hot & granule, seg->pools[pool].persistent, what);
+        enum block_kind next = wanted(seg, (uint32_t)pool, kind, cold & granule, hot & granule, what);
         if (next == kind || (next == BLOCK_ZSTD && stride < SMALLEST))
             continue;
         enum outcome came = recode(ctx, (uint32_t)pool, slot, word, next);

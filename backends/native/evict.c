@@ -43,14 +43,16 @@ static uint32_t length_of(struct tm_segment *seg, uint32_t account, unsigned que
  * So there are at most a third as many classes as chunks, as long as no block is a quarter larger than it must be. */
 uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue, uint32_t length)
 {
-    uint32_t cls = size_class(length), step = 1, chunks = length_of(seg, account, queue);
-    while (TM_NCLASSES / step > chunks / 3 && (TM_STRIDE_MIN / TM_STRIDE_STEP + cls) / (2 * step) >= 4)
-        step *= 2;
-    if (cls < TM_NCLASSES - 1) { /* the last class is that of raw pages, which are told by it */
-        cls |= step - 1;
-        cls -= cls == TM_NCLASSES - 1;
+    uint32_t cls = size_class(length), best = cls, chunks = length_of(seg, account, queue);
+    for (uint32_t step = 1; cls < TM_NCLASSES - 1 && TM_NCLASSES / step > chunks / 3; step *= 2) {
+        uint32_t top = cls | (2 * step - 1); /* of the group that shares a bin */
+        if (top >= TM_NCLASSES - 1)
+            top = TM_NCLASSES - 2; /* the last class is that of raw pages, which are told by it */
+        if (tm_strides[top] * 4u > tm_strides[cls] * 5u)
+            break;
+        best = top;
     }
-    return bin_ephemeral(account, queue, cls);
+    return bin_ephemeral(account, queue, best);
 }
 
 static bool is_sound(const struct tm_block *b, uint64_t header, uint64_t number)

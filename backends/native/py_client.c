@@ -363,7 +363,7 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
 {
     struct tm_client *c = client_of(self);
     int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0;
-    const int64_t raw_bytes = TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP;
+    const int64_t raw_bytes = TM_STRIDE_RAW;
     (void)unused;
     if (!c)
         return NULL;

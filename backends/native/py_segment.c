@@ -258,7 +258,7 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
     struct tm_segment *seg = segment_of(self);
     int64_t persistent = 0, ephemeral = 0, fill = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
     uint64_t evicted, operations;
-    const int64_t raw = TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP;
+    const int64_t raw = TM_STRIDE_RAW;
     (void)unused;
     if (!seg)
         return NULL;

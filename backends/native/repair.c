@@ -271,7 +271,7 @@ static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
                     if (block_place(seg, word & SLOT_VALUE, &bc, &bb)) {
                         uint32_t size = bin_stride(seg->chunks[bc].bin);
                         t.bytes += size;
-                        t.raw += size == TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP;
+                        t.raw += size == TM_STRIDE_RAW;
                     }
                 }
             }

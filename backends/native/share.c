@@ -5,8 +5,8 @@
  * promises: chunks are kept free for clients that are below theirs, and their ephemeral pages are left alone. */
 #include "tm.h"
 
-/* What a full chunk holds in blocks of the least favourable size class: 17 of 3648 bytes. */
-#define CHUNK_HOLDS 62016
+/* What a full chunk holds in blocks of the least favourable size class: 15 raw pages. */
+#define CHUNK_HOLDS 62400
 /* Index that a floor stands for: one chunk of each kind of unit, and a sixteenth of the pages. */
 enum { INDEX_KINDS = 5, INDEX_SHARE = 16 };
 
@@ -121,7 +121,7 @@ static void add_promise(struct tm_segment *seg, uint32_t client, struct promise 
     const struct tm_client *c = &seg->clients[client];
     int64_t floor = floor_of(c), missing = floor - client_bytes(seg, client);
     sum->any |= floor > 0;
-    if (missing < (int64_t)(TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP))
+    if (missing < (int64_t)(TM_STRIDE_RAW))
         return;
     uint32_t has = atomic_load_explicit(&c->index_chunks, memory_order_relaxed);
     uint32_t needs = INDEX_KINDS + (uint32_t)(floor / TM_CHUNK / INDEX_SHARE);

@@ -40,7 +40,7 @@ static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change
         uint32_t size = stride_at(seg, word & SLOT_VALUE);
         sum->pages += sign;
         sum->bytes += sign * (int64_t)size;
-        sum->raw += size == TM_STRIDE_MIN + (TM_NCLASSES - 1) * TM_STRIDE_STEP ? sign : 0;
+        sum->raw += size == TM_STRIDE_RAW ? sign : 0;
     }
 }
 

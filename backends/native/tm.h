@@ -30,9 +30,10 @@
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
-#define TM_STRIDE_STEP 64u
+#define TM_NCLASSES 64u /* sizes of blocks, see tm_strides */
 #define TM_STRIDE_MIN 128u
-#define TM_NCLASSES 64u /* strides 128, 192, ... 4160 */
+#define TM_STRIDE_RAW 4160u /* the last class: that of pages as they are, which are told by it */
+#define TM_LEAST_GAIN 64u   /* bytes that compression must save of a page, or it does not pay */
 
 /* Histograms of timings: bucket i counts what took at most 2^(TM_BUCKET_FIRST + i) ns and more than the one before,
  * the last one all that took longer: 128 ns to 1 s. */
@@ -424,6 +425,8 @@ void repair_chunks(struct tm_segment *seg);
 void recount(struct tm_ctx *ctx);
 
 /* alloc.c */
+extern const uint16_t tm_strides[TM_NCLASSES];
+extern uint8_t tm_classes[TM_STRIDE_RAW / 16 + 1]; /* the class of a block, by its size in units of 16 bytes */
 void bin_ready(struct tm_segment *seg, uint32_t bin);
 uint32_t bin_stride(uint32_t bin);
 struct tm_bin *bin_lock(struct tm_segment *seg, uint32_t bin); /* taken, and repaired if its holder died */
@@ -712,11 +715,7 @@ static inline void note_touched(struct tm_segment *seg, uint64_t block)
     if (!(atomic_load_explicit(mask, memory_order_relaxed) & bit))
         atomic_fetch_or_explicit(mask, bit, memory_order_relaxed);
 }
-static inline uint32_t size_class(uint32_t length)
-{
-    uint32_t need = length + TM_HEADER;
-    return need <= TM_STRIDE_MIN ? 0 : (need - TM_STRIDE_MIN + TM_STRIDE_STEP - 1) / TM_STRIDE_STEP;
-}
+static inline uint32_t size_class(uint32_t length) { return tm_classes[(length + TM_HEADER + 15) / 16]; }
 static inline void look_for_empty(struct tm_segment *seg)
 {
     if (!atomic_load_explicit(&seg->super->look, memory_order_relaxed))

@@ -169,7 +169,7 @@ static size_t parse(const uint8_t *p, size_t left, struct record *r)
     r->kind = p[TM_OID + 6];
     r->data = p + HEADER;
     bool fits = r->kind == KIND_FILL ? n == 8 : r->kind == KIND_RAW ? n == TM_PAGE
-              : r->kind == KIND_LZ4 ? n > 0 && n <= TM_PAGE - TM_STRIDE_STEP : r->kind == KIND_ABSENT && n == 0;
+              : r->kind == KIND_LZ4 ? n > 0 && n <= TM_PAGE - TM_LEAST_GAIN : r->kind == KIND_ABSENT && n == 0;
     return fits && p[TM_OID + 7] == 0 && left >= HEADER + (size_t)n ? HEADER + (size_t)n : 0;
 }
 

@@ -142,6 +142,19 @@ def test_ephemeral_pages_only_when_memory_is_short(
     assert intact(kept, 300)
 
 
+def test_a_client_that_wants_no_compression_has_none(
+    small: _native.Segment, client: _native.Client, persistent: _native.Pool
+) -> None:
+    client.compress = "none"
+    fill(persistent, 60)
+    everything(small)
+    assert (condensed(small), persistent.statistics()["raw_pages"]) == (0, 60)
+    client.compress = "lz4"
+    everything(small)
+    assert (condensed(small), persistent.statistics()["raw_pages"]) == (60, 0)
+    assert intact(persistent, 60)
+
+
 def test_a_save_file_has_pages_as_ever(small: _native.Segment, persistent: _native.Pool) -> None:
     """Whoever restores it need not know of condensed pages."""
     fill(persistent, 60)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,26 @@ def test_another_size_is_refused(tmem: Tmem) -> None:
     other = tmem("start", "-d", "--memory", "32M")
     assert other.status == 1
     assert "exists with 16M" in other.err
+
+
+def test_share_of_cpu_for_cold_pages(tmem: Tmem) -> None:
+    """It stays with the segment until another one is given."""
+
+    def share() -> int:
+        with closing(segment.attach("default")) as opened:
+            return opened.condense_percent
+
+    assert tmem("start", "-d", "--memory", "16M").status == 0
+    assert share() == 5
+    assert tmem("start", "-d", "--condense", "9").status == 0
+    assert share() == 9
+    assert tmem("stop").status == 0
+    assert tmem("start", "-d").status == 0
+    assert share() == 9
+    assert tmem("stop").status == 0
+    assert tmem("start", "-d", "--condense", "0").status == 0
+    assert share() == 0
+    assert tmem("start", "-d", "--condense", "101").status == 2
 
 
 def test_sizes_and_damage_are_errors_of_start(tmem: Tmem, runtime_dir: Path) -> None:

@@ -148,19 +148,19 @@ static void check(struct world *w)
 
 static uint8_t oid[TM_OID];
 
-static bool is(const uint8_t *page, uint32_t index, uint64_t version)
+static inline bool is(const uint8_t *page, uint32_t index, uint64_t version)
 {
     return page_is(page, 5000 + index, version * 2654435761u); /* versions of which none is same-filled */
 }
 
-static int64_t put(const struct tm_handle *h, uint32_t index, uint64_t version)
+static inline int64_t put(const struct tm_handle *h, uint32_t index, uint64_t version)
 {
     uint8_t page[TM_PAGE];
     page_make(page, 5000 + index, version * 2654435761u);
     return tm_put(h, oid, index, page, 1, KEEP_OLD);
 }
 
-static bool holds(const struct tm_handle *h, uint32_t index, uint64_t version)
+static inline bool holds(const struct tm_handle *h, uint32_t index, uint64_t version)
 {
     uint8_t page[TM_PAGE];
     return tm_get(h, oid, index, page, 1) == 1 && is(page, index, version);

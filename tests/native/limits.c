@@ -58,7 +58,7 @@ static void damage(const struct tm_handle *h, uint32_t index)
 /* Floors beyond all memory are refused, also those that come out small where they are counted in chunks. */
 static void floor_too_large(struct world *w)
 {
-    static const uint64_t floors[] = {UINT64_C(62016) << 32, UINT64_C(251483203663814), UINT64_C(1) << 40, INT64_MAX};
+    static const uint64_t floors[] = {UINT64_C(62400) << 32, UINT64_C(251483203663814), UINT64_C(1) << 40, INT64_MAX};
     struct client greedy = new_client(w, "greedy", true);
     for (unsigned i = 0; i < sizeof floors / sizeof *floors; i++) {
         int rc = client_set_floor(ctx_get(w->seg), greedy.id, greedy.serial, floors[i]);

@@ -75,6 +75,9 @@ def start(
         _start_detached(paths, memory, realtime, again)
         if metrics is not None:
             _wait_for_metrics(paths, metrics)
+        if condense is not None:  # of a manager that runs already, too
+            with closing(segment.attach(paths.name)) as opened:
+                opened.condense_percent = condense
         return
     if not launched:
         # Memory is charged to the group in which it is touched first, and threads inherit the guards.

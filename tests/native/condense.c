@@ -1,0 +1,217 @@
+/* Deterministic interleavings of the background pass that stores cold pages smaller with whatever else happens to those
+ * pages and their chunks: it must never bring an old page back, take a new one away, or free what another refers to.
+ *
+ *   condense PATH [scenario] */
+#include "scenarios.h"
+
+#include "sizes.h"
+
+enum { PAGES = 60 };
+
+/* A page of few different letters: zstd makes two thirds of LZ4's of it. */
+static void letters(uint8_t *page, uint32_t index, uint64_t version)
+{
+    uint64_t seed = mix(index * 1000 + version);
+    for (unsigned i = 0; i < TM_PAGE; i++)
+        page[i] = (uint8_t)("etaoin"[next_random(&seed) % 6]);
+}
+
+static int64_t put_letters(const struct tm_handle *h, uint32_t index, uint64_t version)
+{
+    uint8_t page[TM_PAGE];
+    letters(page, index, version);
+    return tm_put(h, oid, index, page, 1, KEEP_OLD);
+}
+
+static bool has(const uint8_t *page, uint32_t index, uint64_t version)
+{
+    uint8_t want[TM_PAGE];
+    letters(want, index, version);
+    return memcmp(page, want, TM_PAGE) == 0;
+}
+
+static bool keeps(const struct tm_handle *h, uint32_t index, uint64_t version)
+{
+    uint8_t page[TM_PAGE];
+    return tm_get(h, oid, index, page, 1) == 1 && has(page, index, version);
+}
+
+static int64_t condense(struct world *w, struct actor *a)
+{
+    uint64_t spent_ns;
+    (void)a;
+    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | CONDENSE_ALL, &spent_ns);
+}
+static int64_t restore(struct world *w, struct actor *a)
+{
+    uint64_t spent_ns;
+    (void)a;
+    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT, &spent_ns);
+}
+static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
+static int64_t put_first(struct world *w, struct actor *a) { (void)a; return put_letters(&w->pool, 0, 2); }
+
+static void fill(struct world *w)
+{
+    for (uint32_t i = 0; i < PAGES; i++)
+        put_letters(&w->pool, i, 1);
+}
+
+static void rest_is_intact(struct world *w)
+{
+    for (uint32_t i = 1; i < PAGES; i++)
+        expect(keeps(&w->pool, i, 1), "page %u is lost", i);
+    expect(atomic_load(&w->seg->super->condensed) > PAGES / 2, "the scenario did not come about");
+    check(w);
+}
+
+static void put_before_swap(struct world *w)
+{
+    fill(w);
+    pid_t pass = start(0, condense, 54, 0);
+    at_point(0);
+    put_letters(&w->pool, 0, 2);
+    finish(0, pass);
+    expect(keeps(&w->pool, 0, 2), "the new version is lost");
+    rest_is_intact(w);
+}
+
+static void flush_before_swap(struct world *w)
+{
+    uint8_t page[TM_PAGE];
+    fill(w);
+    pid_t pass = start(0, condense, 54, 0);
+    at_point(0);
+    tm_flush(&w->pool, oid, 0, 1);
+    finish(0, pass);
+    expect(tm_get(&w->pool, oid, 0, page, 1) == 0, "a flushed page came back");
+    rest_is_intact(w);
+}
+
+/* A put has read the slot and written its block; the page is condensed; the put swaps. */
+static void condensed_before_puts_swap(struct world *w)
+{
+    struct actor none;
+    fill(w);
+    pid_t putter = start(0, put_first, 40, 0);
+    at_point(0);
+    condense(w, &none);
+    finish(0, putter);
+    expect(actors[0].result == 1 && keeps(&w->pool, 0, 2), "the new version is lost");
+    rest_is_intact(w);
+}
+
+static void death(struct world *w, uint32_t point)
+{
+    struct actor none;
+    fill(w);
+    pid_t pass = start(0, condense, point, 0);
+    at_point(0);
+    die(pass);
+    tm_reap(ctx_get(w->seg));
+    expect(keeps(&w->pool, 0, 1), "page 0 is lost");
+    check(w);
+    condense(w, &none);
+    rest_is_intact(w);
+}
+
+static void death_before_swap(struct world *w) { death(w, 54); }
+static void death_in_swap(struct world *w) { death(w, 41); }
+static void death_after_swap(struct world *w) { death(w, 55); }
+
+/* A reader has verified a block; its page is condensed, and the block used for others. */
+static void reader_of_old_block(struct world *w)
+{
+    struct actor none;
+    fill(w);
+    pid_t reader = start(0, get_first, 46, 0);
+    at_point(0);
+    condense(w, &none);
+    for (uint32_t i = PAGES; i < 3 * PAGES; i++)
+        put_letters(&w->pool, i, 1);
+    finish(0, reader);
+    expect(actors[0].result == 1 && has(actors[0].page, 0, 1), "the reader got another page");
+    rest_is_intact(w);
+}
+
+/* The same of a condensed block, whose page is put again. */
+static void reader_of_condensed_block(struct world *w)
+{
+    struct actor none;
+    fill(w);
+    condense(w, &none);
+    pid_t reader = start(0, get_first, 46, 0);
+    at_point(0);
+    for (uint32_t i = 0; i < PAGES; i++)
+        put_letters(&w->pool, i, i ? 1 : 2);
+    for (uint32_t i = PAGES; i < 3 * PAGES; i++)
+        put_letters(&w->pool, i, 1);
+    condense(w, &none);
+    finish(0, reader);
+    expect(actors[0].result == 1 && (has(actors[0].page, 0, 1) || has(actors[0].page, 0, 2)),
+           "the reader got another page");
+    rest_is_intact(w);
+}
+
+/* Pages that were hit twice are about to be restored when one of them is put. */
+static void put_before_restoring_swap(struct world *w)
+{
+    struct actor none;
+    uint8_t page[TM_PAGE];
+    fill(w);
+    condense(w, &none);
+    for (unsigned n = 0; n < 2; n++) {
+        if (n)
+            restore(w, &none);
+        for (uint32_t i = 0; i < PAGES; i++)
+            tm_get(&w->pool, oid, i, page, 1);
+    }
+    pid_t pass = start(0, restore, 54, 0);
+    at_point(0);
+    put_letters(&w->pool, 0, 2);
+    finish(0, pass);
+    expect(atomic_load(&w->seg->super->restored) > PAGES / 2, "nothing was restored");
+    expect(keeps(&w->pool, 0, 2), "the new version is lost");
+    rest_is_intact(w);
+}
+
+/* The pass has begun with a chunk when all of its pages go, and it becomes one of other pages, smaller ones of an
+ * ephemeral pool. */
+static void chunk_of_others(struct world *w)
+{
+    uint8_t page[TM_PAGE], small[TM_PAGE];
+    fill(w);
+    pid_t pass = start(0, condense, 56, 0);
+    at_point(0);
+    tm_flush(&w->pool, oid, 0, PAGES);
+    for (uint32_t i = 0; i < 8 * PAGES; i++) {
+        sized_page(small, i, 40);
+        tm_put(&w->ephemeral, oid, i, small, 1, KEEP_OLD);
+        put_letters(&w->pool, PAGES + i, 1);
+    }
+    finish(0, pass);
+    for (uint32_t i = 0; i < 8 * PAGES; i++) {
+        sized_page(small, i, 40);
+        expect(tm_get(&w->ephemeral, oid, i, page, 1) == 1 && !memcmp(page, small, TM_PAGE), "ephemeral page %u", i);
+        expect(keeps(&w->pool, PAGES + i, 1), "persistent page %u", PAGES + i);
+    }
+    check(w);
+}
+
+static const struct scenario scenarios[] = {
+    {"put_before_swap", put_before_swap},
+    {"flush_before_swap", flush_before_swap},
+    {"condensed_before_puts_swap", condensed_before_puts_swap},
+    {"death_before_swap", death_before_swap},
+    {"death_in_swap", death_in_swap},
+    {"death_after_swap", death_after_swap},
+    {"reader_of_old_block", reader_of_old_block},
+    {"reader_of_condensed_block", reader_of_condensed_block},
+    {"put_before_restoring_swap", put_before_restoring_swap},
+    {"chunk_of_others", chunk_of_others},
+};
+
+int main(int argc, char **argv)
+{
+    return run_scenarios(argc, argv, scenarios, sizeof scenarios / sizeof *scenarios);
+}
