@@ -66,17 +66,21 @@ int fullest_account(struct tm_segment *seg, uint32_t client)
     return best;
 }
 
+/* What the client was promised, whether or not anybody holds it now: servers are started again. */
+static int64_t granted_floor(const struct tm_client *c)
+{
+    uint32_t state = atomic_load_explicit(&c->state, memory_order_relaxed);
+    return state == LIVE || state == STAGED ? (int64_t)atomic_load_explicit(&c->floor_bytes, memory_order_relaxed) : 0;
+}
+
 static bool present(const struct tm_client *c)
 {
     uint32_t state = atomic_load_explicit(&c->state, memory_order_relaxed);
     return (state == LIVE || state == STAGED) && atomic_load_explicit(&c->held, memory_order_relaxed) != 2;
 }
 
-/* What the client was promised; nothing if it is gone. */
-static int64_t floor_of(const struct tm_client *c)
-{
-    return present(c) ? (int64_t)atomic_load_explicit(&c->floor_bytes, memory_order_relaxed) : 0;
-}
+/* What it may have now; nothing if it is gone. */
+static int64_t floor_of(const struct tm_client *c) { return present(c) ? granted_floor(c) : 0; }
 
 int victim(struct tm_segment *seg, int asker)
 {
@@ -116,10 +120,10 @@ struct promise {
     bool any;       /* somebody has a floor, whether or not it has reached it */
 };
 
-static void add_promise(struct tm_segment *seg, uint32_t client, struct promise *sum)
+static void add_promise(struct tm_segment *seg, uint32_t client, int64_t floor, struct promise *sum)
 {
     const struct tm_client *c = &seg->clients[client];
-    int64_t floor = floor_of(c), missing = floor - client_bytes(seg, client);
+    int64_t missing = floor - client_bytes(seg, client);
     sum->any |= floor > 0;
     if (missing < (int64_t)(TM_STRIDE_RAW))
         return;
@@ -156,7 +160,7 @@ uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker)
         return 0;
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
         if (i != asker && atomic_load_explicit(&seg->clients[i].floor_bytes, memory_order_relaxed))
-            add_promise(seg, i, &sum);
+            add_promise(seg, i, floor_of(&seg->clients[i]), &sum);
     return sum.any ? promise_chunks(&sum) + slack(seg) : 0;
 }
 
@@ -181,15 +185,16 @@ bool memory_is_plentiful(struct tm_segment *seg, uint32_t client)
 }
 
 /* What all clients below their floors are still to get, and in `*evictable` the chunks that can be had for them. */
-static struct promise promises(struct tm_segment *seg, uint64_t *evictable)
+static struct promise promises(struct tm_segment *seg, int64_t (*floor_of_client)(const struct tm_client *c),
+                               uint64_t *evictable)
 {
     struct promise sum = {0};
     *evictable = 0;
     for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
-        uint64_t floor = (uint64_t)floor_of(&seg->clients[i]), used = (uint64_t)client_bytes(seg, i);
+        uint64_t floor = (uint64_t)floor_of_client(&seg->clients[i]), used = (uint64_t)client_bytes(seg, i);
         uint64_t ephemeral = client_chunks(seg, i), above = used > floor ? (used - floor) / TM_CHUNK : 0;
         *evictable += floor == 0 || ephemeral < above ? ephemeral : above;
-        add_promise(seg, i, &sum);
+        add_promise(seg, i, (int64_t)floor, &sum);
     }
     return sum;
 }
@@ -197,14 +202,14 @@ static struct promise promises(struct tm_segment *seg, uint64_t *evictable)
 bool floors_fit(struct tm_segment *seg, uint32_t limit)
 {
     uint64_t evictable;
-    struct promise sum = promises(seg, &evictable);
+    struct promise sum = promises(seg, floor_of, &evictable);
     return promise_chunks(&sum) + slack(seg) <= chunks_available(seg, limit) + evictable;
 }
 
 uint32_t least_limit(struct tm_segment *seg)
 {
     uint64_t evictable, used = atomic_load_explicit(&seg->super->nused, memory_order_relaxed);
-    struct promise sum = promises(seg, &evictable);
+    struct promise sum = promises(seg, granted_floor, &evictable);
     uint64_t least = (used > evictable ? used - evictable : 0) + chunks_kept(seg);
     if (sum.any)
         least += promise_chunks(&sum) + slack(seg);

@@ -18,6 +18,8 @@ static uint32_t chunks_of(const struct tm_segment *seg, uint64_t bytes)
     return chunks < least ? least : chunks < seg->nchunks ? (uint32_t)chunks : seg->nchunks;
 }
 
+static uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
 void tm_size_within(struct tm_ctx *ctx, uint64_t least, uint64_t most)
 {
     struct tm_segment *seg = ctx->seg;
@@ -34,12 +36,12 @@ uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes)
     uint32_t limit = chunks_of(seg, bytes), persistent = chunks_of(seg, persistent_bytes);
     struct tm_lock *lock = control_lock(seg);
     chunks_lock(seg);
-    uint32_t before = chunk_limit(seg, false), least = limit < before ? least_limit(seg) : 0;
-    /* What has no room below the limit does not raise it, either: it waits for the next time. */
-    if (limit < least)
-        limit = least < before ? least : before;
+    uint32_t before = chunk_limit(seg, false), farthest = chunk_limit(seg, true), least = least_limit(seg);
+    /* What has no room below a limit does not raise it, either: it waits for the next time. */
+    limit = larger(limit, least < before ? least : before);
+    persistent = larger(larger(persistent, limit), least < farthest ? least : farthest);
     atomic_store(&seg->super->limit, limit);
-    atomic_store(&seg->super->persistent_limit, persistent > limit ? persistent : limit);
+    atomic_store(&seg->super->persistent_limit, persistent);
     chunks_unlock(seg);
     lock_drop(lock);
     if (limit < before)
@@ -47,21 +49,24 @@ uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes)
     return limit_bytes(seg, limit);
 }
 
-/* Chunks in use or backed beyond the limit. */
-static uint32_t excess(const struct tm_segment *seg)
+/* Chunks beyond the limit of those in use and `more`. */
+static uint32_t excess(const struct tm_segment *seg, uint32_t more)
 {
-    uint32_t have = atomic_load_explicit(&seg->super->nused, memory_order_relaxed)
-                    + atomic_load_explicit(&seg->super->nret, memory_order_relaxed);
-    uint32_t limit = chunk_limit(seg, false);
+    uint32_t have = atomic_load_explicit(&seg->super->nused, memory_order_relaxed) + more, limit = chunk_limit(seg, false);
     return have > limit ? have - limit : 0;
 }
 
-/* Punch what is free, as far as it exceeds the limit, but for `keep` chunks. */
-static uint64_t trim_excess(struct tm_ctx *ctx, uint32_t keep)
+/* Punch what is free, as far as it exceeds the limit, but for `keep` chunks. False: not now, somebody may still read
+ * there. */
+static bool trim_excess(struct tm_ctx *ctx, uint32_t keep, uint64_t *returned)
 {
-    uint32_t over = excess(ctx->seg), ret = atomic_load_explicit(&ctx->seg->super->nret, memory_order_relaxed);
+    uint32_t ret = atomic_load_explicit(&ctx->seg->super->nret, memory_order_relaxed), over = excess(ctx->seg, ret);
     uint32_t stays = ret > over ? ret - over : 0;
-    return over && ret > keep ? tm_trim(ctx, (uint64_t)(stays > keep ? stays : keep) * TM_CHUNK) : 0;
+    if (!over || ret <= keep)
+        return true;
+    uint64_t some = tm_trim(ctx, (uint64_t)larger(stays, keep) * TM_CHUNK);
+    *returned += some;
+    return some || atomic_load_explicit(&ctx->seg->super->nret, memory_order_relaxed) <= keep;
 }
 
 int64_t hole_bytes(const struct tm_segment *seg)
@@ -84,15 +89,14 @@ uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard)
     enum { HOLES = 4, COMPACT_NS = 100000000 };
     struct tm_segment *seg = ctx->seg;
     uint32_t keep = (uint32_t)(keep_bytes / TM_CHUNK), over;
-    uint64_t returned = trim_excess(ctx, keep);
-    while ((over = excess(seg)) > keep) {
-        uint64_t some = tm_evict(ctx, -1, (uint64_t)(over - keep < STEP ? over - keep : STEP) * TM_CHUNK, hard);
-        returned += trim_excess(ctx, keep);
-        if (!some)
-            break;
-    }
-    if (excess(seg) > keep && hole_bytes(seg) * 8 > (int64_t)seg->super->nused * TM_CHUNK
+    uint64_t returned = 0;
+    /* What is in use and too much is evicted, what is backed only trimmed: as long as that is refused, evicting more
+     * would give nobody anything. */
+    bool some = true;
+    while (trim_excess(ctx, keep, &returned) && some && (over = excess(seg, 0)))
+        some = tm_evict(ctx, -1, (uint64_t)(over < STEP ? over : STEP) * TM_CHUNK, hard) > 0;
+    if (!some && excess(seg, 0) && hole_bytes(seg) * 8 > (int64_t)seg->super->nused * TM_CHUNK
         && tm_compact(ctx, HOLES, COMPACT_NS))
-        returned += trim_excess(ctx, keep);
+        trim_excess(ctx, keep, &returned);
     return returned;
 }

@@ -1,4 +1,4 @@
-/* What must hold when memory is short: floors, caps, refused puts, compaction; and what damage or a mode must not do
+/* What must hold when memory is short: floors, caps, limits that fall, refused puts, compaction; and what damage or a mode must not do
  * beyond itself.
  *
  *   limits PATH [scenario] */
@@ -148,6 +148,58 @@ static void floor_under_churn(struct world *w)
     check(w);
 }
 
+/* Others have passed the limit with persistent pages, beside a promise, when both limits fall. What was promised can be put
+ * nevertheless, also if the client's server is being started again that moment. */
+static void floor_when_limits_fall(struct world *w, bool gone)
+{
+    enum { MIB = 1 << 20, FLOOR = 4 * MIB };
+    struct client promised = promised_client(w, true, FLOOR);
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    uint32_t stored = 0;
+    tm_limit(ctx, 8 * MIB, 16 * MIB);
+    put_until_refused(&w->pool, 0, RAW);
+    expect(chunks_used(w) > chunk_limit(w->seg, false), "the scenario did not come about");
+    atomic_store(&w->seg->clients[promised.id].held, gone ? 2 : 1);
+    tm_limit(ctx, 8 * MIB, 9 * MIB);
+    tm_shrink(ctx, 0, true);
+    atomic_store(&w->seg->clients[promised.id].held, 1);
+    while (stored < FLOOR / 4160 && put_sized(&promised.pool, stored, RAW) == 1)
+        stored++;
+    expect(stored == FLOOR / 4160, "%u of %u promised pages were stored", stored, FLOOR / 4160);
+    check(w);
+}
+
+static void floor_limits_fall(struct world *w) { floor_when_limits_fall(w, false); }
+static void floor_limits_fall_gone(struct world *w) { floor_when_limits_fall(w, true); }
+
+/* ---- Shrinking -------------------------------------------------------------------------------------------- */
+
+static int64_t put_ephemeral(struct world *w, struct actor *a)
+{
+    (void)a;
+    return put_sized(&w->ephemeral, 1000000, 20);
+}
+
+/* While somebody is stopped in an operation, what is free cannot go back to the system: nothing is evicted for that. */
+static void shrink_beside_stopped(struct world *w)
+{
+    enum { MIB = 1 << 20, PAGES = 3000, LEFT = 2400 };
+    for (uint32_t i = 0; i < PAGES; i++)
+        put_sized(&w->ephemeral, i, RAW);
+    int64_t before = pages_of(&w->ephemeral);
+    pid_t putter = start(0, put_ephemeral, 44, 0);
+    at_point(0);
+    tm_limit(ctx_get(w->seg), 12 * MIB, 12 * MIB);
+    for (unsigned i = 0; i < 5; i++) /* as often as the manager looks */
+        tm_shrink(ctx_get(w->seg), 0, true);
+    expect(chunks_used(w) <= chunk_limit(w->seg, false), "%u chunks are in use, beyond the limit", chunks_used(w));
+    int64_t left = pages_of(&w->ephemeral);
+    expect(before == PAGES && left > LEFT, "of %lld pages %lld are left", (long long)before, (long long)left);
+    finish(0, putter);
+    expect(tm_shrink(ctx_get(w->seg), 0, true) > 0, "nothing goes back afterwards");
+    check(w);
+}
+
 /* ---- Refused puts ----------------------------------------------------------------------------------------- */
 
 /* A client at its cap puts pages of ever new objects. What was made for them in vain does not stay, and nobody else
@@ -260,12 +312,6 @@ static void compact_corrupt(struct world *w)
     check(w);
 }
 
-static int64_t put_ephemeral(struct world *w, struct actor *a)
-{
-    (void)a;
-    return put_sized(&w->ephemeral, 5, 20);
-}
-
 /* Somebody is stopped in an ephemeral put, so there always seems to be something to evict, and it never can be. What
  * can be had by compaction is had nevertheless, whether that put goes on later or dies. */
 static void compact_beside(struct world *w, bool dies)
@@ -356,6 +402,9 @@ static const struct scenario scenarios[] = {
     {"floor_of_ephemeral", floor_of_ephemeral},
     {"flush_beside_promise", flush_beside_promise},
     {"floor_under_churn", floor_under_churn},
+    {"floor_limits_fall", floor_limits_fall},
+    {"floor_limits_fall_gone", floor_limits_fall_gone},
+    {"shrink_beside_stopped", shrink_beside_stopped},
     {"refused_at_cap", refused_at_cap},
     {"cap_and_large_block", cap_and_large_block},
     {"frozen_and_index", frozen_and_index},
