@@ -24,6 +24,7 @@ import bench_save
 import bench_slow
 import bench_store
 import bench_swap
+import bench_tiers
 import bench_tree
 from common import machine
 
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument(
         "parts",
         nargs="*",
-        help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages; "
+        help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages, tiers; "
         "all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
@@ -57,6 +58,7 @@ def main() -> int:
         },
         "pages": lambda: bench_pages.run(1_024_000 if quick else 16_000_000),
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),
+        "tiers": lambda: bench_tiers.run(3 if quick else 7, 16 if quick else 40),
     }
     if unknown := [part for part in options.parts if part not in parts]:
         parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(parts)}")

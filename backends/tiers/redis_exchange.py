@@ -1,0 +1,181 @@
+"""One node, one connection, one pipeline: what is sent, what comes back, and what that means.
+
+An `Exchange` is used once. All answers are read, or the connection is closed: one that goes back to its pool
+with an answer in it would give it to somebody else. Not for choosing nodes or trying again: `redis_nodes`.
+Threading: one thread; the pools are for any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MovedError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+
+from tmem.errors import TierDownError, TierError, TierFullError
+
+Word = bytes | str | int | float
+Reply = Any
+"""What Redis answers: bytes, a number, None, or a list of these."""
+
+_PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
+"""What a cluster answers while it changes."""
+
+FAILURES = (RedisError, RedisClusterException, OSError)
+"""Everything that the `redis` package raises when servers do not do what they should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command about one key."""
+
+    key: bytes
+    words: tuple[Word, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Open:
+    """A command that has not succeeded yet; `place` is where its answer belongs."""
+
+    place: int
+    command: Command
+    asked: str | None = None
+    """The node to which ASK sends it, for its next attempt alone."""
+
+
+class Exchange:
+    """Commands to the node called `name`, of which `demanded` replicas must have them in the end.
+
+    Afterwards `left` holds those that must be tried again and `trouble` says why; `refusal` is what trying
+    again would not help against.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pool: redis.ConnectionPool | None,
+        group: Sequence[Open],
+        demanded: int,
+        seconds: float,
+    ) -> None:
+        self.name = name
+        self.left: list[Open] = []
+        self.trouble = "is not there"
+        self.refusal: TierError | None = None
+        self._pool = pool
+        self._group = group
+        self._demanded = demanded
+        # Less than the socket waits: servers look at the clock ten times a second.
+        self._wait_ms = max(int(min(seconds * 0.8, seconds - 0.15) * 1000), 1)
+        self._connection: Any = None
+
+    def send(self) -> None:
+        """Send everything; reads nothing."""
+        if self._pool is None:
+            return
+        commands: list[tuple[Word, ...]] = []
+        for one in self._group:
+            if one.asked is not None:
+                commands.append(("ASKING",))
+            commands.append(one.command.words)
+        if self._demanded:
+            commands.append(("WAIT", self._demanded, self._wait_ms))
+        try:
+            self._connection = self._pool.get_connection()
+            self._connection.send_packed_command(self._connection.pack_commands(commands))
+        except FAILURES as error:
+            self._broken(error)
+
+    def receive(self, replies: list[Reply]) -> None:
+        """Read every answer into its place."""
+        if self._connection is None:
+            self.left = list(self._group)
+            self._release()
+            return
+        done = 0
+        try:
+            for one in self._group:
+                if one.asked is not None:
+                    self._connection.read_response()
+                    one.asked = None
+                try:
+                    replies[one.place] = self._connection.read_response()
+                except ResponseError as error:
+                    self._judge(one, error)
+                done += 1
+            if self._demanded:
+                acknowledged = int(self._connection.read_response())
+                if acknowledged < self._demanded and self.refusal is None:
+                    self.trouble = f"only {acknowledged} of the {self._demanded} replicas demanded have it"
+                    self.left = list(self._group)  # they count together
+        except FAILURES as error:
+            self._broken(error)
+            for one in self._group[done:]:
+                one.asked = None
+            self.left = list(self._group) if self._demanded else [*self.left, *self._group[done:]]
+        finally:
+            self._release()
+
+    def _judge(self, one: Open, error: ResponseError) -> None:
+        self.trouble = describe(error)
+        if isinstance(error, OutOfMemoryError):
+            self.refusal = TierFullError(f"{self.name} is full: raise its maxmemory or add servers")
+        elif isinstance(error, AskError) and not isinstance(error, MovedError):
+            one.asked = f"{error.host}:{error.port}"
+            self.left.append(one)
+        elif isinstance(error, _PASSING) or str(error).startswith("NOREPLICAS"):
+            self.left.append(one)
+        elif self.refusal is None:
+            self.refusal = TierDownError(f"{self.name} refuses {one.command.words[0]!s}: {describe(error)}")
+
+    def _broken(self, error: Exception) -> None:
+        self.trouble = describe(error)
+        if isinstance(error, AuthenticationError | AuthorizationError):
+            self.refusal = TierDownError(f"{self.name} does not let us in: {describe(error)}")
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._release()
+
+    def _release(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self._pool is not None:
+            self._pool.release(connection)
+
+
+def talk(pool: redis.ConnectionPool, words: Sequence[Word]) -> Reply:
+    """Send one command and return its answer. RedisError, OSError."""
+    connection: Any = pool.get_connection()
+    try:
+        connection.send_packed_command(connection.pack_command(*words))
+        return connection.read_response()
+    except ResponseError:
+        raise
+    except BaseException:
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
+
+
+def refused(name: object, error: Exception) -> TierDownError:
+    """Return what to raise for an `error` that is not tried again."""
+    return TierDownError(f"{name} does not answer: {describe(error)}")
+
+
+def describe(error: Exception) -> str:
+    """Return one line about `error`."""
+    kind = type(error).__name__.removesuffix("Error")
+    return f"{kind}: {' '.join(str(error).split())}"

@@ -1,0 +1,93 @@
+"""Whether a Redis may keep what must not be lost: it never evicts, and the replicas are there.
+
+Asked before a writer writes for the first time and again every half minute, of every node: a replica with
+another policy would become a primary with it. `INFO` is enough, which managed services allow as well.
+Threading: one thread.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tmem.backends.tiers.redis_nodes import Nodes
+from tmem.errors import TierDownError
+
+CHECK_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of all primaries."""
+
+    used_bytes: int
+    maximum_bytes: int | None
+    """The sum of maxmemory; None if one of them has no limit."""
+
+
+class Fitness:
+    """Watches the servers behind `nodes`; `clock` is a monotonic clock in seconds."""
+
+    def __init__(self, nodes: Nodes, clock: Callable[[], float] = time.monotonic) -> None:
+        self._nodes = nodes
+        self._clock = clock
+        self._next = float("-inf")
+        self.memory: Memory | None = None
+        """As of the last look."""
+
+    def check(self) -> None:
+        """Look if it is time to. TierDownError and what to do if they are not fit, then at each call."""
+        if self._clock() < self._next:
+            return
+        self.look()
+        self._next = self._clock() + CHECK_SECONDS
+
+    def look(self) -> None:
+        """Ask all servers now. TierDownError as `check`."""
+        self._next = float("-inf")
+        nodes = self._nodes
+        primaries = nodes.primaries()
+        used, maximum = 0, 0
+        limited = True
+        for name in nodes.all():
+            try:
+                facts = _facts(nodes.ask(name, "INFO", "memory"))
+            except TierDownError:
+                if name in primaries:
+                    raise
+                continue  # a replica that does not answer: WAIT tells whether that matters
+            policy = facts.get("maxmemory_policy", "noeviction")
+            limit = int(facts.get("maxmemory", "0"))
+            if policy != "noeviction":
+                host, _, port = name.rpartition(":")
+                raise TierDownError(
+                    f"{name} evicts pages when its memory is full (maxmemory-policy {policy}): run "
+                    f"'redis-cli -h {host} -p {port} config set maxmemory-policy noeviction', and set it in "
+                    "its configuration file"
+                )
+            if name in primaries:
+                used += int(facts.get("used_memory", "0"))
+                maximum += limit
+                limited = limited and limit > 0
+        self.memory = Memory(used, maximum if limited else None)
+        self._check_replicas(primaries)
+
+    def _check_replicas(self, primaries: list[str]) -> None:
+        nodes = self._nodes
+        for name in primaries:
+            there = int(_facts(nodes.ask(name, "INFO", "replication")).get("connected_slaves", "0"))
+            demanded = nodes.demanded_of(name)
+            if there < demanded:
+                advice = (
+                    "attach replicas, or say ?replicas=0 in the tier's URL if its pages may be lost with it"
+                    if there == 0
+                    else f"attach replicas, or say ?replicas={there}"
+                )
+                raise TierDownError(
+                    f"{name} has {there} of the {demanded} replicas that must have each page: {advice}"
+                )
+
+
+def _facts(text: bytes) -> dict[str, str]:
+    """Return the lines of an answer to INFO."""
+    lines = text.decode("utf-8", "replace").splitlines()
+    return {name: value for name, colon, value in (line.partition(":") for line in lines) if colon}

@@ -1,0 +1,265 @@
+"""Commands to the servers of a Redis or Valkey: pipelined by node, repeated, bounded in time.
+
+`Nodes.run` takes commands that each concern one key. It sends each node the commands of its slots in one go,
+all nodes before the first answer is read, and asks each at the end how many replicas have what it was told
+(`WAIT`, on the same connection, as Redis wants it). What did not succeed because a node died, a slot moved or
+too few replicas answered is sent again, to whom the cluster then names, until the time is up. So **every
+command must bear being done twice**, and none may depend on another of the same call.
+
+The `redis` package knows the topology, connects, authenticates, and does TLS; its own cluster pipeline cannot
+`WAIT`, retries by counting instead of by the clock, and so is not used. Connections are pooled, made when
+they are needed, and never shared with a forked child (the package looks at the process id).
+
+Not for what is stored: `redis_tier`. Threading: any thread.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import ClusterNode, RedisCluster
+from redis.crc import key_slot
+from redis.credentials import CredentialProvider
+from redis.retry import Retry
+
+from tmem.backends.tiers.redis_exchange import FAILURES, Command, Exchange, Open, Reply, Word, refused, talk
+from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.errors import TierDownError, TierError
+
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.02, 0.25
+
+
+class Nodes:
+    """The servers at `address`. Connects when it is first used."""
+
+    def __init__(self, address: RedisAddress) -> None:
+        self.address = address
+        self._seconds = address.timeout_seconds
+        self._attempt_seconds = min(5.0, max(self._seconds / 4, min(self._seconds, 0.25)))
+        self._lock = threading.Lock()
+        self._cluster: RedisCluster | None = None
+        self._single: redis.ConnectionPool | None = None
+        if not address.cluster:
+            (host, port), *_ = address.servers
+            kind = redis.SSLConnection if address.tls else redis.Connection
+            self._single = redis.ConnectionPool(
+                kind, host=host, port=port, db=address.database, **self._keywords()
+            )
+
+    def run(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Reply]:
+        """Do the commands and return the answer of each, in order.
+
+        `replicated`: they count only once as many replicas as are demanded have them. TierFullError if a
+        server has no memory for one of them, TierDownError if time is up or a server refuses: some of them
+        may have been done, or be done yet.
+        """
+        deadline = time.monotonic() + self._seconds
+        replies: list[Reply] = [None] * len(commands)
+        left = [Open(place, command) for place, command in enumerate(commands)]
+        pause = _FIRST_PAUSE_SECONDS
+        while left:
+            troubles: list[str] = []
+            left = self._attempt(left, replies, replicated, troubles)
+            if not left:
+                break
+            if time.monotonic() + pause > deadline:
+                raise TierDownError(
+                    f"{self.address} does not answer, tried for {self._seconds:g} s: {troubles[-1]}"
+                )
+            time.sleep(pause)
+            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+            self.refresh()
+        return replies
+
+    def once(self, commands: Sequence[Command]) -> tuple[list[Reply], str]:
+        """Try each command a single time, connecting to no cluster; the answers, and what the trouble was.
+
+        None for one that did not succeed. Takes as long as one answer of each node may take.
+        """
+        replies: list[Reply] = [None] * len(commands)
+        if self.address.cluster and self._cluster is None:
+            return replies, "not connected"
+        troubles: list[str] = []
+        try:
+            self._attempt([Open(place, one) for place, one in enumerate(commands)], replies, False, troubles)
+        except TierError as error:
+            troubles.append(str(error))
+        return replies, "; ".join(troubles)
+
+    def each(self, *words: Word) -> dict[str, Reply]:
+        """Send every primary one command that concerns no key; the answers by address. TierDownError."""
+        return {name: self.ask(name, *words) for name in self.primaries()}
+
+    def ask(self, name: str, *words: Word) -> Reply:
+        """Send the node called `name` (HOST:PORT) one command that concerns no key. TierDownError."""
+        pool = self._pools().get(name)
+        if pool is None:
+            raise TierDownError(f"{name} has left {self.address}")
+        try:
+            return talk(pool, words)
+        except FAILURES as error:
+            self.refresh()
+            raise refused(name, error) from None
+
+    def primaries(self) -> list[str]:
+        """Return HOST:PORT of every primary. TierDownError if nobody can tell."""
+        cluster = self._connected()
+        if cluster is None:
+            host, port = self.address.servers[0]
+            return [f"{host}:{port}"]
+        nodes: list[ClusterNode] = cluster.get_primaries()  # type: ignore[no-untyped-call]
+        return [node.name for node in nodes]
+
+    def all(self) -> list[str]:
+        """Return HOST:PORT of every primary and replica that is up. TierDownError if nobody can tell."""
+        return list(self._pools())
+
+    def demanded_of(self, name: str, slot: int | None = None) -> int:
+        """Return how many replicas must have what is written to the primary `name`, to which `slot` belongs.
+
+        All that the cluster lists, or one of them that has not got a batch might be promoted.
+        """
+        if self.address.replicas is not None:
+            return self.address.replicas
+        cluster = self._connected()
+        if cluster is None:
+            return 1
+        nodes = cluster.nodes_manager.slots_cache.get(slot, ()) if slot is not None else ()
+        if nodes and nodes[0].name == name:
+            return max(1, len(nodes) - 1)
+        for nodes in list(cluster.nodes_manager.slots_cache.values()):
+            if nodes[0].name == name:
+                return max(1, len(nodes) - 1)
+        return 1
+
+    def refresh(self) -> None:
+        """Ask the cluster who has which slots now; if nobody answers, begin with the URL's servers again."""
+        cluster = self._cluster
+        if cluster is None:
+            return
+        try:
+            cluster.nodes_manager.initialize()
+        except FAILURES:
+            with self._lock:
+                if self._cluster is cluster:
+                    self._cluster = None
+            with contextlib.suppress(*FAILURES):
+                cluster.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        if self._single is not None:
+            self._single.disconnect()
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            with contextlib.suppress(*FAILURES):
+                cluster.close()
+
+    def _attempt(
+        self, wanted: list[Open], replies: list[Reply], replicated: bool, troubles: list[str]
+    ) -> list[Open]:
+        """Try every command once; return those that must be tried again, and say why in `troubles`."""
+        groups: dict[str, list[Open]] = {}
+        try:
+            for one in wanted:
+                groups.setdefault(one.asked or self._node_of(one.command.key), []).append(one)
+            pools = self._pools()
+        except (*FAILURES, TierError) as error:
+            troubles.append(str(error))
+            return wanted
+        exchanges = []
+        for name, group in groups.items():
+            demanded = self.demanded_of(name, key_slot(group[0].command.key)) if replicated else 0
+            exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds))
+        for exchange in exchanges:
+            exchange.send()
+        for exchange in exchanges:  # every one, or connections would go back with answers in them
+            exchange.receive(replies)
+        left = []
+        for exchange in exchanges:
+            if exchange.refusal is not None:
+                raise exchange.refusal
+            left += exchange.left
+            if exchange.left:
+                if self._single is not None and exchange.trouble.startswith("Moved"):
+                    raise TierDownError(
+                        f"{exchange.name} is a node of a cluster: use redis+cluster://{exchange.name}"
+                    )
+                troubles.append(f"{exchange.name}: {exchange.trouble}")
+        return left
+
+    def _node_of(self, key: bytes) -> str:
+        cluster = self._connected()
+        if cluster is None:
+            return self.primaries()[0]
+        return cluster.nodes_manager.get_node_from_slot(key_slot(key)).name
+
+    def _pools(self) -> dict[str, redis.ConnectionPool]:
+        cluster = self._connected()
+        if cluster is None:
+            assert self._single is not None
+            return {self.primaries()[0]: self._single}
+        nodes: list[ClusterNode] = cluster.get_nodes()  # type: ignore[no-untyped-call]
+        return {node.name: node.redis_connection.connection_pool for node in nodes if node.redis_connection}
+
+    def _connected(self) -> RedisCluster | None:
+        """Return the cluster, None for a single server. TierDownError if no node of it answers."""
+        if not self.address.cluster:
+            return None
+        with self._lock:
+            if self._cluster is None:
+                try:
+                    self._cluster = RedisCluster(
+                        startup_nodes=[
+                            ClusterNode(host, port)  # type: ignore[no-untyped-call]
+                            for host, port in self.address.servers
+                        ],
+                        require_full_coverage=False,
+                        ssl=self.address.tls,
+                        **self._keywords(),
+                    )
+                except FAILURES as error:
+                    raise refused(self.address, error) from None
+            return self._cluster
+
+    def _keywords(self) -> dict[str, Any]:
+        address = self.address
+        keywords: dict[str, Any] = {
+            "socket_timeout": self._attempt_seconds,
+            "socket_connect_timeout": self._attempt_seconds,
+            "retry": Retry(NoBackoff(), 0),  # here, by the clock
+            "protocol": 2,
+        }
+        if address.password_file is not None:
+            keywords["credential_provider"] = PasswordFile(address.user, address.password_file)
+        elif address.password is not None:
+            keywords |= {"username": address.user, "password": address.password}
+        if address.tls:
+            keywords |= {
+                "ssl_ca_certs": None if address.tls_ca is None else str(address.tls_ca),
+                "ssl_certfile": None if address.tls_cert is None else str(address.tls_cert),
+                "ssl_keyfile": None if address.tls_key is None else str(address.tls_key),
+                "ssl_check_hostname": address.tls_hostname,
+            }
+        return keywords
+
+
+class PasswordFile(CredentialProvider):
+    """Reads the password at each connect, so that it can be changed."""
+
+    def __init__(self, user: str | None, path: Path) -> None:
+        self._user = user
+        self._path = path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Return what AUTH takes."""
+        try:
+            password = self._path.read_text().rstrip("\r\n")
+        except OSError as error:
+            raise redis.AuthenticationError(f"cannot read {self._path}: {error.strerror}") from None
+        return (password,) if self._user is None else (self._user, password)

@@ -1,0 +1,334 @@
+"""A tier in Valkey or Redis, one server or a cluster: demoted pages beyond this machine.
+
+Every value (`redis_values`) has a number that was reserved by counting up a key of the identity before it was
+written, so no two writers ever store under the same name, and whatever a dead writer still has in flight
+(storing, shortening, removing) concerns names that are its own or records that are dead already. Values are
+written once. When more than half of the records of one have died it is written again without them
+(`SET ... XX`, so that one that was removed stays so), and removed with its last one.
+
+What is promised: `write` returns when the primary and as many replicas as are demanded have the batch in
+memory. So it survives the loss of any one server of a shard, and with all replicas demanded (the default)
+also the election of any replica. Not survived: the loss of a primary and its replicas at a time; a primary
+that keeps nothing on disk and is *restarted* empty before the cluster has noticed its absence
+(cluster-node-timeout), for then its replicas take over its emptiness.
+
+The first `retain` of a writer looks through all keys of the servers for what earlier writers have left, a
+second a million keys. Not for connections and repetitions: `redis_nodes`. Threading: as the contract says.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tmem.backends.tiers import redis_values as values
+from tmem.backends.tiers.contract import TierIdentity, TierStatistics
+from tmem.backends.tiers.redis_exchange import Command
+from tmem.backends.tiers.redis_fitness import Fitness
+from tmem.backends.tiers.redis_nodes import Nodes
+from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.errors import TierDownError, TierError, TierFullError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_AT_ONCE = 128
+"""How many values are on their way at a time: 4 MiB."""
+_RESERVED = 1024
+"""How many numbers are reserved at a time."""
+_SHORTENED = 256
+"""How many values one `retain` writes again at most."""
+_SCAN_COUNT = 1000
+
+
+@dataclass(frozen=True)
+class RedisStatistics(TierStatistics):
+    """What a tier in Redis tells besides."""
+
+    values: int = 0
+    """Values that hold the records."""
+    shortened: int = 0
+    """Values that were written again without their dead records."""
+    server_used_bytes: int | None = None
+    """What the primaries use, by everybody, when last asked (every half minute of writing)."""
+
+
+@dataclass(eq=False, slots=True)
+class _Value:
+    """What a writer knows of a value."""
+
+    size_bytes: int
+    """0: it was named to us, and is not there."""
+    present: int
+    """How many records it was stored with."""
+    live: int
+    """A bit for each place whose record lives."""
+
+
+class RedisTier:
+    """The records of `identity` at `address`."""
+
+    def __init__(
+        self,
+        address: RedisAddress,
+        identity: TierIdentity,
+        writer: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._nodes = Nodes(address)
+        self._fitness = Fitness(self._nodes, clock)
+        self._prefix = values.prefix(identity)
+        self._writer = writer
+        self._values: dict[int, _Value] | None = None  # until the first retain
+        self._numbers: Iterator[int] = iter(())
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(_COUNTS, 0)
+
+    def check(self) -> None:
+        """Raise TierDownError, with what to do, if pages should not be trusted to the servers now."""
+        self._fitness.look()
+
+    def write(self, records: Sequence["Buffer"]) -> list[int]:
+        """See the contract. Also raises TierDownError while the servers are not fit (`redis_fitness`)."""
+        with self._counting():
+            return self._write(records)
+
+    def _write(self, records: Sequence["Buffer"]) -> list[int]:
+        known = self._known()
+        if not records:
+            return []
+        self._fitness.check()
+        groups = values.group(records)
+        numbers = self._take(len(groups))
+        locations: list[int] = []
+        try:
+            for start in range(0, len(groups), _AT_ONCE):
+                commands = []
+                chunk = slice(start, start + _AT_ONCE)
+                for number, members in zip(numbers[chunk], groups[chunk], strict=True):
+                    value = values.pack(members)
+                    known[number] = _Value(len(value), len(members), 0)
+                    commands.append(self._command("SET", number, value))
+                    first = number << values.PLACE_BITS
+                    locations.extend(range(first, first + len(members)))
+                self._nodes.run(commands, replicated=True)
+        except TierFullError:
+            with contextlib.suppress(TierError):  # else the next retain does it
+                self._remove(numbers)
+            raise
+        for number in numbers:
+            known[number].live = (1 << known[number].present) - 1
+        self._count(
+            written_records=len(records), written_bytes=sum(memoryview(one).nbytes for one in records)
+        )
+        return locations
+
+    def read(self, locations: Sequence[int]) -> list[bytes | None]:
+        """See the contract."""
+        with self._counting():
+            return self._read(locations)
+
+    def _read(self, locations: Sequence[int]) -> list[bytes | None]:
+        wanted: dict[int, list[tuple[int, int, int]]] = {}
+        for at, count in _runs(locations):
+            number, place = divmod(locations[at], values.MAX_RECORDS)
+            wanted.setdefault(number, []).append((at, place, count))
+        found: list[bytes | None] = [None] * len(locations)
+        for number, value in self._fetch(list(wanted)):
+            records = values.unpack(value)
+            for at, place, count in wanted[number]:
+                some = [record or None for record in records[place : place + count]]
+                found[at : at + len(some)] = some
+        missing = found.count(None)
+        length = sum(map(len, filter(None, found)))
+        self._count(read_records=len(found) - missing, read_bytes=length, missing=missing)
+        return found
+
+    def retain(self, live: Sequence[int]) -> None:
+        """See the contract."""
+        with self._counting():
+            self._retain(live)
+
+    def _retain(self, live: Sequence[int]) -> None:
+        masks: dict[int, int] = {}
+        for location in live:
+            number, place = divmod(location, values.MAX_RECORDS)
+            masks[number] = masks.get(number, 0) | 1 << place
+        known = self._values
+        if known is None:
+            known = self._survey(masks)
+            self._values = known
+        for number, value in known.items():
+            value.live = masks.get(number, 0)
+        for number in masks.keys() - known.keys():
+            known[number] = _Value(0, 0, masks[number])  # nobody may be given it
+        self._remove([number for number in known if number not in masks])
+        self._shorten()
+
+    def statistics(self) -> RedisStatistics:
+        """See the contract."""
+        known = list((self._values or {}).values())
+        memory = self._fitness.memory
+        kept = [value for value in known if value.size_bytes]
+        with self._lock:
+            return RedisStatistics(
+                records=sum(value.live.bit_count() for value in kept),
+                used_bytes=sum(value.size_bytes for value in kept) + len(kept) * values.KEY_OVERHEAD_BYTES,
+                capacity_bytes=memory.maximum_bytes if memory else None,
+                server_used_bytes=memory.used_bytes if memory else None,
+                values=len(kept),
+                **self._counts,
+            )
+
+    def destroy(self) -> None:
+        """See the contract."""
+        with self._counting():
+            for names in self._scan():
+                self._nodes.run([Command(name, ("UNLINK", name)) for name in names])
+        self._values = None
+        self.close()
+
+    def close(self) -> None:
+        """See the contract."""
+        self._nodes.close()
+
+    # What follows is the writer's, but for _fetch.
+
+    def _known(self) -> dict[int, _Value]:
+        assert self._writer, "opened for reading only"
+        assert self._values is not None, "retain comes before the first write"
+        return self._values
+
+    def _take(self, count: int) -> list[int]:
+        """Return numbers that no value has had, or, after all were given, that no value has."""
+        taken: list[int] = []
+        known = self._known()
+        while len(taken) < count:
+            number = next(self._numbers, None)
+            if number is None:
+                name = values.counter_key(self._prefix)
+                [end] = self._nodes.run([Command(name, ("INCRBY", name, _RESERVED))], replicated=True)
+                self._numbers = (raw % values.MAX_NUMBER + 1 for raw in range(end - _RESERVED, end))
+            elif number not in known:
+                taken.append(number)
+        return taken
+
+    def _remove(self, numbers: Sequence[int]) -> None:
+        known = self._known()
+        for start in range(0, len(numbers), _AT_ONCE * 8):
+            chunk = numbers[start : start + _AT_ONCE * 8]
+            self._nodes.run([self._command("UNLINK", number) for number in chunk])
+            for number in chunk:
+                known.pop(number, None)
+
+    def _shorten(self) -> None:
+        """Write values of which at most half the records live again, without the others."""
+        known = self._known()
+        sparse = [number for number, value in known.items() if value.live.bit_count() * 2 <= value.present]
+        for start in range(0, min(len(sparse), _SHORTENED), _AT_ONCE):
+            commands, changes = [], []
+            for number, stored in self._fetch(sparse[start : start + _AT_ONCE]):
+                live = known[number].live
+                records = values.unpack(stored)
+                kept = [record if live >> place & 1 else b"" for place, record in enumerate(records)]
+                while kept and not kept[-1]:
+                    kept.pop()
+                value = values.pack(kept)
+                commands.append(self._command("SET", number, value, "XX"))
+                changes.append((number, len(value), live.bit_count()))
+            self._nodes.run(commands, replicated=True)
+            for number, size_bytes, present in changes:
+                known[number].size_bytes, known[number].present = size_bytes, present
+            self._count(shortened=len(changes))
+
+    def _survey(self, masks: dict[int, int]) -> dict[int, _Value]:
+        """Return what is stored, and remove what nobody names."""
+        there: list[int] = []
+        for names in self._scan():
+            unnamed = []
+            for name in names:
+                number = values.number_of(self._prefix, name)
+                if number in masks:
+                    there.append(number)
+                elif number is not None:
+                    unnamed.append(number)
+            self._nodes.run([self._command("UNLINK", number) for number in unnamed])
+        known: dict[int, _Value] = {}
+        for start in range(0, len(there), _AT_ONCE * 8):
+            chunk = there[start : start + _AT_ONCE * 8]
+            heads = self._nodes.run([self._command("GETRANGE", n, 0, values.HEADER_BYTES - 1) for n in chunk])
+            for number, head in zip(chunk, heads, strict=True):
+                lengths = values.lengths(head)
+                size_bytes = 1 + 2 * len(lengths) + sum(lengths)
+                known[number] = _Value(size_bytes, len(lengths) - lengths.count(0), 0)
+        return known
+
+    def _scan(self) -> Iterator[list[bytes]]:
+        """Yield the keys of this identity, some perhaps twice."""
+        for node in self._nodes.primaries():
+            cursor = b"0"
+            while True:
+                cursor, names = self._nodes.ask(
+                    node, "SCAN", cursor, "MATCH", self._prefix + "*", "COUNT", _SCAN_COUNT
+                )
+                yield names
+                if cursor == b"0":
+                    break
+
+    def _fetch(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield each of these values that is there."""
+        for start in range(0, len(numbers), _AT_ONCE):
+            chunk = numbers[start : start + _AT_ONCE]
+            stored = self._nodes.run([self._command("GET", number) for number in chunk])
+            for number, value in zip(chunk, stored, strict=True):
+                if value is not None:
+                    yield number, value
+
+    def _command(self, verb: str, number: int, *arguments: bytes | str | int) -> Command:
+        name = values.key(self._prefix, number)
+        return Command(name, (verb, name, *arguments))
+
+    # Counting.
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except TierDownError:
+            self._count(failures=1)
+            raise
+        except TierFullError:
+            self._count(refused=1)
+            raise
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, number in more.items():
+                self._counts[name] += number
+
+
+def _runs(locations: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where in `locations` neighbours in one value begin, and how many they are."""
+    start = 0
+    for at in range(1, len(locations) + 1):
+        if (
+            at == len(locations)
+            or locations[at] != locations[at - 1] + 1
+            or not locations[at] % values.MAX_RECORDS
+        ):
+            yield start, at - start
+            start = at
+
+
+_COUNTS = (
+    "written_records",
+    "written_bytes",
+    "read_records",
+    "read_bytes",
+    "failures",
+    "refused",
+    "missing",
+    "shortened",
+)

@@ -1,0 +1,192 @@
+"""A cluster that loses and moves things while it is used: nothing that was acknowledged is lost."""
+
+import contextlib
+import signal
+import threading
+import time
+
+import pytest
+from redis.crc import key_slot
+
+from tmem.backends.tiers import redis_values as values
+from tmem.backends.tiers.redis_tier import RedisTier
+from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.errors import TierDownError
+
+from ...waiting import wait_until
+from .contract import IDENTITY, check, record, records
+from .servers import Cluster, Server
+
+
+def opened(cluster: Cluster, options: str = "") -> RedisTier:
+    tier = RedisTier(RedisAddress.parse(cluster.url + options), IDENTITY, True)
+    tier.retain([])
+    return tier
+
+
+class Demotion:
+    """Writes batch after batch in a thread, as a manager does, and remembers what was acknowledged."""
+
+    def __init__(self, tier: RedisTier) -> None:
+        self._tier = tier
+        self.stored: dict[int, bytes] = {}
+        self.batches = 0
+        self.refused = 0
+        self.error: BaseException | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.is_set():
+                batch = [record(self.batches * 100 + n, 1700 + n) for n in range(100)]
+                with contextlib.suppress(TierDownError):
+                    self.stored.update(zip(self._tier.write(batch), batch, strict=True))
+                    self.batches += 1
+                    continue
+                self.refused += 1
+        except BaseException as error:
+            self.error = error
+
+    def until(self, batches: int) -> None:
+        wait_until(lambda: self.batches >= batches or self.error, what=f"{batches} batches")
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("victims", [(0,), (1, 2)], ids=["one", "two"])
+def test_primaries_killed_during_demotion(redis_cluster: Cluster, victims: tuple[int, ...]) -> None:
+    tier = opened(redis_cluster)
+    demotion = Demotion(tier)
+    try:
+        demotion.until(5)
+        for victim in victims:
+            redis_cluster.primaries()[victim % len(redis_cluster.primaries())].kill()
+            # Reads go on, if need be by waiting for the election.
+            some = dict(list(demotion.stored.items())[::11])
+            check(tier, list(some), list(some.values()))
+            # A shard without replica takes nothing until it is told to: give it one back.
+            for server in redis_cluster.servers:
+                if server.process is None:
+                    server.start()
+            wait_until(redis_cluster.settled, what="the replica is there again")
+            demotion.until(demotion.batches + 5)
+    finally:
+        demotion.end()
+    assert len(demotion.stored) >= 1000
+    check(tier, list(demotion.stored), list(demotion.stored.values()))
+    reader = RedisTier(RedisAddress.parse(redis_cluster.url), IDENTITY, writer=False)
+    check(reader, list(demotion.stored), list(demotion.stored.values()))
+    reader.close()
+    tier.close()
+
+
+def test_a_replica_killed_during_demotion(redis_cluster: Cluster) -> None:
+    """Until it is back nothing of its shard is acknowledged; what was before stays."""
+    tier = opened(redis_cluster, "?timeout=0.5")
+    batch = records(0, 400)
+    locations = tier.write(batch)
+    primaries = redis_cluster.primaries()
+    replica = next(server for server in redis_cluster.servers if server not in primaries)
+    replica.kill()
+
+    def refused() -> bool:
+        try:
+            tier.write(records(1000, 2000))
+        except TierDownError as error:
+            return "replicas" in str(error)
+        return False
+
+    wait_until(refused, what="a batch is refused")
+    check(tier, locations, batch)
+    replica.start()
+    wait_until(redis_cluster.settled)
+    check(tier, tier.write(records(5000, 400)), records(5000, 400))
+    check(tier, locations, batch)
+    tier.close()
+
+
+def test_a_primary_that_hangs(redis_cluster: Cluster) -> None:
+    tier = opened(redis_cluster, "?timeout=12")
+    batch = records(0, 500)
+    locations = tier.write(batch)
+    victim = redis_cluster.primaries()[1]
+    victim.signal(signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        check(tier, locations, batch)
+        assert time.monotonic() - start < 12
+    finally:
+        victim.signal(signal.SIGCONT)
+    tier.close()
+
+
+def test_a_cluster_that_hangs_is_given_up_in_time(redis_cluster: Cluster) -> None:
+    tier = opened(redis_cluster, "?timeout=0.4")
+    locations = tier.write(records(0, 40))
+    for server in redis_cluster.servers:
+        server.signal(signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        with pytest.raises(TierDownError):
+            tier.read(locations)
+        with pytest.raises(TierDownError):
+            tier.write(records(40, 40))
+        assert time.monotonic() - start < 8
+    finally:
+        for server in redis_cluster.servers:
+            server.signal(signal.SIGCONT)
+    wait_until(redis_cluster.settled)
+    check(tier, locations, records(0, 40))
+    tier.close()
+
+
+def test_slots_that_move(redis_cluster: Cluster) -> None:
+    """MOVED and ASK, while it is read and written; a slot that is half moved has keys on both sides."""
+    tier = opened(redis_cluster)
+    batch = [record(n, 3000) for n in range(200)]
+    locations = tier.write(batch)
+    prefix = values.prefix(IDENTITY)
+    number = locations[0] >> values.PLACE_BITS
+    slot = key_slot(values.key(prefix, number))
+    source, target = source_and_target(redis_cluster, slot)
+    names = {server: str(text(server.ask("CLUSTER", "MYID"))) for server in (source, target)}
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", names[source])
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target])
+    source.ask("MIGRATE", "127.0.0.1", target.port, values.key(prefix, number), 0, 2000)
+    check(tier, locations, batch)
+    tier.retain(sorted(locations[: len(locations) // 2]))
+    moved = source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100)
+    assert isinstance(moved, list)
+    assert moved, "the slot is still in two places"
+    check(tier, locations[:100], batch[:100])
+    # Numbers of the same slot are given out now: they are written where ASK says.
+    later = tier.write([record(n, 3000) for n in range(1000, 1200)])
+    for name in moved:
+        source.ask("MIGRATE", "127.0.0.1", target.port, name, 0, 2000)
+    for server in (target, source, *(s for s in redis_cluster.primaries() if s not in (source, target))):
+        server.ask("CLUSTER", "SETSLOT", slot, "NODE", names[target])
+    check(tier, locations[:100], batch[:100])
+    check(tier, later, [record(n, 3000) for n in range(1000, 1200)])
+    check(tier, tier.write(records(0, 100)), records(0, 100))
+    tier.close()
+
+
+def text(value: object) -> object:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def source_and_target(cluster: Cluster, slot: int) -> tuple[Server, Server]:
+    """Return the primary that has `slot`, and another."""
+    primaries = cluster.primaries()
+    for server in primaries:
+        for start, end, (_, port, *_), *_ in server.ask("CLUSTER", "SLOTS"):  # type: ignore[attr-defined]
+            if start <= slot <= end:
+                source = next(one for one in primaries if one.port == port)
+                return source, next(one for one in primaries if one is not source)
+    raise AssertionError(f"nobody has slot {slot}")

@@ -1,0 +1,286 @@
+"""What a Redis tier does beyond the contract: fitness, room, dead writers, sparse values, numbers."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tmem.backends.tiers import redis_values as values
+from tmem.backends.tiers.contract import TierIdentity
+from tmem.backends.tiers.redis_exchange import Command
+from tmem.backends.tiers.redis_nodes import Nodes
+from tmem.backends.tiers.redis_tier import RedisTier
+from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.errors import TierDownError, TierFullError
+
+from ...waiting import wait_until
+from .contract import IDENTITY, TierContract, check, record, records
+from .servers import Cluster, Server, single
+
+
+def url_of(server: Server, options: str = "?replicas=0") -> str:
+    return f"redis://{server.address}/0{options}"
+
+
+def opened(url: str, identity: TierIdentity = IDENTITY, clock: "Clock | None" = None) -> RedisTier:
+    address = RedisAddress.parse(url)
+    return RedisTier(address, identity, True, clock) if clock else RedisTier(address, identity, True)
+
+
+def keys(server: Server) -> set[bytes]:
+    found = server.ask("KEYS", "*")
+    assert isinstance(found, list)
+    return set(found)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def server(redis_server: Server) -> Server:
+    redis_server.ask("FLUSHALL")
+    redis_server.ask("CONFIG", "SET", "maxmemory", 0, "maxmemory-policy", "noeviction")
+    return redis_server
+
+
+def test_a_server_that_evicts_is_refused(server: Server) -> None:
+    clock = Clock()
+    tier = opened(url_of(server), clock=clock)
+    tier.check()
+    tier.retain([])
+    locations = tier.write(records(0, 5))
+    server.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    with pytest.raises(TierDownError, match="config set maxmemory-policy noeviction"):
+        tier.check()
+    with pytest.raises(TierDownError, match="config set maxmemory-policy noeviction"):
+        tier.write(records(5, 5))
+    check(tier, locations, records(0, 5))
+    server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    locations += tier.write(records(5, 5))
+    server.ask("CONFIG", "SET", "maxmemory-policy", "volatile-ttl")
+    clock.now += 29
+    locations += tier.write(records(10, 5))
+    clock.now += 2  # it is looked at again
+    with pytest.raises(TierDownError, match="volatile-ttl"):
+        tier.write(records(15, 5))
+    check(tier, locations, records(0, 15))
+    tier.close()
+
+
+def test_one_without_replicas_must_be_asked_for(server: Server) -> None:
+    tier = opened(url_of(server, ""))
+    with pytest.raises(TierDownError, match=r"has 0 of the 1 replicas.*\?replicas=0"):
+        tier.check()
+    tier.close()
+
+
+def test_a_replica_must_have_it(tmp_path: Path) -> None:
+    with single(tmp_path / "primary") as primary:
+        follow = ("--replicaof", f"127.0.0.1 {primary.port}")
+        with single(tmp_path / "replica", *follow) as replica:
+            wait_until(lambda: replica.info("replication")["master_link_status"] == "up")
+            tier = opened(url_of(primary, "?timeout=0.4"))
+            tier.check()
+            tier.retain([])
+            locations = tier.write(records(0, 40))
+            reader = RedisTier(RedisAddress.parse(url_of(replica)), IDENTITY, writer=False)
+            check(reader, locations, records(0, 40))
+            reader.close()
+        with pytest.raises(TierDownError, match="0 of the 1 replicas"):
+            tier.write(records(40, 5))
+        check(tier, locations, records(0, 40))
+        tier.close()
+
+
+class RoomyWorld:
+    """A server whose memory ends after about `capacity_records`."""
+
+    capacity_records = 1024
+
+    def __init__(self, server: Server) -> None:
+        used = int(str(server.info("memory")["used_memory"]))
+        server.ask("CONFIG", "SET", "maxmemory", used + self.capacity_records * 4112 * 3 // 2)
+        self._address = RedisAddress.parse(url_of(server))
+
+    def open(self, identity: TierIdentity, writer: bool) -> RedisTier:
+        return RedisTier(self._address, identity, writer)
+
+
+class TestFullServer(TierContract):
+    @pytest.fixture
+    def world(self, server: Server) -> RoomyWorld:
+        return RoomyWorld(server)
+
+
+def test_what_a_full_server_refused_is_gone(server: Server) -> None:
+    world = RoomyWorld(server)
+    tier = world.open(IDENTITY, True)
+    tier.retain([])
+    locations = tier.write(records(0, 100))
+    before = keys(server)
+    with pytest.raises(TierFullError, match="maxmemory"):
+        tier.write([record(n, 4112) for n in range(3000)])
+    assert keys(server) == before
+    assert tier.statistics().capacity_bytes == server.info("memory")["maxmemory"]
+    check(tier, locations, records(0, 100))
+    tier.close()
+
+
+def test_the_first_retain_removes_what_the_dead_left(server: Server) -> None:
+    writer = opened(url_of(server))
+    writer.retain([])
+    locations = writer.write(records(0, 200))
+    lost = keys(server)
+    writer.write(records(200, 200))  # nobody hears of these: the writer dies
+    server.ask("SET", "somebody else's", "value")
+    again = opened(url_of(server))
+    again.retain(locations)
+    assert keys(server) == lost | {b"somebody else's"}
+    check(again, locations, records(0, 200))
+    assert again.statistics().used_bytes == pytest.approx(writer.statistics().used_bytes / 2, rel=0.2)
+    again.destroy()
+    assert keys(server) == {b"somebody else's"}
+    writer.close()
+
+
+def test_what_a_dead_writer_still_sends_harms_nothing(server: Server) -> None:
+    """Everything that it can have in flight: storing, shortening, removing."""
+    dead = opened(url_of(server))
+    dead.retain([])
+    batch = records(0, 400)
+    locations = dead.write(batch)
+    kept = dict(list(zip(locations, batch, strict=True))[::7])
+    late: list[Command] = []
+
+    class Late(Nodes):
+        def run(self, commands: Sequence[Command], *, replicated: bool = False) -> list[object]:
+            late.extend(commands)
+            return super().run(commands, replicated=replicated)
+
+    dead._nodes = Late(RedisAddress.parse(url_of(server)))
+    dead.retain(list(kept))
+    dead.write(records(400, 50))
+    verbs = [command.words[0] for command in late]
+    assert {"SET", "GET"} <= set(verbs)
+    again = opened(url_of(server))
+    again.retain(list(kept))
+    few = dict(list(kept.items())[::2])
+    again.retain(list(few))
+    later = again.write(records(900, 300))
+    Nodes(RedisAddress.parse(url_of(server))).run(late)
+    check(again, list(few), list(few.values()))
+    check(again, later, records(900, 300))
+    again.close()
+
+
+def test_sparse_values_are_shortened(server: Server) -> None:
+    tier = opened(url_of(server))
+    tier.retain([])
+    batch = [record(n, 1850) for n in range(3000)]
+    locations = tier.write(batch)
+    full = int(str(server.info("memory")["used_memory"]))
+    kept = dict(list(zip(locations, batch, strict=True))[::5])
+    tier.retain(list(kept))
+    statistics = tier.statistics()
+    assert statistics.shortened == statistics.values
+    assert statistics.records == 600
+    assert int(str(server.info("memory")["used_memory"])) < full - 3000 * 1850 * 0.7
+    assert statistics.used_bytes < 600 * 1850 * 1.2
+    check(tier, list(kept), list(kept.values()))
+    fewer = dict(list(kept.items())[::9])
+    tier.retain(list(fewer))
+    check(tier, list(fewer), list(fewer.values()))
+    again = opened(url_of(server))
+    again.retain(list(fewer))
+    assert again.statistics().records == len(fewer)
+    check(again, list(fewer), list(fewer.values()))
+    tier.retain([])
+    assert not [key for key in keys(server) if values.number_of(values.prefix(IDENTITY), key)]
+    tier.close()
+    again.close()
+
+
+def test_numbers_begin_anew(server: Server) -> None:
+    tier = opened(url_of(server))
+    tier.retain([])
+    early = tier.write(records(0, 30))
+    assert min(early) < 10 * values.MAX_RECORDS
+    tier.close()
+    nodes = Nodes(RedisAddress.parse(url_of(server)))
+    counter = values.counter_key(values.prefix(IDENTITY))
+    nodes.run([Command(counter, ("SET", counter, values.MAX_NUMBER - 2))])
+    again = opened(url_of(server))
+    again.retain(early)
+    late = again.write([record(n, 4000) for n in range(100)])
+    assert max(late) >> values.PLACE_BITS == values.MAX_NUMBER
+    assert min(late) < min(early) + 30 * values.MAX_RECORDS
+    assert not set(late) & set(early)
+    check(again, early, records(0, 30))
+    check(again, late, [record(n, 4000) for n in range(100)])
+    again.close()
+    nodes.close()
+
+
+def test_a_server_that_came_back_empty(tmp_path: Path) -> None:
+    """What is lost is missing, never something else; and it goes on."""
+    with single(tmp_path) as server:
+        tier = opened(url_of(server))
+        tier.retain([])
+        locations = tier.write(records(0, 50))
+        server.kill()
+        server.start()
+        wait_until(server.answers)
+        assert tier.read(locations) == [None] * 50
+        assert tier.statistics().missing == 50
+        again = opened(url_of(server))
+        again.retain(locations)
+        later = again.write(records(50, 50))
+        assert not set(later) & set(locations)
+        check(again, later, records(50, 50))
+        tier.close()
+        again.close()
+
+
+def test_a_forked_child_has_connections_of_its_own(server: Server) -> None:
+    tier = opened(url_of(server))
+    tier.retain([])
+    batch = records(0, 60)
+    locations = tier.write(batch)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            check(tier, locations, batch)
+            tier.close()
+            status = 0
+        finally:
+            os._exit(status)
+    for _ in range(20):
+        check(tier, locations, batch)
+    assert os.waitpid(pid, 0)[1] == 0
+    check(tier, locations, batch)
+    tier.close()
+
+
+def test_a_node_of_a_cluster_is_no_single_server(redis_cluster: Cluster) -> None:
+    tier = opened(f"redis://{redis_cluster.servers[0].address}/0?replicas=1&timeout=2")
+    tier.retain([])
+    with pytest.raises(TierDownError, match=r"use redis\+cluster://"):
+        tier.read([n << 16 for n in range(1, 40)])
+    tier.close()
+
+
+def test_nobody_is_there() -> None:
+    for url in ("redis://127.0.0.1:1/0?timeout=0.2", "redis+cluster://127.0.0.1:1,127.0.0.1:2?timeout=0.2"):
+        tier = opened(url)
+        for call in (lambda tier=tier: tier.read([64]), lambda tier=tier: tier.retain([]), tier.check):
+            with pytest.raises(TierDownError, match=r"127\.0\.0\.1.*(refused|answer)"):
+                call()
+        assert tier.statistics().failures == 2
+        tier.close()

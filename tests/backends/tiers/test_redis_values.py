@@ -1,0 +1,67 @@
+"""Packing of records into values, and their names."""
+
+import random
+
+import pytest
+
+from tmem.backends.tiers import redis_values as values
+from tmem.backends.tiers.contract import MAX_LOCATION, MAX_RECORD_BYTES, MIN_RECORD_BYTES
+
+from .contract import IDENTITY, OTHERS, record, records
+
+
+def test_records_come_back_in_order() -> None:
+    batch = records(0, 300)
+    groups = values.group(batch)
+    assert [bytes(one) for group in groups for one in group] == batch
+    for group in groups:
+        packed = values.pack(group)
+        assert len(packed) <= values.VALUE_BYTES
+        assert values.unpack(packed) == group
+        assert values.lengths(packed[: values.HEADER_BYTES]) == tuple(map(len, group))
+
+
+@pytest.mark.parametrize("length", [MIN_RECORD_BYTES, 1850, MAX_RECORD_BYTES])
+def test_values_are_filled(length: int) -> None:
+    groups = values.group([record(n, length) for n in range(200)])
+    for group in groups[:-1]:
+        full = len(group) == values.MAX_RECORDS
+        assert full or len(values.pack(group)) + length + 2 > values.VALUE_BYTES
+
+
+def test_dead_records_leave_their_places() -> None:
+    assert values.unpack(values.pack([b"", b"one", b"", b"two"])) == [b"", b"one", b"", b"two"]
+    assert values.unpack(values.pack([])) == []
+
+
+def test_damaged_values_give_no_foreign_bytes() -> None:
+    rng = random.Random(3)
+    batch = records(10, 12)
+    packed = values.pack(batch)
+    for end in [0, 1, 2, 24, 25, *rng.sample(range(len(packed)), 50)]:
+        found = values.unpack(packed[:end])
+        assert found == batch[: len(found)]
+        assert len(found) < 12
+    for _ in range(200):  # whatever it is, it is no exception
+        values.unpack(rng.randbytes(rng.randrange(300)))
+        values.lengths(rng.randbytes(rng.randrange(10)))
+
+
+def test_keys() -> None:
+    start = values.prefix(IDENTITY)
+    numbers = [1, 15, 16, 255, values.MAX_NUMBER]
+    for number in numbers:
+        name = values.key(start, number)
+        assert name.startswith(start.encode())
+        assert values.number_of(start, name) == number
+        assert all(values.number_of(values.prefix(other), name) is None for other in OTHERS)
+    assert values.number_of(start, values.counter_key(start)) is None
+    assert values.number_of(start, b"") is None
+    assert values.MAX_NUMBER << values.PLACE_BITS | (values.MAX_RECORDS - 1) == MAX_LOCATION
+
+
+def test_neighbours_share_a_slot() -> None:
+    start = values.prefix(IDENTITY)
+    tags = {values.key(start, number).split(b"}")[0] for number in range(32, 48)}
+    assert len(tags) == 1
+    assert values.key(start, 48).split(b"}")[0] not in tags
