@@ -6,10 +6,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Memory:
-    """RAM in all, and what could be had without swapping; bytes."""
+    """RAM in all, what could be had without swapping, and swap; bytes."""
 
     total_bytes: int
     available_bytes: int
+    swapped_bytes: int = 0
+    """What holds room on all swap devices together."""
+    swap_cached_bytes: int = 0
+    """The part of it that is in RAM as well, and not available."""
 
     @property
     def taken_bytes(self) -> int:
@@ -23,4 +27,9 @@ def read(proc: Path = Path("/proc")) -> Memory:
     for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")
         numbers[name] = int(value.split()[0]) << 10
-    return Memory(numbers["MemTotal"], numbers.get("MemAvailable", 0))
+    return Memory(
+        numbers["MemTotal"],
+        numbers.get("MemAvailable", 0),
+        numbers.get("SwapTotal", 0) - numbers.get("SwapFree", 0),
+        numbers.get("SwapCached", 0),
+    )

@@ -2,8 +2,9 @@
 
 Two things can be in the way: RAM as a whole, and the limits of the control groups whose pages were swapped
 out, because swapoff charges every page to its group again and the kernel kills processes of a group that is
-full. How much a group has on which of several devices is not to be seen, so all of it counts. Reads /proc and
-the control groups, changes nothing; any thread.
+full. How much a group has on which of several devices is not to be seen, so all of it counts. A page can be
+on a device and in RAM at once (the swap cache): it needs no more room. Where that cannot be told exactly,
+too few such pages are assumed. Reads /proc and the control groups, changes nothing; any thread.
 """
 
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ def lacking(used_bytes: int, proc: Path = Path("/proc")) -> list[str]:
     available = memory.available_bytes
     margin = max(LEAST_MARGIN_BYTES, memory.total_bytes // _MARGIN_SHARE)
     reasons = []
-    if available < used_bytes + margin:
+    elsewhere_bytes = max(memory.swapped_bytes - used_bytes, 0)  # what is cached may be of other devices
+    need_bytes = used_bytes - min(max(memory.swap_cached_bytes - elsewhere_bytes, 0), used_bytes)
+    if available < need_bytes + margin:
         reasons.append(
-            f"{format_size(available)} of RAM are available, less than {format_size(used_bytes)} "
+            f"{format_size(available)} of RAM are available, less than {format_size(need_bytes)} "
             f"and {format_size(margin)} to spare"
         )
     for group, need_bytes, limit_bytes in _groups(used_bytes, proc):
@@ -47,13 +50,24 @@ def _groups(used_bytes: int, proc: Path) -> Iterator[tuple[Path, int, int]]:
         limit = cgroup.limit_of(group)
         counts = cgroup.statistics(group)
         if version == 2:
-            here = counts.get("anon", 0) + counts.get("shmem", 0)
+            here = counts.get("anon", 0) + counts.get("shmem", 0) - _counted_twice(counts)
             swapped = _number(group / "memory.swap.current")
-        else:
+        else:  # which does not count as swapped out what is in RAM as well
             here = counts.get("total_rss", 0) + counts.get("total_shmem", 0)
             swapped = counts.get("total_swap", 0)
         if limit is not None and swapped:
             yield group, here + min(swapped, used_bytes), limit
+
+
+def _counted_twice(counts: dict[str, int]) -> int:
+    """Return the bytes of mapped pages in the swap cache (v2): these are ``anon`` and swapped out.
+
+    Those that nobody maps are swapped out only. Of them there are at most as many as pages on the lists
+    beyond the mapped ones; ``unevictable`` has others too.
+    """
+    listed = sum(counts.get(name, 0) for name in ("inactive_anon", "active_anon", "unevictable"))
+    unmapped = max(listed - counts.get("anon", 0) - counts.get("shmem", 0), 0)
+    return max(counts.get("swapcached", 0) - unmapped, 0)
 
 
 def _number(file: Path) -> int:

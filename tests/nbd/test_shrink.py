@@ -323,6 +323,48 @@ def test_room_in_ram(tmp_path: Path) -> None:
     assert room.lacking(1001 * MIB, proc) == ["1.1G of RAM are available, less than 1001M and 128M to spare"]
 
 
+@pytest.mark.parametrize(
+    ("swapped_mib", "cached_mib", "needs_mib"),
+    [
+        (1200, 0, 1200),
+        (1200, 300, 900),  # is there already
+        (1200, 1200, 0),
+        (2000, 700, 1200),  # may all be of another device, which has 800
+        (2000, 1000, 1000),
+    ],
+)
+def test_pages_that_are_in_ram_as_well_need_no_room(
+    tmp_path: Path, swapped_mib: int, cached_mib: int, needs_mib: int
+) -> None:
+    for missing_mib in (0, 1):
+        proc, _ = machine(tmp_path / str(missing_mib), (128 + needs_mib - missing_mib) * MIB, 2)
+        with (proc / "meminfo").open("a") as file:
+            file.write(f"SwapTotal: {4 << 20} kB\nSwapFree: {(4 << 20) - (swapped_mib << 10)} kB\n")
+            file.write(f"SwapCached: {cached_mib << 10} kB\n")
+        assert len(room.lacking(1200 * MIB, proc)) == missing_mib
+
+
+@pytest.mark.parametrize(
+    ("cached_mib", "listed_mib", "fits_mib"),
+    [
+        (0, 60, 110),
+        (20, 60, 90),  # all of them are mapped, so they are among the 60 and among the 50
+        (20, 72, 102),  # 12 of them are not
+        (20, 500, 110),  # cannot be told: as many pages are on the lists for other reasons
+    ],
+)
+def test_pages_of_a_group_are_counted_once(
+    tmp_path: Path, cached_mib: int, listed_mib: int, fits_mib: int
+) -> None:
+    for missing_mib in (0, 1):
+        proc, root = machine(tmp_path / str(missing_mib), 4000 * MIB, 2)
+        group(root, "web", (fits_mib - missing_mib) * MIB, 60 * MIB, 50 * MIB)
+        with (root / "web" / "memory.stat").open("a") as file:
+            file.write(f"swapcached {cached_mib * MIB}\ninactive_anon {(listed_mib - 10) * MIB}\n")
+            file.write(f"active_anon {8 * MIB}\nunevictable {2 * MIB}\n")
+        assert len(room.lacking(1000 * MIB, proc)) == missing_mib
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_room_in_control_groups(tmp_path: Path, version: int) -> None:
     proc, root = machine(tmp_path, 4000 * MIB, version)
