@@ -51,7 +51,7 @@ def main() -> int:
         "fuse": lambda: bench_fuse.run(bench_fuse.QUICK if quick else bench_fuse.Sizes()),
         "declined": lambda: bench_declined.run(bench_declined.QUICK if quick else bench_declined.Sizes()),
         "tree": lambda: bench_tree.run(bench_tree.QUICK if quick else bench_tree.Sizes()),
-        "pressure": lambda: bench_pressure.run((2 if quick else 4) << 30, 2 if quick else 5),
+        "pressure": lambda: bench_pressure.run((2 if quick else 4) << 30, 3 if quick else 5),
         "giveback": lambda: {
             kind: bench_pages.giveback(102_400 if quick else 1_024_000, kind == "persistent")
             for kind in ("persistent", "ephemeral")

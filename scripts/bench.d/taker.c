@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 
 static double now(void)
@@ -28,6 +29,12 @@ int main(int argc, char **argv)
             before = after;
         }
     }
-    printf("{\"seconds\": %.6f, \"worst_mib_seconds\": %.6f}\n", now() - begin, worst);
+    begin = now() - begin;
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    printf("{\"seconds\": %.6f, \"cpu_seconds\": %.6f, \"worst_mib_seconds\": %.6f}\n", begin,
+           (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec)
+               + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6,
+           worst);
     return 0;
 }

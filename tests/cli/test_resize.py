@@ -33,6 +33,8 @@ def test_a_range_is_between_what_the_manager_moves_it(tmem: Tmem, eventually: Ca
     assert 0 <= 16 * MIB - now["size_least_bytes"] < 65536
     eventually(lambda: memory(tmem)["limit_bytes"] > 20 * MIB)
     assert "(moves from" in tmem("list").out
+    assert json.loads(tmem("list", "--json").out)["manager"]["raised"] > 0
+    assert "spare_bytes" in tmem("list", "--long").out
     assert tmem("stop").status == 0
     before = memory(tmem)["limit_bytes"]
     assert tmem("start", "-d").status == 0

@@ -80,11 +80,13 @@ def describe(
             described.append(_client(client))
         except PoolError:
             continue  # it ended while we looked
+    pid, manager = _manager(paths)
     return {
         "name": paths.name,
         "path": opened.path,
         "mode": opened.mode,
-        "manager_pid": _manager_pid(paths),
+        "manager_pid": pid,
+        "manager": manager,
         "memory": memory,
         "timing_bounds_ns": list(BUCKETS_NS),
         "timing": {name: asdict(Timing(*values)) for name, values in opened.timing().items()},
@@ -120,12 +122,15 @@ def _pool(pool: "_native.Pool") -> dict[str, object]:
     }
 
 
-def _manager_pid(paths: SegmentPaths) -> int | None:
+def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int]]:
+    """Return the manager's process and what it has done (`manager.ManagerStatistics`, `ResizeStatistics`)."""
     try:
-        pid = service.request(paths, {"op": "ping"}, timeout_s=2)["pid"]
+        answer = service.request(paths, {"op": "ping"}, timeout_s=2)
     except ServiceError:
-        return None
-    return pid if isinstance(pid, int) else None
+        return None, {}
+    pid, statistics = answer["pid"], answer.get("statistics")
+    assert isinstance(pid, int)
+    return pid, statistics if isinstance(statistics, dict) else {}
 
 
 def _show(state: Mapping[str, object], long: bool) -> None:
@@ -213,6 +218,10 @@ def _show_counts(console: "Console", state: Mapping[str, object]) -> None:
     assert isinstance(timing, dict)
     assert isinstance(clients, list)
     _show_values(console, "memory", memory)
+    manager = state["manager"]
+    assert isinstance(manager, dict)
+    if manager:
+        _show_values(console, "manager", manager)
     console.print()
     console.print(_timing_table(timing))
     for client in clients:
