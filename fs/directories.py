@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, ReaddirToken, RequestContext
 
 _DOTS = (b".", b"..")
+_FEW = 5
+"""Attributes that are asked for one by one cost about so many times as much as in a listing."""
 _NO_NODE = 1 << 63  # beyond all node ids in use; the kernel sends it back to be forgotten
 
 
@@ -29,6 +31,9 @@ class _Listing:
     descriptor: int
     names: list[bytes] = field(default_factory=list)
     begun: float = 0.0
+    short_lived: int = 0
+    """Entries whose attributes the kernel believes less long than names, for `shortest` seconds at least."""
+    shortest: float = 0.0
     failure: OSError | None = None
     """What ended the listing early."""
     version: Version | None = None
@@ -62,23 +67,24 @@ class Directories(Handlers):
     def _let_keep(self, number: int, listing: _Listing) -> None:
         """Let the kernel keep the listing, and believe the one that it has if that is still right.
 
-        Only for as long as it believes the attributes that came with it: it would ask for each of them, when
-        a new listing brings all at once.
+        Only for as long as it believes the attributes of most entries, which came with it: it would ask for
+        each of them, when a new listing brings all at once for a fifth of the time a name.
         """
         if self.reading is None or listing.version is None:
             return
-        version, since = listing.inode.listed
-        lifetime = self.lifetimes.of_name(listing.inode.key[0])
-        believe = version == listing.version and time.monotonic() < since + lifetime
+        version, until = listing.inode.listed
+        believe = version == listing.version and time.monotonic() < until
         self.reading.reader.keep_listing(number, believe)
 
     async def readdir(self, fh: int, start_id: int, token: "ReaddirToken") -> None:
         """Report entries from number `start_id` on, until the reply is full."""
         listing = self._listings[fh]
+        lifetime = self.lifetimes.of_name(listing.inode.key[0])
         with errors():
             if start_id == 0:
                 listing.inode.listed = (None, 0.0)
                 listing.begun = time.monotonic()
+                listing.short_lived, listing.shortest = 0, lifetime
                 listing.names, listing.failure = _names(listing.descriptor)
             reported = False
             for number in range(start_id, len(listing.names)):
@@ -97,16 +103,22 @@ class Directories(Handlers):
                         return
                     reported = True
                     continue
-                if not pyfuse3.readdir_reply(token, name, self.attributes(inode, status), number + 1):
+                entry = self.attributes(inode, status)
+                if not pyfuse3.readdir_reply(token, name, entry, number + 1):
                     self.table.drop(inode)
                     return
                 self.table.remember(inode)
+                if entry.attr_timeout < lifetime:
+                    listing.short_lived += 1
+                    listing.shortest = min(listing.shortest, entry.attr_timeout)
                 reported = True
             if listing.failure is not None and not reported:  # after all names that came before it
                 raise listing.failure
             if listing.failure is None and listing.version is not None:
                 unchanged = version_of(os.fstat(listing.descriptor)) == listing.version
-                listing.inode.listed = (listing.version if unchanged else None, listing.begun)
+                many = listing.short_lived * _FEW >= len(listing.names)
+                until = listing.begun + (listing.shortest if many else lifetime)
+                listing.inode.listed = (listing.version if unchanged else None, until)
 
     async def releasedir(self, fh: int) -> None:
         """Close a directory."""

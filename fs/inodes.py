@@ -52,7 +52,7 @@ class Inode:
     stored_to: bool = False
     """Whether programs may write to it through the mount without our knowledge, also after its last close."""
     listed: tuple[Version | None, float] = (None, 0.0)
-    """Which version of a directory the kernel has a listing of, and since when (monotonic)."""
+    """Which version of a directory the kernel has a listing of, and until when to believe it (monotonic)."""
     state: FileState | None = field(default=None, repr=False)
     """Coherence of its pages, from its first open on."""
 

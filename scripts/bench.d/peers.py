@@ -106,7 +106,10 @@ def ext4(image: Path, point: Path, size: int) -> Iterator[Path]:
     with image.open("wb") as out:
         out.truncate(size)
     options = "lazy_itable_init=0,lazy_journal_init=0"  # nothing goes on in the background later
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-E", options, str(image)], check=True)
+    subprocess.run(
+        ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-i", "8192", "-E", options, str(image)],
+        check=True,
+    )
     point.mkdir()
     subprocess.run(["mount", "-o", "loop,noatime", str(image), str(point)], check=True)
     try:

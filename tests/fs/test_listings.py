@@ -79,3 +79,18 @@ def test_a_listing_is_as_old_as_its_attributes_at_most(mounter: Mounter) -> None
         assert len(names(place.point / "d")) == 1000
         costs.append(switches(place.pid) - before)
     assert min(costs) * 4 > max(costs)
+
+
+def test_a_listing_of_young_files_is_asked_for_again(mounter: Mounter) -> None:
+    """The kernel may believe their attributes for a second only, and would ask for them one by one."""
+    place = mounter("loop=native")
+    (place.lower / "d").mkdir()
+    for number in range(1000):
+        (place.lower / "d" / f"{number:04d}").touch()
+    begun = time.monotonic()
+    costs: list[int] = []
+    while time.monotonic() < begun + 4 or len(costs) < 3:  # the directory is settled after two seconds
+        before = switches(place.pid)
+        assert sum(entry.stat().st_size for entry in os.scandir(place.point / "d")) == 0
+        costs.append(switches(place.pid) - before)
+    assert max(costs) < 500, costs
