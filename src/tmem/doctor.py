@@ -18,6 +18,7 @@ from pathlib import Path
 from tmem.backends import cgroup, scraping, segment, service
 from tmem.backends.paths import SegmentPaths
 from tmem.config import reading
+from tmem.config.place import DEFAULT_PATH
 from tmem.errors import ConfigError, SegmentError, ServiceError, TmemError
 from tmem.nbd import guards
 from tmem.types import format_size
@@ -179,7 +180,7 @@ def _configuration(chosen: Path | None) -> Iterator[Finding]:
         yield Finding("configuration", "files", MISSING, str(error), remedy)
         return
     read = ", ".join(map(str, found.sources))
-    yield Finding("configuration", "files", OK, read or f"no {reading.DEFAULT_PATH}: defaults everywhere")
+    yield Finding("configuration", "files", OK, read or f"no {DEFAULT_PATH}: defaults everywhere")
 
 
 def _segment(paths: SegmentPaths) -> Iterator[Finding]:

@@ -2,6 +2,9 @@
 
 import json
 import os
+import resource
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -28,6 +31,17 @@ def filled(segment: "_native.Segment") -> "_native.Segment":
     ephemeral.get(bytes(OID_SIZE), 99, bytearray(PAGE_SIZE))
     segment.client("empty")
     return segment
+
+
+def test_it_answers_quickly(filled: "_native.Segment") -> None:
+    """Within 0.3 s on a machine that has nothing else to do; here its CPU time counts, doubled."""
+    least = 9.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "tmem", "list"], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        least = min(least, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert least < 0.6
 
 
 def test_json_carries_every_counter(filled: "_native.Segment", capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +91,34 @@ def test_table_is_for_people(filled: "_native.Segment", capsys: pytest.CaptureFi
         ["web1", "unserved"],
     ]
     assert "50.0" in out[4].split()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_terminal_shows_what_matters_most_in_full(filled: "_native.Segment", width: int) -> None:
+    """By script(1), which is a terminal to whom it runs."""
+    client = filled.client("guest-of-some-length")
+    client.cap_bytes = 1 << 20
+    pool = client.new_pool(persistent=True)
+    pool.put(bytes(OID_SIZE), 0, os.urandom(400 * PAGE_SIZE))
+    command = f"stty cols {width} rows 50; NO_COLOR=1 TERM=dumb {sys.executable} -m tmem list"
+    done = subprocess.run(
+        ["script", "-qec", command, os.devnull],
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    lines = done.stdout.replace("\r", "").splitlines()
+    assert max(map(len, lines)) <= width
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("CLIENT")]
+    headings = lines[at].split()
+    assert {"CLIENT", "STATE", "TYPE", "MEMORY", "RATIO", "HIT%", "REFUSED"} <= {*headings}
+    assert ("PAGES" in headings) == (width == 200)
+    assert ("CORRUPT" in headings) == (width == 200)
+    (guest,) = [line.split() for line in lines if line.startswith("guest-of-some-length ")]
+    assert guest[headings.index("TYPE")] == "persistent"
+    assert int(guest[headings.index("REFUSED")]) > 100
+    assert "\u2026" not in done.stdout
 
 
 def test_one_client_alone(filled: "_native.Segment", capsys: pytest.CaptureFixture[str]) -> None:

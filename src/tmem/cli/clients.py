@@ -45,6 +45,18 @@ def departed_error(client: "_native.Client") -> PoolError:
     )
 
 
+def state_of(client: "_native.Client", segment_mode: str) -> str:
+    """Say in a word what a client may do, and else whether anybody serves it."""
+    return state_word(client.phase, (segment_mode, client.mode), held=client.held)
+
+
+def state_word(phase: str, modes: tuple[str, str], *, held: bool) -> str:
+    """Return the word for a client's phase, the modes of segment and client, and whether it is served."""
+    if phase != "none":
+        return phase
+    return next((mode for mode in ("off", "frozen") if mode in modes), "on" if held else "unserved")
+
+
 def client_or_all(all_help: str) -> Callable[[_Command], _Command]:
     """Give a command the parameters `client` (a name or None) and `everything`; `require_one` checks them."""
 

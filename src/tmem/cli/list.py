@@ -23,7 +23,7 @@ from tmem.backends.statistics import (
     SegmentStatistics,
     Timing,
 )
-from tmem.cli.clients import attached, find_client
+from tmem.cli.clients import attached, find_client, state_word
 from tmem.cli.context import client_names, segment_name
 from tmem.errors import PoolError, ServiceError
 from tmem.types import PAGE_SIZE, format_size
@@ -39,6 +39,11 @@ _PIPE_COLUMNS = 200
 
 _TEXTS = ("CLIENT", "STATE", "POOL", "TYPE")
 _NUMBERS = ("PAGES", "DATA", "MEMORY", "RATIO", "PUTS", "REFUSED", "GETS", "HIT%", "EVICTED", "CORRUPT")
+_CLIENT_COLUMNS = 20
+"""How much of a client's name is worth more than another column."""
+_TROUBLES = ("CORRUPT", "REFUSED")
+_LEAST_FIRST = ("CORRUPT", "PAGES", "POOL", "GETS", "PUTS", "REFUSED", "EVICTED", "DATA")
+"""What a narrow terminal leaves out, in this order."""
 
 
 @click.command("list")
@@ -155,7 +160,7 @@ def _show(state: Mapping[str, object], long: bool) -> None:
         f"{sizes['freeable_bytes']} freeable, {'no manager runs' if pid is None else f'manager pid {pid}'}"
     )
     console.print(
-        _table(clients, str(state["mode"]))
+        _table(clients, str(state["mode"]), console.width)
         if clients
         else "no clients yet: add one with 'tmem swap add' or 'tmem mount'"
     )
@@ -163,52 +168,67 @@ def _show(state: Mapping[str, object], long: bool) -> None:
         _show_counts(console, state)
 
 
-def _table(clients: list[Mapping[str, object]], segment_mode: str) -> "Table":
-    """One line a pool, and one for a client without pools."""
+def _table(clients: list[Mapping[str, object]], segment_mode: str, width: int) -> "Table":
+    """One line a pool, and one for a client without pools; the columns that matter most have room first."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in _TEXTS:
-        table.add_column(heading, no_wrap=True)
-    for heading in _NUMBERS:
-        table.add_column(heading, justify="right", no_wrap=True)
+    lines: list[dict[str, str]] = []
     for client in clients:
         pools = client["pools"]
         assert isinstance(pools, list)
-        first = str(client["name"]), _state(client, segment_mode)
-        for pool in pools:
-            table.add_row(*first, *_row(pool))
-        if not pools:
-            table.add_row(*first, "-")
+        state = state_word(
+            str(client["phase"]), (segment_mode, str(client["mode"])), held=bool(client["held"])
+        )
+        first = {"CLIENT": str(client["name"]), "STATE": state}
+        lines += [first | _row(pool) for pool in pools] or [{**first, "POOL": "-"}]
+    headings = _fitting(lines, width)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(
+            heading,
+            justify="left" if heading in _TEXTS else "right",
+            no_wrap=True,
+            min_width=None if heading == "CLIENT" else _width(lines, heading),
+        )
+    for line in lines:
+        table.add_row(*(line.get(heading, "") for heading in headings))
     return table
 
 
-def _state(client: Mapping[str, object], segment_mode: str) -> str:
-    """Say in a word what a client may do, and else whether anybody serves it."""
-    if client["phase"] != "none":
-        return str(client["phase"])
-    modes = (segment_mode, client["mode"])
-    strictest = next((mode for mode in ("off", "frozen") if mode in modes), None)
-    return strictest or ("on" if client["held"] else "unserved")
+def _fitting(lines: list[dict[str, str]], width: int) -> list[str]:
+    """Return the headings of the columns for which there is room; what tells of trouble stays."""
+    headings = [*_TEXTS, *_NUMBERS]
+    for least in _LEAST_FIRST:
+        wanted = {name: _width(lines, name) for name in headings}
+        wanted["CLIENT"] = min(wanted["CLIENT"], _CLIENT_COLUMNS)
+        if sum(wanted.values()) + 2 * (len(headings) - 1) <= width:
+            break
+        if least not in _TROUBLES or all(line.get(least, "0") == "0" for line in lines):
+            headings.remove(least)
+    return headings
 
 
-def _row(pool: Mapping[str, int | str]) -> list[str]:
+def _width(lines: list[dict[str, str]], heading: str) -> int:
+    return max(len(heading), *(len(line.get(heading, "")) for line in lines))
+
+
+def _row(pool: Mapping[str, int | str]) -> dict[str, str]:
     data, memory = int(pool["pages"]) * PAGE_SIZE, int(pool["bytes"])
     gets, hits = int(pool["gets"]), int(pool["gets_hit"])
-    return [
-        str(pool["id"]),
-        "shared" if pool["shared"] else str(pool["type"]),
-        str(pool["pages"]),
-        format_size(data),
-        format_size(memory),
-        f"{data / memory:.2f}" if memory else "-",
-        str(pool["puts"]),
-        str(pool["puts_refused"]),
-        str(gets),
-        f"{100 * hits / gets:.1f}" if gets else "-",
-        str(pool["evictions"]),
-        str(pool["corrupt_pages"]),
-    ]
+    return {
+        "POOL": str(pool["id"]),
+        "TYPE": "shared" if pool["shared"] else str(pool["type"]),
+        "PAGES": str(pool["pages"]),
+        "DATA": format_size(data),
+        "MEMORY": format_size(memory),
+        "RATIO": f"{data / memory:.2f}" if memory else "-",
+        "PUTS": str(pool["puts"]),
+        "REFUSED": str(pool["puts_refused"]),
+        "GETS": str(gets),
+        "HIT%": f"{100 * hits / gets:.1f}" if gets else "-",
+        "EVICTED": str(pool["evictions"]),
+        "CORRUPT": str(pool["corrupt_pages"]),
+    }
 
 
 def _show_counts(console: "Console", state: Mapping[str, object]) -> None:

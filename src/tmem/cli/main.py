@@ -88,7 +88,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, name: str, config: str | None) -> None:
     """Transcendent memory: a swap device and a file precache on one compressed pool manager."""
-    from tmem.config.reading import chosen_file
+    from tmem.config.place import chosen_file
 
     ctx.obj = {"name": name, "config": chosen_file(config)}
 

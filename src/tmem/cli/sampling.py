@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends.statistics import PoolStatistics, SegmentStatistics, Timing
+from tmem.cli.clients import state_of
 from tmem.errors import PoolError
 from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from tmem.backends._native import Client, Segment
+    from tmem.backends._native import Segment
 
 PoolKey = tuple[str, int]
 """A client's name and the number of its pool; -1 for a client that has none."""
@@ -69,18 +70,6 @@ def take(segment: "Segment", clock_ns: Callable[[], int]) -> Look:
         {name: Timing(*values) for name, values in segment.timing().items()},
         pools,
     )
-
-
-def state_of(client: "Client", segment_mode: str) -> str:
-    """Say in a word what a client may do, and else whether anybody serves it."""
-    return state_word(client.phase, (segment_mode, client.mode), client.held)
-
-
-def state_word(phase: str, modes: tuple[str, str], held: bool) -> str:
-    """Return the word for a client's phase, the modes of segment and client, and whether it is served."""
-    if phase != "none":
-        return phase
-    return next((mode for mode in ("off", "frozen") if mode in modes), "on" if held else "unserved")
 
 
 @dataclass(frozen=True)

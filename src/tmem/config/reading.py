@@ -6,7 +6,6 @@ the line of a key is looked for only when there is something to say of it. Not f
 """
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +13,8 @@ from pathlib import Path
 
 from tmem.backends.paths import check_name
 from tmem.config.keys import KEYS, Key, of_section
+from tmem.config.place import DEFAULT_PATH, VARIABLE
 from tmem.errors import ConfigError, TmemError
-
-DEFAULT_PATH = Path("/etc/tmem.toml")
-VARIABLE = "TMEM_CONFIG"
-"""The environment variable that names another file; its drop-ins lie in FILE with .d in place of .toml."""
 
 OWN_SEGMENT = "default"
 """The segment that the tables at the top of the file are about; others have theirs in [segment.NAME...]."""
@@ -66,12 +62,6 @@ def files(chosen: Path | None = None) -> list[Path]:
         )
     dropins = sorted(first.with_suffix(".d").glob("*.toml"))
     return [*([first] if first.exists() else []), *dropins]
-
-
-def chosen_file(option: str | None = None) -> Path | None:
-    """Return the file that an option or the environment names, as an absolute path; None: the usual one."""
-    named = option or os.environ.get(VARIABLE)
-    return Path(named).absolute() if named else None
 
 
 def load(chosen: Path | None = None) -> Config:
