@@ -211,7 +211,7 @@ class _Manager:
             await trio.sleep(PERIOD_S)
             try:
                 await trio.to_thread.run_sync(self._condenser.step)
-            except (TmemError, MemoryError) as error:  # the segment is ending, as `_keep_house` finds
+            except (TmemError, OSError, MemoryError) as error:  # perhaps the segment is ending
                 _log.info("cold pages: %s", error)
                 await trio.sleep(10 * PERIOD_S)
 

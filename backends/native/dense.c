@@ -106,8 +106,20 @@ static enum block_kind wanted(struct tm_segment *seg, uint32_t pool, enum block_
     return kind;
 }
 
+/* The table of what could not be made smaller; made when it is first needed. NULL: no memory. */
+static uint64_t *vain_of(struct tm_segment *seg)
+{
+    uint64_t *have = atomic_load(&seg->vain), *made = have ? NULL : calloc(seg->nchunks, sizeof *made);
+    if (!made)
+        return have;
+    if (atomic_compare_exchange_strong(&seg->vain, &have, made))
+        return made;
+    free(made); /* another thread was faster */
+    return have;
+}
+
 /* Visit one chunk, inside an operation. */
-static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what)
+static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_chunk *d = &seg->chunks[c];
@@ -120,11 +132,11 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what)
     uint64_t cold = what & CONDENSE_ALL ? UINT64_MAX : ~(now | before), hot = now & before, in_vain = 0;
     if (what & CONDENSE_ALL)
         hot = 0;
-    seg->vain[c] &= ~now;
+    *vain &= ~now;
     for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
         uint64_t granule = UINT64_C(1) << (bit * stride / 1024);
         uint64_t due = what & CONDENSE_LOOSE ? granule : (cold | hot) & granule;
-        if (!bit_is_set(d, bit) || (seg->vain[c] & granule) || !due)
+        if (!bit_is_set(d, bit) || (*vain & granule) || !due)
             continue;
         uint64_t block = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 16;
         uint64_t header = atomic_load(&block_at(seg, block)->word), number = header_slot(header);
@@ -143,7 +155,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what)
         else if (came == NO_ROOM)
             break;
     }
-    seg->vain[c] |= in_vain;
+    *vain |= in_vain;
 }
 
 uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns)
@@ -151,8 +163,10 @@ uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsig
     struct tm_segment *seg = ctx->seg;
     uint64_t began = cpu_ns(), now = began;
     uint32_t c = first;
+    uint64_t *vain = vain_of(seg);
+    *spent_ns = 0;
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
-    if (!seg->vain && !(seg->vain = calloc(seg->nchunks, sizeof *seg->vain)))
+    if (!vain)
         return first;
     for (unsigned idle = 0; c < seg->nchunks && now - began < most_ns; c++) {
         if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED || !bin_is_block(seg->chunks[c].bin)) {
@@ -161,7 +175,7 @@ uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsig
             continue;
         }
         op_begin(ctx);
-        visit(ctx, c, what);
+        visit(ctx, c, what, &vain[c]);
         op_end(ctx);
         now = cpu_ns();
     }

@@ -355,7 +355,7 @@ struct tm_segment {
     _Atomic uint8_t *states;
     struct tm_chunk *chunks;
     struct tm_touched *touched; /* by chunk */
-    uint64_t *vain;             /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
+    uint64_t *_Atomic vain;     /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
     uint64_t data_offset;
     uint32_t nchunks;
     uint32_t id;             /* unique in this process */
