@@ -28,6 +28,8 @@ from tmem.fs.watch import Watch
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes
 
+    from tmem.fs.beyond import Beyond
+
 T = TypeVar("T")
 
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
@@ -70,6 +72,8 @@ class Handlers(pyfuse3.Operations):
         self.lifetimes = lifetimes
         self.kernel = Kernel()
         self.reading: Reading | None = None
+        self.beyond: Beyond | None = None
+        """What other hosts have read, where the mount has a tier."""
         self.watch: Watch | None = None
         """Tells of changes underneath, where they are reported."""
         self._waiting = waiting

@@ -59,6 +59,19 @@ def version_object_id(name: bytes, version: Version) -> bytes:
     return hashlib.blake2b(name + stamps, digest_size=OID_SIZE).digest()
 
 
+def common_name(handle: bytes | None, inode: int) -> bytes:
+    """Return what names a file on all hosts that mount its file system."""
+    return b"h" + handle if handle else b"i" + inode.to_bytes(8, "little")
+
+
+class Content(NamedTuple):
+    """One version of one file, as all hosts that mount its file system name it."""
+
+    name: bytes
+    """Its `common_name`."""
+    version: Version
+
+
 def is_settled(version: Version, now_ns: int, fine_stamps: bool) -> bool:
     """Say whether a change from now on must show in the version.
 

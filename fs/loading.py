@@ -9,14 +9,19 @@ Threading: the event loop's thread, except what is said to be in worker threads.
 import contextlib
 import os
 import time
+from typing import TYPE_CHECKING
 
 from tmem.fs import lower
 from tmem.fs.base import Handlers
 from tmem.fs.buffers import Buffers
+from tmem.fs.identity import Content, common_name
 from tmem.fs.openfile import OpenFile, Pause, no_pause
 from tmem.fs.policy import Policy
 from tmem.fs.readahead import NEVER, Stream, Streams
 from tmem.types import MAX_INDEX, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from tmem.fs.beyond import Beyond
 
 _AT_ONCE_BYTES = 64 << 10
 """What is read on the event loop if the kernel has it: to compress this much takes some 80 us."""
@@ -53,6 +58,16 @@ class Loader:
             file.stream_end = -1
         return found * PAGE_SIZE + count
 
+    def _beyond(self, file: OpenFile, token: int | None) -> "tuple[Beyond, Content] | None":
+        """Return whom to ask for the file's pages before the lower, and for what; None: nobody."""
+        beyond, state, inode = self._handlers.beyond, file.state, file.inode
+        if beyond is None or token is None or state.version is None or not state.served:
+            return None
+        if inode.key[0] != self._handlers.table.device:
+            return None  # mounted below: whether it is there on other hosts is not said
+        name = common_name(self._handlers.table.handle(inode), inode.key[1])
+        return beyond, Content(name, state.version)
+
     async def load(self, file: OpenFile, index: int, pages: memoryview, put_from: int) -> tuple[int, bool]:
         """Read the pages from `index` on, put them, and drop them from the kernel's page cache.
 
@@ -61,11 +76,12 @@ class Loader:
         state, descriptor = file.state, file.descriptor
         token = self._handlers.coherence.read_token(state)
         start = index * PAGE_SIZE
+        others = self._beyond(file, token)
         if not file.exact:
             file.exact = True
             lower.read_exactly(descriptor, True)
 
-        def put(count: int) -> tuple[int, int | None, int]:
+        def put(count: int, known: int = 0) -> tuple[int, int | None, int]:
             whole = lower.whole_pages(start, count, state.size)
             self._pause("read:lower-read")
             if not whole:
@@ -77,17 +93,23 @@ class Loader:
                 state, token, descriptor, index, pages[: whole * PAGE_SIZE]
             )
             put_ns = time.monotonic_ns() - begun
+            if stored is not None and others is not None:
+                others[0].offer(others[1], start + known, pages[known:count])
             if stored == whole:
                 lower.drop_cached(descriptor, start, start + whole * PAGE_SIZE, put_from, state.size)
             return whole, stored, put_ns
 
-        def work() -> tuple[int, OSError | None, int, int, int | None, int]:
+        def work() -> tuple[int, int, OSError | None, int, int, int | None, int]:
             begun = time.monotonic_ns()
-            count, failure = lower.read_until_error(descriptor, start, pages)
+            known = others[0].get(others[1], start, pages) if others is not None else 0
+            count, failure = known, None
+            if known % PAGE_SIZE == 0 and known < len(pages):  # else that was the end of the file
+                more, failure = lower.read_until_error(descriptor, start + known, pages[known:])
+                count += more
             lower_ns = time.monotonic_ns() - begun
-            return count, failure, lower_ns, *put(count)
+            return known, count, failure, lower_ns, *put(count, known)
 
-        begun, count, failure = time.monotonic_ns(), 0, None
+        begun, known, count, failure = time.monotonic_ns(), 0, 0, None
         # Who holds reads up at `pause` may do so in threads only.
         if len(pages) <= _AT_ONCE_BYTES and not state.lock.locked() and self._pause is no_pause:
             count = lower.read_cached(descriptor, start, pages)
@@ -97,13 +119,13 @@ class Loader:
         else:
             file.loads += 1
             try:
-                count, failure, lower_ns, whole, stored, put_ns = await self._handlers.in_thread(work)
+                known, count, failure, lower_ns, whole, stored, put_ns = await self._handlers.in_thread(work)
             finally:
                 file.loads -= 1
         if whole and stored == whole:
             self._drop_together(file, put_from, start + whole * PAGE_SIZE)
         counters = self._handlers.precache.counters
-        counters.lower_bytes += count
+        counters.lower_bytes += count - known
         counters.lower_ns += lower_ns
         counters.put_ns += put_ns
         if stored is None:
@@ -154,7 +176,8 @@ class _Source:
 
     async def prepare(self, first: int, last: int) -> list[tuple[int, int]]:
         ranges = self._handlers.precache.absent(self._file.state.oid, first, last)
-        await self._handlers.in_thread(lower.prefetch, self._file.descriptor, ranges)
+        if self._handlers.beyond is None or not self._handlers.beyond.up:  # the lower may not be needed
+            await self._handlers.in_thread(lower.prefetch, self._file.descriptor, ranges)
         return ranges
 
     async def load(self, first: int, last: int) -> bool:

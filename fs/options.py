@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tmem.backends.paths import check_name
+from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TmemError
 from tmem.fs import syscalls
 from tmem.fs.policy import DEFAULT, Policy
@@ -94,6 +95,10 @@ class MountOptions:
     flags: int = syscalls.MS_NOSUID | syscalls.MS_NODEV
     """MS_ flags of mount(2)."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    tier: str | None = field(default=None, repr=False)
+    """The URL of the servers that all hosts with this `shared` ask before the lower (`beyond`)."""
+    settled_seconds: float = 60.0
+    """How old a version of a file must be before its pages go to other hosts."""
 
     @classmethod
     def parse(cls, texts: tuple[str, ...] | list[str], mountpoint: str) -> "MountOptions":
@@ -101,6 +106,8 @@ class MountOptions:
         options = cls(default_client(mountpoint))
         for word in _words(",".join(texts)):
             options = options._with(word)
+        if options.tier is not None and options.shared is None:
+            raise TmemError("tier= needs shared=UUID, the same on every host that mounts this file system")
         return options
 
     def _with(self, word: str) -> "MountOptions":
@@ -110,6 +117,11 @@ class MountOptions:
                 return replace(self, client=check_name(value, "client name"))
             if name == "shared" and equals:
                 return replace(self, shared=_uuid(value))
+            if name == "tier" and equals:
+                RedisAddress.parse(value)
+                return replace(self, tier=value)
+            if name == "settled" and equals:
+                return replace(self, settled_seconds=_seconds(value))
             if name == "cache" and equals:
                 return replace(self, cache=Cache(value))
             if name == "loop" and equals:
@@ -135,11 +147,11 @@ class MountOptions:
         if _IGNORED.fullmatch(word):
             return replace(self, ignored=(*self.ignored, word))
         raise TmemError(
-            f"{word!r} is no mount option: use client=NAME, shared=UUID, cache=auto|direct|kernel, "
-            "loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, cache_files=PATTERN:..., "
-            "skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, passthrough=auto|off, "
-            "read_ahead=SIZE, step_aside=auto|never, allow_other, default_permissions, ro, noexec, noatime, "
-            "sync, dev or suid"
+            f"{word!r} is no mount option: use client=NAME, shared=UUID, tier=URL, settled=SECONDS, "
+            "cache=auto|direct|kernel, loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, "
+            "cache_files=PATTERN:..., skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, "
+            "passthrough=auto|off, read_ahead=SIZE, step_aside=auto|never, allow_other, "
+            "default_permissions, ro, noexec, noatime, sync, dev or suid"
         )
 
 
@@ -150,6 +162,7 @@ _CHOICES = {
     "watch": "use watch=auto or watch=off",
     "passthrough": "use passthrough=auto or passthrough=off",
     "timeout": "use timeout=SECONDS with a number from 0 on",
+    "settled": "use settled=SECONDS with a number from 0 on, more than the clocks of hosts differ",
     "cache_files": "use cache_files=PATTERN, or several with ':' between them, such as *.db:data/*",
     "skip_files": "use skip_files=PATTERN, or several with ':' between them, such as *.log:tmp/*",
     "least_size": "use least_size=SIZE, such as 4K",

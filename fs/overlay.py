@@ -30,11 +30,13 @@ from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import Precache
 from tmem.fs.sharing import SharedCoherence
 from tmem.fs.state import SavedOverlay
-from tmem.fs.statistics import MountStatistics, RestartStatus
+from tmem.fs.statistics import BeyondStatistics, MountStatistics, RestartStatus
 from tmem.fs.watch import Watch
 
 if TYPE_CHECKING:
     from pyfuse3 import RequestContext
+
+    from tmem.fs.beyond import Beyond
 
 
 class Overlay(Files, Directories):
@@ -50,9 +52,14 @@ class Overlay(Files, Directories):
     def statistics(self) -> MountStatistics:
         """Return what the mount has counted."""
         self.count_native_hits()
+        beyond = BeyondStatistics() if self.beyond is None else self.beyond.statistics()
         return self.precache.counters.snapshot(
-            self.precache.pool() is not None, self._worth.resting, self.watch is not None
+            self.precache.pool() is not None, self._worth.resting, self.watch is not None, beyond
         )
+
+    def ask_beyond(self, beyond: "Beyond") -> None:
+        """Ask servers that other hosts ask, too, before the lower; owns `beyond`."""
+        self.beyond = beyond
 
     def watch_with(self, events: Events | None) -> None:
         """Have changes underneath show at once if there are reports of them; owns `events`."""
@@ -114,6 +121,8 @@ class Overlay(Files, Directories):
 
     def close(self) -> None:
         """Close every descriptor, and destroy the pool."""
+        if self.beyond is not None:
+            self.beyond.close()
         if self.watch is not None:
             self.watch.close()
         self.close_files()

@@ -54,6 +54,8 @@ class Plan:
             policy=options.policy.saved(),
             flags=options.flags,
             ignored=options.ignored,
+            tier=options.tier,
+            settled_seconds=options.settled_seconds,
             detached=self.detached,
             code=self.successor.code,
             drain_seconds=self.successor.drain_seconds,
@@ -74,6 +76,8 @@ class Plan:
             Policy.restored(saved["policy"]),
             saved["flags"],
             saved["ignored"],
+            saved["tier"],
+            saved["settled_seconds"],
         )
         paths = SegmentPaths(saved["segment_name"], Path(saved["segment_directory"]))
         successor = Successor(saved["code"], saved["drain_seconds"])

@@ -113,6 +113,8 @@ class Server:
         old_umask = os.umask(0)  # the kernel has applied the caller's
         try:
             self.precache.claim()
+            if self.plan.options.tier is not None:
+                self._ask_beyond(self.plan.options.tier)
             if restarts is None and self.plan.options.watch is Watching.AUTO:
                 self.overlay.watch_with(Events.of(self.overlay.table.root))
             with _record(self.plan):
@@ -121,6 +123,15 @@ class Server:
             os.umask(old_umask)
             self.overlay.close()  # may wait for the lower directory, too
             self._last_resort.close()
+
+    def _ask_beyond(self, url: str) -> None:
+        from tmem.backends.tiers.redis_url import RedisAddress
+        from tmem.fs.beyond import TIMEOUT_SECONDS, Beyond  # megabytes, which mounts without it do not need
+
+        shared = self.plan.options.shared
+        assert shared is not None, "options say so"
+        address = RedisAddress.parse(url, TIMEOUT_SECONDS)
+        self.overlay.ask_beyond(Beyond(address, shared, self.plan.options.settled_seconds))
 
     def _run(self, mounted: Device, restarter: Restarter, ready: Callable[[], None]) -> None:
         try:

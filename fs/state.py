@@ -20,7 +20,7 @@ from typing import NoReturn, TypedDict, cast
 from tmem.errors import AttachError
 from tmem.fs.policy import SavedPolicy
 
-FORMAT = 3
+FORMAT = 4
 
 _HEADER = struct.Struct("<8sI4x")
 _MAGIC = b"tmemfuse"
@@ -100,6 +100,8 @@ class SavedPlan(TypedDict):
     policy: SavedPolicy
     flags: int
     ignored: tuple[str, ...]
+    tier: str | None
+    settled_seconds: float
     detached: bool
     code: tuple[str, ...]
     drain_seconds: float

@@ -53,8 +53,42 @@ class MountStatistics:
     """How often such reports were lost, so that everything was suspected."""
     watching: bool
     """Whether changes underneath are reported."""
+    tier_up: bool
+    """Whether the servers of the mount's tier are asked right now."""
+    tier_hit_pages: int
+    """Pages that came from the tier instead of from the lower file: missed in the pool, or read ahead."""
+    tier_miss_pages: int
+    """Pages that the tier was asked for and had not."""
+    tier_sent_pages: int
+    """Pages that the tier was given."""
+    tier_dropped_pages: int
+    """Pages that it was not given: too many were waiting, or it was not there."""
+    tier_wrong_values: int
+    """Values of the tier that were not what their names say."""
+    tier_failures: int
+    """How often the tier was found slow or not there, and stepped around."""
     pool_active: bool
     """Whether a pool is in use right now: it is there, and neither the client nor the segment is off."""
+
+
+@dataclass(frozen=True)
+class BeyondStatistics:
+    """What one mount did with the servers."""
+
+    up: bool = False
+    """Whether they are asked."""
+    hit_pages: int = 0
+    """Pages that came from there instead of from the lower file."""
+    miss_pages: int = 0
+    """Pages that they were asked for and had not."""
+    sent_pages: int = 0
+    """Pages that they were given."""
+    dropped_pages: int = 0
+    """Pages that were left out: too many were waiting, or the servers were not there."""
+    wrong_values: int = 0
+    """Values that were not what their names say."""
+    failures: int = 0
+    """How often they were found slow or not there."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +135,15 @@ class Counters:
     declined_opens: int = 0
     backed_opens: int = 0
 
-    def snapshot(self, pool_active: bool, stepped_aside: bool, watching: bool = False) -> MountStatistics:
+    def snapshot(
+        self,
+        pool_active: bool,
+        stepped_aside: bool,
+        watching: bool = False,
+        tier: BeyondStatistics = BeyondStatistics(),
+    ) -> MountStatistics:
         """Return the counters as they are now."""
+        beyond = {f"tier_{name}": value for name, value in vars(tier).items()}
         return MountStatistics(
-            pool_active=pool_active, stepped_aside=stepped_aside, watching=watching, **vars(self)
+            pool_active=pool_active, stepped_aside=stepped_aside, watching=watching, **beyond, **vars(self)
         )

@@ -23,6 +23,8 @@ from .waiting import wait_until
 if TYPE_CHECKING:
     from tmem.backends import _native
 
+    from .backends.tiers.servers import Cluster, Server
+
 SEGMENT_BYTES = 64 << 20
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -46,6 +48,32 @@ def swapping() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / "tmem-tests-swap.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """One Redis server without replicas; a test that uses it empties it first."""
+    from .backends.tiers.servers import single
+
+    with single(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cluster"]:
+    """A Redis cluster for the whole session; see `redis_cluster`."""
+    from .backends.tiers.servers import Cluster
+
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def redis_cluster(shared_cluster: "Cluster") -> "Cluster":
+    """Three primaries and three replicas, empty, whatever the test before did to them."""
+    shared_cluster.mend()
+    return shared_cluster
 
 
 @pytest.fixture

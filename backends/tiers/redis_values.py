@@ -39,12 +39,12 @@ _GROUP_BITS = 4
 """So many values that follow each other have one hash slot, so that small batches concern one node."""
 
 
-def group(records: Sequence["Buffer"]) -> list[list[memoryview]]:
+def group(records: Sequence["Buffer"]) -> list[list[bytes | memoryview]]:
     """Return the records, in order, as many together as go into a value."""
-    groups: list[list[memoryview]] = []
+    groups: list[list[bytes | memoryview]] = []
     room = 0
     for record in records:
-        view = memoryview(record).cast("B")
+        view = record if isinstance(record, bytes) else memoryview(record).cast("B")
         needed = len(view) + 2
         if needed > room or len(groups[-1]) == MAX_RECORDS:
             groups.append([])

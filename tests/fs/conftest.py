@@ -64,7 +64,7 @@ Mounter = Callable[..., Place]
 
 @pytest.fixture
 def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
-    """A function that mounts: ``mounter(options="", lower=..., point=..., successor=...)``."""
+    """A function that mounts: ``mounter(options="", lower=..., point=..., successor=..., segment=...)``."""
     places: list[Place] = []
 
     def mount(
@@ -72,6 +72,7 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
         lower: Path | None = None,
         point: Path | None = None,
         successor: Successor = SUCCESSOR,
+        segment: str = "default",
     ) -> Place:
         lower = lower or tmp_path / "lower"
         point = point or tmp_path / "mount"
@@ -79,7 +80,7 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
         if mounts.top_mount(str(point)) is None:
             point.mkdir(exist_ok=True)
         parsed = MountOptions.parse([options], str(point))
-        pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of("default"), successor)
+        pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of(segment), successor)
         places.append(Place(lower, point, pid))
         return places[-1]
 
