@@ -361,12 +361,20 @@ class Gate:
         Once this has returned, no READ that begins later is answered from what was said before.
         """
 
+class ReaderBuffer:
+    """Writable memory of a `Reader`; it goes back there with the last reference to it."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Reader:
     """Answers READ requests of a FUSE connection that hit, below Python; passes all others on to libfuse.
 
     `device` is the descriptor of /dev/fuse, non-blocking; `ours` and `theirs` are the ends of a pair of
-    SOCK_SEQPACKET sockets, of which libfuse uses `theirs`, with room for the largest request; all stay the
-    caller's. Up to `helpers` threads serve beside the caller of `serve` when several requests wait. See
+    SOCK_SEQPACKET sockets, of which libfuse uses `theirs`; all stay the caller's. More room in the sockets
+    allows more requests under way. What libfuse gets as the data of a WRITE is a number for `payload`, and
+    what it replies to a READ is one from `send`, or nothing.
+
+    Up to `helpers` threads serve beside the caller of `serve` when several requests wait. See
     backends/native/reader.h.
     """
 
@@ -389,6 +397,26 @@ class Reader:
     @property
     def quiet(self) -> bool:
         """Whether nothing is in hand: no helper at work, no request for libfuse, no reply for the kernel."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no request is read from the device until libfuse has answered more."""
+
+    def take(self, size: int, /) -> ReaderBuffer:
+        """Return a page-aligned buffer of at least `size` bytes.
+
+        For any thread, as are `send` and `payload`.
+        """
+
+    def send(self, buffer: ReaderBuffer, start: int, length: int, /) -> bytes:
+        """Return what to reply to a READ to have it answered with these bytes of a buffer, which is not to be
+        changed any more; once for each that was taken."""
+
+    def payload(self, number: bytes, /) -> ReaderBuffer:
+        """Return what a WRITE brings, given the data that libfuse has got of it. ValueError if there is none.
+
+        To be called before it is answered.
+        """
 
     def set_pool(self, pool: Pool | None, /) -> None:
         """Use this pool from now on; returns when no thread uses the one before. One thread at a time."""

@@ -1,8 +1,8 @@
-"""Page-aligned buffers that replies are sent from.
+"""Page-aligned buffers that replies are sent from, where pyfuse3 sends them (else see `reading`).
 
 pyfuse3 has copied a reply to the kernel before any other task runs, so a handler may give its buffer back
-just before it returns a view of it. Threading: take and give on the event loop's thread; in between, worker
-threads may fill the buffer.
+just before it returns a view of it. Threading: the event loop's thread; in between, worker threads may fill
+the buffer.
 """
 
 import mmap
@@ -32,3 +32,12 @@ class Buffers:
         """Take a buffer back."""
         if len(buffer) == _BUFFER_BYTES and len(self._free) < self._keep:
             self._free.append(buffer)
+
+    def reply(self, buffer: memoryview, start: int, length: int) -> bytes:
+        """Return what a handler returns to reply with these bytes of a buffer; takes it back."""
+        self.give(buffer)
+        return buffer[start : start + length]  # type: ignore[return-value]  # any buffer will do
+
+    def payload(self, data: bytes) -> memoryview:
+        """Return what a request to write brings, given what its handler is called with."""
+        return memoryview(data)

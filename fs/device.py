@@ -27,9 +27,8 @@ from tmem.fs import syscalls
 from tmem.fs.options import MountOptions
 
 _SO_SNDBUFFORCE = 32  # socket(7); Python has no name for it
-_CHANNEL_BYTES = 256 << 20
-"""More than the replies that handlers may give in one turn of the event loop, which alone makes room again.
-Nothing is allocated before it is used."""
+_CHANNEL_BYTES = 32 << 20
+"""For some 30,000 requests under way, or 250 to list directories. Nothing is allocated before it is used."""
 _INIT_OPCODE = 26
 _IN_HEADER, _OUT_HEADER = 40, 16
 _IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
@@ -68,7 +67,7 @@ class Device:
     reply: bytes = b""
     """What it was answered with."""
     read_natively: bool = False
-    """Whether a native reader is to stand between pyfuse3 and the kernel; see `make_room`."""
+    """Whether a native reader is to stand between pyfuse3 and the kernel."""
 
     wants_passthrough: bool = False
     """Whether files are to be passed through, if the kernel can."""
@@ -80,19 +79,18 @@ class Device:
         """The descriptor of /dev/fuse."""
         return self.descriptor if self.descriptor >= 0 else self.session
 
-    def make_room(self) -> bool:
-        """Let the socket pair hold the largest requests and replies; False if the kernel does not allow it.
+    def make_room(self) -> None:
+        """Let many requests be under way between a native reader and pyfuse3.
 
-        It takes CAP_NET_ADMIN.
+        Without CAP_NET_ADMIN as many as the kernel allows everybody: 100 by default, or one listing.
         """
         session = socket.socket(fileno=os.dup(self.session))
         with session:
-            try:
-                for end in (self.channel, session):
+            for end in (self.channel, session):
+                try:
                     end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _CHANNEL_BYTES)
-            except OSError:
-                return False
-        return True
+                except OSError:
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
 
     def close(self) -> None:
         """Close all ends. The kernel then ends the mount's connection."""

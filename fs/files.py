@@ -14,10 +14,12 @@ from collections.abc import Iterator
 
 from tmem.fs import lower
 from tmem.fs.base import errors
+from tmem.fs.buffers import Buffers
 from tmem.fs.loading import Loader
 from tmem.fs.openfile import OpenFile, Pause, no_pause
 from tmem.fs.opening import Opening
 from tmem.fs.policy import DEFAULT, Policy
+from tmem.fs.reading import Reading
 from tmem.types import MAX_INDEX, PAGE_SIZE
 
 _PAGE_MASK = PAGE_SIZE - 1
@@ -34,7 +36,7 @@ class Files(Opening):
         self._loader = Loader(self, policy, pause)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        """Read; the bytes up to the end of the file. Returns a view of a reused buffer."""
+        """Read; the bytes up to the end of the file. Returns what `Buffers.reply` does."""
         file = self._files[fh]
         if self.watch is not None:
             self.watch.catch_up()  # what is over now must show
@@ -79,16 +81,16 @@ class Files(Opening):
                 lower.note_access(file.descriptor)
             counters.hit_reads += 1
             counters.hit_bytes += end - off
-            self._loader.buffers.give(buffer)
-            return buffer[skip : skip + end - off]  # type: ignore[return-value]  # any buffer will do
+            return self._loader.buffers.reply(buffer, skip, end - off)
         counters.miss_reads += 1
         counters.miss_pages += npages - found
         try:
             with errors():
                 filled = await self._loader.fill(file, buffer, first, found, npages)
-        finally:
+        except BaseException:
             self._loader.buffers.give(buffer)
-        return buffer[skip : max(min(skip + end - off, filled), skip)]  # type: ignore[return-value]
+            raise
+        return self._loader.buffers.reply(buffer, skip, max(min(end - off, filled - skip), 0))
 
     async def _pass_through(self, file: OpenFile, off: int, size: int) -> bytes:
         """Read from the lower file alone, at once if the kernel has it."""
@@ -105,19 +107,21 @@ class Files(Opening):
                     count += await self.in_thread(
                         lower.read_fully, file.descriptor, off + count, wanted[count:]
                     )
-        finally:
+        except BaseException:
             self._loader.buffers.give(buffer)
+            raise
         self.precache.counters.passthrough_reads += 1
         self.precache.counters.lower_bytes += count
-        return wanted[:count]  # type: ignore[return-value]  # any buffer will do
+        return self._loader.buffers.reply(buffer, 0, count)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write to the lower file, between two flushes of the pages it touches."""
         file = self._files[fh]
         descriptor = file.descriptor
+        data = self._loader.buffers.payload(buf)
         with errors(), self.coherence.change(file.state, descriptor) as change:
             start: int = off
-            end: int | None = off + len(buf)
+            end: int | None = off + len(data)
             if file.append:  # the lower file appends where its end is, not where the kernel believes
                 start, end = min(off, os.fstat(descriptor).st_size), None
             change.flush(start, end)
@@ -125,7 +129,7 @@ class Files(Opening):
             def work() -> int:
                 self._pause("write:flushed")
                 try:
-                    written = lower.write_fully(descriptor, off, buf)
+                    written = lower.write_fully(descriptor, off, data)
                     self._pause("write:written")
                     return written
                 finally:
@@ -157,6 +161,11 @@ class Files(Opening):
         except OSError:
             self.coherence.distrust(file.state)
             raise
+
+    def read_by(self, reading: Reading | None) -> None:
+        """Have hits answered by a native reader from now on, or not any more."""
+        super().read_by(reading)
+        self._loader.buffers = reading.buffers if reading is not None else Buffers()
 
     def resize(self, descriptor: int, size: int, fh: int | None) -> None:
         """Truncate through the open file if there is one: its mode may have changed since."""

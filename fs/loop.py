@@ -238,8 +238,11 @@ class Readers:
                 elif self._may_block():
                     event = reading.reader.serve(self._epoll, math.ceil(self._seconds_left() * 1000))
                 if event == NOTHING and not self._stopping:  # or trio has something to do
-                    with contextlib.suppress(trio.ClosedResourceError):
-                        await trio.lowlevel.wait_readable(reading)
+                    if reading.reader.full:  # what is readable is not to be read
+                        await trio.sleep(_PAUSE_SECONDS)
+                    else:
+                        with contextlib.suppress(trio.ClosedResourceError):
+                            await trio.lowlevel.wait_readable(reading)
                     if not self._stopping and not self._ended:
                         event = reading.reader.serve(-1, 0)
         finally:

@@ -59,13 +59,12 @@ def read_cached(descriptor: int, start: int, buffer: memoryview) -> int:
         raise
 
 
-def write_fully(descriptor: int, start: int, data: bytes) -> int:
+def write_fully(descriptor: int, start: int, data: memoryview) -> int:
     """Write all of `data`; fewer bytes only if an error follows a part that was written."""
-    view = memoryview(data)
-    done = os.pwrite(descriptor, view, start)
+    done = os.pwrite(descriptor, data, start)
     with contextlib.suppress(OSError):
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], start + done)
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], start + done)
     return done
 
 

@@ -111,8 +111,7 @@ class Namespace(Handlers):
     ) -> None:
         """Take the set-id bits away that a change by the caller costs; have the kernel ask for the mode."""
         if drop_set_ids(target, before, caller):
-            with contextlib.suppress(OSError):  # it may have forgotten the inode
-                pyfuse3.invalidate_inode(inode.nodeid, attr_only=True)
+            self.kernel.forget_attributes(inode.nodeid)
 
     def _set_owner_mode_times(
         self, inode: Inode, attr: "EntryAttributes", fields: "SetattrFields", caller: Caller

@@ -165,8 +165,7 @@ class Opening(Namespace):
                 self.reading.reader.mark(number, 0)  # so that the first read comes here, and is noted
         cached = self._cached(status)
         if cached and not unchanged:
-            with contextlib.suppress(OSError):  # it may know no such inode; an old size must not cut reads
-                pyfuse3.invalidate_inode(inode.nodeid, attr_only=True)
+            self.kernel.forget_attributes(inode.nodeid)  # an old size must not cut reads
         return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=cached and unchanged)
 
     def _declines(self, status: os.stat_result, descriptor: int) -> bool:

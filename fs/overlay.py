@@ -68,9 +68,9 @@ class Overlay(Files, Directories):
         self.watch = Watch(events, self.table, self.coherence, self.kernel, self.precache.counters)
         self.lifetimes.attributes_told = True
 
-    def connect(self, session: int, request: bytes) -> None:
-        """Tell the kernel through pyfuse3's end of the device, whose INIT request was `request`."""
-        self.kernel.connect(session, request)
+    def connect(self, device: int, request: bytes) -> None:
+        """Tell the kernel through `device`, a descriptor of /dev/fuse, whose INIT request was `request`."""
+        self.kernel.connect(device, request)
         self.lifetimes.names_told = self.watch is not None and self.kernel.drops_names
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:

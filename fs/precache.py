@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -81,7 +82,10 @@ class Precache:
         self._segment: Segment | None = None
         self._client: Client | None = None
         self._pool: Pool | None = None
-        self.on_pool = ignore_pool
+        self._switch = (
+            threading.Lock()
+        )  # held while `_pool` and what `on_pool` was told become the same again
+        self.on_pool: Callable[[Pool | None], None] = ignore_pool
         """Told of every change of the pool: of a new one after, of the end of one before pages of it may stay
         that are not right any more. From any thread."""
         self._lock = -1  # a descriptor
@@ -99,7 +103,7 @@ class Precache:
             if pool.alive:
                 return None  # off: there is nothing to get, and flushes go to the pool without asking here
             log.info("the pool in the segment %s has ended: passing through", self._path)
-            self.abandon()
+            self._abandon(pool)
         now = self._clock()
         if now >= self._next_look:
             self._next_look = now + SENSE_SECONDS
@@ -170,13 +174,21 @@ class Precache:
                 self._client = client
                 self._pool = client.pool(saved["pool"])
 
-    def abandon(self) -> None:
-        """Stop using the pool, after an error; a new one is looked for within a second. For any thread.
+    def _abandon(self, pool: "Pool | None") -> None:
+        """Stop using a pool, after an error; a new one is looked for within a second. For any thread.
 
-        The mapping ends with the last reference to it: other threads may still be in a call.
+        The mapping ends with the last reference to it: other threads may still be in a call. If another pool
+        has taken its place meanwhile, that stays: what is flushed must be what hits come from.
         """
-        self.on_pool(None)
-        self._pool = None
+        with self._switch:
+            if pool is not None and self._pool is pool:
+                self.on_pool(None)
+                self._pool = None
+
+    def _use(self, pool: "Pool") -> None:
+        with self._switch:
+            self._pool = pool
+            self.on_pool(pool)
 
     def put(self, oid: bytes, index: int, data: memoryview) -> int:
         """Put whole pages; the pages that the pool accepted."""
@@ -188,7 +200,7 @@ class Precache:
                 return 0  # a refused put would drop pages of the range that are there, and as good as these
             return pool.put(oid, index, data)
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             return 0
 
     def absent(self, oid: bytes, first: int, last: int) -> list[tuple[int, int]]:
@@ -197,7 +209,7 @@ class Precache:
         try:
             present = pool.present(oid, first, last - first) if pool is not None else []
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             present = []
         ranges, at = [], first
         for index, npages in [*present, (last, 0)]:
@@ -208,13 +220,13 @@ class Precache:
 
     def room_bytes(self) -> int:
         """Return how much memory the mount's pages may occupy at most; 0 without a pool."""
-        client, segment = self._client, self._segment
-        if self._pool is None or client is None or segment is None:
+        pool, client, segment = self._pool, self._client, self._segment
+        if pool is None or client is None or segment is None:
             return 0
         try:
             return min(client.cap_bytes or segment.memory_bytes, segment.memory_bytes)
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             return 0
 
     def turnover(self) -> tuple[int, int]:
@@ -223,7 +235,7 @@ class Precache:
         try:
             statistics = pool.statistics() if pool is not None else {"evictions": 0, "pages": 0}
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             return 0, 0
         return statistics["evictions"], statistics["pages"]
 
@@ -235,7 +247,7 @@ class Precache:
         try:
             return pool.flush(oid, index, npages)
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             return 0
 
     def flush_object(self, oid: bytes) -> int:
@@ -246,7 +258,7 @@ class Precache:
         try:
             return pool.flush_object(oid)
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             return 0
 
     def get(self, pool: "Pool", oid: bytes, index: int, buffer: memoryview) -> int:
@@ -254,14 +266,16 @@ class Precache:
         try:
             return pool.get(oid, index, buffer)
         except TmemError as error:
-            self._lost(error)
+            self._lost(pool, error)
             return 0
 
     def close(self) -> None:
         """Destroy the pool (leave a shared one), and the client if nothing is in it or set for it; detach."""
         client, segment = self._client, self._segment
-        self.on_pool(None)
-        self._pool = self._client = self._segment = None
+        with self._switch:
+            self.on_pool(None)
+            self._pool = None
+        self._client = self._segment = None
         self._next_look = float("inf")
         with contextlib.suppress(TmemError):
             if client is not None and self._locked == client.id:
@@ -271,9 +285,9 @@ class Precache:
             segment.close()
         self._unlock()
 
-    def _lost(self, error: TmemError) -> None:
+    def _lost(self, pool: "Pool | None", error: TmemError) -> None:
         log.warning("the pool failed, passing through: %s", error)
-        self.abandon()
+        self._abandon(pool)
 
     def _look(self) -> None:
         if os.path.exists(self._path):  # noqa: PTH110 - a quarter of what Path costs
@@ -281,7 +295,7 @@ class Precache:
             self._complaint = ""
 
     def _complain(self, error: Exception) -> None:
-        self.abandon()
+        self._abandon(self._pool)
         if str(error) != self._complaint:  # once, not once a second
             self._complaint = str(error)
             log.warning("cannot use the segment %s, passing through: %s", self._path, error)
@@ -303,8 +317,7 @@ class Precache:
             raise ClaimError(f"the client {self._client_name!r} has a swap device: mount with -o client=NAME")
         _destroy_ephemeral(self._client)  # of a daemon that was killed: nobody has validated them since
         self._client.hold()
-        self._pool = self._new_pool(self._client)
-        self.on_pool(self._pool)
+        self._use(self._new_pool(self._client))
         log.info("using a pool of the segment %s", self._path)
 
     def _new_pool(self, client: "Client") -> "Pool":

@@ -8,21 +8,44 @@ may be served. Threading: the event loop's thread, except `use_pool`.
 import os
 import select
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tmem.fs.backing import Backing
-from tmem.fs.buffers import REQUEST_BYTES
+from tmem.fs.buffers import REQUEST_BYTES, Buffers
 from tmem.fs.coherence import FileState
 from tmem.fs.device import Device
 from tmem.fs.statistics import Counters
 
 if TYPE_CHECKING:
-    from tmem.backends._native import Pool
+    from tmem.backends._native import Pool, Reader, ReaderBuffer
 
 MOST_HELPERS = 3
 
 NOTHING, REQUEST, GONE = range(3)
 """What `Reader.serve` returns."""
+
+
+class NativeBuffers(Buffers):
+    """Buffers of the native reader, which stay with it: handlers name them to it instead of copying them."""
+
+    def __init__(self, reader: "Reader") -> None:
+        super().__init__()
+        self._reader = reader
+
+    def take(self, size: int) -> memoryview:
+        """Return a writable, page-aligned buffer of at least `size` bytes."""
+        return memoryview(self._reader.take(size))
+
+    def give(self, buffer: memoryview) -> None:
+        """Do nothing: a buffer goes back with the last reference to it."""
+
+    def reply(self, buffer: memoryview, start: int, length: int) -> bytes:
+        """Return what a handler returns to reply with these bytes of a buffer."""
+        return self._reader.send(cast("ReaderBuffer", buffer.obj), start, length) if length else b""
+
+    def payload(self, data: bytes) -> memoryview:
+        """Return what a request to write brings, given what its handler is called with."""
+        return memoryview(self._reader.payload(data))
 
 
 class Reading:
@@ -35,6 +58,7 @@ class Reading:
         helpers = min(len(os.sched_getaffinity(0)) - 1, MOST_HELPERS)
         ends = (device.descriptor, device.channel.fileno(), device.session)
         self.reader = _native.Reader(*ends, helpers, REQUEST_BYTES)
+        self.buffers = NativeBuffers(self.reader)
         self._counted: dict[str, int] = {}  # of its counters, what the mount's have already
         self.backing = Backing(device.descriptor) if device.passthrough else None
         """Where files that are not cached can be passed through."""

@@ -86,9 +86,8 @@ class Server:
         self._readers.install()
         pyfuse3.init(self.overlay, f"/dev/fd/{mounted.session}", set())
         if self.plan.options.loop is Loop.NATIVE and self._readers.can_stop:
-            mounted.read_natively = mounted.make_room()
-            if not mounted.read_natively:
-                log.warning("loop=native needs CAP_NET_ADMIN: using loop=fast")
+            mounted.read_natively = True
+            mounted.make_room()
         if not mounted.request:  # else the kernel was told by the code before
             wanted = self.plan.options.passthrough is Passthrough.AUTO and os.geteuid() == 0
             mounted.wants_passthrough = wanted and mounted.read_natively
@@ -149,7 +148,7 @@ class Server:
     async def _main(self, mounted: Device, restarter: Restarter, ready: Callable[[], None]) -> None:
         await (device.take_over if mounted.request else device.negotiate)(mounted)
         self._cache.settle(mounted.direct_mmap)
-        self.overlay.connect(mounted.session, mounted.request)
+        self.overlay.connect(mounted.fuse, mounted.request)
         reading = Reading(mounted) if mounted.read_natively else None
         self.overlay.read_by(reading)
         try:

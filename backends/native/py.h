@@ -27,7 +27,8 @@ typedef struct {
 } PoolObject;
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError; /* of tmem.errors */
-extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *ReaderType;
+extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
+    *ReaderType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -36,6 +37,7 @@ PyTypeObject *make_pool_type(void);
 PyTypeObject *make_exporter_type(void);
 PyTypeObject *make_device_type(void);
 PyTypeObject *make_gate_type(void);
+PyTypeObject *make_buffer_type(void);
 PyTypeObject *make_reader_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */

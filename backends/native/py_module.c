@@ -4,7 +4,8 @@
 #include <errno.h>
 
 PyObject *SegmentError, *PoolError, *CorruptPageError;
-PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *ReaderType;
+PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
+    *ReaderType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -148,7 +149,8 @@ static int add_types(PyObject *module)
     ExporterType = PoolType ? make_exporter_type() : NULL;
     DeviceType = ExporterType ? make_device_type() : NULL;
     GateType = DeviceType ? make_gate_type() : NULL;
-    ReaderType = GateType ? make_reader_type() : NULL;
+    BufferType = GateType ? make_buffer_type() : NULL;
+    ReaderType = BufferType ? make_reader_type() : NULL;
     if (!ReaderType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
@@ -157,6 +159,7 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "Exporter", (PyObject *)ExporterType)
            || PyModule_AddObjectRef(module, "Device", (PyObject *)DeviceType)
            || PyModule_AddObjectRef(module, "Gate", (PyObject *)GateType)
+           || PyModule_AddObjectRef(module, "ReaderBuffer", (PyObject *)BufferType)
            || PyModule_AddObjectRef(module, "Reader", (PyObject *)ReaderType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)

@@ -1,4 +1,4 @@
-/* Reader and Gate: see reader.h. */
+/* Reader, Gate and ReaderBuffer: see reader.h. */
 #include "py.h"
 #include "reader.h"
 
@@ -14,6 +14,12 @@ typedef struct {
     struct reader *reader; /* NULL once closed */
     PyObject *pool;        /* the one that hits come from, or NULL */
 } ReaderObject;
+
+typedef struct {
+    PyObject_HEAD
+    struct buffer *buffer; /* a reference */
+    size_t start, length;  /* of it */
+} BufferObject;
 
 /* ---- Gate ------------------------------------------------------------------------------------------------- */
 
@@ -63,6 +69,47 @@ PyTypeObject *make_gate_type(void)
                                   {Py_tp_methods, methods},
                                   {0, NULL}};
     static PyType_Spec spec = {"tmem.backends._native.Gate", sizeof(GateObject), 0, Py_TPFLAGS_DEFAULT, slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
+}
+
+/* ---- Buffer ----------------------------------------------------------------------------------------------- */
+
+static PyObject *buffer_wrap(struct buffer *b, size_t start, size_t length)
+{
+    allocfunc allocate = (allocfunc)PyType_GetSlot(BufferType, Py_tp_alloc);
+    BufferObject *self = (BufferObject *)allocate(BufferType, 0);
+    if (!self) {
+        buffer_drop(b);
+        return NULL;
+    }
+    self->buffer = b;
+    self->start = start;
+    self->length = length;
+    return (PyObject *)self;
+}
+
+static void buffer_dealloc(BufferObject *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    if (self->buffer)
+        buffer_drop(self->buffer);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static int buffer_get(BufferObject *self, Py_buffer *view, int flags)
+{
+    return PyBuffer_FillInfo(view, (PyObject *)self, self->buffer->data + self->start, (Py_ssize_t)self->length, 0,
+                             flags);
+}
+
+PyTypeObject *make_buffer_type(void)
+{
+    static PyType_Slot slots[] = {
+        {Py_tp_dealloc, (void *)buffer_dealloc}, {Py_bf_getbuffer, (void *)buffer_get}, {0, NULL}};
+    static PyType_Spec spec = {"tmem.backends._native.ReaderBuffer", sizeof(BufferObject), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
     return (PyTypeObject *)PyType_FromSpec(&spec);
 }
 
@@ -164,6 +211,63 @@ static PyObject *get_quiet(ReaderObject *self, void *unused)
     struct reader *r = reader_of(self);
     (void)unused;
     return r ? PyBool_FromLong(reader_quiet(r)) : NULL;
+}
+
+static PyObject *get_full(ReaderObject *self, void *unused)
+{
+    struct reader *r = reader_of(self);
+    (void)unused;
+    return r ? PyBool_FromLong(reader_full(r)) : NULL;
+}
+
+static PyObject *take_buffer(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    size_t size = PyLong_AsSize_t(arg);
+    if (!r || PyErr_Occurred())
+        return NULL;
+    struct buffer *b = reader_take(r, size);
+    return b ? buffer_wrap(b, 0, b->size) : PyErr_NoMemory();
+}
+
+static PyObject *send_buffer(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    BufferObject *buffer;
+    Py_ssize_t start, length;
+    if (!r || !PyArg_ParseTuple(args, "O!nn:send", BufferType, &buffer, &start, &length))
+        return NULL;
+    if (start < 0 || length <= 0 || (size_t)start > buffer->length || (size_t)length > buffer->length - (size_t)start) {
+        PyErr_SetString(PyExc_ValueError, "a reply is some bytes of its buffer");
+        return NULL;
+    }
+    uint64_t number = reader_send(r, buffer->buffer, buffer->start + (size_t)start, (size_t)length);
+    if (!number) {
+        PyErr_SetString(PyExc_ValueError, "a buffer is for one reply");
+        return NULL;
+    }
+    return PyBytes_FromStringAndSize((const char *)&number, sizeof number);
+}
+
+static PyObject *payload(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    char *bytes;
+    Py_ssize_t given;
+    uint64_t number;
+    size_t start, length;
+    if (!r || PyBytes_AsStringAndSize(arg, &bytes, &given))
+        return NULL;
+    struct buffer *b = NULL;
+    if (given == sizeof number) {
+        memcpy(&number, bytes, sizeof number);
+        b = reader_payload(r, number, &start, &length);
+    }
+    if (!b) {
+        PyErr_SetString(PyExc_ValueError, "no write of this number is under way");
+        return NULL;
+    }
+    return buffer_wrap(b, start, length);
 }
 
 static PyObject *set_pool(ReaderObject *self, PyObject *arg)
@@ -274,10 +378,15 @@ PyTypeObject *make_reader_type(void)
         {"pass_through", (PyCFunction)pass_through, METH_VARARGS, NULL},
         {"keep_listing", (PyCFunction)keep_listing, METH_VARARGS, NULL},
         {"counters", (PyCFunction)counters, METH_NOARGS, NULL},
+        {"take", (PyCFunction)take_buffer, METH_O, NULL},
+        {"send", (PyCFunction)send_buffer, METH_VARARGS, NULL},
+        {"payload", (PyCFunction)payload, METH_O, NULL},
         {"close", (PyCFunction)close_reader, METH_NOARGS, NULL},
         {NULL, NULL, 0, NULL},
     };
-    static PyGetSetDef getset[] = {{"quiet", (getter)get_quiet, NULL, NULL, NULL}, {NULL, NULL, NULL, NULL, NULL}};
+    static PyGetSetDef getset[] = {{"quiet", (getter)get_quiet, NULL, NULL, NULL},
+                                   {"full", (getter)get_full, NULL, NULL, NULL},
+                                   {NULL, NULL, NULL, NULL, NULL}};
     static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
                                   {Py_tp_dealloc, (void *)reader_dealloc},
                                   {Py_tp_methods, methods},

@@ -2,6 +2,10 @@
  *
  *   kernel <-> /dev/fuse <-> reader <-> socket pair <-> libfuse (pyfuse3), unmodified
  *
+ * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
+ * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
+ * through it), and here hits and who serves.
+ *
  * A hit takes three system calls: poll, read, writev. Every other request goes on through the socket, and libfuse's
  * replies come back the same way; a reply to OPEN or OPENDIR is amended with what libfuse cannot ask for.
  *
@@ -15,6 +19,7 @@
 #ifndef READER_H
 #define READER_H
 
+#include "reader_buffers.h"
 #include "tm.h"
 
 /* Where the pages of one file are; shared by all its open files. */
@@ -46,6 +51,15 @@ void reader_drain(struct reader *r);
 void reader_pause(struct reader *r, bool paused);
 /* Whether no helper has a request in hand, none waits for libfuse, and none of its replies for the kernel. */
 bool reader_quiet(struct reader *r);
+/* Whether the device is left alone until libfuse has answered more: only the socket has events then. */
+bool reader_full(const struct reader *r);
+/* A buffer of at least so many bytes, one reference; NULL: no memory. */
+struct buffer *reader_take(struct reader *r, size_t least);
+/* Have the READ that libfuse replies to with the 8 bytes of this number answered from `b`; 0: it is used already. */
+uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length);
+/* What the WRITE brings that libfuse was given with the 8 bytes of this number as its data; with a reference. NULL: there
+ * is no such request. */
+struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void reader_set_pool(struct reader *r, const struct tm_handle *pool);
 /* A file was opened: its handle, a descriptor to ask for its size, which stays the caller's until reader_close. */

@@ -1,4 +1,4 @@
-/* What the reader knows of open files: handle -> gate, mark, and amendments of the reply to come. */
+/* What the reader knows of open files: handle -> gate and mark. */
 #ifndef READER_FILES_H
 #define READER_FILES_H
 
@@ -23,15 +23,6 @@ struct files {
     pthread_mutex_t lock;
     struct file **buckets;
     unsigned nbuckets, count; /* a power of two */
-};
-
-/* An amendment that waits for its reply. */
-struct amendment {
-    struct amendment *next;
-    uint64_t fh;
-    bool listing;
-    uint32_t flags;     /* for a listing */
-    int32_t backing_id; /* for a file */
 };
 
 int files_init(struct files *f);

@@ -2,96 +2,20 @@
 
 import os
 import random
-import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tmem.backends import _native
 from tmem.fs.reading import GONE, NOTHING, REQUEST
 from tmem.types import PAGE_SIZE
 
-GETATTR, OPEN, READ, OPENDIR, CREATE = 3, 14, 15, 27, 35
+from .reader_desk import CREATE, FH, GETATTR, OID, OPEN, OPENDIR, READ, Desk, make
+
 CACHE_DIR, KEEP_CACHE, DIRECT_IO, PASSTHROUGH = 1 << 3, 1 << 1, 1 << 0, 1 << 7
-SO_SNDBUFFORCE = 32
-OID = bytes(range(24))
-PAGES = 40
-FH = 7
-
-
-@dataclass
-class Desk:
-    """A reader with its two neighbours: `kernel` sends requests, `libfuse` replies."""
-
-    reader: "_native.Reader"
-    pool: "_native.Pool"
-    gate: "_native.Gate"
-    kernel: socket.socket
-    libfuse: socket.socket
-    content: bytes
-    file: int
-    uniques: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
-
-    def request(self, opcode: int, body: bytes = b"") -> int:
-        """Send a request, and return its number."""
-        unique = next(self.uniques)
-        header = struct.pack("=IIQQIIII", 40 + len(body), opcode, unique, 1, 0, 0, 0, 0)
-        self.kernel.send(header + body)
-        return unique
-
-    def read(self, offset: int, size: int, fh: int = FH) -> int:
-        return self.request(READ, struct.pack("=QQIIQII", fh, offset, size, 0, 0, 0, 0))
-
-    def serve(self) -> int:
-        return self.reader.serve(-1, 0)
-
-    def answer(self) -> tuple[int, int, bytes]:
-        """Return number, error and data of the next reply that the kernel gets."""
-        reply = self.kernel.recv(1 << 21)
-        length, error, unique = struct.unpack_from("=IiQ", reply)
-        assert length == len(reply)
-        return unique, error, reply[16:]
-
-    def forwarded(self) -> tuple[int, int]:
-        """Return opcode and number of the next request that libfuse gets."""
-        request = self.libfuse.recv(1 << 21, socket.MSG_DONTWAIT)
-        length, opcode, unique = struct.unpack_from("=IIQ", request)
-        assert length == len(request)
-        return opcode, unique
-
-    def silent(self) -> bool:
-        """Say whether the kernel has got no reply."""
-        with pytest.raises(BlockingIOError):
-            self.kernel.recv(1, socket.MSG_DONTWAIT)
-        return True
-
-
-def make(tmp_path: Path, helpers: int = 0) -> Iterator[Desk]:
-    segment = _native.create(str(tmp_path / "segment"), 16 << 20)
-    pool = segment.client("c").new_pool(persistent=False, exclusive=False)
-    content = random.Random(1).randbytes(PAGES * PAGE_SIZE - 1000)
-    pool.put(OID, 0, content + bytes(1000))
-    (tmp_path / "file").write_bytes(content)
-    file = os.open(tmp_path / "file", os.O_RDONLY)
-    kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours, libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    device.setblocking(False)
-    device.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 64 << 20)  # a device takes every reply
-    gate = _native.Gate()
-    reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers)
-    with kernel, device, ours, libfuse:
-        reader.set_pool(pool)
-        gate.set(OID, len(content), True)
-        reader.open(FH, file, gate)
-        yield Desk(reader, pool, gate, kernel, libfuse, content, file)
-        reader.close()
-    os.close(file)
-    segment.close()
 
 
 @pytest.fixture
@@ -200,8 +124,7 @@ def test_replies_are_amended(desk: Desk) -> None:
         unique = desk.request(opcode, bytes(8))
         assert desk.serve() == REQUEST
         assert desk.forwarded() == (opcode, unique)
-        desk.libfuse.send(struct.pack("=IiQ", 16 + len(body), 0, unique) + body)
-        desk.reader.drain()
+        desk.reply(unique, body)
         got, error, data = desk.answer()
         assert (got, error) == (unique, 0)
         return data
@@ -226,13 +149,9 @@ def test_replies_are_amended(desk: Desk) -> None:
 
 def test_notifications_go_to_the_kernel(desk: Desk) -> None:
     attributes = struct.pack("=IiQQqq", 40, 2, 0, 1, -1, 0)
-    data = struct.pack("=IiQQqq", 40, 2, 0, 1, 0, 0)
     desk.libfuse.send(attributes)
     desk.reader.drain()
     assert desk.kernel.recv(100) == attributes
-    desk.libfuse.send(data)
-    desk.reader.drain()
-    assert desk.kernel.recv(100) == data  # by a thread of its own
 
 
 def test_the_end_of_the_connection(desk: Desk) -> None:

@@ -1,0 +1,31 @@
+/* Requests that were passed on to libfuse and not answered yet, by number. Not for any thread: who calls holds the lock
+ * of `passing`. */
+#ifndef READER_FLIGHTS_H
+#define READER_FLIGHTS_H
+
+#include "reader_buffers.h"
+
+#include <stdbool.h>
+
+struct flight {
+    struct flight *next;    /* in its bucket */
+    uint64_t unique;        /* the request's number */
+    uint32_t opcode;
+    uint32_t room;          /* bytes of the socket that are kept free for its reply */
+    uint32_t size;          /* of a READ or WRITE: bytes that it may bring, or has brought */
+    struct buffer *payload; /* of a WRITE */
+};
+
+struct flights {
+    struct flight **buckets;
+    unsigned nbuckets, count; /* a power of two */
+};
+
+int flights_init(struct flights *f);
+void flights_free(struct flights *f);
+struct flight *flights_add(struct flights *f, uint64_t unique); /* NULL: no memory */
+struct flight *flights_find(struct flights *f, uint64_t unique);
+/* Take one out; it is the caller's to free. NULL: there is none. */
+struct flight *flights_take(struct flights *f, uint64_t unique);
+
+#endif

@@ -1,0 +1,398 @@
+#include "reader_passing.h"
+
+#include <errno.h>
+#include <linux/fuse.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum {
+    MOST_MESSAGE = 80 << 10,  /* bytes of a message; of a SETXATTR at most 64 KiB, a name and headers */
+    MOST_LISTING = 64 << 10,  /* bytes of a reply to READDIR */
+    MOST_LINK = 4 << 10,      /* of a reply to READLINK */
+    MOST_OTHER = 160,         /* of a reply to anything else that names no size */
+    MOST_FORGOTTEN = 4000,    /* nodes in one message */
+    READS_BYTES = 32 << 20,   /* of READs under way: each holds a buffer while it is served */
+    WRITES_BYTES = 64 << 20,  /* of WRITEs under way */
+    REPLIES_SHARE = 2,        /* of the socket's buffer: what a message takes of it is estimated */
+};
+
+struct message {
+    struct message *next;
+    uint64_t unique;
+    size_t length;
+    uint8_t bytes[];
+};
+
+/* What a WRITE is for libfuse. */
+struct write_message {
+    struct fuse_in_header in;
+    struct fuse_write_in write;
+    uint64_t number;
+};
+_Static_assert(sizeof(struct write_message) == 40 + 40 + 8, "no padding");
+
+/* ---- Replies ---------------------------------------------------------------------------------------------- */
+
+void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length)
+{
+    struct fuse_out_header out = {.len = (uint32_t)(sizeof out + length), .unique = unique};
+    struct iovec parts[2] = {{&out, sizeof out}, {(void *)data, length}};
+    ssize_t ignored = writev(device, parts, length ? 2 : 1); /* ENOENT: whoever asked is gone */
+    (void)ignored;
+}
+
+void reply_error(int device, uint64_t unique, int error)
+{
+    struct fuse_out_header out = {.len = sizeof out, .error = error, .unique = unique};
+    ssize_t ignored = write(device, &out, sizeof out);
+    (void)ignored;
+}
+
+/* ---- Life ------------------------------------------------------------------------------------------------- */
+
+static void queue_init(struct queue *q)
+{
+    q->first = NULL;
+    q->last = &q->first;
+}
+
+static void queue_free(struct queue *q)
+{
+    for (struct message *m = q->first, *next; m; m = next) {
+        next = m->next;
+        free(m);
+    }
+    queue_init(q);
+}
+
+int passing_init(struct passing *p, int device, int ours, int theirs, struct buffers *buffers)
+{
+    int bytes;
+    socklen_t length = sizeof bytes;
+    *p = (struct passing){.device = device, .ours = ours, .buffers = buffers};
+    pthread_mutex_init(&p->lock, NULL);
+    amendments_init(&p->amendments);
+    queue_init(&p->unsent);
+    queue_init(&p->later);
+    if (getsockopt(theirs, SOL_SOCKET, SO_SNDBUF, &bytes, &length))
+        return -1;
+    p->room = (uint64_t)bytes / REPLIES_SHARE;
+    p->reply = malloc(MOST_MESSAGE);
+    return flights_init(&p->flights) || !p->reply ? -1 : 0;
+}
+
+void passing_free(struct passing *p)
+{
+    queue_free(&p->unsent);
+    queue_free(&p->later);
+    flights_free(&p->flights);
+    amendments_free(&p->amendments);
+    pthread_mutex_destroy(&p->lock);
+    free(p->reply);
+}
+
+/* ---- To libfuse ------------------------------------------------------------------------------------------- */
+
+static bool is_answered(uint32_t opcode)
+{
+    return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT;
+}
+
+/* Of the socket, for a reply of at most so many bytes: a message is a header, and memory in powers of two. */
+static uint32_t room_for(size_t bytes) { return bytes <= MOST_OTHER ? 1024 : (uint32_t)(2048 + 2 * bytes); }
+
+static uint32_t room_of(uint32_t opcode, const uint8_t *body)
+{
+    struct fuse_getxattr_in xattr;
+    switch (opcode) {
+    case FUSE_READDIR:
+    case FUSE_READDIRPLUS:
+        return room_for(MOST_LISTING);
+    case FUSE_GETXATTR:
+    case FUSE_LISTXATTR:
+        memcpy(&xattr, body, sizeof xattr);
+        return room_for(xattr.size < MOST_LISTING ? xattr.size : MOST_LISTING);
+    case FUSE_READLINK:
+        return room_for(MOST_LINK);
+    default:
+        return room_for(MOST_OTHER);
+    }
+}
+
+/* The lock is held from here on, where there is one. */
+
+static enum passed keep_in(struct queue *q, uint64_t unique, const void *bytes, size_t length)
+{
+    struct message *m = malloc(sizeof *m + length);
+    if (!m)
+        return PASSED_NOT;
+    m->next = NULL;
+    m->unique = unique;
+    m->length = length;
+    memcpy(m->bytes, bytes, length);
+    *q->last = m;
+    q->last = &m->next;
+    return PASSED_LATER;
+}
+
+static void look_whether_full(struct passing *p)
+{
+    atomic_store(&p->full, p->unsent.first || p->writing >= WRITES_BYTES);
+}
+
+/* Give a message to libfuse if the socket has room for it and its reply; `f` NULL: there is none. */
+static bool give(struct passing *p, struct flight *f, const void *bytes, size_t length)
+{
+    ssize_t n;
+    if (f && p->room_used && p->room_used + f->room > p->room)
+        return false;
+    do
+        n = send(p->ours, bytes, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    if (n < 0 && errno != EPIPE) /* at its end nobody waits for it */
+        return false;
+    if (f) {
+        p->room_used += f->room;
+        atomic_fetch_add(&p->expected, 1);
+    }
+    atomic_fetch_add_explicit(&p->passed, 1, memory_order_relaxed);
+    return true;
+}
+
+static bool may_read(const struct passing *p, const struct flight *f)
+{
+    return !p->reading || p->reading + f->size <= READS_BYTES;
+}
+
+/* Pass a message on now, or when there is room. */
+static enum passed give_or_keep(struct passing *p, struct flight *f, const void *bytes, size_t length)
+{
+    uint64_t unique = f ? f->unique : 0;
+    bool reads = f && f->opcode == FUSE_READ;
+    if (reads && (p->later.first || !may_read(p, f)))
+        return keep_in(&p->later, unique, bytes, length);
+    enum passed result = PASSED;
+    if (p->unsent.first || !give(p, f, bytes, length))
+        result = keep_in(&p->unsent, unique, bytes, length);
+    if (reads && result != PASSED_NOT)
+        p->reading += f->size;
+    look_whether_full(p);
+    return result;
+}
+
+static void give_kept(struct passing *p)
+{
+    struct message *m;
+    while ((m = p->unsent.first) && give(p, flights_find(&p->flights, m->unique), m->bytes, m->length)) {
+        if (!(p->unsent.first = m->next))
+            p->unsent.last = &p->unsent.first;
+        free(m);
+    }
+    while (!p->unsent.first && (m = p->later.first)) {
+        struct flight *f = flights_find(&p->flights, m->unique);
+        if (!may_read(p, f) || !give(p, f, m->bytes, m->length))
+            break;
+        p->reading += f->size;
+        if (!(p->later.first = m->next))
+            p->later.last = &p->later.first;
+        free(m);
+    }
+    look_whether_full(p);
+}
+
+static void forget_split(struct passing *p, const struct buffer *request, size_t length)
+{
+    struct {
+        struct fuse_in_header in;
+        struct fuse_batch_forget_in batch;
+        struct fuse_forget_one one[MOST_FORGOTTEN];
+    } *part = malloc(sizeof *part);
+    size_t head = sizeof part->in + sizeof part->batch, one = sizeof part->one[0];
+    if (!part)
+        return; /* nodes that are remembered for longer */
+    memcpy(part, request->data, head);
+    size_t left = (length - head) / one;
+    left = left < part->batch.count ? left : part->batch.count;
+    for (const uint8_t *from = request->data + head; left;) {
+        size_t n = left < MOST_FORGOTTEN ? left : MOST_FORGOTTEN;
+        memcpy(part->one, from, n * one);
+        part->batch.count = (uint32_t)n;
+        part->in.len = (uint32_t)(head + n * one);
+        (void)give_or_keep(p, NULL, part, part->in.len);
+        from += n * one;
+        left -= n;
+    }
+    free(part);
+}
+
+/* Have the flight of a WRITE keep its buffer; -1: no memory for another. */
+static int keep_payload(struct passing *p, struct flight *f, struct buffer **request, struct write_message *out)
+{
+    struct buffer *other = buffer_take(p->buffers, 0);
+    if (!other)
+        return -1;
+    memcpy(out, (*request)->data, sizeof out->in + sizeof out->write);
+    f->payload = *request;
+    f->size = out->write.size;
+    p->writing += f->size;
+    *request = other;
+    out->in.len = sizeof *out;
+    out->write.size = sizeof out->number;
+    out->number = f->unique;
+    look_whether_full(p);
+    return 0;
+}
+
+static void forsake(struct passing *p, struct flight *f)
+{
+    (void)flights_take(&p->flights, f->unique);
+    if (f->payload) {
+        p->writing -= f->size;
+        buffer_drop(f->payload);
+    }
+    free(f);
+}
+
+static enum passed pass_request(struct passing *p, struct buffer **request, size_t length)
+{
+    struct fuse_in_header *in = (void *)(*request)->data;
+    uint8_t *body = (*request)->data + sizeof *in;
+    struct fuse_read_in *sized = (void *)body; /* READ, READDIR and READDIRPLUS */
+    struct fuse_write_in *writing = (void *)body;
+    struct write_message by_number;
+    struct flight *f = flights_add(&p->flights, in->unique);
+    enum passed result = PASSED_NOT;
+    if (!f)
+        return result;
+    f->opcode = in->opcode;
+    f->room = room_of(in->opcode, body);
+    if (in->opcode == FUSE_WRITE) {
+        if (length >= sizeof *in + sizeof *writing && writing->size <= length - sizeof *in - sizeof *writing
+            && !keep_payload(p, f, request, &by_number))
+            result = give_or_keep(p, f, &by_number, sizeof by_number);
+    } else if (length <= MOST_MESSAGE - sizeof *in) {
+        if (in->opcode == FUSE_READ)
+            f->size = sized->size;
+        else if ((in->opcode == FUSE_READDIR || in->opcode == FUSE_READDIRPLUS) && sized->size > MOST_LISTING)
+            sized->size = MOST_LISTING;
+        result = give_or_keep(p, f, in, length);
+    }
+    if (result == PASSED_NOT)
+        forsake(p, f);
+    return result;
+}
+
+enum passed pass_on(struct passing *p, struct buffer **request, size_t length)
+{
+    const struct fuse_in_header *in = (const void *)(*request)->data;
+    uint64_t unique = in->unique;
+    enum passed result = PASSED_NOT;
+    bool answered = is_answered(in->opcode);
+    pthread_mutex_lock(&p->lock);
+    if (answered)
+        result = pass_request(p, request, length);
+    else if (length > MOST_MESSAGE)
+        forget_split(p, *request, length);
+    else
+        result = give_or_keep(p, NULL, in, length);
+    pthread_mutex_unlock(&p->lock);
+    if (answered && result == PASSED_NOT)
+        reply_error(p->device, unique, -EIO); /* nobody else will */
+    return result;
+}
+
+/* ---- From libfuse ----------------------------------------------------------------------------------------- */
+
+/* Answer a READ from the buffer that its reply names. */
+static void reply_by_number(struct passing *p, const struct flight *f, size_t length)
+{
+    struct buffer *b = NULL;
+    uint64_t number;
+    if (length == sizeof(struct fuse_out_header) + sizeof number) {
+        memcpy(&number, p->reply + sizeof(struct fuse_out_header), sizeof number);
+        b = buffers_sent(p->buffers, number);
+    }
+    if (b && b->length <= f->size)
+        reply_bytes(p->device, f->unique, b->data + b->start, b->length);
+    else
+        reply_error(p->device, f->unique, -EIO);
+    if (b)
+        buffer_drop(b);
+}
+
+static struct flight *landed(struct passing *p, uint64_t unique)
+{
+    pthread_mutex_lock(&p->lock);
+    struct flight *f = unique ? flights_take(&p->flights, unique) : NULL;
+    if (f) {
+        p->room_used -= f->room;
+        if (f->opcode == FUSE_READ)
+            p->reading -= f->size;
+        if (f->opcode == FUSE_WRITE)
+            p->writing -= f->size;
+        atomic_fetch_sub(&p->expected, 1);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return f;
+}
+
+static void pass_back(struct passing *p, size_t length)
+{
+    const struct fuse_out_header *out = (const void *)p->reply;
+    struct flight *f = landed(p, out->unique);
+    if (out->len != length) { /* cut off: larger than anything that was asked for */
+        reply_error(p->device, out->unique, -EIO);
+    } else if (f && f->opcode == FUSE_READ && !out->error && length > sizeof *out) {
+        reply_by_number(p, f, length);
+    } else { /* a notice, if it has no number */
+        if (f)
+            amend(&p->amendments, f->opcode, p->reply, length);
+        ssize_t ignored = write(p->device, p->reply, length);
+        (void)ignored;
+    }
+    if (f && f->payload)
+        buffer_drop(f->payload);
+    free(f);
+}
+
+void passing_drain(struct passing *p)
+{
+    ssize_t n;
+    while ((n = recv(p->ours, p->reply, MOST_MESSAGE, MSG_DONTWAIT)) > 0)
+        if ((size_t)n >= sizeof(struct fuse_out_header))
+            pass_back(p, (size_t)n);
+    pthread_mutex_lock(&p->lock);
+    give_kept(p);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---- Questions -------------------------------------------------------------------------------------------- */
+
+bool passing_full(const struct passing *p) { return atomic_load_explicit(&p->full, memory_order_relaxed); }
+
+bool passing_expects(const struct passing *p) { return atomic_load_explicit(&p->expected, memory_order_relaxed); }
+
+bool passing_quiet(struct passing *p)
+{
+    pthread_mutex_lock(&p->lock);
+    bool quiet = !p->flights.count && !p->unsent.first;
+    pthread_mutex_unlock(&p->lock);
+    return quiet;
+}
+
+struct buffer *passing_payload(struct passing *p, uint64_t unique, size_t *start, size_t *length)
+{
+    struct buffer *b = NULL;
+    pthread_mutex_lock(&p->lock);
+    struct flight *f = flights_find(&p->flights, unique);
+    if (f && (b = f->payload)) {
+        buffer_hold(b);
+        *start = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in);
+        *length = f->size;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return b;
+}

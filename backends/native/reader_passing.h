@@ -1,0 +1,73 @@
+/* Requests passed on to libfuse, and its replies: what goes through the socket, and what does not.
+ *
+ * A message in a unix socket is one piece of kernel memory for everything beyond some 84 KiB, which a machine whose
+ * memory is fragmented may not have. So the bytes of READ and WRITE stay where they are, libfuse being in this process:
+ *
+ *   READ    the handler's reply is the number of a buffer (`buffers_send`); what the kernel gets is the buffer
+ *   WRITE   what libfuse gets is the request's number; the handler asks for the payload with `passing_payload`
+ *
+ * READDIR may bring 64 KiB at most, a BATCH_FORGET is split, and so no message is larger than a SETXATTR: 64 KiB
+ * and a name. Nobody ever waits for room in the socket:
+ *
+ *   replies    are written by the thread that alone makes room again, so a request is passed on only if the socket has
+ *              room for its reply beside those of all others under way
+ *   requests   that do not fit wait in a list, and no more are read from the device as long as it is not empty
+ *              (`passing_full`); the same if too many bytes of WRITEs are under way
+ *   READs      wait in a list of their own if the buffers of those under way would take too much memory: hits and other
+ *              requests go on
+ *
+ * For any thread, but `passing_drain`, which is for the one that runs libfuse. */
+#ifndef READER_PASSING_H
+#define READER_PASSING_H
+
+#include "reader_amend.h"
+#include "reader_buffers.h"
+#include "reader_flights.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+struct message;
+struct queue {
+    struct message *first, **last;
+};
+
+struct passing {
+    int device, ours;
+    struct buffers *buffers;
+    struct amendments amendments;
+    uint8_t *reply; /* the one that is being passed back */
+
+    pthread_mutex_t lock; /* of the rest */
+    struct flights flights;
+    struct queue unsent;      /* neither room in the socket, or none for the reply */
+    struct queue later;       /* READs */
+    uint64_t room, room_used; /* bytes of the socket for replies */
+    uint64_t reading, writing; /* bytes of READs and WRITEs under way */
+    _Atomic bool full;
+    _Atomic uint32_t expected; /* replies that are to come */
+    _Atomic uint64_t passed;   /* requests so far */
+};
+
+enum passed { PASSED, PASSED_LATER, PASSED_NOT };
+
+int passing_init(struct passing *p, int device, int ours, int theirs, struct buffers *buffers); /* -1: errno */
+void passing_free(struct passing *p);
+/* Pass the request in `*request` on. Its buffer may be kept, and another one be put in its place. PASSED_NOT: it was
+ * refused, or needs no answer. */
+enum passed pass_on(struct passing *p, struct buffer **request, size_t length);
+/* Pass on to the kernel what libfuse has replied, and to libfuse what has waited for room. */
+void passing_drain(struct passing *p);
+/* Whether no more requests may be read. */
+bool passing_full(const struct passing *p);
+/* Whether replies are to come. */
+bool passing_expects(const struct passing *p);
+/* Whether nothing is under way. */
+bool passing_quiet(struct passing *p);
+/* The bytes of the WRITE whose number libfuse was given; the buffer is held. NULL: there is no such request. */
+struct buffer *passing_payload(struct passing *p, uint64_t unique, size_t *start, size_t *length);
+/* Reply to a request: an error (negative errno), or bytes. */
+void reply_error(int device, uint64_t unique, int error);
+void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length);
+
+#endif
