@@ -35,7 +35,7 @@ class Loop(enum.StrEnum):
     """How requests are waited for; see `loop`."""
 
     AUTO = "auto"
-    """The fast loop: the native reader can wait for memory where the others cannot (docs/mounts.md)."""
+    """The native reader where pyfuse3 is as it needs it, else the best of the others."""
     NATIVE = "native"
     FAST = "fast"
     PLAIN = "plain"

@@ -85,7 +85,7 @@ class Server:
         """Make libfuse's session on the device's end."""
         self._readers.install()
         pyfuse3.init(self.overlay, f"/dev/fd/{mounted.session}", set())
-        if self.plan.options.loop is Loop.NATIVE and self._readers.can_stop:
+        if self.plan.options.loop in (Loop.AUTO, Loop.NATIVE) and self._readers.can_stop:
             mounted.read_natively = True
             mounted.make_room()
         if not mounted.request:  # else the kernel was told by the code before

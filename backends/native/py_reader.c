@@ -360,9 +360,10 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
     if (!r)
         return NULL;
     reader_counters(r, &c);
-    return Py_BuildValue("{sKsKsKsKsK}", "hit_reads", (unsigned long long)c.hit_reads, "hit_pages",
+    return Py_BuildValue("{sKsKsKsKsKsK}", "hit_reads", (unsigned long long)c.hit_reads, "hit_pages",
                          (unsigned long long)c.hit_pages, "hit_bytes", (unsigned long long)c.hit_bytes, "forwarded",
-                         (unsigned long long)c.forwarded, "woken", (unsigned long long)c.woken);
+                         (unsigned long long)c.forwarded, "given_up",
+                         (unsigned long long)c.given_up, "woken", (unsigned long long)c.woken);
 }
 
 PyTypeObject *make_reader_type(void)

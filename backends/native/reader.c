@@ -1,17 +1,15 @@
-/* Reading requests, answering hits, passing the rest on. See reader.h. */
+/* Who reads requests, and when: the event loop's thread, its helpers, and who stands in for it. See reader.h. */
 #include "reader.h"
 
-#include "reader_files.h"
+#include "reader_hits.h"
 #include "reader_passing.h"
 
 #include <errno.h>
-#include <linux/fuse.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -20,10 +18,11 @@ enum {
     HELPER_PATIENCE_MS = 2, /* for which a helper waits for more before it sleeps */
     POLL_EVERY = 32,        /* requests, of those that need no waiting: replies and the event loop want to be seen */
     LOOK_EVERY = 8,         /* requests: whether more than one waits */
-    LARGE_PAGES = 64,       /* whose decompression takes longer than to wake a helper */
+    LARGE_BYTES = 256 << 10, /* whose decompression takes longer than to wake a helper */
     BURST = 64,             /* requests of a call that may not wait */
     FULL_MS = 10,           /* between two looks for room where no event tells */
     STACK_BYTES = 256 << 10,
+    AWAY_MS = 50,           /* after which the stand-in takes the place of the event loop's thread */
 };
 
 /* One thread's buffers; whoever sleeps gives them back. */
@@ -41,14 +40,11 @@ struct reader {
     int device, ours, theirs;
     int others; /* epoll of everything but the device: to poll two descriptors costs half of what four do */
     int wake;   /* what else is in there, -1 nothing */
-    size_t largest;
-    struct files files;
-    pthread_rwlock_t pool_lock; /* read while a hit is fetched */
-    bool has_pool;
-    struct tm_handle pool;
+    struct hits hits;
     struct buffers *buffers;
     struct passing passing;
     struct desk desk; /* of who calls reader_serve */
+    _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
 
     pthread_mutex_t sleep_lock;
     pthread_cond_t awake;
@@ -57,10 +53,14 @@ struct reader {
     _Atomic uint32_t idle, active;
     _Atomic bool paused;
     struct helper helpers[HELPERS_MOST];
+    struct helper standin;
+    bool has_standin;
+    _Atomic bool rests; /* the stand-in sleeps until the event loop's thread goes away, or is needed otherwise */
+    pthread_cond_t needed;
     uint32_t looks, wakes;
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
-    _Atomic uint64_t hit_reads, hit_pages, hit_bytes, woken;
+    _Atomic uint64_t woken;
 };
 
 /* ---- Buffers ---------------------------------------------------------------------------------------------- */
@@ -83,19 +83,7 @@ static void desk_clear(struct desk *d)
     *d = (struct desk){NULL, NULL};
 }
 
-/* ---- A hit ------------------------------------------------------------------------------------------------ */
-
-static void add(_Atomic uint64_t *counter, uint64_t n) { atomic_fetch_add_explicit(counter, n, memory_order_relaxed); }
-
-static int64_t fetch(struct reader *r, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages)
-{
-    int64_t found = TM_MISS;
-    pthread_rwlock_rdlock(&r->pool_lock);
-    if (r->has_pool)
-        found = tm_get(&r->pool, t->oid, first, data, npages);
-    pthread_rwlock_unlock(&r->pool_lock);
-    return found;
-}
+/* ---- Helpers ---------------------------------------------------------------------------------------------- */
 
 static bool more_waits(const struct reader *r)
 {
@@ -116,45 +104,22 @@ static void wake_helper(struct reader *r)
     pthread_mutex_lock(&r->sleep_lock);
     if (atomic_load(&r->idle) > r->calls) {
         r->calls++;
-        add(&r->woken, 1);
+        atomic_fetch_add_explicit(&r->woken, 1, memory_order_relaxed);
         pthread_cond_signal(&r->awake);
     }
     pthread_mutex_unlock(&r->sleep_lock);
 }
 
-/* Answer the READ in `d->request` if all its pages are in the pool. */
-static bool answer(struct reader *r, struct desk *d, bool leads)
-{
-    const struct fuse_in_header *in = (const void *)d->request->data;
-    const struct fuse_read_in *read_in = (const void *)(in + 1);
-    uint64_t offset = read_in->offset, end = offset + read_in->size;
-    struct target t;
-    struct stat st;
-    if (read_in->size > r->largest || end < offset || end > (UINT64_C(1) << 32) * TM_PAGE
-        || !files_find(&r->files, read_in->fh, end, &t))
-        return false;
-    if (end > t.size) { /* whatever reaches the end asks where that is now */
-        if (fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
-            return false;
-        end = t.size;
-    }
-    if (end <= offset) {
-        reply_bytes(r->device, in->unique, NULL, 0);
-        return true;
-    }
-    uint64_t first = offset / TM_PAGE, npages = (end + TM_PAGE - 1) / TM_PAGE - first;
-    if (leads && npages >= LARGE_PAGES && more_waits(r))
-        wake_helper(r);
-    if (fetch(r, &t, (uint32_t)first, d->data->data, (uint32_t)npages) != (int64_t)npages)
-        return false;
-    add(&r->hit_reads, 1);
-    add(&r->hit_pages, npages);
-    add(&r->hit_bytes, end - offset);
-    reply_bytes(r->device, in->unique, d->data->data + offset % TM_PAGE, end - offset);
-    return true;
-}
-
 /* ---- Reading ---------------------------------------------------------------------------------------------- */
+
+static void wake_standin(struct reader *r)
+{
+    if (!atomic_load(&r->rests)) /* where there is work all the time, 20 times a second */
+        return;
+    pthread_mutex_lock(&r->sleep_lock);
+    pthread_cond_signal(&r->needed);
+    pthread_mutex_unlock(&r->sleep_lock);
+}
 
 enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_PASSED_ON, TAKEN_GONE };
 
@@ -176,11 +141,19 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
         if (r->several)
             wake_helper(r);
     }
-    if (length >= sizeof *in + sizeof(struct fuse_read_in) && in->opcode == FUSE_READ && answer(r, d, leads))
-        return TAKEN_ANSWERED;
+    if (length >= sizeof *in + sizeof(struct fuse_read_in) && in->opcode == FUSE_READ) {
+        const struct fuse_read_in *read_in = (const void *)(in + 1);
+        if (leads && read_in->size >= LARGE_BYTES && more_waits(r))
+            wake_helper(r);
+        if (hits_answer(&r->hits, in, read_in, d->data->data))
+            return TAKEN_ANSWERED;
+    }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
-    return pass_on(&r->passing, &d->request, length) == PASSED ? TAKEN_PASSED_ON : TAKEN_NONE;
+    enum passed passed = pass_on(&r->passing, &d->request, length);
+    if (passing_interrupted(&r->passing))
+        wake_standin(r);
+    return passed == PASSED ? TAKEN_PASSED_ON : TAKEN_NONE;
 }
 
 static int64_t now_ms(void)
@@ -216,7 +189,7 @@ static bool look_at_others(struct reader *r, enum reader_event *event)
     return p[1].revents || p[2].revents;
 }
 
-enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms)
+static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
 {
     int64_t until = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
     enum reader_event event = READER_NOTHING;
@@ -258,6 +231,17 @@ enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms)
     }
 }
 
+static bool is_away(uint32_t turns) { return turns % 2 == 0; }
+
+enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms)
+{
+    atomic_fetch_add(&r->turns, 1);
+    enum reader_event event = serve(r, wake, timeout_ms);
+    atomic_fetch_add(&r->turns, 1);
+    wake_standin(r);
+    return event;
+}
+
 static void *help(void *arg)
 {
     struct helper *h = arg;
@@ -290,6 +274,58 @@ static void *help(void *arg)
     return NULL;
 }
 
+/* Sleep for a moment; before that until the event loop's thread leaves reader_serve, if it is there. The lock is held. */
+static void rest(struct reader *r, uint32_t turns)
+{
+    struct timespec until;
+    atomic_store(&r->rests, true);
+    while (!is_away(turns) && atomic_load(&r->turns) == turns && !r->ending && !passing_interrupted(&r->passing))
+        pthread_cond_wait(&r->needed, &r->sleep_lock);
+    atomic_store(&r->rests, false);
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += AWAY_MS * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
+    while (!r->ending && pthread_cond_timedwait(&r->needed, &r->sleep_lock, &until) == 0)
+        ;
+}
+
+static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
+{
+    struct pollfd p = {.fd = r->device, .events = POLLIN};
+    while (!atomic_load(&r->paused) && atomic_load(&r->turns) == turns && !passing_full(&r->passing)) {
+        int n = poll(&p, 1, AWAY_MS);
+        if (n < 0 || (n > 0 && take(r, d, false) == TAKEN_GONE))
+            return;
+        passing_recheck(&r->passing);
+    }
+}
+
+/* The stand-in: serves as long as the event loop's thread does not come back, because a handler of its own waits for
+ * the lower, say. Hits go on; the rest is passed on to where that thread will find it. It also sees to requests that
+ * were interrupted, wherever that thread is. */
+static void *stand_in(void *arg)
+{
+    struct helper *h = arg;
+    struct reader *r = h->reader;
+    pthread_mutex_lock(&r->sleep_lock);
+    while (!r->ending) {
+        uint32_t turns = atomic_load(&r->turns);
+        rest(r, turns);
+        bool stays_away = is_away(turns) && atomic_load(&r->turns) == turns;
+        atomic_fetch_add(&r->active, 1);
+        pthread_mutex_unlock(&r->sleep_lock);
+        passing_recheck(&r->passing);
+        if (stays_away)
+            serve_instead(r, &h->desk, turns);
+        desk_clear(&h->desk);
+        pthread_mutex_lock(&r->sleep_lock);
+        atomic_fetch_sub(&r->active, 1);
+    }
+    pthread_mutex_unlock(&r->sleep_lock);
+    return NULL;
+}
+
 /* ---- Life ------------------------------------------------------------------------------------------------- */
 
 /* With a small stack, and no signals: those are for the threads that Python knows. */
@@ -307,14 +343,13 @@ static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
     return rc;
 }
 
-/* A lock whose writers do not wait for ever although there is a reader at any time. */
-static void fair_lock_init(pthread_rwlock_t *lock)
+static void clocked_cond_init(pthread_cond_t *cond)
 {
-    pthread_rwlockattr_t attr;
-    pthread_rwlockattr_init(&attr);
-    pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    pthread_rwlock_init(lock, &attr);
-    pthread_rwlockattr_destroy(&attr);
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attr);
+    pthread_condattr_destroy(&attr);
 }
 
 struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest)
@@ -326,13 +361,12 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     r->ours = ours;
     r->theirs = theirs;
     r->wake = -1;
-    r->largest = largest;
-    fair_lock_init(&r->pool_lock);
     pthread_mutex_init(&r->sleep_lock, NULL);
     pthread_cond_init(&r->awake, NULL);
+    clocked_cond_init(&r->needed);
     r->others = epoll_create1(EPOLL_CLOEXEC);
     r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
-    int rc = files_init(&r->files) | passing_init(&r->passing, device, ours, theirs, r->buffers);
+    int rc = hits_init(&r->hits, device, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
         reader_free(r);
         errno = ENOMEM;
@@ -351,6 +385,8 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
             break; /* fewer will do */
         r->nhelpers++;
     }
+    r->standin.reader = r;
+    r->has_standin = thread_start(&r->standin.thread, stand_in, &r->standin) == 0;
     return r;
 }
 
@@ -359,19 +395,22 @@ void reader_free(struct reader *r)
     pthread_mutex_lock(&r->sleep_lock);
     r->ending = true;
     pthread_cond_broadcast(&r->awake);
+    pthread_cond_signal(&r->needed);
     pthread_mutex_unlock(&r->sleep_lock);
     atomic_store(&r->paused, true);
     for (unsigned i = 0; i < r->nhelpers; i++)
         pthread_join(r->helpers[i].thread, NULL);
+    if (r->has_standin)
+        pthread_join(r->standin.thread, NULL);
     if (r->others >= 0)
         close(r->others);
-    files_free(&r->files);
+    hits_free(&r->hits);
     passing_free(&r->passing);
     desk_clear(&r->desk);
     buffers_free(r->buffers);
-    pthread_rwlock_destroy(&r->pool_lock);
     pthread_mutex_destroy(&r->sleep_lock);
     pthread_cond_destroy(&r->awake);
+    pthread_cond_destroy(&r->needed);
     free(r);
 }
 
@@ -402,23 +441,16 @@ bool reader_quiet(struct reader *r)
     return asleep && passing_quiet(&r->passing) && poll(p, 2, 0) == 0;
 }
 
-void reader_set_pool(struct reader *r, const struct tm_handle *pool)
-{
-    pthread_rwlock_wrlock(&r->pool_lock);
-    r->has_pool = pool != NULL;
-    if (pool)
-        r->pool = *pool;
-    pthread_rwlock_unlock(&r->pool_lock);
-}
+void reader_set_pool(struct reader *r, const struct tm_handle *pool) { hits_use(&r->hits, pool); }
 
 int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate)
 {
-    return files_add(&r->files, fh, fd, gate);
+    return files_add(&r->hits.files, fh, fd, gate);
 }
 
-void reader_close(struct reader *r, uint64_t fh) { files_remove(&r->files, fh); }
+void reader_close(struct reader *r, uint64_t fh) { files_remove(&r->hits.files, fh); }
 
-void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->files, fh, offset); }
+void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->hits.files, fh, offset); }
 
 int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id)
 {
@@ -432,9 +464,10 @@ int reader_keep_listing(struct reader *r, uint64_t fh, bool believe)
 
 void reader_counters(struct reader *r, struct reader_counters *out)
 {
-    out->hit_reads = atomic_load(&r->hit_reads);
-    out->hit_pages = atomic_load(&r->hit_pages);
-    out->hit_bytes = atomic_load(&r->hit_bytes);
+    out->hit_reads = atomic_load(&r->hits.reads);
+    out->hit_pages = atomic_load(&r->hits.pages);
+    out->hit_bytes = atomic_load(&r->hits.bytes);
     out->forwarded = atomic_load(&r->passing.passed);
+    out->given_up = atomic_load(&r->passing.given_up);
     out->woken = atomic_load(&r->woken);
 }

@@ -11,7 +11,9 @@
  *
  * Who reads: the thread that runs the event loop, in reader_serve, so that a request for Python needs no other
  * thread. When more than one request waits, it wakes helpers, which serve hits beside it and pass the rest on to it;
- * they go to sleep when nothing came for a while. Requests may be answered in any order, as FUSE allows.
+ * they go to sleep when nothing came for a while. Requests may be answered in any order, as FUSE allows. If the event
+ * loop's thread stays away (a handler of its own waits for the lower), a stand-in reads instead: hits go on, and requests
+ * of programs that were killed are given up (`reader_interrupt`).
  *
  * A READ is answered here only while the file's gate is open: who changes a file's pages, size or object closes it
  * before, and opens it after. What is in the pool is right at any time (pages are flushed before a change is
@@ -31,6 +33,7 @@ void gate_drop(struct gate *g);
 struct reader_counters {
     uint64_t hit_reads, hit_pages, hit_bytes; /* answered here */
     uint64_t forwarded;                       /* requests for libfuse */
+    uint64_t given_up;                        /* requests of programs that were killed, answered before libfuse did */
     uint64_t woken;                           /* times that a helper was woken */
 };
 

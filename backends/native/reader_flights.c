@@ -56,3 +56,12 @@ struct flight *flights_take(struct flights *f, uint64_t unique)
     }
     return one;
 }
+
+void flights_each(struct flights *f, void (*visit)(struct flight *, void *), void *with)
+{
+    for (unsigned i = 0; i < f->nbuckets; i++)
+        for (struct flight *one = f->buckets[i], *next; one; one = next) {
+            next = one->next;
+            visit(one, with);
+        }
+}

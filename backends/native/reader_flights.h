@@ -13,6 +13,11 @@ struct flight {
     uint32_t opcode;
     uint32_t room;          /* bytes of the socket that are kept free for its reply */
     uint32_t size;          /* of a READ or WRITE: bytes that it may bring, or has brought */
+    uint32_t thread;        /* who waits for it, 0 unknown */
+    bool given;             /* libfuse has it */
+    bool may_be_given_up;
+    bool interrupted;       /* a signal has reached who waits */
+    bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */
     struct buffer *payload; /* of a WRITE */
 };
 
@@ -27,5 +32,7 @@ struct flight *flights_add(struct flights *f, uint64_t unique); /* NULL: no memo
 struct flight *flights_find(struct flights *f, uint64_t unique);
 /* Take one out; it is the caller's to free. NULL: there is none. */
 struct flight *flights_take(struct flights *f, uint64_t unique);
+/* Call `visit` for each; it may take the one that it is called with. */
+void flights_each(struct flights *f, void (*visit)(struct flight *, void *), void *with);
 
 #endif

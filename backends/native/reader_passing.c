@@ -1,22 +1,23 @@
 #include "reader_passing.h"
 
+#include "reader_interrupt.h"
+
 #include <errno.h>
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
-    MOST_MESSAGE = 80 << 10,  /* bytes of a message; of a SETXATTR at most 64 KiB, a name and headers */
     MOST_LISTING = 64 << 10,  /* bytes of a reply to READDIR */
     MOST_LINK = 4 << 10,      /* of a reply to READLINK */
-    MOST_OTHER = 160,         /* of a reply to anything else that names no size */
     MOST_FORGOTTEN = 4000,    /* nodes in one message */
     READS_BYTES = 32 << 20,   /* of READs under way: each holds a buffer while it is served */
     WRITES_BYTES = 64 << 20,  /* of WRITEs under way */
     REPLIES_SHARE = 2,        /* of the socket's buffer: what a message takes of it is estimated */
+    RECHECK_MS = 200,
 };
 
 struct message {
@@ -33,23 +34,6 @@ struct write_message {
     uint64_t number;
 };
 _Static_assert(sizeof(struct write_message) == 40 + 40 + 8, "no padding");
-
-/* ---- Replies ---------------------------------------------------------------------------------------------- */
-
-void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length)
-{
-    struct fuse_out_header out = {.len = (uint32_t)(sizeof out + length), .unique = unique};
-    struct iovec parts[2] = {{&out, sizeof out}, {(void *)data, length}};
-    ssize_t ignored = writev(device, parts, length ? 2 : 1); /* ENOENT: whoever asked is gone */
-    (void)ignored;
-}
-
-void reply_error(int device, uint64_t unique, int error)
-{
-    struct fuse_out_header out = {.len = sizeof out, .error = error, .unique = unique};
-    ssize_t ignored = write(device, &out, sizeof out);
-    (void)ignored;
-}
 
 /* ---- Life ------------------------------------------------------------------------------------------------- */
 
@@ -98,11 +82,11 @@ void passing_free(struct passing *p)
 
 static bool is_answered(uint32_t opcode)
 {
-    return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET && opcode != FUSE_INTERRUPT;
+    return opcode != FUSE_FORGET && opcode != FUSE_BATCH_FORGET;
 }
 
 /* Of the socket, for a reply of at most so many bytes: a message is a header, and memory in powers of two. */
-static uint32_t room_for(size_t bytes) { return bytes <= MOST_OTHER ? 1024 : (uint32_t)(2048 + 2 * bytes); }
+uint32_t room_for(size_t bytes) { return bytes <= MOST_OTHER ? 1024 : (uint32_t)(2048 + 2 * bytes); }
 
 static uint32_t room_of(uint32_t opcode, const uint8_t *body)
 {
@@ -156,6 +140,7 @@ static bool give(struct passing *p, struct flight *f, const void *bytes, size_t 
         return false;
     if (f) {
         p->room_used += f->room;
+        f->given = true;
         atomic_fetch_add(&p->expected, 1);
     }
     atomic_fetch_add_explicit(&p->passed, 1, memory_order_relaxed);
@@ -168,7 +153,7 @@ static bool may_read(const struct passing *p, const struct flight *f)
 }
 
 /* Pass a message on now, or when there is room. */
-static enum passed give_or_keep(struct passing *p, struct flight *f, const void *bytes, size_t length)
+enum passed passing_give(struct passing *p, struct flight *f, const void *bytes, size_t length)
 {
     uint64_t unique = f ? f->unique : 0;
     bool reads = f && f->opcode == FUSE_READ;
@@ -183,7 +168,7 @@ static enum passed give_or_keep(struct passing *p, struct flight *f, const void 
     return result;
 }
 
-static void give_kept(struct passing *p)
+void passing_give_kept(struct passing *p)
 {
     struct message *m;
     while ((m = p->unsent.first) && give(p, flights_find(&p->flights, m->unique), m->bytes, m->length)) {
@@ -221,7 +206,7 @@ static void forget_split(struct passing *p, const struct buffer *request, size_t
         memcpy(part->one, from, n * one);
         part->batch.count = (uint32_t)n;
         part->in.len = (uint32_t)(head + n * one);
-        (void)give_or_keep(p, NULL, part, part->in.len);
+        (void)passing_give(p, NULL, part, part->in.len);
         from += n * one;
         left -= n;
     }
@@ -246,7 +231,7 @@ static int keep_payload(struct passing *p, struct flight *f, struct buffer **req
     return 0;
 }
 
-static void forsake(struct passing *p, struct flight *f)
+void passing_forsake(struct passing *p, struct flight *f)
 {
     (void)flights_take(&p->flights, f->unique);
     if (f->payload) {
@@ -255,6 +240,95 @@ static void forsake(struct passing *p, struct flight *f)
     }
     free(f);
 }
+
+/* ---- Interrupts ------------------------------------------------------------------------------------------- */
+
+static bool take_out(struct queue *q, uint64_t unique)
+{
+    struct message **p = &q->first, *m;
+    while (*p && (*p)->unique != unique)
+        p = &(*p)->next;
+    if (!(m = *p))
+        return false;
+    if (!(*p = m->next))
+        q->last = p;
+    free(m);
+    return true;
+}
+
+/* Answer a request whose program is going to die. */
+static void give_up(struct passing *p, struct flight *f)
+{
+    if (f->given_up || !f->may_be_given_up || !is_dying(f->thread))
+        return;
+    atomic_fetch_sub(&p->interrupted, 1);
+    atomic_fetch_add_explicit(&p->given_up, 1, memory_order_relaxed);
+    reply_error(p->device, f->unique, -EINTR);
+    f->given_up = true;
+    if (f->given)
+        return;
+    if (take_out(&p->unsent, f->unique) && f->opcode == FUSE_READ)
+        p->reading -= f->size;
+    (void)take_out(&p->later, f->unique);
+    passing_forsake(p, f);
+    look_whether_full(p);
+}
+
+static void note_interrupt(struct passing *p, struct flight *f)
+{
+    if (f->interrupted || !f->may_be_given_up)
+        return;
+    f->interrupted = true;
+    atomic_fetch_add(&p->interrupted, 1);
+    give_up(p, f);
+}
+
+/* The request may be in the hands of another thread still, which is about to pass it on. */
+static bool was_early(struct passing *p, uint64_t unique)
+{
+    for (unsigned i = 0; i < sizeof p->early / sizeof *p->early; i++)
+        if (p->early[i] == unique) {
+            p->early[i] = 0;
+            return true;
+        }
+    return false;
+}
+
+static void interrupt(struct passing *p, const struct fuse_in_header *in)
+{
+    struct fuse_interrupt_in which;
+    memcpy(&which, in + 1, sizeof which);
+    struct flight *f = flights_find(&p->flights, which.unique);
+    if (f)
+        note_interrupt(p, f);
+    else
+        p->early[p->nearly++ % (sizeof p->early / sizeof *p->early)] = which.unique;
+}
+
+static void look_again(struct flight *f, void *with)
+{
+    if (f->interrupted)
+        give_up(with, f);
+}
+
+void passing_recheck(struct passing *p)
+{
+    struct timespec t;
+    if (!passing_interrupted(p))
+        return;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    int64_t now_ms = (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+    pthread_mutex_lock(&p->lock);
+    if (now_ms - p->checked_ms >= RECHECK_MS) {
+        p->checked_ms = now_ms;
+        flights_each(&p->flights, look_again, p);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+bool passing_interrupted(const struct passing *p) { return atomic_load(&p->interrupted); }
+
+/* ---- Requests --------------------------------------------------------------------------------------------- */
 
 static enum passed pass_request(struct passing *p, struct buffer **request, size_t length)
 {
@@ -269,19 +343,23 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
         return result;
     f->opcode = in->opcode;
     f->room = room_of(in->opcode, body);
+    f->thread = in->pid;
+    f->may_be_given_up = may_be_given_up(in, length);
     if (in->opcode == FUSE_WRITE) {
         if (length >= sizeof *in + sizeof *writing && writing->size <= length - sizeof *in - sizeof *writing
             && !keep_payload(p, f, request, &by_number))
-            result = give_or_keep(p, f, &by_number, sizeof by_number);
+            result = passing_give(p, f, &by_number, sizeof by_number);
     } else if (length <= MOST_MESSAGE - sizeof *in) {
         if (in->opcode == FUSE_READ)
             f->size = sized->size;
         else if ((in->opcode == FUSE_READDIR || in->opcode == FUSE_READDIRPLUS) && sized->size > MOST_LISTING)
             sized->size = MOST_LISTING;
-        result = give_or_keep(p, f, in, length);
+        result = passing_give(p, f, in, length);
     }
     if (result == PASSED_NOT)
-        forsake(p, f);
+        passing_forsake(p, f);
+    else if (was_early(p, f->unique))
+        note_interrupt(p, f);
     return result;
 }
 
@@ -292,81 +370,18 @@ enum passed pass_on(struct passing *p, struct buffer **request, size_t length)
     enum passed result = PASSED_NOT;
     bool answered = is_answered(in->opcode);
     pthread_mutex_lock(&p->lock);
-    if (answered)
+    if (in->opcode == FUSE_INTERRUPT)
+        answered = (interrupt(p, in), false);
+    else if (answered)
         result = pass_request(p, request, length);
     else if (length > MOST_MESSAGE)
         forget_split(p, *request, length);
     else
-        result = give_or_keep(p, NULL, in, length);
+        result = passing_give(p, NULL, in, length);
     pthread_mutex_unlock(&p->lock);
     if (answered && result == PASSED_NOT)
         reply_error(p->device, unique, -EIO); /* nobody else will */
     return result;
-}
-
-/* ---- From libfuse ----------------------------------------------------------------------------------------- */
-
-/* Answer a READ from the buffer that its reply names. */
-static void reply_by_number(struct passing *p, const struct flight *f, size_t length)
-{
-    struct buffer *b = NULL;
-    uint64_t number;
-    if (length == sizeof(struct fuse_out_header) + sizeof number) {
-        memcpy(&number, p->reply + sizeof(struct fuse_out_header), sizeof number);
-        b = buffers_sent(p->buffers, number);
-    }
-    if (b && b->length <= f->size)
-        reply_bytes(p->device, f->unique, b->data + b->start, b->length);
-    else
-        reply_error(p->device, f->unique, -EIO);
-    if (b)
-        buffer_drop(b);
-}
-
-static struct flight *landed(struct passing *p, uint64_t unique)
-{
-    pthread_mutex_lock(&p->lock);
-    struct flight *f = unique ? flights_take(&p->flights, unique) : NULL;
-    if (f) {
-        p->room_used -= f->room;
-        if (f->opcode == FUSE_READ)
-            p->reading -= f->size;
-        if (f->opcode == FUSE_WRITE)
-            p->writing -= f->size;
-        atomic_fetch_sub(&p->expected, 1);
-    }
-    pthread_mutex_unlock(&p->lock);
-    return f;
-}
-
-static void pass_back(struct passing *p, size_t length)
-{
-    const struct fuse_out_header *out = (const void *)p->reply;
-    struct flight *f = landed(p, out->unique);
-    if (out->len != length) { /* cut off: larger than anything that was asked for */
-        reply_error(p->device, out->unique, -EIO);
-    } else if (f && f->opcode == FUSE_READ && !out->error && length > sizeof *out) {
-        reply_by_number(p, f, length);
-    } else { /* a notice, if it has no number */
-        if (f)
-            amend(&p->amendments, f->opcode, p->reply, length);
-        ssize_t ignored = write(p->device, p->reply, length);
-        (void)ignored;
-    }
-    if (f && f->payload)
-        buffer_drop(f->payload);
-    free(f);
-}
-
-void passing_drain(struct passing *p)
-{
-    ssize_t n;
-    while ((n = recv(p->ours, p->reply, MOST_MESSAGE, MSG_DONTWAIT)) > 0)
-        if ((size_t)n >= sizeof(struct fuse_out_header))
-            pass_back(p, (size_t)n);
-    pthread_mutex_lock(&p->lock);
-    give_kept(p);
-    pthread_mutex_unlock(&p->lock);
 }
 
 /* ---- Questions -------------------------------------------------------------------------------------------- */

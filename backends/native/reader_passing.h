@@ -16,6 +16,9 @@
  *   READs      wait in a list of their own if the buffers of those under way would take too much memory: hits and other
  *              requests go on
  *
+ * A request that is interrupted may be given up (`reader_interrupt`): it is answered at once, and stays a flight until libfuse
+ * replies.
+ *
  * For any thread, but `passing_drain`, which is for the one that runs libfuse. */
 #ifndef READER_PASSING_H
 #define READER_PASSING_H
@@ -47,6 +50,18 @@ struct passing {
     _Atomic bool full;
     _Atomic uint32_t expected; /* replies that are to come */
     _Atomic uint64_t passed;   /* requests so far */
+
+    uint64_t early[16];             /* interrupted requests that were not known yet when that was told */
+    unsigned nearly;
+    _Atomic uint32_t interrupted;   /* requests that were, and are not given up */
+    _Atomic uint64_t given_up;      /* so far */
+    int64_t checked_ms;             /* when `passing_recheck` looked last */
+    uint64_t own;                   /* numbers of requests that the kernel does not know of */
+};
+
+enum {
+    MOST_MESSAGE = 80 << 10, /* bytes of a message; of a SETXATTR at most 64 KiB, a name and headers */
+    MOST_OTHER = 160,        /* of a reply to what names no size, as most requests */
 };
 
 enum passed { PASSED, PASSED_LATER, PASSED_NOT };
@@ -58,6 +73,10 @@ void passing_free(struct passing *p);
 enum passed pass_on(struct passing *p, struct buffer **request, size_t length);
 /* Pass on to the kernel what libfuse has replied, and to libfuse what has waited for room. */
 void passing_drain(struct passing *p);
+/* Whether who waits for a request has had a signal, and may have a fatal one later. */
+bool passing_interrupted(const struct passing *p);
+/* Look at those again, unless it was done just now. */
+void passing_recheck(struct passing *p);
 /* Whether no more requests may be read. */
 bool passing_full(const struct passing *p);
 /* Whether replies are to come. */
@@ -66,6 +85,13 @@ bool passing_expects(const struct passing *p);
 bool passing_quiet(struct passing *p);
 /* The bytes of the WRITE whose number libfuse was given; the buffer is held. NULL: there is no such request. */
 struct buffer *passing_payload(struct passing *p, uint64_t unique, size_t *start, size_t *length);
+
+/* For the half that passes replies back (`reader_returning.c`), with the lock held. */
+uint32_t room_for(size_t bytes); /* of the socket, for a reply of at most so many bytes */
+enum passed passing_give(struct passing *p, struct flight *f, const void *bytes, size_t length); /* `f` NULL: no reply */
+void passing_give_kept(struct passing *p);
+void passing_forsake(struct passing *p, struct flight *f);
+
 /* Reply to a request: an error (negative errno), or bytes. */
 void reply_error(int device, uint64_t unique, int error);
 void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length);

@@ -38,10 +38,10 @@ class Desk:
     file: int
     uniques: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
 
-    def request(self, opcode: int, body: bytes = b"") -> int:
-        """Send a request, and return its number."""
+    def request(self, opcode: int, body: bytes = b"", pid: int = 0) -> int:
+        """Send a request of the process `pid`, and return its number."""
         unique = next(self.uniques)
-        header = struct.pack("=IIQQIIII", 40 + len(body), opcode, unique, 1, 0, 0, 0, 0)
+        header = struct.pack("=IIQQIIII", 40 + len(body), opcode, unique, 1, 0, 0, pid, 0)
         self.kernel.send(header + body)
         return unique
 
@@ -104,7 +104,8 @@ def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB) -> Iterat
         end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 512 * MIB)
     for end in (ours, libfuse):
         end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, room_bytes)
-    libfuse.settimeout(5)  # a reply that has to wait for room waits for ever in a mount
+    # A reply that has to wait for room waits for ever in a mount.
+    libfuse.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("=qq", 0, 1))
     gate = _native.Gate()
     reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers)
     with kernel, device, ours, libfuse:

@@ -203,7 +203,7 @@ def test_a_mount_holds_its_client_as_long_as_it_lives(segment: "_native.Segment"
     assert segment.client("web", create=False).held
 
 
-@pytest.mark.parametrize("loop", ["plain", "fast"])
+@pytest.mark.parametrize("loop", ["plain", "native"])
 def test_readers_and_writers_never_see_the_past_while_modes_change(
     segment: "_native.Segment", mounter: Mounter, loop: str
 ) -> None:

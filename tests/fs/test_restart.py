@@ -22,7 +22,7 @@ from .conftest import Mounter, Place
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-MODES = ["", "loop=plain", "cache=kernel"]
+MODES = ["loop=native", "loop=fast", "loop=plain,cache=kernel"]
 
 
 def numbered(size: int, seed: int = 0) -> bytes:

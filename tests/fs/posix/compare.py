@@ -109,6 +109,8 @@ class Twins:
     plain: Path
     lower: Path
     point: Path
+    contents_only: bool = False
+    """Whether operations on names and attributes need not be tried."""
     cases: int = 0
 
     def stage(self, build: Callable[[Path], object]) -> str:

@@ -25,6 +25,13 @@ def variants(**choices: object) -> Callable[[Callable[[str, object], object]], N
     return register
 
 
+def module_of(do: Operation) -> str:
+    """Return the name of the module that registered an operation."""
+    if isinstance(do, functools.partial):
+        do = do.args[0]
+    return do.__module__
+
+
 def _chosen(do: Callable[[str, object], object], choice: object, directory: str) -> object:
     return do(directory, choice)
 

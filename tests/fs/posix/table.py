@@ -5,6 +5,9 @@ mount cannot offer are not here: `test_limits` has them.
 """
 
 from . import contents, names
-from .register import OPERATIONS
+from .register import OPERATIONS, module_of
 
-__all__ = ["OPERATIONS", "contents", "names"]
+CONTENTS = frozenset(name for name, do in OPERATIONS.items() if module_of(do) == contents.__name__)
+"""Those that concern what is in files."""
+
+__all__ = ["CONTENTS", "OPERATIONS", "contents", "names"]

@@ -1,0 +1,26 @@
+/* Hits: READs of open files whose gates are open and whose pages are all in the pool, answered at once. For any thread. */
+#ifndef READER_HITS_H
+#define READER_HITS_H
+
+#include "reader_files.h"
+
+#include <linux/fuse.h>
+
+struct hits {
+    int device;
+    size_t largest; /* bytes of a READ */
+    struct files files;
+    pthread_rwlock_t pool_lock; /* of the two below; read while a hit is fetched */
+    bool has_pool;
+    struct tm_handle pool;
+    _Atomic uint64_t reads, pages, bytes; /* answered so far */
+};
+
+int hits_init(struct hits *h, int device, size_t largest); /* -1: no memory */
+void hits_free(struct hits *h);
+/* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
+void hits_use(struct hits *h, const struct tm_handle *pool);
+/* Answer a READ by way of `data` (a buffer) if all its pages are in the pool. */
+bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct fuse_read_in *read_in, uint8_t *data);
+
+#endif

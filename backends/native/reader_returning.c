@@ -1,0 +1,124 @@
+/* From libfuse to the kernel: the other half of reader_passing.h. */
+#include "reader_interrupt.h"
+#include "reader_passing.h"
+
+#include <errno.h>
+#include <linux/fuse.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define OWN_NUMBERS (UINT64_C(1) << 62) /* the kernel does not come so far */
+
+void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length)
+{
+    struct fuse_out_header out = {.len = (uint32_t)(sizeof out + length), .unique = unique};
+    struct iovec parts[2] = {{&out, sizeof out}, {(void *)data, length}};
+    ssize_t ignored = writev(device, parts, length ? 2 : 1); /* ENOENT: whoever asked is gone */
+    (void)ignored;
+}
+
+void reply_error(int device, uint64_t unique, int error)
+{
+    struct fuse_out_header out = {.len = sizeof out, .error = error, .unique = unique};
+    ssize_t ignored = write(device, &out, sizeof out);
+    (void)ignored;
+}
+
+/* The buffer that the reply to a READ names, NULL: none. */
+static struct buffer *named_buffer(struct passing *p, size_t length)
+{
+    uint64_t number;
+    if (length != sizeof(struct fuse_out_header) + sizeof number)
+        return NULL;
+    memcpy(&number, p->reply + sizeof(struct fuse_out_header), sizeof number);
+    return buffers_sent(p->buffers, number);
+}
+
+static void reply_by_number(struct passing *p, const struct flight *f, size_t length)
+{
+    struct buffer *b = named_buffer(p, length);
+    if (b && b->length <= f->size)
+        reply_bytes(p->device, f->unique, b->data + b->start, b->length);
+    else
+        reply_error(p->device, f->unique, -EIO);
+    if (b)
+        buffer_drop(b);
+}
+
+static struct flight *landed(struct passing *p, uint64_t unique)
+{
+    pthread_mutex_lock(&p->lock);
+    struct flight *f = unique ? flights_take(&p->flights, unique) : NULL;
+    if (f) {
+        p->room_used -= f->room;
+        if (f->opcode == FUSE_READ)
+            p->reading -= f->size;
+        if (f->opcode == FUSE_WRITE)
+            p->writing -= f->size;
+        atomic_fetch_sub(&p->expected, 1);
+        if (f->interrupted && !f->given_up)
+            atomic_fetch_sub(&p->interrupted, 1);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return f;
+}
+
+/* The reply to a request that was given up: nobody gets it. */
+static void drop_late(struct passing *p, const struct flight *f, size_t length)
+{
+    struct buffer *b = f->opcode == FUSE_READ ? named_buffer(p, length) : NULL;
+    bool answered;
+    if (b)
+        buffer_drop(b);
+    uint8_t *request = malloc(length + 64);
+    size_t n = request ? undo(f->opcode, p->reply, length, request, &answered) : 0;
+    if (n) {
+        struct fuse_in_header *in = (void *)request;
+        struct flight *own = NULL;
+        pthread_mutex_lock(&p->lock);
+        if (answered && (own = flights_add(&p->flights, in->unique = OWN_NUMBERS | p->own++))) {
+            own->opcode = in->opcode;
+            own->room = room_for(MOST_OTHER);
+            own->given_up = true;
+        }
+        if ((own || !answered) && passing_give(p, own, request, n) == PASSED_NOT && own)
+            passing_forsake(p, own);
+        pthread_mutex_unlock(&p->lock);
+    }
+    free(request);
+}
+
+static void pass_back(struct passing *p, size_t length)
+{
+    const struct fuse_out_header *out = (const void *)p->reply;
+    struct flight *f = landed(p, out->unique);
+    if (f && f->given_up) {
+        drop_late(p, f, length);
+    } else if (out->len != length) { /* cut off: larger than anything that was asked for */
+        reply_error(p->device, out->unique, -EIO);
+    } else if (f && f->opcode == FUSE_READ && !out->error && length > sizeof *out) {
+        reply_by_number(p, f, length);
+    } else { /* a notice, if it has no number */
+        if (f)
+            amend(&p->amendments, f->opcode, p->reply, length);
+        ssize_t ignored = write(p->device, p->reply, length);
+        (void)ignored;
+    }
+    if (f && f->payload)
+        buffer_drop(f->payload);
+    free(f);
+}
+
+void passing_drain(struct passing *p)
+{
+    ssize_t n;
+    while ((n = recv(p->ours, p->reply, MOST_MESSAGE, MSG_DONTWAIT)) > 0)
+        if ((size_t)n >= sizeof(struct fuse_out_header))
+            pass_back(p, (size_t)n);
+    pthread_mutex_lock(&p->lock);
+    passing_give_kept(p);
+    pthread_mutex_unlock(&p->lock);
+}

@@ -1,0 +1,125 @@
+"""A lower that does not answer, and the native reader: hits go on, and who is killed ends at once."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tmem.types import PAGE_SIZE
+
+from .conftest import Mounter, Place
+from .faulty import Faulty
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+CONTENT = b"".join(number.to_bytes(8, "big") for number in range(8192))
+READ = "import os, sys; os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)"
+LIST = "import os, sys; os.listdir(sys.argv[1])"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[Faulty]:
+    """A lower with two files, ``slow`` and ``other``."""
+    directory = tmp_path / "backing"
+    directory.mkdir()
+    for name in ("slow", "other"):
+        (directory / name).write_bytes(CONTENT)
+    lower = Faulty(directory, tmp_path / "lower")
+    yield lower
+    lower.close()
+
+
+@pytest.fixture
+def place(faulty: Faulty, segment: "_native.Segment", mounter: Mounter) -> Iterator[Place]:
+    made = mounter("timeout=0,cache=direct,loop=native", lower=faulty.point)
+    assert (made.point / "other").read_bytes() == CONTENT
+    yield made
+    with contextlib.suppress(OSError):
+        faulty.heal()
+
+
+@contextlib.contextmanager
+def program(code: str, path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+
+
+@pytest.mark.parametrize("operation", ["lookup", "open", "getattr"])
+def test_hits_go_on_while_all_of_python_waits(
+    place: Place, faulty: Faulty, eventually: Callable[..., None], operation: str
+) -> None:
+    with (place.point / "other").open("rb", buffering=0) as other:
+        assert os.pread(other.fileno(), PAGE_SIZE, 0) == CONTENT[:PAGE_SIZE]
+        faulty.fail(operation, hangs=True, name="slow")
+        with program(READ, place.point / "slow") as waiting:
+            eventually(lambda: operation in faulty.waiting())
+            for _ in range(20):  # what reaches the end asks the lower where that is
+                for start in range(0, len(CONTENT) - PAGE_SIZE, PAGE_SIZE):
+                    assert os.pread(other.fileno(), PAGE_SIZE, start) == CONTENT[start : start + PAGE_SIZE]
+            assert waiting.poll() is None
+            faulty.heal()
+            assert waiting.wait(10) == 0
+    assert (place.point / "slow").read_bytes() == CONTENT
+
+
+KILLED = [
+    ("read", READ, "slow", signal.SIGKILL),
+    ("read", READ, "slow", signal.SIGTERM),
+    ("lookup", READ, "slow", signal.SIGABRT),
+    ("open", READ, "slow", signal.SIGKILL),
+    ("getattr", READ, "slow", signal.SIGKILL),
+    ("opendir", LIST, "", signal.SIGKILL),
+    ("readdir", LIST, "", signal.SIGKILL),
+]
+
+
+@pytest.mark.parametrize(("operation", "code", "name", "number"), KILLED)
+def test_who_is_killed_ends_at_once(
+    place: Place,
+    faulty: Faulty,
+    eventually: Callable[..., None],
+    operation: str,
+    code: str,
+    name: str,
+    number: signal.Signals,
+) -> None:
+    faulty.fail(operation, hangs=True)
+    with program(code, place.point / name) as waiting:
+        eventually(lambda: operation in faulty.waiting())
+        waiting.send_signal(number)
+        assert waiting.wait(10) == -number
+        assert operation in faulty.waiting()  # the lower has not answered
+    faulty.heal()
+    assert (place.point / "slow").read_bytes() == CONTENT
+    assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_a_signal_that_is_handled_disturbs_nothing(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGALRM, lambda *_: None); "
+        "signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05); "
+        "sys.exit(len(os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)) != 4096)"
+    )
+    faulty.fail("read", hangs=True, name="slow")
+    with program(code, place.point / "slow") as waiting:
+        eventually(lambda: faulty.waiting() == ["read"])
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        faulty.heal()
+        assert waiting.wait(10) == 0

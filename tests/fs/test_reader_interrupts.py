@@ -1,0 +1,202 @@
+"""Requests of programs that were killed are given up, others are not, and late replies do no harm."""
+
+import os
+import signal
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tmem.fs.reading import NOTHING, REQUEST
+from tmem.types import PAGE_SIZE
+
+from .reader_desk import (
+    BATCH_FORGET,
+    FH,
+    FORGET,
+    GETATTR,
+    OPEN,
+    OPENDIR,
+    READ,
+    READDIRPLUS,
+    WRITE,
+    Desk,
+    make,
+)
+
+LOOKUP, RELEASE, FSYNC, RELEASEDIR, INTERRUPT = 1, 18, 20, 29, 36
+EINTR = -4
+OWN_NUMBERS = 1 << 62
+READ_BODY = struct.pack("=QQIIQII", FH + 1, 0, PAGE_SIZE, 0, 0, 0, 0)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    yield from make(tmp_path)
+
+
+@pytest.fixture
+def program(eventually: Callable[..., None]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A program that no signal but SIGKILL reaches: it is stopped. So what it gets stays pending."""
+    process = subprocess.Popen(["sleep", "1000"])
+    process.send_signal(signal.SIGSTOP)
+    eventually(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def begin(desk: Desk, opcode: int, body: bytes, pid: int) -> int:
+    unique = desk.request(opcode, body, pid)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (opcode, unique)
+    return unique
+
+
+def interrupt(desk: Desk, unique: int) -> None:
+    desk.request(INTERRUPT, struct.pack("=Q", unique))
+    assert desk.serve() == NOTHING  # not for libfuse
+
+
+@pytest.mark.parametrize("opcode", [LOOKUP, GETATTR, OPEN, READ, FSYNC, OPENDIR, READDIRPLUS])
+def test_a_dying_program_need_not_wait(desk: Desk, program: "subprocess.Popen[bytes]", opcode: int) -> None:
+    unique = begin(desk, opcode, READ_BODY, program.pid)
+    program.send_signal(signal.SIGQUIT)
+    interrupt(desk, unique)
+    assert desk.answer() == (unique, EINTR, b"")
+    assert desk.reader.counters()["given_up"] == 1
+    assert not desk.reader.quiet  # the handler is at it still
+    desk.reply(unique, error=-5)
+    assert desk.silent()
+    assert desk.reader.quiet
+
+
+@pytest.mark.parametrize("signals", [[], [signal.SIGCHLD], [signal.SIGWINCH, signal.SIGTERM]])
+def test_a_program_that_goes_on_must_wait(
+    desk: Desk, program: "subprocess.Popen[bytes]", signals: list[signal.Signals]
+) -> None:
+    unique = begin(desk, READ, READ_BODY, program.pid)
+    for number in signals:  # SIGTERM does not end who is stopped
+        program.send_signal(number)
+    interrupt(desk, unique)
+    assert desk.silent()
+    desk.reply_with(unique, b"data")
+    assert desk.answer() == (unique, 0, b"data")
+    assert desk.reader.quiet
+
+
+def test_a_later_fatal_signal_is_seen(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    """The kernel tells of the first signal only."""
+    unique = begin(desk, READ, READ_BODY, program.pid)
+    interrupt(desk, unique)
+    assert desk.silent()
+    program.send_signal(signal.SIGQUIT)
+    assert desk.answer() == (unique, EINTR, b"")  # by a thread of the reader
+    desk.reply_with(unique, b"data")
+    assert desk.silent()
+
+
+def test_changes_are_waited_for(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    truncating = struct.pack("=II", os.O_RDWR | os.O_TRUNC, 0)
+    writing = struct.pack("=QQIIQII", FH, 0, 4, 0, 0, 0, 0) + b"data"
+    program.send_signal(signal.SIGQUIT)
+    for opcode, body in (
+        (OPEN, truncating),
+        (WRITE, writing),
+        (4, bytes(88)),
+        (9, bytes(20)),
+        (12, bytes(30)),
+    ):
+        unique = begin(desk, opcode, body, program.pid)
+        interrupt(desk, unique)
+        assert desk.silent()
+        desk.reply(unique)
+        assert desk.answer() == (unique, 0, b"")
+
+
+def test_an_interrupt_that_comes_before_its_request(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    """Another thread may have the request in hand still."""
+    program.send_signal(signal.SIGQUIT)
+    interrupt(desk, 2)
+    interrupt(desk, 1000)  # answered already, say
+    unique = desk.request(READ, READ_BODY, program.pid)
+    assert unique == 3
+    assert desk.serve() == REQUEST
+    desk.forwarded()
+    assert desk.silent()
+    interrupt(desk, 6)
+    assert next(desk.uniques) == 5
+    unique = begin(desk, READ, READ_BODY, program.pid)
+    assert desk.answer() == (unique, EINTR, b"")
+
+
+def test_a_read_that_waits_for_its_turn_is_taken_back(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    program.send_signal(signal.SIGQUIT)
+    first = [desk.read(0, 1 << 20, FH + 1) for _ in range(40)]
+    under_way = 0
+    while desk.serve() == REQUEST:
+        desk.forwarded()
+        under_way += 1
+    assert under_way < len(first)
+    unique = desk.request(READ, READ_BODY, program.pid)
+    assert desk.serve() == NOTHING
+    interrupt(desk, unique)
+    assert desk.answer() == (unique, EINTR, b"")
+    for number in range(len(first)):
+        desk.reply(first[number])
+        assert desk.answer() == (first[number], 0, b"")
+        while desk.serve() == REQUEST:
+            assert desk.forwarded()[1] in first
+    assert desk.reader.quiet
+
+
+def given_up(desk: Desk, program: "subprocess.Popen[bytes]", opcode: int, body: bytes) -> int:
+    program.send_signal(signal.SIGQUIT)
+    unique = begin(desk, opcode, body, program.pid)
+    interrupt(desk, unique)
+    assert desk.answer() == (unique, EINTR, b"")
+    return unique
+
+
+def entry(node: int) -> bytes:
+    return struct.pack("=Q", node) + bytes(120)
+
+
+def test_a_late_lookup_is_forgotten(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    for body in (entry(0), entry(77)):
+        desk.reply(given_up(desk, program, LOOKUP, b"name\0"), body)
+    message = desk.forwarded_message()
+    assert struct.unpack("=IIQQIIIIQ", message) == (48, FORGET, 0, 77, 0, 0, 0, 0, 1)
+    with pytest.raises(BlockingIOError):
+        desk.forwarded_message()
+    assert desk.reader.quiet
+
+
+def test_a_late_listing_is_forgotten(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    listing = b""
+    for node, name in ((5, b"a"), (0, b"unknown"), (6, b"eight888"), (7, b"a longer name")):
+        one = entry(node) + struct.pack("=QQII", node, 1, len(name), 8) + name
+        listing += one + bytes(-len(one) % 8)
+    desk.reply(given_up(desk, program, READDIRPLUS, READ_BODY), listing)
+    message = desk.forwarded_message()
+    assert struct.unpack_from("=II", message) == (len(message), BATCH_FORGET)
+    assert struct.unpack_from("=I", message, 40) == (3,)
+    assert list(struct.iter_unpack("=QQ", message[48:])) == [(5, 1), (6, 1), (7, 1)]
+
+
+@pytest.mark.parametrize(("opcode", "closing"), [(OPEN, RELEASE), (OPENDIR, RELEASEDIR)])
+def test_what_was_opened_late_is_closed(
+    desk: Desk, program: "subprocess.Popen[bytes]", opcode: int, closing: int
+) -> None:
+    desk.reply(given_up(desk, program, opcode, bytes(8)), struct.pack("=QII", 99, 0, 0))
+    message = desk.forwarded_message()
+    length, told, unique = struct.unpack_from("=IIQ", message)
+    assert (length, told) == (len(message), closing)
+    assert unique >= OWN_NUMBERS
+    assert struct.unpack_from("=Q", message, 40) == (99,)
+    assert not desk.reader.quiet
+    desk.reply(unique)
+    assert desk.silent()
+    assert desk.reader.quiet
