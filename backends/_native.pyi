@@ -355,11 +355,20 @@ class Gate:
     """Where the pages of one file are, for a `Reader`: closed when new, and while the file changes."""
 
     def __init__(self) -> None: ...
-    def set(self, oid: bytes, size: int, open: bool, /) -> None:
+    def set(self, oid: bytes, size: int, open: bool, takes: bool = False, /) -> None:
         """Say in which object (24 bytes) its pages are and how many bytes it has. For any thread.
 
-        Once this has returned, no READ that begins later is answered from what was said before.
+        Once this has returned, no READ that begins later is answered from what was said before, and nothing
+        that the reader has read of the file before will be put. `takes`: what is missed while it is open may
+        be read and put by the reader.
         """
+
+    def overtake(self) -> None:
+        """Have nothing put that was read of the file before."""
+
+    @property
+    def top(self) -> int:
+        """No page at this index or above was ever put by the reader itself."""
 
 class ReaderBuffer:
     """Writable memory of a `Reader`; it goes back there with the last reference to it."""
@@ -374,12 +383,18 @@ class Reader:
     allows more requests under way. What libfuse gets as the data of a WRITE is a number for `payload`, and
     what it replies to a READ is one from `send`, or nothing.
 
-    Up to `helpers` threads serve beside the caller of `serve` when several requests wait. See
-    backends/native/reader.h.
+    Up to `helpers` threads serve beside the caller of `serve` when several requests wait; another one stands
+    in for it once nobody has been in `serve` for `away_ms` (0: never). See backends/native/reader.h.
     """
 
     def __init__(
-        self, device: int, ours: int, theirs: int, helpers: int = 1, largest_bytes: int = 1 << 20
+        self,
+        device: int,
+        ours: int,
+        theirs: int,
+        helpers: int = 1,
+        largest_bytes: int = 1 << 20,
+        away_ms: int = 50,
     ) -> None: ...
     def serve(self, wake: int, timeout_ms: int, /) -> int:
         """Answer hits until a request for libfuse can be read from `theirs` (1), the connection is over (2),
@@ -436,8 +451,8 @@ class Reader:
         `believe`: and use the one that it has."""
 
     def counters(self) -> dict[str, int]:
-        """Return hit_reads, hit_pages, hit_bytes: answered here; forwarded: requests passed on; woken: how
-        often a helper was."""
+        """Return what was answered here, by the names of `fs.statistics`; forwarded: requests passed on;
+        given_up: those of programs that were killed; woken: how often a helper was."""
 
     def close(self) -> None:
         """End the helpers. No thread may be in `serve`."""

@@ -18,7 +18,8 @@ when it begins. A miss notes the epoch before it reads (`read_token`, None while
 `put_if` puts under the file's lock only if the epoch is still the same; flushes take the same lock. Either
 the put sees the new epoch and does nothing, or it ends before the change's first flush, which then removes
 its pages. (So the flush after the change finds nothing as long as this holds; it stays, as tmem's rule and a
-second line.)
+second line.) What the native reader reads and puts itself follows the same rule by the file's gate, which
+has a counter of its own that `overtake` and `show` raise, waiting for a put under way.
 
 For a pool of the mount's own; `sharing` has the rules for one that other mounts use too. Threading: the event
 loop's thread, except `put_if` and `Change.flush`, which any thread may call.
@@ -73,18 +74,31 @@ class FileState:
     """Orders puts and the flushes that follow changes; held for one call into the pool, by any thread."""
     gate: "Gate | None" = field(default=None, repr=False)
     """Tells the native reader whether it may answer, and from where (`reading`)."""
+    takes: bool = False
+    """Whether the native reader may put what it reads of the lower file; see `Coherence.admit`."""
 
     def show(self) -> None:
         """Tell the native reader what has changed of `oid`, `size`, `served` and `changes`."""
         if self.gate is not None:
             # Of an empty file it is asked in `files`: some file systems say so of files that have content.
             serving = self.served and not self.changes and self.size > 0
-            self.gate.set(self.oid, self.size, serving)
+            self.gate.set(self.oid, self.size, serving, self.takes)
+
+    def overtake(self) -> None:
+        """Void what was read until now; then nothing of it is being put by the native reader, either."""
+        self.epoch += 1
+        if self.gate is not None:
+            self.gate.overtake()
+
+    @property
+    def reach(self) -> int:
+        """No page at this index or above was ever put, by whomever."""
+        return self.top if self.gate is None else max(self.top, self.gate.top)
 
     def saved(self) -> SavedFileState:
         """Return all of it for `restored`. Of a file that is being changed, nothing will be trusted."""
         version = None if self.version is None or self.changes else (*self.version,)
-        return self.name, self.oid, self.fine_stamps, self.size, version, self.epoch, self.served, self.top
+        return self.name, self.oid, self.fine_stamps, self.size, version, self.epoch, self.served, self.reach
 
     @classmethod
     def restored(cls, saved: SavedFileState) -> "FileState":
@@ -96,6 +110,8 @@ class FileState:
 
 class Coherence:
     """The rules above for all files of a mount. `now_ns` is the wall clock."""
+
+    takes_below = True
 
     def __init__(self, precache: Precache, now_ns: Callable[[], int] = time.time_ns) -> None:
         self._precache = precache
@@ -119,7 +135,7 @@ class Coherence:
     def remember(self, state: FileState) -> None:
         """Keep what is known of a file that the kernel has forgotten: its pages outlive its inode."""
         if state.version is not None and not state.changes:
-            self._remembered[state.name] = (state.version, state.top)
+            self._remembered[state.name] = (state.version, state.reach)
             while len(self._remembered) > REMEMBERED_FILES:
                 self._remembered.popitem(last=False)
 
@@ -138,7 +154,9 @@ class Coherence:
         Its page cache shows the new bytes until it drops them, the old ones later, and no time stamp tells.
         """
         self._distrusted.add(state.name)
+        state.takes = False
         self._forget(state)
+        state.show()
 
     def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
         """Compare the lower file with what its pages are valid for, as every open must; True if unchanged.
@@ -182,9 +200,13 @@ class Coherence:
 
     def _forget(self, state: FileState) -> None:
         """Drop every page, put none that was read before, and trust no version until the next open."""
-        state.epoch += 1
+        state.overtake()
         state.version = None
         self._drop(state)
+
+    def admit(self, state: FileState) -> None:
+        """Say whether the native reader may put pages of a file: where the epoch is all that matters."""
+        state.takes = self.takes_below and state.name not in self._distrusted
 
     def read_token(self, state: FileState) -> int | None:
         """Return what `put_if` needs to put bytes that are read from now on; None: they may not be put."""
@@ -223,7 +245,7 @@ class Coherence:
         """Drop the pages that bytes `start` to `end` touch; their number."""
         with state.lock:
             first = start // PAGE_SIZE
-            last = state.top if end is None else min(-(-end // PAGE_SIZE), state.top)
+            last = state.reach if end is None else min(-(-end // PAGE_SIZE), state.reach)
             return self._precache.flush(state.oid, first, last - first)
 
     def _start_over(self, state: FileState, version: Version, quiet: bool | None) -> None:
@@ -232,7 +254,7 @@ class Coherence:
         `quiet` says whether nobody had the file open for writing after `version` was seen, as `is_quiet`
         does.
         """
-        state.epoch += 1
+        state.overtake()
         self._drop(state)
         state.version = self._trusted(state, version, quiet)
 
@@ -248,7 +270,7 @@ class Coherence:
             foreign = state.version is not None and state.version != version_at(descriptor)
             self._precache.counters.foreign_changes += foreign
             state.suspect = foreign
-        state.epoch += 1
+        state.overtake()
         state.changes += 1
 
     def _end(self, state: FileState, descriptor: int) -> None:
@@ -261,7 +283,7 @@ class Coherence:
         if state.changes:
             return
         if version is None:
-            state.epoch += 1
+            state.overtake()
             self._drop(state)
             state.version = None
         elif state.suspect:

@@ -160,6 +160,7 @@ class Opening(Namespace):
         self._files[number] = file
         inode.opens += 1
         if self.reading is not None and not inode.declined:
+            self.coherence.admit(state)
             self.reading.open(number, descriptor, state)
             if not file.accessed:
                 self.reading.reader.mark(number, 0)  # so that the first read comes here, and is noted
@@ -242,12 +243,13 @@ class Opening(Namespace):
             reading.use_pool(self.precache.current)
             for number, file in self._files.items():
                 if not file.inode.declined:
+                    self.coherence.admit(file.state)
                     reading.open(number, file.descriptor, file.state)
 
     def count_native_hits(self) -> None:
-        """Bring the counters up to date with what the native reader has answered."""
+        """Bring the counters up to date with what the native reader has done."""
         if self.reading is not None:
-            self.reading.count_hits(self.precache.counters)
+            self.reading.count(self.precache.counters)
 
     def used_by_files(self) -> list[Inode]:
         """Return the inodes of open files."""

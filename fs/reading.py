@@ -15,11 +15,18 @@ from tmem.fs.buffers import REQUEST_BYTES, Buffers
 from tmem.fs.coherence import FileState
 from tmem.fs.device import Device
 from tmem.fs.statistics import Counters
+from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
     from tmem.backends._native import Pool, Reader, ReaderBuffer
 
 MOST_HELPERS = 3
+
+_COUNTERS = (
+    *("hit_reads", "hit_pages", "hit_bytes", "miss_reads", "miss_pages", "lower_ns"),
+    *("put_ns", "put_pages", "refused_pages", "overtaken_pages"),
+)
+"""What is counted there by the names of `Counters`."""
 
 NOTHING, REQUEST, GONE = range(3)
 """What `Reader.serve` returns."""
@@ -95,12 +102,12 @@ class Reading:
         """Stop serving a file."""
         self.reader.close_file(number)
 
-    def count_hits(self, counters: Counters) -> None:
-        """Add to `counters` what was answered here since the last time."""
+    def count(self, counters: Counters) -> None:
+        """Add to `counters` what was done here since the last time."""
         counted, before = self.reader.counters(), self._counted
-        counters.hit_reads += counted["hit_reads"] - before.get("hit_reads", 0)
-        counters.hit_pages += counted["hit_pages"] - before.get("hit_pages", 0)
-        counters.hit_bytes += counted["hit_bytes"] - before.get("hit_bytes", 0)
+        for name in _COUNTERS:
+            setattr(counters, name, getattr(counters, name) + counted[name] - before.get(name, 0))
+        counters.lower_bytes += (counted["miss_pages"] - before.get("miss_pages", 0)) * PAGE_SIZE
         self._counted = counted
 
     def end(self) -> None:

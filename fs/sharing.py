@@ -33,6 +33,8 @@ class SharedCoherence(Coherence):
     Pages of a file that loses its last link and that nobody here has opened stay behind, to be evicted.
     """
 
+    takes_below = False  # the version is asked for before each put
+
     def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""
         state = super().recall(name, fine_stamps)
@@ -65,7 +67,7 @@ class SharedCoherence(Coherence):
             return self._precache.flush_object(state.oid)
 
     def _begin(self, state: FileState, descriptor: int) -> None:
-        state.epoch += 1
+        state.overtake()
         state.served = False
         state.version = None
         if not state.changes and (version := version_at(descriptor)) is not None:

@@ -50,23 +50,44 @@ static PyObject *gate_set_to(GateObject *self, PyObject *args)
     const char *oid;
     Py_ssize_t length;
     unsigned long long size;
-    int open;
-    if (!PyArg_ParseTuple(args, "y#Kp:set", &oid, &length, &size, &open))
+    int open, takes = 0;
+    if (!PyArg_ParseTuple(args, "y#Kp|p:set", &oid, &length, &size, &open, &takes))
         return NULL;
     if (length != TM_OID) {
         PyErr_SetString(PyExc_ValueError, "an object id is a bytes object of 24 bytes");
         return NULL;
     }
-    gate_set(self->gate, (const uint8_t *)oid, size, open);
+    Py_BEGIN_ALLOW_THREADS /* a put may be under way */
+    gate_set(self->gate, (const uint8_t *)oid, size, open, takes);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
+}
+
+static PyObject *overtake(GateObject *self, PyObject *unused)
+{
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    gate_overtake(self->gate);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_top(GateObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLong(gate_top(self->gate));
 }
 
 PyTypeObject *make_gate_type(void)
 {
-    static PyMethodDef methods[] = {{"set", (PyCFunction)gate_set_to, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+    static PyMethodDef methods[] = {{"set", (PyCFunction)gate_set_to, METH_VARARGS, NULL},
+                                    {"overtake", (PyCFunction)overtake, METH_NOARGS, NULL},
+                                    {NULL, NULL, 0, NULL}};
+    static PyGetSetDef getset[] = {{"top", (getter)get_top, NULL, NULL, NULL}, {NULL, NULL, NULL, NULL, NULL}};
     static PyType_Slot slots[] = {{Py_tp_init, (void *)gate_init},
                                   {Py_tp_dealloc, (void *)gate_dealloc},
                                   {Py_tp_methods, methods},
+                                  {Py_tp_getset, getset},
                                   {0, NULL}};
     static PyType_Spec spec = {"tmem.backends._native.Gate", sizeof(GateObject), 0, Py_TPFLAGS_DEFAULT, slots};
     return (PyTypeObject *)PyType_FromSpec(&spec);
@@ -124,17 +145,18 @@ static struct reader *reader_of(ReaderObject *self)
 
 static int init(ReaderObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"device", "ours", "theirs", "helpers", "largest_bytes", NULL};
+    static char *names[] = {"device", "ours", "theirs", "helpers", "largest_bytes", "away_ms", NULL};
     int device, ours, theirs;
-    unsigned int helpers = 1;
+    unsigned int helpers = 1, away_ms = 50;
     Py_ssize_t largest = 1 << 20;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iii|In:Reader", names, &device, &ours, &theirs, &helpers, &largest))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iii|InI:Reader", names, &device, &ours, &theirs, &helpers, &largest,
+                                     &away_ms))
         return -1;
     if (self->reader || largest < TM_PAGE || largest > (1 << 26)) {
         PyErr_SetString(PyExc_ValueError, "a reader is made once, for requests of 4096 to 67108864 bytes");
         return -1;
     }
-    if (!(self->reader = reader_new(device, ours, theirs, helpers, (size_t)largest))) {
+    if (!(self->reader = reader_new(device, ours, theirs, helpers, (size_t)largest, away_ms))) {
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
     }
@@ -360,10 +382,27 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
     if (!r)
         return NULL;
     reader_counters(r, &c);
-    return Py_BuildValue("{sKsKsKsKsKsK}", "hit_reads", (unsigned long long)c.hit_reads, "hit_pages",
-                         (unsigned long long)c.hit_pages, "hit_bytes", (unsigned long long)c.hit_bytes, "forwarded",
-                         (unsigned long long)c.forwarded, "given_up",
-                         (unsigned long long)c.given_up, "woken", (unsigned long long)c.woken);
+    const struct {
+        const char *name;
+        uint64_t value;
+    } all[] = {{"hit_reads", c.hit_reads},
+               {"hit_pages", c.hit_pages},
+               {"hit_bytes", c.hit_bytes},
+               {"miss_reads", c.miss_reads},
+               {"miss_pages", c.miss_pages},
+               {"lower_ns", c.lower_ns},
+               {"put_ns", c.put_ns},
+               {"put_pages", c.put_pages},
+               {"refused_pages", c.refused_pages},
+               {"overtaken_pages", c.overtaken_pages},
+               {"forwarded", c.forwarded},
+               {"given_up", c.given_up},
+               {"woken", c.woken}};
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
+        if (set_number(dict, all[i].name, (int64_t)all[i].value))
+            Py_CLEAR(dict);
+    return dict;
 }
 
 PyTypeObject *make_reader_type(void)

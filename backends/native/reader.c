@@ -22,7 +22,7 @@ enum {
     BURST = 64,             /* requests of a call that may not wait */
     FULL_MS = 10,           /* between two looks for room where no event tells */
     STACK_BYTES = 256 << 10,
-    AWAY_MS = 50,           /* after which the stand-in takes the place of the event loop's thread */
+    POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
 };
 
 /* One thread's buffers; whoever sleeps gives them back. */
@@ -55,6 +55,7 @@ struct reader {
     struct helper helpers[HELPERS_MOST];
     struct helper standin;
     bool has_standin;
+    unsigned away_ms; /* after which it takes the place of the event loop's thread */
     _Atomic bool rests; /* the stand-in sleeps until the event loop's thread goes away, or is needed otherwise */
     pthread_cond_t needed;
     uint32_t looks, wakes;
@@ -283,7 +284,8 @@ static void rest(struct reader *r, uint32_t turns)
         pthread_cond_wait(&r->needed, &r->sleep_lock);
     atomic_store(&r->rests, false);
     clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += AWAY_MS * 1000000L;
+    until.tv_sec += r->away_ms / 1000;
+    until.tv_nsec += r->away_ms % 1000 * 1000000L;
     until.tv_sec += until.tv_nsec / 1000000000L;
     until.tv_nsec %= 1000000000L;
     while (!r->ending && pthread_cond_timedwait(&r->needed, &r->sleep_lock, &until) == 0)
@@ -294,7 +296,7 @@ static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
 {
     struct pollfd p = {.fd = r->device, .events = POLLIN};
     while (!atomic_load(&r->paused) && atomic_load(&r->turns) == turns && !passing_full(&r->passing)) {
-        int n = poll(&p, 1, AWAY_MS);
+        int n = poll(&p, 1, POLL_MS);
         if (n < 0 || (n > 0 && take(r, d, false) == TAKEN_GONE))
             return;
         passing_recheck(&r->passing);
@@ -313,14 +315,14 @@ static void *stand_in(void *arg)
         uint32_t turns = atomic_load(&r->turns);
         rest(r, turns);
         bool stays_away = is_away(turns) && atomic_load(&r->turns) == turns;
-        atomic_fetch_add(&r->active, 1);
+        atomic_fetch_add(&r->active, stays_away);
         pthread_mutex_unlock(&r->sleep_lock);
         passing_recheck(&r->passing);
         if (stays_away)
             serve_instead(r, &h->desk, turns);
         desk_clear(&h->desk);
         pthread_mutex_lock(&r->sleep_lock);
-        atomic_fetch_sub(&r->active, 1);
+        atomic_fetch_sub(&r->active, stays_away);
     }
     pthread_mutex_unlock(&r->sleep_lock);
     return NULL;
@@ -352,7 +354,7 @@ static void clocked_cond_init(pthread_cond_t *cond)
     pthread_condattr_destroy(&attr);
 }
 
-struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest)
+struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms)
 {
     struct reader *r = calloc(1, sizeof *r);
     if (!r)
@@ -386,7 +388,8 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
         r->nhelpers++;
     }
     r->standin.reader = r;
-    r->has_standin = thread_start(&r->standin.thread, stand_in, &r->standin) == 0;
+    r->away_ms = away_ms;
+    r->has_standin = away_ms && thread_start(&r->standin.thread, stand_in, &r->standin) == 0;
     return r;
 }
 
@@ -467,6 +470,13 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->hit_reads = atomic_load(&r->hits.reads);
     out->hit_pages = atomic_load(&r->hits.pages);
     out->hit_bytes = atomic_load(&r->hits.bytes);
+    out->miss_reads = atomic_load(&r->hits.miss_reads);
+    out->miss_pages = atomic_load(&r->hits.miss_pages);
+    out->lower_ns = atomic_load(&r->hits.lower_ns);
+    out->put_ns = atomic_load(&r->hits.put_ns);
+    out->put_pages = atomic_load(&r->hits.put_pages);
+    out->refused_pages = atomic_load(&r->hits.refused_pages);
+    out->overtaken_pages = atomic_load(&r->hits.overtaken_pages);
     out->forwarded = atomic_load(&r->passing.passed);
     out->given_up = atomic_load(&r->passing.given_up);
     out->woken = atomic_load(&r->woken);

@@ -27,11 +27,17 @@
 /* Where the pages of one file are; shared by all its open files. */
 struct gate;
 struct gate *gate_new(void);
-void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open);
+/* Returns when no put of what was read before is under way, and none will begin. `takes`: what is missed while it is open
+ * may be read and put without Python. */
+void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open, bool takes);
+void gate_overtake(struct gate *g); /* the same, and changes nothing else */
+uint32_t gate_top(struct gate *g);  /* no page from this one on was ever put without Python */
 void gate_drop(struct gate *g);
 
 struct reader_counters {
-    uint64_t hit_reads, hit_pages, hit_bytes; /* answered here */
+    uint64_t hit_reads, hit_pages, hit_bytes; /* answered from the pool alone; pages: by misses, too */
+    uint64_t miss_reads, miss_pages;          /* answered with the lower file's cached pages */
+    uint64_t lower_ns, put_ns, put_pages, refused_pages, overtaken_pages;
     uint64_t forwarded;                       /* requests for libfuse */
     uint64_t given_up;                        /* requests of programs that were killed, answered before libfuse did */
     uint64_t woken;                           /* times that a helper was woken */
@@ -41,8 +47,9 @@ enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE };
 
 struct reader;
 /* `device` is /dev/fuse (made non-blocking), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
- * libfuse reads and writes; all stay the caller's. `largest` is the most bytes of a request or a reply. NULL: errno. */
-struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest);
+ * libfuse reads and writes; all stay the caller's. `largest` is the most bytes of a request or a reply. The stand-in
+ * reads when nobody has been in reader_serve for `away_ms`; 0: there is none. NULL: errno. */
+struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms);
 /* No thread may be in reader_serve. Ends the helpers. */
 void reader_free(struct reader *r);
 /* Serve until a request for libfuse lies in the socket (READER_REQUEST), the connection is over (READER_GONE), or

@@ -4,10 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { NEAR_BYTES = 256 << 10 }; /* between two misses of one stream: the kernel may send its requests in any order */
+
 struct file {
     struct file *next;
     uint64_t fh, mark;
     int fd;
+    bool has_missed, is_streamed;
+    uint64_t missed_end; /* of the last miss */
     struct gate *gate;
 };
 
@@ -17,23 +21,46 @@ struct gate *gate_new(void)
     if (g) {
         atomic_init(&g->refs, 1);
         pthread_mutex_init(&g->lock, NULL);
+        pthread_mutex_init(&g->put_lock, NULL);
     }
     return g;
 }
 
-void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open)
+void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open, bool takes)
 {
+    pthread_mutex_lock(&g->put_lock);
     pthread_mutex_lock(&g->lock);
     memcpy(g->oid, oid, TM_OID);
     g->size = size;
     g->open = open;
+    g->takes = takes;
+    g->turn += !MUTANT(11);
     pthread_mutex_unlock(&g->lock);
+    pthread_mutex_unlock(&g->put_lock);
+}
+
+void gate_overtake(struct gate *g)
+{
+    pthread_mutex_lock(&g->put_lock);
+    pthread_mutex_lock(&g->lock);
+    g->turn++;
+    pthread_mutex_unlock(&g->lock);
+    pthread_mutex_unlock(&g->put_lock);
+}
+
+uint32_t gate_top(struct gate *g)
+{
+    pthread_mutex_lock(&g->put_lock);
+    uint32_t top = g->top;
+    pthread_mutex_unlock(&g->put_lock);
+    return top;
 }
 
 void gate_drop(struct gate *g)
 {
     if (atomic_fetch_sub(&g->refs, 1) == 1) {
         pthread_mutex_destroy(&g->lock);
+        pthread_mutex_destroy(&g->put_lock);
         free(g);
     }
 }
@@ -128,8 +155,10 @@ void files_mark(struct files *f, uint64_t fh, uint64_t offset)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one)
+    if (one) {
         one->mark = offset;
+        one->is_streamed |= offset && offset != UINT64_MAX;
+    }
     pthread_mutex_unlock(&f->lock);
 }
 
@@ -151,4 +180,30 @@ bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
     }
     pthread_mutex_unlock(&f->lock);
     return found;
+}
+
+bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, struct missed *out)
+{
+    bool may = false;
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one) {
+        struct gate *g = one->gate;
+        uint64_t apart = start > one->missed_end ? start - one->missed_end : one->missed_end - start;
+        may = one->has_missed && !one->is_streamed && apart > NEAR_BYTES;
+        one->has_missed = true;
+        one->missed_end = end;
+        pthread_mutex_lock(&g->lock);
+        may = may && g->open && g->takes;
+        memcpy(out->target.oid, g->oid, TM_OID);
+        out->target.size = g->size;
+        out->turn = g->turn;
+        pthread_mutex_unlock(&g->lock);
+        out->target.fd = one->fd;
+        out->gate = g;
+        if (may)
+            atomic_fetch_add(&g->refs, 1);
+    }
+    pthread_mutex_unlock(&f->lock);
+    return may;
 }

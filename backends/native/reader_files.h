@@ -6,9 +6,13 @@
 
 struct gate {
     _Atomic uint32_t refs;
-    pthread_mutex_t lock; /* held for a copy of the rest */
+    pthread_mutex_t put_lock; /* held for a put of what was missed; taken before `lock` */
+    pthread_mutex_t lock;     /* held for a copy of the rest */
     bool open;
+    bool takes;    /* what is missed may be put without asking Python */
     uint64_t size;
+    uint64_t turn; /* raised by all that is said: what was read before may not be put any more */
+    uint32_t top;  /* no page from this one on was put here */
     uint8_t oid[TM_OID];
 };
 
@@ -17,6 +21,13 @@ struct target {
     uint8_t oid[TM_OID];
     uint64_t size;
     int fd;
+};
+
+/* What one READ needs that has missed. */
+struct missed {
+    struct target target;
+    struct gate *gate; /* a reference */
+    uint64_t turn;     /* of then */
 };
 
 struct files {
@@ -32,5 +43,8 @@ void files_remove(struct files *f, uint64_t fh);
 void files_mark(struct files *f, uint64_t fh, uint64_t offset);
 /* Whether a READ of [offset, end) may be answered, and from what. Takes the mark away that it reaches. */
 bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out);
+/* Note that the bytes [start, end) of a file were missed. Whether they may be read and put here: not at the first miss,
+ * nor near the one before (a stream may begin), nor in a file that has been read ahead of. */
+bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, struct missed *out);
 
 #endif

@@ -73,6 +73,7 @@ static void drop_late(struct passing *p, const struct flight *f, size_t length)
     bool answered;
     if (b)
         buffer_drop(b);
+    amend(&p->amendments, f->opcode, p->reply, length); /* so that none is left */
     uint8_t *request = malloc(length + 64);
     size_t n = request ? undo(f->opcode, p->reply, length, request, &answered) : 0;
     if (n) {

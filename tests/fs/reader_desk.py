@@ -90,7 +90,7 @@ class Desk:
         return True
 
 
-def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB) -> Iterator[Desk]:
+def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB, away_ms: int = 0) -> Iterator[Desk]:
     segment = _native.create(str(tmp_path / "segment"), 16 << 20)
     pool = segment.client("c").new_pool(persistent=False, exclusive=False)
     content = random.Random(1).randbytes(PAGES * PAGE_SIZE - 1000)
@@ -107,7 +107,7 @@ def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB) -> Iterat
     # A reply that has to wait for room waits for ever in a mount.
     libfuse.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("=qq", 0, 1))
     gate = _native.Gate()
-    reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers)
+    reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers, away_ms=away_ms)
     with kernel, device, ours, libfuse:
         reader.set_pool(pool)
         gate.set(OID, len(content), True)

@@ -87,15 +87,35 @@ def test_a_program_that_goes_on_must_wait(
     assert desk.reader.quiet
 
 
-def test_a_later_fatal_signal_is_seen(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+def test_a_later_fatal_signal_is_seen(tmp_path: Path, program: "subprocess.Popen[bytes]") -> None:
     """The kernel tells of the first signal only."""
-    unique = begin(desk, READ, READ_BODY, program.pid)
-    interrupt(desk, unique)
-    assert desk.silent()
-    program.send_signal(signal.SIGQUIT)
-    assert desk.answer() == (unique, EINTR, b"")  # by a thread of the reader
-    desk.reply_with(unique, b"data")
-    assert desk.silent()
+    for desk in make(tmp_path, away_ms=20):
+        unique = desk.request(READ, READ_BODY, program.pid)
+        assert desk.reader.serve(-1, 5000) == REQUEST  # whoever has read it
+        desk.forwarded()
+        desk.request(INTERRUPT, struct.pack("=Q", unique))
+        desk.reader.serve(-1, 0)
+        assert desk.silent()
+        program.send_signal(signal.SIGQUIT)
+        assert desk.answer() == (unique, EINTR, b"")  # by a thread of the reader
+        desk.reply_with(unique, b"data")
+        assert desk.silent()
+
+
+def test_somebody_stands_in_for_who_stays_away(tmp_path: Path) -> None:
+    for desk in make(tmp_path, away_ms=20):
+        unique = desk.read(0, PAGE_SIZE)
+        assert desk.answer() == (unique, 0, desk.content[:PAGE_SIZE])
+        unique = desk.read(0, PAGE_SIZE, FH + 1)
+        assert desk.reader.serve(-1, 5000) == REQUEST
+        assert desk.forwarded() == (READ, unique)
+        desk.reply(unique)
+        assert desk.answer()[0] == unique
+        desk.reader.pause(True)
+        while not desk.reader.quiet:
+            pass
+        desk.read(0, PAGE_SIZE)
+        assert desk.silent()
 
 
 def test_changes_are_waited_for(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
