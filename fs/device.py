@@ -29,6 +29,8 @@ from tmem.fs.options import MountOptions
 _SO_SNDBUFFORCE = 32  # socket(7); Python has no name for it
 _CHANNEL_BYTES = 32 << 20
 """For some 30,000 requests under way, or 250 to list directories. Nothing is allocated before it is used."""
+_LEAST_CHANNEL_BYTES = 160 << 10
+"""Twice the largest message (`MOST_MESSAGE` in backends/native/reader_passing.h)."""
 _INIT_OPCODE = 26
 _IN_HEADER, _OUT_HEADER = 40, 16
 _IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
@@ -79,11 +81,12 @@ class Device:
         """The descriptor of /dev/fuse."""
         return self.descriptor if self.descriptor >= 0 else self.session
 
-    def make_room(self) -> None:
-        """Let many requests be under way between a native reader and pyfuse3.
+    def make_room(self) -> bool:
+        """Let many requests be under way between a native reader and pyfuse3; False if not even one may be.
 
         Without CAP_NET_ADMIN as many as the kernel allows everybody: 100 by default, or one listing.
         """
+        room = _CHANNEL_BYTES
         session = socket.socket(fileno=os.dup(self.session))
         with session:
             for end in (self.channel, session):
@@ -91,6 +94,8 @@ class Device:
                     end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _CHANNEL_BYTES)
                 except OSError:
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHANNEL_BYTES)
+                room = min(room, end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+        return room >= _LEAST_CHANNEL_BYTES
 
     def close(self) -> None:
         """Close all ends. The kernel then ends the mount's connection."""

@@ -86,8 +86,9 @@ class Server:
         self._readers.install()
         pyfuse3.init(self.overlay, f"/dev/fd/{mounted.session}", set())
         if self.plan.options.loop in (Loop.AUTO, Loop.NATIVE) and self._readers.can_stop:
-            mounted.read_natively = True
-            mounted.make_room()
+            mounted.read_natively = mounted.make_room()
+            if not mounted.read_natively:
+                log.warning("no native reader: net.core.wmem_max is below 80 KiB")
         if not mounted.request:  # else the kernel was told by the code before
             wanted = self.plan.options.passthrough is Passthrough.AUTO and os.geteuid() == 0
             mounted.wants_passthrough = wanted and mounted.read_natively

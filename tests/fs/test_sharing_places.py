@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tmem.fs import syscalls
+from tmem.fs.writers import is_quiet
 from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
@@ -100,7 +101,7 @@ class Container:
 
 
 def test_a_container_and_a_bind_mount_hit_what_one_has_read(
-    share: Share, segment: "_native.Segment", tmp_path: Path
+    share: Share, segment: "_native.Segment", tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
     lower = tmp_path / "lower"
     (lower / "deep").mkdir(parents=True)
@@ -121,6 +122,8 @@ def test_a_container_and_a_bind_mount_hit_what_one_has_read(
         assert box.read("deep/file") == (content, 0)
         with (two.point / "file").open("r+b") as file:
             file.write(new)
+        with (lower / "deep" / "file").open("rb") as below:  # the kernel does not wait for the close there
+            eventually(lambda: is_quiet(below.fileno()))
         assert (one.point / "deep" / "file").read_bytes() == new
         assert box.read("deep/file") == (new, 0)  # one has put it
         assert (two.point / "file").read_bytes() == new
