@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pyfuse3
@@ -167,6 +168,8 @@ class Server:
         reading: Reading | None,
     ) -> None:
         memory.lock(self.plan.paths.segment)
+        # trio hands signals that nobody has looked at to the handler of before, which would end the process.
+        signal.signal(restart.SIGNAL, _too_late)
         assert self._last_resort is not None
         with (
             trio.open_signal_receiver(*restart.SIGNALS) as signals,
@@ -232,6 +235,10 @@ class Server:
             restarter.failed(
                 f"requests took longer than {self.plan.successor.drain_seconds:g} s: try again later"
             )
+
+
+def _too_late(number: int, frame: object) -> None:
+    """Take a request to restart that came when the mount was ending."""
 
 
 @contextlib.contextmanager
