@@ -42,9 +42,17 @@ class Segment:
     @property
     def memory_bytes(self) -> int: ...
     @property
+    def nonce(self) -> int:
+        """64 bits that tell this life of the segment from any other."""
+    @property
     def alive(self) -> bool:
         """False once the segment was destroyed; costs one memory read."""
-
+    @property
+    def tier_patience_ms(self) -> int:
+        """How long this process tries again to read from a tier that does not answer; 30000 to begin with.
+        Settable."""
+    @tier_patience_ms.setter
+    def tier_patience_ms(self, value: int) -> None: ...
     def client(self, name: str, create: bool = True) -> Client:
         """Return the client called `name` (1 to 63 bytes of UTF-8), creating it unless told not to."""
 
@@ -157,7 +165,38 @@ class Client:
     @property
     def id(self) -> int: ...
     @property
+    def serial(self) -> int:
+        """Which client of that number."""
+    @property
     def name(self) -> str: ...
+    @property
+    def tiered(self) -> bool:
+        """Its persistent pages may leave memory: uses of them are noted, for `collect`. Settable."""
+    @tiered.setter
+    def tiered(self, value: bool) -> None: ...
+    def attach_tier(self, source: str | Callable[[list[int]], list[bytes | None]]) -> None:
+        """Read records of the client in this process from a spill file (its path; read natively), or by a
+        callable as `Tier.read`. Without it `tmem.backends.tiering.source` is asked when there is need,
+        and again after `tiered` was set anew.
+        TierDownError or TierCorruptError for a file that cannot be read or is another's."""
+    def collect(
+        self, hand: int, buffer: Buffer, most: int, any: bool, /
+    ) -> tuple[int, list[tuple[int, int]], bytes]:
+        """Copy at most `most` (65536) cold persistent pages as records to `buffer`, from slot `hand` (0: the
+        first) on. Returns where to go on (0: it was all), offset and length of each record, and what
+        `demote` wants to know of them. A page that was used since the last look is not cold; `any`: take it
+        nevertheless. Releases the GIL."""
+    def demote(self, pages: bytes, locations: Buffer, /) -> int:
+        """Let the collected pages leave memory, whose records have been acknowledged at these locations
+        (8 bytes each, in order, native endianness); the number that did. Pages that were put, flushed or
+        used since stay as they are. Releases the GIL."""
+    def promote(self, hand: int, most: int, /) -> tuple[int, int]:
+        """Bring at most `most` pages back from the tier, from slot `hand` (0: the first) on; where to go on
+        (0: that was all) and how many came. PoolError if there is no memory for the first,
+        CorruptPageError or TierDownError if it cannot be read. Releases the GIL."""
+    def live(self, timeout_ms: int, /) -> bytes | None:
+        """Return the locations that slots name (8 bytes each, ascending), once nobody reads any others any
+        more; None if somebody still does after that time. Only for the one who demotes. Releases the GIL."""
     @property
     def cap_bytes(self) -> int:
         """The most memory that the client's pages may occupy; 0 is no limit. Settable."""

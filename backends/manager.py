@@ -26,6 +26,7 @@ import trio
 
 from tmem.backends import locking, notify, scraping
 from tmem.backends.condensing import Condenser
+from tmem.backends.demotion import Demotion
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.resizing import Resizer
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
@@ -66,6 +67,8 @@ class ManagerStatistics:
     """Memory of chunks that it freed by moving their pages together."""
     compacting_ns: int = 0
     """What that took."""
+    demoted_pages: int = 0
+    """Persistent pages that it moved to tiers."""
 
 
 class Reserve:
@@ -138,6 +141,8 @@ class _Manager:
         self._since_ns = time.monotonic_ns()
         self._scope = trio.CancelScope()
         self._complaint = ""
+        self._tier_problems: dict[str, str] = {}
+        """Why pages of clients stay in memory although they have a tier, by the client's name."""
         self._stopping = False
         self.renewed = False
         self._operations: dict[str, Callable[[dict[str, object]], Awaitable[dict[str, object]]]] = {
@@ -162,6 +167,7 @@ class _Manager:
                 nursery.start_soon(self._resizer.run)
                 nursery.start_soon(self._condense)
                 nursery.start_soon(self._serve_metrics)
+                nursery.start_soon(self._demote)
                 with trio.socket.socket(trio.socket.AF_UNIX) as listening:
                     with socket_address(control) as address:
                         await listening.bind(address)
@@ -253,6 +259,20 @@ class _Manager:
         """Say whether this machine swaps to the segment."""
         return self._supervisor.keeps("keeper-")
 
+    async def _demote(self) -> None:
+        """Move cold persistent pages to the tiers of their clients, when memory is short."""
+        demotion = Demotion(self._paths, self._segment)
+        try:
+            while True:
+                hurry = False
+                with suppress(TmemError, OSError, MemoryError):  # the segment ends, or the next round says it
+                    hurry = await trio.to_thread.run_sync(demotion.round)
+                self.statistics.demoted_pages = demotion.demoted_pages
+                self._tier_problems = demotion.problems()
+                await trio.sleep(HURRY_S if hurry else PERIOD_S)
+        finally:
+            demotion.close()
+
     # -- the control socket
 
     async def _answer(self, stream: trio.SocketStream) -> None:
@@ -300,6 +320,7 @@ class _Manager:
             "since_ns": self._since_ns,
             "segment": self._paths.name,
             "complaint": self._complaint,
+            "tier_problems": self._tier_problems,
             "statistics": asdict(self.statistics) | asdict(self._resizer.statistics),
         }
 

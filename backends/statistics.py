@@ -60,6 +60,8 @@ class SegmentStatistics(_Statistics):
     """Pages in ephemeral pools."""
     fill_pages: int
     """Pages among both that repeat one word and take no block."""
+    tier_pages: int
+    """Persistent pages that are in tiers, and take no memory but their slots."""
     pages_max: int
     """The most pages that there were; like the other maxima of the segment, looked at every 256 operations
     of a thread."""
@@ -152,6 +154,10 @@ class ClientStatistics(_Statistics):
     """Memory of those."""
     raw_pages: int
     """Pages stored as they are: compression did not pay, was not wanted, or there was memory in plenty."""
+    tier_pages: int
+    """Persistent pages that are in its tier."""
+    unreachable_gets: int
+    """Gets that ended with an error because the tier did not answer, or had lost the page."""
     allocation_failures: int
     """Times that no memory was found for it, or its cap did not allow it."""
     persistent_puts_stored: int
@@ -202,6 +208,8 @@ class PoolStatistics(_Statistics):
     """Pages stored as they are: compression did not pay, was not wanted, or there was memory in plenty."""
     fill_pages: int
     """Pages that repeat one word and take no block."""
+    tier_pages: int
+    """Pages that are in a tier, and not in memory."""
     puts: int
     """Pages that were offered."""
     puts_stored: int
@@ -227,6 +235,10 @@ class PoolStatistics(_Statistics):
     """Objects that were to be flushed."""
     object_flushes_found: int
     """Objects that were flushed and had pages."""
+    pages_demoted: int
+    """Pages that left memory for a tier."""
+    pages_fetched: int
+    """Pages that were read from it."""
     evictions: int
     """Pages that were evicted."""
     corrupt_pages: int

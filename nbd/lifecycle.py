@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmem.backends import clients, segment
+from tmem.backends import clients, segment, tiering
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, PoolError, TmemError
 from tmem.nbd import attach, export, guards, room, server, services, swap
@@ -106,6 +106,7 @@ def remove(
         if paths.segment.exists():
             with attached(paths) as store:
                 _drop_pool(store, made)
+                _end_tier(paths, store, client)
         forget(paths, client)
 
 
@@ -160,6 +161,12 @@ def _drop_pool(store: "_native.Segment", made: Export) -> None:
         if made.reserve:
             owner.floor_bytes = 0
         clients.end_if_unused(owner)
+
+
+def _end_tier(paths: SegmentPaths, store: "_native.Segment", client: str) -> None:
+    """Take the tier of a client that stays for its settings; that of one that ended the manager removes."""
+    with contextlib.suppress(PoolError):
+        tiering.withdraw(paths, store, store.client(client, create=False))
 
 
 def require_room(client: str, used_bytes: int) -> None:

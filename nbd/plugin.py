@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import nbdkit
 
-from tmem.backends import _native, guarded, locking, processes
+from tmem.backends import _native, guarded, locking, processes, tiering
 from tmem.errors import TmemError
 from tmem.nbd.export import write_json
 from tmem.types import OID_SIZE, PAGE_SIZE
@@ -88,7 +88,7 @@ class _Server:
         except (TmemError, OSError) as error:
             _refuse(str(error))
         self._lock_and_report(Path(path))
-        threading.Thread(target=_watch, args=(pools[0],), daemon=True).start()
+        threading.Thread(target=_watch, args=(self.segment, pools[0]), daemon=True).start()
         return device
 
     def _lock_and_report(self, path: Path) -> None:
@@ -113,9 +113,16 @@ def _refuse(reason: str) -> NoReturn:
     os._exit(1)
 
 
-def _watch(pool: _native.Pool) -> None:
-    """End the server when its client is gone, also if nobody asks it for anything."""
+def _watch(segment: _native.Segment, pool: _native.Pool) -> None:
+    """End the server when its client is gone, also if nobody asks it for anything; and open its tier before a
+    request needs it."""
+    reads_tier = False
     while pool.alive:
+        with contextlib.suppress(TmemError):
+            if not pool.client.tiered:
+                reads_tier = False
+            elif not reads_tier:
+                reads_tier = tiering.attach(segment, pool.client)
         time.sleep(WATCH_S)
     _end()
 

@@ -1,4 +1,4 @@
-/* Check of all invariants (docs/design.md, I1..I9). Exact only while nobody else works on the segment. */
+/* Check of all invariants (docs/design.md, I1..I11). Exact only while nobody else works on the segment. */
 #include "tm.h"
 
 #include <stdarg.h>
@@ -41,7 +41,7 @@ static bool refer(struct report *r, uint32_t ref, uint32_t bin, const char *what
 }
 
 struct sums {
-    int64_t pages, fill, raw, bytes, objects, nodes;
+    int64_t pages, fill, raw, tier, bytes, objects, nodes;
 };
 
 struct visit {
@@ -105,7 +105,7 @@ static void check_block(struct report *r, uint64_t block)
 }
 
 
-/* I4: every slot's block is allocated; a pool's sums are those of its slots. */
+/* I4: every slot's block is allocated; only persistent pages are in a tier; a pool's sums are those of its slots. */
 static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
@@ -117,6 +117,11 @@ static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums 
         if (slot_type(word) == SLOT_FILL) {
             sums[pool].pages++;
             sums[pool].fill++;
+        } else if (slot_type(word) == SLOT_TIER) {
+            sums[pool].pages++;
+            sums[pool].tier++;
+            if (!(word & SLOT_VALUE) || !seg->pools[pool].persistent)
+                say(r, "I4: a slot of pool %u names location %llu", pool, (unsigned long long)(word & SLOT_VALUE));
         } else if (slot_type(word) == SLOT_BLOCK) {
             if (!block_place(seg, word & SLOT_VALUE, &bc, &bb) || !bit_is_set(&seg->chunks[bc], bb)) {
                 say(r, "I4: a slot of pool %u refers to block %llu, which is not allocated", pool,
@@ -251,6 +256,27 @@ static void check_shares(struct report *r)
         say(r, "I10: %u clients have floors, %u counted", floors, atomic_load(&seg->super->nfloors));
 }
 
+static int compare_locations(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* I11: no two slots of a client name the same location. */
+static void check_locations(struct report *r, struct tm_ctx *ctx, uint32_t client)
+{
+    uint64_t most = tm_live(ctx, client, NULL, 0);
+    uint64_t *all = most ? malloc(most * sizeof *all) : NULL;
+    uint64_t n = all ? tm_live(ctx, client, all, most) : 0;
+    n = n < most ? n : most;
+    if (all)
+        qsort(all, n, sizeof *all, compare_locations);
+    for (uint64_t i = 1; i < n; i++)
+        if (all[i] == all[i - 1])
+            say(r, "I11: two slots of client %u name location %llu", client, (unsigned long long)all[i]);
+    free(all);
+}
+
 /* I7: sums of pools and clients. I8: no intent of anybody stands. I9: no lock is held (tables' locks are taken). */
 static void check_sums(struct report *r, const struct sums *sums)
 {
@@ -263,7 +289,7 @@ static void check_sums(struct report *r, const struct sums *sums)
         if (atomic_load(&pool->state) != LIVE)
             continue;
         if (pool->pages != sums[p].pages || pool->fill_pages != sums[p].fill || pool->raw_pages != sums[p].raw
-            || pool->bytes != sums[p].bytes)
+            || pool->tier_pages != sums[p].tier || pool->bytes != sums[p].bytes)
             say(r, "I7: pool %u counts %lld pages of %lld bytes and has %lld of %lld", p, (long long)pool->pages,
                 (long long)pool->bytes, (long long)sums[p].pages, (long long)sums[p].bytes);
         if (pool->objects != sums[p].objects || pool->nodes != sums[p].nodes)
@@ -301,6 +327,8 @@ void tm_check(struct tm_ctx *ctx, void (*report)(void *arg, const char *line), v
             if (atomic_load(&ctx->seg->states[c]) == CHUNK_USED)
                 check_chunk(&r, c, sums);
         check_sums(&r, sums);
+        for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+            check_locations(&r, ctx, i);
         for (unsigned i = 0; i < TM_NSHARDS; i++) {
             lock_take(&ctx->seg->super->shards[i]);
             lock_drop(&ctx->seg->super->shards[i]);

@@ -33,6 +33,8 @@ static void client_make(struct tm_segment *seg, uint32_t id, const char *name, u
     atomic_store(&c->used_bytes, 0);
     atomic_store(&c->evict_clock, 0);
     atomic_store(&c->begun, 0);
+    atomic_store(&c->tiered, 0);
+    atomic_store(&c->unreachable, 0);
     atomic_store(&c->weight, 100);
     atomic_store(&c->codec, CODEC_AUTO);
     atomic_store(&c->mode, MODE_ON);
@@ -286,8 +288,11 @@ bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_va
         return false;
     if (which == VALUE_CAP)
         atomic_store(&c->cap_bytes, value);
-    else
-        atomic_store(which == VALUE_WEIGHT ? &c->weight : &c->codec, (uint32_t)value);
+    else if (which == VALUE_TIERED && !atomic_load(&c->tiered) && value)
+        atomic_fetch_add(&c->tier_epoch, 1);
+    if (which != VALUE_CAP)
+        atomic_store(which == VALUE_WEIGHT ? &c->weight : which == VALUE_TIERED ? &c->tiered : &c->codec,
+                     (uint32_t)value);
     lock_drop(lock);
     return true;
 }
@@ -356,7 +361,9 @@ int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ph
     if (rc == TM_OK)
         store_phase(c, phase, ctx->index + 1);
     lock_drop(lock);
-    if (rc == TM_OK && phase >= PHASE_FROZEN && !grace(ctx, 5000)) {
+    /* Of a client with a tier, slots must not say any more that a page was used: soon that means exported. */
+    bool waits = phase >= PHASE_FROZEN || (phase == PHASE_COPYING && atomic_load(&c->tiered));
+    if (rc == TM_OK && waits && !grace(ctx, 5000)) {
         if ((lock = control_of(seg, id, serial))) {
             store_phase(c, phase - 1, ctx->index + 1);
             lock_drop(lock);

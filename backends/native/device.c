@@ -23,6 +23,12 @@ static int write_part(const struct tm_device *d, uint64_t offset, const uint8_t 
         if (rc == TM_OK) {
             slot_t *slot = &cur.slots[index - cur.first];
             rc = slot_get(ctx, d->pool.pool, slot, ctx->page, &seen);
+            if (rc == TM_AWAY) {
+                cur = (struct cursor){0};
+                if ((rc = tier_resume(&d->pool, &ctx)) != TM_OK)
+                    return rc;
+                continue;
+            }
             if (rc == TM_MISS)
                 memset(ctx->page, 0, TM_PAGE);
             if (rc != TM_CORRUPT) {
@@ -93,6 +99,14 @@ int dev_read(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t
             uint8_t *page = data + s.head + i * TM_PAGE;
             cursor_find(d->pool.seg, d->pool.pool, id, index + (uint32_t)i, &cur);
             rc = cur.slots ? slot_get(ctx, d->pool.pool, &cur.slots[index + i - cur.first], page, NULL) : TM_MISS;
+            if (rc == TM_AWAY) {
+                tier_ahead(ctx, id, (uint64_t)index + i + 1, s.pages - i - 1, &cur);
+                cur = (struct cursor){0};
+                if ((rc = tier_resume(&d->pool, &ctx)) != TM_OK)
+                    return rc;
+                i--;
+                continue;
+            }
             hits += rc == TM_OK;
             if (rc == TM_MISS) {
                 memset(page, 0, TM_PAGE);

@@ -26,7 +26,7 @@ typedef struct {
     int persistent, exclusive;
 } PoolObject;
 
-extern PyObject *SegmentError, *PoolError, *CorruptPageError; /* of tmem.errors */
+extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
     *ReaderType;
 extern const char *const mode_names[3];
@@ -64,6 +64,15 @@ static inline uint64_t size_of(const struct tm_segment *seg, uint32_t chunks)
 {
     return seg->data_offset + (uint64_t)chunks * TM_CHUNK;
 }
+/* py_tier.c */
+int tier_sources(struct tm_segment *seg); /* for a segment just opened; -1 with an exception */
+PyObject *tier_patience(struct tm_segment *seg);
+void tier_set_patience(struct tm_segment *seg, unsigned ms);
+PyObject *client_attach_tier(ClientObject *self, PyObject *what);
+PyObject *client_collect(ClientObject *self, PyObject *args);
+PyObject *client_demote(ClientObject *self, PyObject *args);
+PyObject *client_promote(ClientObject *self, PyObject *args);
+PyObject *client_live(ClientObject *self, PyObject *arg);
 
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 

@@ -104,6 +104,26 @@ static int set_cap(ClientObject *self, PyObject *value, void *unused)
     return store_value(self, VALUE_CAP, bytes);
 }
 
+static PyObject *client_serial(ClientObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLong(self->serial);
+}
+
+static PyObject *get_tiered(ClientObject *self, void *unused)
+{
+    struct tm_client *c = client_of(self);
+    (void)unused;
+    return c ? PyBool_FromLong((long)atomic_load(&c->tiered)) : NULL;
+}
+
+static int set_tiered(ClientObject *self, PyObject *value, void *unused)
+{
+    int on = value ? PyObject_IsTrue(value) : 0;
+    (void)unused;
+    return on < 0 ? -1 : store_value(self, VALUE_TIERED, (uint64_t)on);
+}
+
 static PyObject *get_floor(ClientObject *self, void *unused)
 {
     struct tm_client *c = client_of(self);
@@ -362,7 +382,7 @@ static PyObject *one_pool(ClientObject *self, PyObject *arg)
 static PyObject *client_statistics(ClientObject *self, PyObject *unused)
 {
     struct tm_client *c = client_of(self);
-    int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0;
+    int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0, tier = 0;
     const int64_t raw_bytes = TM_STRIDE_RAW;
     (void)unused;
     if (!c)
@@ -383,7 +403,8 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         if (pool->link)
             continue; /* the shared pool itself is counted for its owner */
         persistent += pool->persistent ? atomic_load(&pool->pages) : 0;
-        compressed += pool->pages - pool->fill_pages - pool->raw_pages;
+        compressed += pool->pages - pool->fill_pages - pool->raw_pages - pool->tier_pages;
+        tier += pool->tier_pages;
         compressed_bytes += pool->bytes - pool->raw_pages * raw_bytes;
         raw += pool->raw_pages;
     }
@@ -400,6 +421,8 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         {"compressed_pages", compressed},
         {"compressed_bytes", compressed_bytes},
         {"raw_pages", raw},
+        {"tier_pages", tier},
+        {"unreachable_gets", (int64_t)c->unreachable},
         {"allocation_failures", (int64_t)c->no_memory},
         {"persistent_puts_stored", (int64_t)puts},
         {"persistent_gets_hit", (int64_t)hits[1]},
@@ -452,6 +475,11 @@ static PyMethodDef client_methods[] = {
     {"revoke", (PyCFunction)revoke_one, METH_O, NULL},
     {"authorised", (PyCFunction)authorised, METH_NOARGS, NULL},
     {"evict", (PyCFunction)evict, METH_O, NULL},
+    {"attach_tier", (PyCFunction)client_attach_tier, METH_O, NULL},
+    {"collect", (PyCFunction)client_collect, METH_VARARGS, NULL},
+    {"demote", (PyCFunction)client_demote, METH_VARARGS, NULL},
+    {"promote", (PyCFunction)client_promote, METH_VARARGS, NULL},
+    {"live", (PyCFunction)client_live, METH_O, NULL},
     {"pool", (PyCFunction)one_pool, METH_O, NULL},
     {"statistics", (PyCFunction)client_statistics, METH_NOARGS, NULL},
     {"destroy", (PyCFunction)destroy_client, METH_NOARGS, NULL},
@@ -459,6 +487,8 @@ static PyMethodDef client_methods[] = {
 };
 static PyGetSetDef client_getset[] = {
     {"id", (getter)client_id, NULL, NULL, NULL},
+    {"serial", (getter)client_serial, NULL, NULL, NULL},
+    {"tiered", (getter)get_tiered, (setter)set_tiered, NULL, NULL},
     {"name", (getter)client_name, NULL, NULL, NULL},
     {"cap_bytes", (getter)get_cap, (setter)set_cap, NULL, NULL},
     {"floor_bytes", (getter)get_floor, (setter)set_floor, NULL, NULL},

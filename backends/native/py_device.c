@@ -48,7 +48,7 @@ static PyObject *fail(int64_t result)
     if (result == TM_REFUSED) {
         errno = ENOSPC;
         PyErr_SetFromErrno(PyExc_OSError);
-    } else if (result == TM_CORRUPT) {
+    } else if (result == TM_CORRUPT || result == TM_DOWN) {
         errno = EIO;
         PyErr_SetFromErrno(PyExc_OSError);
     } else {
@@ -110,6 +110,15 @@ static bool has_departed(DeviceObject *self)
            && atomic_load(&seg->clients[self->pool->pool / TM_CLIENT_POOLS].departed) == self->pool->client_serial;
 }
 
+/* So long a write waits for demotion: the manager looks once a second, and writes a MiB in 10 ms. */
+#define ROOM_NS UINT64_C(2000000000)
+
+static bool has_tier(DeviceObject *self)
+{
+    const struct tm_segment *seg = self->pool->owner->seg;
+    return seg && atomic_load(&seg->clients[self->pool->pool / TM_CLIENT_POOLS].tiered);
+}
+
 static void wait_a_little(void)
 {
     const struct timespec pause = {.tv_nsec = 200000};
@@ -146,6 +155,16 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
             wait_a_little();
             rc = op(&dev, data, offset, n);
         } while (rc == TM_WAIT);
+        Py_END_ALLOW_THREADS
+    }
+    if (rc == TM_REFUSED && has_tier(self)) {
+        /* Demotion makes room, in another process; but nobody waits for that process for long. */
+        Py_BEGIN_ALLOW_THREADS
+        uint64_t until = timing_now() + ROOM_NS;
+        do {
+            wait_a_little();
+            rc = op(&dev, data, offset, n);
+        } while (rc == TM_WAIT || (rc == TM_REFUSED && timing_now() < until));
         Py_END_ALLOW_THREADS
     }
     if (tell_departed(self, rc))

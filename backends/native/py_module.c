@@ -3,7 +3,7 @@
 
 #include <errno.h>
 
-PyObject *SegmentError, *PoolError, *CorruptPageError;
+PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
     *ReaderType;
 
@@ -137,8 +137,10 @@ static int import_errors(void)
     SegmentError = PyObject_GetAttrString(errors, "SegmentError");
     PoolError = PyObject_GetAttrString(errors, "PoolError");
     CorruptPageError = PyObject_GetAttrString(errors, "CorruptPageError");
+    TierDownError = PyObject_GetAttrString(errors, "TierDownError");
+    TierCorruptError = PyObject_GetAttrString(errors, "TierCorruptError");
     Py_DECREF(errors);
-    return SegmentError && PoolError && CorruptPageError ? 0 : -1;
+    return SegmentError && PoolError && CorruptPageError && TierDownError && TierCorruptError ? 0 : -1;
 }
 
 static int add_types(PyObject *module)

@@ -30,6 +30,9 @@ PyObject *raise_result(int64_t result)
     case TM_CORRUPT:
         PyErr_SetString(CorruptPageError, "a page of a persistent pool failed its checksum; its bytes are lost");
         break;
+    case TM_DOWN:
+        PyErr_SetString(TierDownError, "a page is in a tier that does not answer: see tmem list");
+        break;
     case TM_NOPOOL:
         PyErr_SetString(PoolError, "the pool, its client or its segment was destroyed");
         break;
@@ -85,6 +88,8 @@ PyObject *segment_wrap(struct tm_segment *seg)
         self->seg = seg;
     else
         tm_close(seg);
+    if (self && tier_sources(seg))
+        Py_CLEAR(self);
     return (PyObject *)self;
 }
 
@@ -111,6 +116,28 @@ static PyObject *get_path(SegmentObject *self, void *unused)
 {
     (void)unused;
     return segment_of(self) ? PyUnicode_DecodeFSDefault(self->seg->path) : NULL;
+}
+
+static PyObject *get_nonce(SegmentObject *self, void *unused)
+{
+    (void)unused;
+    return segment_of(self) ? PyLong_FromUnsignedLongLong(self->seg->super->nonce) : NULL;
+}
+
+static PyObject *get_patience(SegmentObject *self, void *unused)
+{
+    (void)unused;
+    return segment_of(self) ? tier_patience(self->seg) : NULL;
+}
+
+static int set_patience(SegmentObject *self, PyObject *value, void *unused)
+{
+    unsigned long ms = value ? PyLong_AsUnsignedLong(value) : 0;
+    (void)unused;
+    if (!segment_of(self) || PyErr_Occurred())
+        return -1;
+    tier_set_patience(self->seg, (unsigned)ms);
+    return 0;
 }
 
 static PyObject *get_memory(SegmentObject *self, void *unused)
@@ -256,7 +283,7 @@ static struct usage usage_of(struct tm_segment *seg)
 static PyObject *statistics(SegmentObject *self, PyObject *unused)
 {
     struct tm_segment *seg = segment_of(self);
-    int64_t persistent = 0, ephemeral = 0, fill = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
+    int64_t persistent = 0, ephemeral = 0, fill = 0, tier = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
     uint64_t evicted, operations;
     const int64_t raw = TM_STRIDE_RAW;
     (void)unused;
@@ -272,6 +299,7 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         if (!atomic_load(&pool->state) || pool->link)
             continue;
         *(pool->persistent ? &persistent : &ephemeral) += pool->pages;
+        tier += pool->tier_pages;
         fill += pool->fill_pages;
         compressed += pool->bytes - pool->raw_pages * raw;
         objects += pool->objects;
@@ -298,6 +326,7 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"persistent_pages", persistent},
         {"ephemeral_pages", ephemeral},
         {"fill_pages", fill},
+        {"tier_pages", tier},
         {"pages_max", (int64_t)super->most[MOST_PAGES]},
         {"ephemeral_pages_max", (int64_t)super->most[MOST_EPHEMERAL]},
         {"compressed_bytes", compressed},
@@ -490,6 +519,8 @@ static PyMethodDef segment_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef segment_getset[] = {
+    {"nonce", (getter)get_nonce, NULL, NULL, NULL},
+    {"tier_patience_ms", (getter)get_patience, (setter)set_patience, NULL, NULL},
     {"path", (getter)get_path, NULL, NULL, NULL},
     {"memory_bytes", (getter)get_memory, NULL, NULL, NULL},
     {"limits", (getter)segment_limits, NULL, NULL, NULL},

@@ -223,6 +223,8 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
      * wait for the record that the other one holds. */
     if (done && (atomic_load(&rec->op) & 1))
         atomic_fetch_add(&rec->op, 1);
+    if (atomic_load(&rec->fetching) & 1)
+        atomic_fetch_add(&rec->fetching, 1);
     done = done && chunk_free_busy(ctx, index) && object_repair(ctx);
     ctx->rec = saved;
     ctx->index = saved_index;
@@ -230,7 +232,7 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
 }
 
 struct tally {
-    int64_t pages, fill, raw, bytes, objects, nodes;
+    int64_t pages, fill, raw, tier, bytes, objects, nodes;
 };
 
 /* The linked objects of all pools, and their index. */
@@ -264,7 +266,8 @@ static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
             for (uint32_t i = 0; i < stride / 8; i++) {
                 uint64_t word = atomic_load_explicit(&slots[i], memory_order_relaxed);
                 unsigned type = slot_type(word);
-                t.pages += type == SLOT_BLOCK || type == SLOT_FILL;
+                t.pages += type == SLOT_BLOCK || type == SLOT_FILL || type == SLOT_TIER;
+                t.tier += type == SLOT_TIER;
                 t.fill += type == SLOT_FILL;
                 if (type == SLOT_BLOCK) {
                     uint32_t bc, bb;
@@ -290,7 +293,7 @@ static uint64_t commits(struct tm_segment *seg)
             continue;
         sum += pool->counters[C_STORED] + pool->counters[C_PUT_FLUSHED] + pool->counters[C_FLUSHED]
                + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT]
-               + pool->counters[C_DROPPED];
+               + pool->counters[C_DROPPED] + pool->counters[C_DEMOTED];
     }
     return sum;
 }
@@ -321,12 +324,13 @@ void recount(struct tm_ctx *ctx)
             struct tm_pool *pool = &seg->pools[p];
             if (!atomic_load(&pool->state))
                 continue;
-            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages,
+            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages,
                                   pool->bytes, pool->objects,    pool->nodes};
             /* Add the difference: operations that began meanwhile keep their count. */
             pool->pages += found[p].pages - held.pages;
             pool->fill_pages += found[p].fill - held.fill;
             pool->raw_pages += found[p].raw - held.raw;
+            pool->tier_pages += found[p].tier - held.tier;
             pool->bytes += found[p].bytes - held.bytes;
             pool->objects += found[p].objects - held.objects;
             pool->nodes += found[p].nodes - held.nodes;

@@ -6,7 +6,10 @@
 
 static uint64_t number_of(struct tm_segment *seg, const slot_t *slot) { return off(seg, slot) / 8; }
 
-bool slot_stored(uint64_t word) { return slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_FILL; }
+bool slot_stored(uint64_t word)
+{
+    return slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_FILL || slot_type(word) == SLOT_TIER;
+}
 
 static uint32_t stride_at(struct tm_segment *seg, uint64_t block)
 {
@@ -27,7 +30,7 @@ static void raise_to(_Atomic int64_t *most, int64_t n)
 }
 
 struct change { /* of a pool's sums by one commit */
-    int64_t pages, fill, raw, bytes;
+    int64_t pages, fill, raw, tier, bytes;
 };
 
 static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change *sum)
@@ -36,6 +39,9 @@ static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change
     if (type == SLOT_FILL) {
         sum->pages += sign;
         sum->fill += sign;
+    } else if (type == SLOT_TIER) {
+        sum->pages += sign;
+        sum->tier += sign;
     } else if (type == SLOT_BLOCK) {
         uint32_t size = stride_at(seg, word & SLOT_VALUE);
         sum->pages += sign;
@@ -53,6 +59,7 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
         raise_to(&who->ephemeral_most, add(&who->ephemeral, sum->pages));
     add(&p->fill_pages, sum->fill);
     add(&p->raw_pages, sum->raw);
+    add(&p->tier_pages, sum->tier);
     add(&p->bytes, sum->bytes);
     add(&who->used_bytes, sum->bytes);
 }
@@ -207,11 +214,13 @@ static int refuse(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, enum keep kee
 }
 
 /* What the next word of a slot keeps: of an ephemeral page its hits; of a persistent one, has the other side of a
- * handoff an older version? */
+ * handoff an older version? Or else, that it was used. */
 static uint64_t carried(const struct tm_segment *seg, uint32_t pool, uint64_t old)
 {
     if (!seg->pools[pool].persistent)
         return slot_stored(old) ? old & SLOT_FREQ : 0;
+    if (notes_use(seg, pool / TM_CLIENT_POOLS))
+        return SLOT_FREQ_ONE;
     return (slot_stored(old) ? (old & SLOT_FREQ) != 0 : (old & SLOT_VALUE) != 0) ? SLOT_STALE : 0;
 }
 
@@ -321,6 +330,14 @@ static bool is_condensed(struct tm_segment *seg, uint64_t block)
     return block_kind(atomic_load_explicit(&block_at(seg, block)->word, memory_order_relaxed)) == BLOCK_ZSTD;
 }
 
+/* A page of memory was used: it is not cold. Only the first use after each look costs a write. */
+static void note_use(struct tm_segment *seg, uint32_t pool, slot_t *slot, uint64_t word)
+{
+    if (!(word & SLOT_FREQ) && slot_type(word) == SLOT_BLOCK && notes_use(seg, pool / TM_CLIENT_POOLS))
+        atomic_compare_exchange_strong_explicit(slot, &word, word | SLOT_FREQ_ONE, memory_order_relaxed,
+                                                memory_order_relaxed);
+}
+
 int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uint64_t *seen)
 {
     struct tm_segment *seg = ctx->seg;
@@ -334,6 +351,19 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
             return TM_MISS;
         if (slot_type(word) == SLOT_FILL) {
             codec_expand(word & SLOT_VALUE, page);
+        } else if (slot_type(word) == SLOT_TIER) {
+            int rc = tier_get(ctx, slot, word, page);
+            /* Also after the window was opened: what a slot names from then on is not used again. */
+            uint64_t now = atomic_load(slot);
+            if ((now ^ word) & ~SLOT_FREQ) {
+                ctx->window.nwanted = 0;
+                continue;
+            }
+            if (rc == TM_AWAY)
+                return TM_AWAY;
+            good = rc == TM_OK;
+            count(seg, pool, C_FETCHED, good);
+            word = now;
         } else {
             uint64_t block = word & SLOT_VALUE, began = ctx->began_ns ? timing_now() : 0;
             good = in_data(seg, block * 16)
@@ -351,6 +381,8 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
                 note_touched(seg, word & SLOT_VALUE);
             if (!p->persistent)
                 touch(seg, slot, word);
+            else
+                note_use(seg, pool, slot, word);
             return TM_OK;
         }
         if (!good)

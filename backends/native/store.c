@@ -165,6 +165,17 @@ int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, ui
         rc = cur.slots && !off
                  ? slot_get(ctx, ctx->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, NULL)
                  : TM_MISS;
+        if (rc == TM_AWAY) {
+            tier_ahead(ctx, id, (uint64_t)index + i + 1, n - i - 1, &cur);
+            cur = (struct cursor){0};
+            if ((rc = tier_resume(h, &ctx)) != TM_OK) {
+                count_both(h, ctx, C_GETS, (uint64_t)done + 1);
+                count_both(h, ctx, C_HITS, (uint64_t)done);
+                return done ? done : rc;
+            }
+            i--;
+            continue;
+        }
         if (rc != TM_OK)
             break;
         done++;

@@ -99,7 +99,7 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     if ((ctx = find(seg)))
         return ctx;
     pthread_once(&once, setup);
-    if (posix_memalign((void **)&ctx, 64, sizeof *ctx))
+    if (posix_memalign((void **)&ctx, _Alignof(struct tm_ctx), sizeof *ctx))
         return NULL;
     ctx->seg = seg;
     ctx->segment = seg->id;
@@ -107,6 +107,8 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->ticks = 0;
     ctx->client = ctx->payer = TM_MAX_CLIENTS;
     ctx->began_ns = 0;
+    ctx->window.open = false;
+    ctx->window.nwanted = ctx->window.nheld = 0;
     ctx->rec = NULL;
     ctx->condenser = NULL;
     if (!(ctx->expander = codec_expander())) {
@@ -153,6 +155,8 @@ void op_end(struct tm_ctx *ctx)
 {
     atomic_store_explicit(&ctx->rec->op, atomic_load_explicit(&ctx->rec->op, memory_order_relaxed) + 1,
                           memory_order_release);
+    if (ctx->window.open && !ctx->window.nwanted)
+        tier_close(ctx);
     if (ctx->ticks-- == 0) {
         ctx->ticks = 255;
         most_update(ctx->seg);

@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 3u
+#define TM_VERSION 4u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -73,13 +73,15 @@ enum {
     TM_NOTHREAD = -4, /* no thread record is free, or no memory for the thread's buffers */
     TM_AGAIN = -5,    /* internal: the slot's leaf died, look up again */
     TM_SHUT = -14,    /* an import found the client or the segment frozen or off */
+    TM_AWAY = -15,    /* internal: the page is in a tier, and its record has to be fetched first */
+    TM_DOWN = -16,    /* a tier does not answer: the page is safe, but out of reach */
     TM_WAIT = -7      /* the client is being handed over: a device asks again */
 };
 
 /* ---- Slots ------------------------------------------------------------------------------------------------
- * bits 0..35 block reference or fill value or eviction time; 36..37 frequency; 38..40 type; 41..63 generation.
- * A page that was evicted leaves the client's eviction clock in its empty slot: the ghost of S3-FIFO. */
-enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3 };
+ * bits 0..35 block reference, fill value, location in a tier or eviction time; 36..37 frequency; 38..40 type; 41..63
+ * generation. A page that was evicted leaves the client's eviction clock in its empty slot: the ghost of S3-FIFO. */
+enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3, SLOT_TIER = 4 };
 #define SLOT_VALUE ((UINT64_C(1) << 36) - 1)
 #define SLOT_FREQ_ONE (UINT64_C(1) << 36)
 #define SLOT_FREQ (UINT64_C(3) << 36)
@@ -89,8 +91,8 @@ typedef _Atomic uint64_t slot_t;
 static inline unsigned slot_type(uint64_t s) { return (unsigned)(s >> 38) & 7u; }
 static inline unsigned slot_freq(uint64_t s) { return (unsigned)(s >> 36) & 3u; }
 /* Of a persistent pool while its client is handed over: CLEAN, exported and not changed since; STALE, exported and put
- * again since; and of an empty slot GONE, flushed since it was exported. Frequencies have no other use there, nor has
- * the value of an empty slot. */
+ * again since; and of an empty slot GONE, flushed since it was exported. The value of an empty slot has no other use
+ * there; the frequency tells otherwise, if the client has a tier, that the page was used lately (demote.c). */
 #define SLOT_CLEAN SLOT_FREQ_ONE
 #define SLOT_STALE (SLOT_FREQ_ONE * 2)
 #define SLOT_GONE UINT64_C(1)
@@ -216,13 +218,16 @@ struct tm_client {
     _Atomic uint32_t index_chunks; /* of leaves of its own pools; under the chunk lock */
     _Atomic uint32_t departed; /* serial of the client of this number that departed last, 0 none */
     _Atomic uint32_t begun; /* chunks that entered its probation queue so far: the time of their ages */
-    uint8_t spare[28];
+    _Atomic uint32_t tiered; /* it has a tier: uses of its persistent pages are noted */
+    _Atomic uint32_t tier_epoch; /* how often it was given a tier: processes that read the one before notice */
+    _Atomic uint64_t unreachable; /* gets that ended because its tier did not answer */
+    uint8_t spare[8];
 };
 
 /* Counters of a pool, semantics section 6. */
 enum {
     C_PUTS, C_STORED, C_REFUSED, C_REPLACED, C_PUT_FLUSHED, C_GETS, C_HITS, C_FLUSHES, C_FLUSHED,
-    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_DROPPED, C_NCOUNTERS
+    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_DROPPED, C_DEMOTED, C_FETCHED, C_NCOUNTERS
 };
 
 struct tm_pool {
@@ -238,9 +243,10 @@ struct tm_pool {
     _Atomic int64_t pages;
     _Atomic int64_t fill_pages;
     _Atomic int64_t raw_pages;
+    _Atomic int64_t tier_pages; /* in a tier, not in memory */
     _Atomic int64_t bytes;
     _Atomic uint64_t counters[C_NCOUNTERS];
-    uint8_t spare[256 - 120 - 8 * C_NCOUNTERS];
+    uint8_t spare[320 - 128 - 8 * C_NCOUNTERS];
 };
 
 /* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
@@ -249,6 +255,7 @@ struct tm_thread {
     _Atomic uint32_t used; /* has intents to look at */
     uint32_t pid;          /* for people only */
     _Atomic uint64_t op;   /* odd inside an operation */
+    _Atomic uint64_t fetching; /* odd while it holds or reads records of a tier: see tier.c */
     uint32_t seq;          /* of the stamps */
     _Atomic uint64_t serves; /* clients that it holds, one bit each */
     _Atomic uint32_t commits; /* its staged clients are to be shown, not to be destroyed */
@@ -332,7 +339,7 @@ struct tm_object {
 
 _Static_assert(sizeof(struct tm_super) <= TM_PAGE * 2, "superblock");
 _Static_assert(sizeof(struct tm_client) == 512, "client");
-_Static_assert(sizeof(struct tm_pool) == 256, "pool");
+_Static_assert(sizeof(struct tm_pool) == 320, "pool");
 _Static_assert(sizeof(struct tm_thread) % 64 == 0, "thread");
 _Static_assert(sizeof(struct tm_bin) == 64, "bin");
 _Static_assert(sizeof(struct tm_chunk) == 88, "chunk");
@@ -341,6 +348,7 @@ _Static_assert(sizeof(struct tm_object) == 128, "object");
 
 /* ---- Process-local ---------------------------------------------------------------------------------------- */
 
+struct tm_ctx;
 struct tm_segment {
     uint8_t *base;
     size_t size;
@@ -359,8 +367,28 @@ struct tm_segment {
     uint64_t data_offset;
     uint32_t nchunks;
     uint32_t id;             /* unique in this process */
+    /* Reads the records that the context's window wants; outside of operations. TM_OK if the first is held now, or an
+     * error. NULL: nobody here can. */
+    int (*fetch)(struct tm_ctx *ctx, uint32_t client);
+    void *fetcher;           /* whatever `fetch` needs */
     _Atomic uint32_t users;  /* threads of this process that hold a record */
     _Atomic uint32_t closed;
+};
+
+/* Records of a tier that a thread has read for the request that it serves. tier.c. */
+#define TM_FETCH 8u       /* locations at a time: what the kernel reads ahead in swap */
+#define TM_WINDOW 40960u  /* so many of average size in one piece, or four that do not compress */
+struct tm_window {
+    bool open;         /* our record's `fetching` is odd: nothing that a slot has named since is used again */
+    uint32_t wrong;    /* records that were not what they should be */
+    uint32_t nwanted;  /* locations to fetch: the last operation ended in TM_AWAY */
+    uint32_t nheld;
+    uint64_t wanted[TM_FETCH];
+    struct tm_held {
+        uint64_t location;   /* 0: of no use any more */
+        uint32_t at, length; /* in `bytes`: the record begins there, and there are no more bytes than that */
+    } held[TM_FETCH];
+    _Alignas(4096) uint8_t bytes[TM_WINDOW];
 };
 
 #define TM_SCRATCH 4352u
@@ -385,6 +413,7 @@ struct tm_ctx {
     /* Of whom moves pages, while the others hold what a put brings. */
     _Alignas(64) uint8_t moved[TM_PAGE];
     _Alignas(64) uint8_t packed[TM_SCRATCH];
+    struct tm_window window;
 };
 
 struct tm_handle { /* a pool as an operation names it */
@@ -555,6 +584,37 @@ int64_t tm_flush_object(const struct tm_handle *h, const uint8_t *oid);
 int64_t tm_runs(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint64_t n,
                 bool (*run)(void *arg, uint64_t first, uint64_t n, bool stored), void *arg);
 
+/* tier.c: pages that are in a tier. The first four inside an operation. */
+int tier_get(struct tm_ctx *ctx, slot_t *slot, uint64_t word, uint8_t *page); /* TM_OK, TM_AWAY, TM_CORRUPT */
+const struct tm_block *tier_record(struct tm_ctx *ctx, slot_t *slot, uint64_t word, int *rc); /* sound, or NULL */
+void tier_ahead(struct tm_ctx *ctx, const uint64_t oid[3], uint64_t index, uint64_t n, struct cursor *cur);
+void tier_want(struct tm_ctx *ctx, uint64_t location); /* that the next fetch brings it, if there is room */
+void tier_close(struct tm_ctx *ctx);  /* the window is not needed any more */
+int tier_fetch(struct tm_ctx *ctx, uint32_t client); /* outside of operations, after one ended in TM_AWAY */
+int tier_resume(const struct tm_handle *h, struct tm_ctx **ctx); /* end the operation, fetch, enter again */
+uint32_t tier_stamp(const struct tm_segment *seg, uint64_t word); /* of the record of a slot with this generation */
+struct tm_spill { /* a spill file, see backends/tiers/spill.py */
+    int fd;
+    uint64_t size; /* bytes */
+};
+int spill_open(const char *path, uint64_t nonce, uint32_t client, uint32_t serial, struct tm_spill *out); /* 0, -errno */
+int spill_fetch(const struct tm_spill *spill, struct tm_window *w);
+
+/* demote.c */
+struct tm_candidate { /* a page that may leave memory, as it was seen */
+    uint64_t slot, word;  /* the slot's number, and what was in it */
+    uint32_t stamp, pool; /* of its block */
+    uint32_t at, length;  /* of its record in the buffer */
+};
+int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool any, uint64_t *hand, uint8_t *buffer,
+                   size_t size, struct tm_candidate *out, uint32_t most);
+int64_t tm_demote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const struct tm_candidate *pages,
+                  const uint64_t *locations, uint32_t n);
+/* The other way, from slot `*hand` on: bring at most `most` pages back into memory. The number, or an error. */
+int64_t tm_promote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *hand, uint32_t most);
+uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most); /* locations that slots name */
+bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms); /* everybody who was fetching is done */
+
 /* device.c: bytes of a block device on one object; lengths need not be whole pages. TM_OK or an error. */
 struct tm_device {
     struct tm_handle pool;
@@ -618,7 +678,7 @@ int segment_set_mode(struct tm_ctx *ctx, uint32_t mode);
 int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t bytes);
 int client_authorise(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid);
 int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid); /* TM_MISS: was not */
-enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC };
+enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC, VALUE_TIERED };
 bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_value which, uint64_t value);
 int client_hold(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
 int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t phase);
@@ -714,6 +774,12 @@ static inline void note_touched(struct tm_segment *seg, uint64_t block)
     _Atomic uint64_t *mask = &seg->touched[within / TM_CHUNK].now;
     if (!(atomic_load_explicit(mask, memory_order_relaxed) & bit))
         atomic_fetch_or_explicit(mask, bit, memory_order_relaxed);
+}
+/* Are uses of the client's persistent pages noted in their slots? In this order: a handoff that finds the client
+ * without a tier does not wait for operations that might note one. */
+static inline bool notes_use(const struct tm_segment *seg, uint32_t client)
+{
+    return atomic_load_explicit(&seg->clients[client].tiered, memory_order_acquire) && !phase_of(seg, client);
 }
 static inline uint32_t size_class(uint32_t length) { return tm_classes[(length + TM_HEADER + 15) / 16]; }
 static inline void look_for_empty(struct tm_segment *seg)

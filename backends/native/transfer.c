@@ -30,13 +30,10 @@ static void emit(struct sink *to, const uint64_t oid[3], uint32_t index, unsigne
 }
 
 /* A condensed page leaves as any other: how it is kept is of this segment alone. False: it cannot be expanded. */
-static bool emit_condensed(struct tm_ctx *ctx, const struct tm_export *e, const slot_t *slot, const uint64_t oid[3],
-                           struct sink *to)
+static bool emit_condensed(struct tm_ctx *ctx, const struct tm_export *e, const struct tm_block *b, uint64_t number,
+                           uint64_t most, const uint64_t oid[3], struct sink *to)
 {
-    struct tm_segment *seg = ctx->seg;
-    uint64_t block = atomic_load_explicit(slot, memory_order_acquire) & SLOT_VALUE;
-    if (!in_data(seg, block * 16)
-        || !block_read(ctx, block_at(seg, block), off(seg, slot) / 8, seg->size - block * 16, ctx->page))
+    if (!block_read(ctx, b, number, most, ctx->page))
         return false;
     uint32_t length = codec_compress(ctx, ctx->page, ctx->scratch);
     if (length < TM_PAGE)
@@ -74,9 +71,25 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
                    && TM_HEADER + length <= most
                    && b->checksum == block_checksum(b, header, atomic_load(&b->stamp));
             if (good && block_kind(header) == BLOCK_ZSTD)
-                good = emit_condensed(ctx, e, slot, oid, to);
+                good = emit_condensed(ctx, e, b, off(seg, slot) / 8, most, oid, to);
             else if (good)
                 emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1, length);
+        } else if (type == SLOT_TIER && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
+            int rc;
+            const struct tm_block *b = tier_record(ctx, slot, word, &rc);
+            if (rc == TM_AWAY) {
+                if (!((atomic_load(slot) ^ word) & ~SLOT_FREQ))
+                    return TM_AWAY;
+                ctx->window.nwanted = 0;
+                continue;
+            }
+            good = b != NULL;
+            uint64_t header = good ? atomic_load(&b->word) : 0;
+            if (good && block_kind(header) == BLOCK_ZSTD)
+                good = emit_condensed(ctx, e, b, off(seg, slot) / 8, TM_HEADER + TM_PAGE, oid, to);
+            else if (good)
+                emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1,
+                     block_length(header));
         } else {
             return TM_OK;
         }
@@ -108,6 +121,10 @@ static int export_object(struct tm_ctx *ctx, struct tm_export *e, uint32_t ref, 
         }
         int rc = export_slot(ctx, e, &cur.slots[e->index - cur.first], o->oid, to);
         ++*slots;
+        if (rc == TM_AWAY) {
+            tier_ahead(ctx, o->oid, e->index + 1, 64, &cur);
+            return rc;
+        }
         if (rc == TM_CORRUPT && to->left != to->all)
             return rc; /* first what is there already: the next call meets it again */
         if (rc != TM_OK) {
@@ -136,7 +153,7 @@ int64_t tm_export_fill(struct tm_export *e, uint8_t *buffer, size_t size)
             uint32_t ref = object_at(seg, ctx->pool, e->chunk, e->bit);
             rc = ref ? export_object(ctx, e, ref, &to, &slots) : TM_OK;
             if (rc != TM_OK)
-                break;
+                break; /* TM_AWAY: at the page that has to be fetched */
             e->index = 0;
             bool objects = atomic_load(&seg->states[e->chunk]) == CHUNK_USED && seg->chunks[e->chunk].bin == BIN_OBJECT;
             if (++e->bit == TM_CHUNK / sizeof(struct tm_object) || !objects) {
@@ -145,8 +162,10 @@ int64_t tm_export_fill(struct tm_export *e, uint8_t *buffer, size_t size)
             }
         }
         op_end(ctx);
+        if (rc == TM_AWAY && (rc = tier_fetch(ctx, e->pool.pool / TM_CLIENT_POOLS)) != TM_OK)
+            break;
     }
-    return rc == TM_CORRUPT && to.left == size ? TM_CORRUPT : (int64_t)(size - to.left);
+    return rc < 0 && rc != TM_AGAIN && to.left == size ? rc : (int64_t)(size - to.left);
 }
 
 struct record {

@@ -9,6 +9,7 @@
  * that was in flight, whether it happened; it must have happened entirely or not at all. At the end every
  * persistent page is compared and every invariant of the segment is checked. Exit status 1: something was lost. */
 #include "crash_clients.h"
+#include "shelf.h"
 
 #include <sys/wait.h>
 #include <time.h>
@@ -71,6 +72,20 @@ static void do_sizing(struct tm_segment *seg, uint64_t r)
     }
 }
 
+/* Pages of some client go to the tier; or what no slot names any more is forgotten there. */
+static void do_tier(struct tm_segment *seg, uint64_t r)
+{
+    static _Thread_local uint64_t hand;
+    uint32_t id = (uint32_t)(r >> 8) % (opt.workers * opt.threads + 2), serial = atomic_load(&seg->clients[id].serial);
+    if (!shelf_lock())
+        return;
+    if (r % 4)
+        shelf_demote(seg, id, serial, 1 + (uint32_t)(r >> 16) % 64, &hand);
+    else
+        shelf_tidy(seg, 20);
+    lock_drop(&shelf->writer);
+}
+
 static void *work(void *arg)
 {
     struct thread *t = arg;
@@ -96,6 +111,10 @@ static void *work(void *arg)
             break;
         case 3:
             do_client(t->seg, t->slot, (unsigned)(r >> 40) % 10, &rng);
+            break;
+        case 5:
+        case 6:
+            do_tier(t->seg, r >> 24);
             break;
         default:
             if (r % 64 < 14)
@@ -124,6 +143,7 @@ static pid_t spawn(uint32_t worker)
         fail("attach");
         _exit(1);
     }
+    seg->fetch = shelf_fetch;
     for (uint32_t i = 0; i < opt.threads; i++) {
         threads[i] = (struct thread){seg, worker * opt.threads + i, 0};
         pthread_create(&threads[i].id, NULL, work, &threads[i]);
@@ -185,7 +205,7 @@ static void watch(const pid_t *pids, uint64_t *last, double *since)
 
 static const uint8_t points[] = {1,  2,  3,  4,  5,  6,  7,  10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 25,
                                  26, 27, 28, 29, 30, 31, 32, 33, 40, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 54, 55, 60,
-                                 61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91};
+                                 61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91, 100, 101, 102, 103, 104};
 
 static unsigned run(uint64_t *rng)
 {
@@ -270,6 +290,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "cannot create %s\n", opt.path);
         return 2;
     }
+    shelf_make();
+    seg->fetch = shelf_fetch;
     setup(seg);
     ctx_release(seg); /* forked children must not inherit a record */
     uint64_t rng = mix(opt.seed);
@@ -292,12 +314,13 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < POINTS; i++)
         hit += atomic_load(&shared->hits_of[i]);
     printf("kills %u (at points %u) in %.1f s, steps %llu, puts %llu, refused %llu, excused %llu, gets %llu (hits %llu), "
-           "flushes %llu, objects %llu, repaired threads %llu, relocated %llu\n",
+           "flushes %llu, objects %llu, repaired threads %llu, relocated %llu, demoted %llu, tidied %llu\n",
            kills, hit, took, (unsigned long long)ops, (unsigned long long)shared->puts,
            (unsigned long long)shared->refused, (unsigned long long)shared->excused, (unsigned long long)shared->gets,
            (unsigned long long)shared->hits, (unsigned long long)shared->flushes, (unsigned long long)shared->objects,
            (unsigned long long)atomic_load(&seg->super->deaths),
-           (unsigned long long)atomic_load(&seg->super->relocated));
+           (unsigned long long)atomic_load(&seg->super->relocated), (unsigned long long)shelf->demoted,
+           (unsigned long long)shelf->tidied);
     printf("points not reached:");
     for (unsigned i = 0; opt.points && i < sizeof points; i++)
         if (!atomic_load(&shared->hits_of[points[i]]))

@@ -9,6 +9,8 @@ struct scenario {
     void (*run)(struct world *w);
 };
 
+static void (*prepare)(struct tm_segment *seg); /* each new segment, if anything */
+
 /* What main returns, for the arguments PATH [scenario]. */
 static int run_scenarios(int argc, char **argv, const struct scenario *all, size_t n)
 {
@@ -28,6 +30,8 @@ static int run_scenarios(int argc, char **argv, const struct scenario *all, size
         if (tm_create(path, 16u << 20, &w.seg))
             return 2;
         open_world(&w);
+        if (prepare)
+            prepare(w.seg);
         int before = failures;
         all[i].run(&w);
         printf("%-22s %s\n", scenario, failures == before ? "ok" : "FAILED");

@@ -173,7 +173,6 @@ def test_a_server_that_cannot_start_says_why(managed: "Tmem", segment: "_native.
 @pytest.mark.parametrize(
     "options",
     [
-        ["--size", "8M", "--tier", "redis://localhost"],
         ["--size", "8X"],
         [],
         ["--size", "8M", "--unix", "/s", "--tcp", "h:1"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmem.backends import segment, service
+from tmem.backends import segment, service, tiering
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.statistics import (
     BUCKETS_NS,
@@ -79,13 +79,13 @@ def describe(
     """Return the state of the segment and of `clients` in the shape of ``list --json``."""
     memory = asdict(SegmentStatistics.from_dict(opened.statistics()))
     memory["freeable_bytes"] = opened.freeable_bytes()
+    pid, manager, problems = _manager(paths)
     described = []
     for client in sorted(clients, key=lambda client: client.name):
         try:
-            described.append(_client(client))
+            described.append({**_client(paths, client), "tier_problem": problems.get(client.name)})
         except PoolError:
             continue  # it ended while we looked
-    pid, manager = _manager(paths)
     return {
         "name": paths.name,
         "path": opened.path,
@@ -99,7 +99,7 @@ def describe(
     }
 
 
-def _client(client: "_native.Client") -> dict[str, object]:
+def _client(paths: SegmentPaths, client: "_native.Client") -> dict[str, object]:
     counts = asdict(ClientStatistics.from_dict(client.statistics()))
     del counts["pools"], counts["authorised_pools"]  # numbers of what follows in full
     return {
@@ -107,6 +107,7 @@ def _client(client: "_native.Client") -> dict[str, object]:
         "mode": client.mode,
         "phase": client.phase,
         "compress": client.compress,
+        "tier": None if (url := tiering.of(paths, client)) is None else tiering.shown(url),
         **counts,
         "authorised": [str(uuid.UUID(bytes=key)) for key in client.authorised()],
         "pools": [_pool(pool) for pool in client.pools()],
@@ -127,15 +128,20 @@ def _pool(pool: "_native.Pool") -> dict[str, object]:
     }
 
 
-def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int]]:
-    """Return the manager's process and what it has done (`manager.ManagerStatistics`, `ResizeStatistics`)."""
+def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int], dict[str, str]]:
+    """Return the manager's process, what it has done (`manager.ManagerStatistics`, `ResizeStatistics`), and
+    why pages of clients stay in memory that have a tier."""
     try:
         answer = service.request(paths, {"op": "ping"}, timeout_s=2)
     except ServiceError:
-        return None, {}
-    pid, statistics = answer["pid"], answer.get("statistics")
+        return None, {}, {}
+    pid, statistics, problems = answer["pid"], answer.get("statistics"), answer.get("tier_problems")
     assert isinstance(pid, int)
-    return pid, statistics if isinstance(statistics, dict) else {}
+    return (
+        pid,
+        statistics if isinstance(statistics, dict) else {},
+        problems if isinstance(problems, dict) else {},
+    )
 
 
 def _show(state: Mapping[str, object], long: bool) -> None:
@@ -164,6 +170,14 @@ def _show(state: Mapping[str, object], long: bool) -> None:
         if clients
         else "no clients yet: add one with 'tmem swap add' or 'tmem mount'"
     )
+    for client in clients:
+        if client["tier"] is not None:
+            pages, unreachable = client["tier_pages"], client["unreachable_gets"]
+            trouble = f", {unreachable} gets could not reach it" if unreachable else ""
+            if problem := client["tier_problem"]:
+                trouble += f"; pages stay in memory: {problem}"
+            there = f"{format_size(pages * PAGE_SIZE)} of pages in {client['tier']}"
+            console.print(f"{client['name']} has {there}{trouble}", soft_wrap=True)
     if long:
         _show_counts(console, state)
 

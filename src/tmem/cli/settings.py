@@ -4,15 +4,20 @@ They change the segment itself, so they work while no manager runs. Not for mode
 """
 
 import uuid
+from typing import TYPE_CHECKING
 
 import click
 
+from tmem.backends import tiering
 from tmem.backends.clients import change
-from tmem.backends.paths import check_name
+from tmem.backends.paths import SegmentPaths, check_name
 from tmem.cli.clients import attached, find_client
 from tmem.cli.context import client_names, segment_name, size_option
 from tmem.errors import PoolError
 from tmem.types import CODECS, MOST_WEIGHT, format_size
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
 
 # Sizes of the core have 64 bits, and nobody means more than a tenth of that.
 _MOST_BYTES = 1 << 60
@@ -28,6 +33,12 @@ _MOST_BYTES = 1 << 60
 @click.option("--cap", metavar="SIZE", callback=size_option, help="The most that its pages take; 0: no cap.")
 @click.option("--floor", metavar="SIZE", callback=size_option, help="What nobody else may take from it.")
 @click.option("--compress", type=click.Choice(CODECS), help="How its pages are compressed from now on.")
+@click.option(
+    "--tier",
+    metavar="URL",
+    help="Where its cold pages go when memory is short: a file or directory; none: back to memory.",
+)
+@click.option("--tier-size", metavar="SIZE", callback=size_option, help="Size of that file.")
 @click.pass_context
 def set_command(
     ctx: click.Context,
@@ -36,17 +47,36 @@ def set_command(
     cap: int | None,
     floor: int | None,
     compress: str | None,
+    tier: str | None,
+    tier_size: int | None,
 ) -> None:
     """Set values of CLIENT: all that are given, or if one is refused none."""
     given = {"weight": weight, "cap_bytes": cap, "floor_bytes": floor, "compress": compress}
     values = {name: value for name, value in given.items() if value is not None}
-    if not values:
-        raise click.UsageError("say what to set: --weight, --cap, --floor or --compress")
+    if not values and tier is None:
+        raise click.UsageError("say what to set: --weight, --cap, --floor, --compress or --tier")
+    if tier_size is not None and tier in (None, "none"):
+        raise click.UsageError("--tier-size goes with --tier")
     for value in values.values():
         if isinstance(value, int) and value > _MOST_BYTES:
             raise click.UsageError(f"{format_size(value)} is more than any segment has: use 0 for no cap")
     with attached(ctx) as opened:
-        change(find_client(opened, client), values)
+        found = find_client(opened, client)
+        if values:
+            change(found, values)
+        if tier is not None:
+            _set_tier(SegmentPaths.of(segment_name(ctx)), opened, found, tier, tier_size)
+
+
+def _set_tier(
+    paths: SegmentPaths, opened: "_native.Segment", client: "_native.Client", url: str, size_bytes: int | None
+) -> None:
+    if url == "none":
+        tiering.withdraw(paths, opened, client)
+        return
+    if size_bytes is None and "size=" not in url and url.startswith(("/", "file:")):
+        raise click.UsageError("say how large the file is to be: --tier-size SIZE, or PATH?size=SIZE")
+    tiering.assign(paths, opened, client, url, size_bytes or 0)
 
 
 @click.command()

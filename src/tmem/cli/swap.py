@@ -8,7 +8,7 @@ progress go to standard error.
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ def swap() -> None:
 @click.option("--unix", metavar="PATH", help="Serve on this socket (default: one of its own).")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve on this address.")
 @click.option("--tls-psk", metavar="FILE", help="Encrypt TCP with the pre-shared keys in FILE.")
+@click.option("--tier", metavar="URL", help="Where cold pages go when memory is short: a file or directory.")
 @click.option("--priority", type=click.IntRange(-1, 32767), help="Priority as swap; higher goes first.")
 @click.option("--discard/--no-discard", default=True, help="Hear of freed pages (default).")
 @click.option("--realtime", is_flag=True, help="Run the server under SCHED_RR.")
@@ -53,6 +54,7 @@ def add(
     unix: str | None,
     tcp: str | None,
     tls_psk: str | None,
+    tier: str | None,
     priority: int | None,
     discard: bool,
     realtime: bool,
@@ -82,24 +84,46 @@ def add(
     paths = SegmentPaths.of(segment_name(ctx))
     check_name(client, "client name")
     socket = str(Path(unix).absolute()) if unix is not None else lifecycle.default_socket(paths, client)
-    made = lifecycle.add(
-        paths,
-        Export(
-            client,
-            size_bytes,
-            unix=socket if tcp is None else None,
-            tcp=parse_host_port(tcp) if tcp is not None else None,
-            tls_psk=str(Path(tls_psk).absolute()) if tls_psk is not None else None,
-            tls_user=_first_user(Path(tls_psk)) if tls_psk is not None else None,
-            reserve=reserve,
-            realtime=realtime,
-        ),
-        lifecycle.SwapOptions(priority, discard, force) if local else None,
-        _show_guards,
-    )
+    with _tier(paths, client, tier, size_bytes):
+        made = lifecycle.add(
+            paths,
+            Export(
+                client,
+                size_bytes,
+                unix=socket if tcp is None else None,
+                tcp=parse_host_port(tcp) if tcp is not None else None,
+                tls_psk=str(Path(tls_psk).absolute()) if tls_psk is not None else None,
+                tls_user=_first_user(Path(tls_psk)) if tls_psk is not None else None,
+                reserve=reserve,
+                realtime=realtime,
+            ),
+            lifecycle.SwapOptions(priority, discard, force) if local else None,
+            _show_guards,
+        )
     if local and made.attachment is not None:
         click.echo(made.attachment.device)
     click.echo(made.uri)
+
+
+@contextmanager
+def _tier(paths: SegmentPaths, client: str, url: str | None, size_bytes: int) -> Iterator[None]:
+    """Give the client its tier, if it is to have one; take it away again if what comes then fails."""
+    from tmem.backends import clients, segment, tiering
+
+    if url is None:
+        yield
+        return
+    with closing(segment.attach(paths.name)) as opened:
+        owner = opened.client(client)
+        had = tiering.of(paths, owner)
+        try:
+            tiering.assign(paths, opened, owner, url, size_bytes)
+            yield
+        except BaseException:
+            if had is None:
+                tiering.withdraw(paths, opened, owner)
+                clients.end_if_unused(owner)
+            raise
 
 
 @swap.command()

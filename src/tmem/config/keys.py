@@ -113,6 +113,7 @@ YES = Kind("true or false", _boolean)
 PATH = Kind("a path in quotes", _text)
 ADDRESS = Kind('an address, such as "127.0.0.1:9753" or "[::1]:9753"', _address)
 METRICS = Kind(ADDRESS.words + ', or "off"', _address_or_off)
+WORD = Kind("a path or URL in quotes", _text)
 WORDS = Kind('a list of options in quotes, such as ["ro", "read_ahead=8M"]', _texts)
 PRIORITY = _whole(-1, 32767)
 
@@ -148,6 +149,13 @@ KEYS = (
         "swap", "tls_psk", PATH, "Encrypt TCP with the pre-shared keys in this file.", '"/etc/tmem/keys.psk"'
     ),
     Key(
+        "swap",
+        "tier",
+        WORD,
+        "Where cold pages go when memory is short: a directory, for a file of the device's size each.",
+        '"/var/lib/tmem/"',
+    ),
+    Key(
         "mount",
         "options",
         WORDS,
@@ -176,6 +184,7 @@ KEYS = (
     Key("client.NAME.swap", "unix", PATH, "Serve it on this socket.", '"/run/web1.sock"'),
     Key("client.NAME.swap", "tcp", ADDRESS, "Serve it on this address.", '"192.0.2.1:10809"'),
     Key("client.NAME.swap", "tls_psk", PATH, "As in [swap].", '"/etc/tmem/keys.psk"'),
+    Key("client.NAME.swap", "tier", WORD, "As in [swap]; or a file.", '"/srv/web1.spill?size=8G"'),
     Key("client.NAME.swap", "priority", PRIORITY, "As in [swap].", "100"),
     Key("client.NAME.swap", "discard", YES, "As in [swap].", "true"),
     Key("client.NAME.swap", "realtime", YES, "As in [swap].", "true"),

@@ -1,0 +1,299 @@
+/* Demotion: pages that leave memory for a tier, in three steps that only the last of which changes anything.
+ *
+ *   collect  copy cold persistent pages as records, and note slot, word and stamp of each
+ *   (write   the caller stores the records in the tier, which acknowledges them with a location each)
+ *   demote   swap each slot from the word that was seen to TIER | location, and free the block
+ *
+ * So there is no page in transit: until the swap it is in memory, from then on it is in the tier, and a page that
+ * changed meanwhile stays where it is and leaves a record that no slot names. Who dies on the way leaves the same.
+ *
+ * What is cold a clock tells: a page that was put or got is marked in its slot (`notes_use`); `collect` goes around
+ * and takes the mark away, and takes the page the next time if it has not been used since. Not while the client
+ * is handed over, when these bits say what was exported.
+ *
+ * Which locations live only the slots know. Who wants to use the others again asks `tm_live`, then waits in
+ * `tier_grace` for everybody who may still read what a slot named before. */
+#include "tm.h"
+
+#include <sched.h>
+#include <string.h>
+#include <time.h>
+
+/* Copy the page of `word` as a record to `to`; its length, or 0 if it is not sound or has changed meanwhile. */
+static uint32_t copy_record(struct tm_segment *seg, slot_t *slot, uint64_t word, uint8_t *to, uint32_t *stamp)
+{
+    uint64_t block = word & SLOT_VALUE, number = off(seg, slot) / 8;
+    if (!in_data(seg, block * 16))
+        return 0;
+    const struct tm_block *from = block_at(seg, block);
+    struct tm_block *b = (struct tm_block *)to;
+    uint64_t header = atomic_load_explicit(&from->word, memory_order_acquire);
+    uint32_t length = block_length(header);
+    *stamp = atomic_load(&from->stamp);
+    if (header_slot(header) != number || !length || length > TM_PAGE || block * 16 + TM_HEADER + length > seg->size)
+        return 0;
+    memcpy(to, from, TM_HEADER + length);
+    atomic_thread_fence(memory_order_acquire);
+    if ((atomic_load(slot) ^ word) & ~SLOT_FREQ || b->checksum != block_checksum(b, header, *stamp))
+        return 0;
+    uint32_t ours = tier_stamp(seg, slot_next(word, SLOT_TIER, 0));
+    atomic_store_explicit(&b->stamp, ours, memory_order_relaxed);
+    b->checksum = block_checksum(b, header, ours);
+    return TM_HEADER + length;
+}
+
+struct collection {
+    uint8_t *buffer;
+    size_t size, used;
+    struct tm_candidate *out;
+    uint32_t n, most;
+};
+
+static bool is_full(const struct collection *c)
+{
+    return c->n == c->most || c->size - c->used < TM_HEADER + TM_PAGE;
+}
+
+/* Take the page of this slot if it is cold; or make it colder. */
+static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, struct collection *c)
+{
+    uint64_t word = atomic_load_explicit(slot, memory_order_acquire);
+    if (slot_type(word) != SLOT_BLOCK || phase_of(ctx->seg, pool / TM_CLIENT_POOLS))
+        return;
+    if (word & SLOT_FREQ && !any) {
+        atomic_compare_exchange_strong(slot, &word, word & ~SLOT_FREQ);
+        return;
+    }
+    struct tm_candidate *page = &c->out[c->n];
+    page->length = copy_record(ctx->seg, slot, word, c->buffer + c->used, &page->stamp);
+    if (!page->length)
+        return;
+    page->slot = off(ctx->seg, slot) / 8;
+    page->word = word;
+    page->pool = pool;
+    page->at = (uint32_t)c->used;
+    c->n++;
+    c->used += (page->length + 15) / 16 * 16;
+}
+
+static bool is_leaf_of(struct tm_segment *seg, uint32_t c, uint32_t id)
+{
+    uint32_t first = BIN_LEAF + id * TM_CLIENT_POOLS * 3, bin = seg->chunks[c].bin;
+    return atomic_load(&seg->states[c]) == CHUNK_USED && bin >= first && bin < first + TM_CLIENT_POOLS * 3;
+}
+
+/* From slot `*hand` (0: the first) on; `*hand` is 0 after the last, else where to go on. */
+int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool any, uint64_t *hand, uint8_t *buffer,
+                   size_t size, struct tm_candidate *out, uint32_t most)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct collection collected = {buffer, size, 0, out, 0, most};
+    uint64_t at_slot = *hand * 8 < seg->data_offset ? seg->data_offset / 8 : *hand;
+    while (at_slot * 8 < seg->size && !is_full(&collected)) {
+        uint32_t c = chunk_of(seg, at_slot * 8);
+        uint64_t chunk_end = (seg->data_offset + (uint64_t)(c + 1) * TM_CHUNK) / 8;
+        op_begin(ctx); /* one for each leaf: it stays a leaf while we look at it */
+        if (!client_lives(seg, id, serial)) {
+            op_end(ctx);
+            return TM_NOPOOL;
+        }
+        if (!is_leaf_of(seg, c, id)) {
+            op_end(ctx);
+            at_slot = chunk_end;
+            continue;
+        }
+        uint32_t stride = bin_stride(seg->chunks[c].bin), pool = (seg->chunks[c].bin - BIN_LEAF) / 3u;
+        uint32_t bit = (uint32_t)(TM_CHUNK - (chunk_end - at_slot) * 8) / stride;
+        uint64_t leaf_end = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)(bit + 1) * stride) / 8;
+        bool used = bit_is_set(&seg->chunks[c], bit) && seg->pools[pool].persistent
+                    && atomic_load(&seg->pools[pool].state) == LIVE;
+        for (; used && at_slot < leaf_end && !is_full(&collected); at_slot++)
+            consider(ctx, pool, at(seg, at_slot * 8), any, &collected);
+        op_end(ctx);
+        if (!used)
+            at_slot = leaf_end;
+    }
+    *hand = at_slot * 8 < seg->size ? at_slot : 0;
+    return collected.n;
+}
+
+static bool demote_one(struct tm_ctx *ctx, const struct tm_candidate *page, uint64_t location)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t client = page->pool / TM_CLIENT_POOLS;
+    if (!location || location > SLOT_VALUE || slot_pool(seg, page->slot) != (int)page->pool || phase_of(seg, client))
+        return false;
+    slot_t *slot = at(seg, page->slot * 8);
+    uint64_t word = atomic_load_explicit(slot, memory_order_acquire);
+    /* Not if it was used while its record was written. The stamp tells this block from a later one at the same place,
+     * for a leaf that was used again has generations that begin anew. Inside the operation a slot that still is
+     * as it was belongs to a leaf that stays. */
+    if (word != (page->word & ~SLOT_FREQ) && word != page->word && !MUTANT(13))
+        return false;
+    if (slot_type(word) != SLOT_BLOCK || (atomic_load(&block_at(seg, word & SLOT_VALUE)->stamp) != page->stamp && !MUTANT(13)))
+        return false;
+    KP(103);
+    if (!slot_replace(ctx, page->pool, slot, &word, slot_next(word, SLOT_TIER, location)))
+        return false;
+    KP(104);
+    count(seg, page->pool, C_DEMOTED, 1);
+    return true;
+}
+
+/* The pages whose records have been acknowledged at these locations leave memory; the number that did. */
+int64_t tm_demote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const struct tm_candidate *pages,
+                  const uint64_t *locations, uint32_t n)
+{
+    struct tm_segment *seg = ctx->seg;
+    int64_t done = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        op_begin(ctx);
+        bool lives = client_lives(seg, id, serial) && pages[i].pool / TM_CLIENT_POOLS == id
+                     && atomic_load(&seg->pools[pages[i].pool].state) == LIVE;
+        ctx->client = ctx->payer = id;
+        done += lives && demote_one(ctx, &pages[i], locations[i]);
+        op_end(ctx);
+        if (!lives)
+            return TM_NOPOOL;
+    }
+    return done;
+}
+
+/* Want the records of the next pages of this leaf as well. */
+static void want_ahead(struct tm_ctx *ctx, const slot_t *slot, const slot_t *end)
+{
+    for (slot++; slot < end; slot++) {
+        uint64_t word = atomic_load(slot);
+        if (slot_type(word) == SLOT_TIER)
+            tier_want(ctx, word & SLOT_VALUE);
+    }
+}
+
+/* The record that was fetched goes to a block, if the slot still is as it was. TM_MISS: it is not in a tier. */
+static int promote_one(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const slot_t *end)
+{
+    uint64_t word = atomic_load(slot);
+    int rc;
+    if (slot_type(word) != SLOT_TIER)
+        return TM_MISS;
+    const struct tm_block *b = tier_record(ctx, slot, word, &rc);
+    if (rc == TM_AWAY) {
+        if ((atomic_load(slot) ^ word) & ~SLOT_FREQ) {
+            ctx->window.nwanted = 0;
+            return TM_AGAIN;
+        }
+        want_ahead(ctx, slot, end);
+        return TM_AWAY;
+    }
+    if (!b)
+        return TM_CORRUPT;
+    uint64_t header = atomic_load(&b->word);
+    struct content what = {.kind = block_kind(header), .length = block_length(header), .payload = (const uint8_t *)(b + 1)};
+    rc = slot_store(ctx, pool, slot, &what, KEEP_OLD, &word);
+    if (rc == TM_OK) { /* nobody put anything */
+        count(ctx->seg, pool, C_FETCHED, 1);
+        count(ctx->seg, pool, C_STORED, UINT64_MAX);
+        count(ctx->seg, pool, C_REPLACED, UINT64_MAX);
+    } else if (rc == TM_REFUSED) {
+        count(ctx->seg, pool, C_REFUSED, UINT64_MAX);
+    }
+    return rc;
+}
+
+int64_t tm_promote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *hand, uint32_t most)
+{
+    struct tm_segment *seg = ctx->seg;
+    int64_t done = 0;
+    uint64_t at_slot = *hand * 8 < seg->data_offset ? seg->data_offset / 8 : *hand;
+    int rc = TM_OK;
+    while (at_slot * 8 < seg->size && done < most && rc != TM_REFUSED) {
+        uint32_t c = chunk_of(seg, at_slot * 8);
+        uint64_t chunk_end = (seg->data_offset + (uint64_t)(c + 1) * TM_CHUNK) / 8;
+        op_begin(ctx);
+        if (!client_lives(seg, id, serial)) {
+            op_end(ctx);
+            return TM_NOPOOL;
+        }
+        if (!is_leaf_of(seg, c, id)) {
+            op_end(ctx);
+            at_slot = chunk_end;
+            continue;
+        }
+        uint32_t stride = bin_stride(seg->chunks[c].bin), pool = (seg->chunks[c].bin - BIN_LEAF) / 3u;
+        uint32_t bit = (uint32_t)(TM_CHUNK - (chunk_end - at_slot) * 8) / stride;
+        uint64_t leaf_end = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)(bit + 1) * stride) / 8;
+        bool used = bit_is_set(&seg->chunks[c], bit) && seg->pools[pool].persistent
+                    && atomic_load(&seg->pools[pool].state) == LIVE;
+        ctx->client = ctx->payer = id;
+        ctx->pool = pool;
+        for (rc = TM_OK; used && at_slot < leaf_end && done < most;) {
+            rc = promote_one(ctx, pool, at(seg, at_slot * 8), at(seg, leaf_end * 8));
+            if (rc == TM_AGAIN)
+                continue;
+            if (rc == TM_AWAY || rc == TM_REFUSED || rc == TM_CORRUPT)
+                break;
+            done += rc == TM_OK;
+            at_slot++;
+        }
+        op_end(ctx);
+        if (rc == TM_AWAY)
+            rc = tier_fetch(ctx, id);
+        if (rc == TM_CORRUPT || rc == TM_DOWN)
+            return done ? done : rc;
+        if (!used)
+            at_slot = leaf_end;
+    }
+    *hand = at_slot * 8 < seg->size ? at_slot : 0;
+    return rc == TM_REFUSED && !done ? TM_REFUSED : done;
+}
+
+uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t n = 0;
+    for (uint32_t c = 0; c < seg->nchunks; c++) {
+        op_begin(ctx);
+        uint32_t stride = is_leaf_of(seg, c, id) ? bin_stride(seg->chunks[c].bin) : TM_CHUNK;
+        for (uint32_t bit = 0; stride < TM_CHUNK && bit < TM_CHUNK / stride; bit++) {
+            if (!bit_is_set(&seg->chunks[c], bit))
+                continue;
+            slot_t *slots = at(seg, seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride);
+            for (uint32_t i = 0; i < stride / 8; i++) {
+                uint64_t word = atomic_load_explicit(&slots[i], memory_order_acquire);
+                if (slot_type(word) != SLOT_TIER)
+                    continue;
+                if (n < most)
+                    out[n] = word & SLOT_VALUE;
+                n++;
+            }
+        }
+        op_end(ctx);
+    }
+    return n;
+}
+
+/* A thread that is stopped while it reads delays: then nothing may be used again yet. */
+bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms)
+{
+    struct tm_segment *seg = ctx->seg;
+    if (MUTANT(12))
+        return true;
+    uint64_t deadline = timing_now() + (uint64_t)timeout_ms * 1000000u;
+    atomic_thread_fence(memory_order_seq_cst);
+    uint32_t n = atomic_load(&seg->super->nthreads);
+    for (uint32_t i = 0; i < n; i++) {
+        struct tm_thread *rec = &seg->threads[i];
+        uint64_t seen = atomic_load(&rec->fetching);
+        if (rec == ctx->rec || !(seen & 1))
+            continue;
+        for (unsigned tries = 0; atomic_load(&rec->fetching) == seen; tries++) {
+            if (timing_now() > deadline)
+                return false;
+            if (tries % 64 == 63)
+                tm_reap(ctx); /* it may be dead */
+            const struct timespec pause = {.tv_nsec = 200000};
+            nanosleep(&pause, NULL);
+        }
+    }
+    return true;
+}

@@ -1,0 +1,259 @@
+"""Which client has which tier, so that every process that serves its pages finds it.
+
+A client's tier is a symbolic link in the segment's state directory, ``tier-ID-SERIAL``, whose target is the
+tier's URL: it takes no room on a full tmpfs, appears whole or not at all, and goes with the reboot that ends
+the segment. ``file:/PATH`` is a spill file, ``redis://`` and its kin are Valkey or Redis. The native core
+asks `source` when it meets the first page in the tier of a client for which nothing was attached yet.
+
+Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). Threading: any thread.
+"""
+
+import contextlib
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tmem.backends.paths import SegmentPaths
+from tmem.backends.tiers import spill
+from tmem.backends.tiers.contract import Tier, TierIdentity
+from tmem.errors import TierCorruptError, TierDownError, TierError, TmemError
+from tmem.types import parse_size
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+_REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
+
+Source = str | Callable[[list[int]], list[bytes | None]]
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """One link: whose it is, and the tier's URL."""
+
+    link: Path
+    client: int
+    serial: int
+    url: str
+
+
+def source(path: str, nonce: int, client: int, serial: int) -> Source:
+    """Return how to read the records of a client of the segment at `path`: the path of a spill file, or a
+    function. For the native core. Raises `TierError`."""
+    url = _url(_state(Path(path)) / f"tier-{client}-{serial}")
+    file = _spill_path(url)
+    if file is not None:
+        return str(file)
+    return open_tier(url, TierIdentity(nonce, client, serial), writer=False).read
+
+
+def open_tier(url: str, identity: TierIdentity, writer: bool) -> Tier:
+    """Open the tier at `url`, which exists; `TierError` if that fails."""
+    file = _spill_path(url)
+    if file is not None:
+        return spill.SpillFile(file, identity, writer)
+    if url.partition("://")[0] in _REDIS:
+        # Imported here: whoever has a spill file needs no client of a database.
+        from tmem.backends.tiers.redis_tier import RedisTier
+        from tmem.backends.tiers.redis_url import RedisAddress
+
+        return RedisTier(RedisAddress.parse(url), identity, writer)
+    raise TierError(
+        f"{url!r} is no tier: give the path of a file, such as /var/lib/tmem/swap.spill, or a redis:// URL"
+    )
+
+
+def identity(segment: "_native.Segment", client: "_native.Client") -> TierIdentity:
+    """Return whose pages the client's tier holds."""
+    return TierIdentity(segment.nonce, client.id, client.serial)
+
+
+def assign(
+    paths: SegmentPaths, segment: "_native.Segment", client: "_native.Client", url: str, size_bytes: int
+) -> str:
+    """Give the client the tier at `url`; return the URL in full.
+
+    A spill file is made, of `size_bytes` unless the URL has ``?size=``.
+
+    The same tier again changes nothing. Raises `TierError`: also if the client has another tier.
+    """
+    url, size_bytes = _full(paths, client, url, size_bytes)
+    link = _link(paths, client)
+    if (found := of(paths, client)) is not None:
+        if found == url:
+            client.tiered = True
+            return url
+        raise TierError(
+            f"{client.name} has the tier {shown(found)} already: take that away first, with --tier none"
+        )
+    file = _spill_path(url)
+    if file is not None:
+        _refuse_if_used(file, segment)
+        spill.create(file, identity(segment, client), size_bytes)
+    else:
+        tier = open_tier(url, identity(segment, client), writer=True)
+        try:
+            tier.retain([])  # it must answer now
+        finally:
+            tier.close()
+    link.symlink_to(url)
+    client.tiered = True
+    return url
+
+
+def attach(segment: "_native.Segment", client: "_native.Client") -> bool:
+    """Have this process read the client's tier from now on, if it has one; `TierError` if that fails.
+
+    Without it the first page in the tier brings it about: inside somebody's request.
+    """
+    if not client.tiered:
+        return False
+    client.attach_tier(source(segment.path, segment.nonce, client.id, client.serial))
+    return True
+
+
+def of(paths: SegmentPaths, client: "_native.Client") -> str | None:
+    """Return the URL of the client's tier, None if it has none."""
+    try:
+        return str(_link(paths, client).readlink())
+    except OSError:
+        return None
+
+
+def shown(url: str) -> str:
+    """Return the URL without a password."""
+    return re.sub(r"//([^:@/]*):[^@/]*@", r"//\1:...@", url)
+
+
+def withdraw(
+    paths: SegmentPaths,
+    segment: "_native.Segment",
+    client: "_native.Client",
+    progress: Callable[[int], None] = lambda left_pages: None,
+) -> None:
+    """Bring the client's pages back into memory, and take its tier away; nothing if it has none.
+
+    `progress` gets the pages that are still to come back. Raises `TmemError` if there is no memory for them,
+    or the tier does not answer; then what came back is back, and the rest stays where it is.
+    """
+    if of(paths, client) is None:
+        return
+    client.tiered = False  # from here on nothing is demoted
+    try:
+        hand = 0
+        while left := client.statistics()["tier_pages"]:
+            progress(left)
+            hand, _came = client.promote(hand, 512)
+    except TmemError:
+        client.tiered = True
+        raise
+    link = _link(paths, client)
+    ended = link.with_name(link.name.replace("tier-", "ended-", 1))
+    link.rename(ended)
+    with contextlib.suppress(TierDownError):  # the manager writes to it: then that removes it
+        end(segment, Assigned(ended, client.id, client.serial, str(ended.readlink())))
+
+
+def ended_tiers(paths: SegmentPaths) -> Iterator[Assigned]:
+    """Yield the tiers that were taken away and may still have to be removed."""
+    return _links(paths, "ended")
+
+
+def assigned_tiers(paths: SegmentPaths) -> Iterator[Assigned]:
+    """Yield the tiers of all clients, also of such as are no more."""
+    return _links(paths, "tier")
+
+
+def _links(paths: SegmentPaths, kind: str) -> Iterator[Assigned]:
+    for link in sorted(paths.state.glob(f"{kind}-*-*")):
+        number, _, serial = link.name.removeprefix(f"{kind}-").partition("-")
+        if number.isdigit() and serial.isdigit() and link.is_symlink():
+            yield Assigned(link, int(number), int(serial), str(link.readlink()))
+
+
+def end(segment: "_native.Segment", assigned: Assigned) -> None:
+    """Remove what a client stored in its tier, for it is no more or has nothing there; then the link.
+
+    Raises `TierDownError` if the tier does not answer, or its writer has not let go of it: try again.
+    """
+    who = TierIdentity(segment.nonce, assigned.client, assigned.serial)
+    try:
+        open_tier(assigned.url, who, writer=True).destroy()
+    except TierCorruptError:
+        pass  # somebody else's by now
+    except TierDownError:
+        file = _spill_path(assigned.url)
+        if file is None or file.exists():
+            raise
+    assigned.link.unlink(missing_ok=True)
+
+
+def _state(segment: Path) -> Path:
+    return segment.with_name(f"{segment.name}.d")
+
+
+def _link(paths: SegmentPaths, client: "_native.Client") -> Path:
+    return paths.state / f"tier-{client.id}-{client.serial}"
+
+
+def _url(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        raise TierDownError("the client's pages are in a tier that nobody knows of any more") from None
+
+
+def _spill_path(url: str) -> Path | None:
+    """Return the path of a spill file, None for another kind of tier."""
+    return Path(urllib.parse.unquote(url.removeprefix("file:"))) if url.startswith("file:/") else None
+
+
+def _full(paths: SegmentPaths, client: "_native.Client", url: str, size_bytes: int) -> tuple[str, int]:
+    """Return the URL as it is kept, and the size of the tier; a plain path is that of a spill file."""
+    if url.startswith("/"):
+        url = f"file:{url}"
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "file":
+        return url, size_bytes
+    options = urllib.parse.parse_qs(parts.query, keep_blank_values=True)
+    if parts.netloc or not parts.path.startswith("/") or options.keys() - {"size"}:
+        raise TierError(f"{url!r} is no spill file: give a path from / on, such as file:/var/lib/x?size=4G")
+    if "size" in options:
+        size_bytes = parse_size(options["size"][-1])
+    path = Path(urllib.parse.unquote(parts.path))
+    if path.is_dir() or parts.path.endswith("/"):
+        path = path / f"tmem-{paths.name}-{client.name}.spill"
+    if not path.parent.is_dir():
+        raise TierError(
+            f"{path.parent} is no directory: make it first, on the disk that is to hold the pages"
+        )
+    return f"file:{urllib.parse.quote(str(path))}", size_bytes
+
+
+def _refuse_if_used(file: Path, segment: "_native.Segment") -> None:
+    """Raise if the spill file at the path is that of a client that lives, here or in another segment."""
+    if not file.exists() or not file.stat().st_size:
+        return
+    who = spill.identity_of(file)
+    if who.nonce in _living(segment):
+        raise TierError(f"{file} holds pages of another client: give another path")
+
+
+def _living(segment: "_native.Segment") -> set[int]:
+    """Return the nonces of the segments beside this one, and its own."""
+    from tmem.backends import _native
+
+    found = {segment.nonce}
+    for path in Path(segment.path).parent.iterdir():
+        if not path.is_file() or path.is_symlink():
+            continue
+        try:
+            other = _native.attach(str(path))
+        except (TmemError, OSError):
+            continue
+        found.add(other.nonce)
+        other.close()
+    return found

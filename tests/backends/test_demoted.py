@@ -1,0 +1,414 @@
+"""Pages in a tier: they come back whole to whoever reads them, and what is wrong with one is an error."""
+
+import os
+import threading
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tmem.backends import _native, tiering
+from tmem.backends.paths import SegmentPaths
+from tmem.errors import CorruptPageError, PoolError, TierDownError, TierError
+from tmem.types import OID_SIZE, PAGE_SIZE
+
+from .pages import page, pages
+from .tiers.faulty import Faults, FaultyTier
+from .tiers.memory import MemoryWorld
+
+OID = bytes(OID_SIZE)
+NPAGES = 200
+
+
+def data(npages: int = NPAGES) -> list[bytes]:
+    return [page(("text", "random", "tail")[n % 3], n) for n in range(npages)]
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+@pytest.fixture
+def tier(client: _native.Client, small: _native.Segment, faults: Faults) -> FaultyTier:
+    """A tier in memory that this process reads."""
+    world = MemoryWorld(10**6)
+    writer = world.open(tiering.identity(small, client), writer=True)
+    writer.retain([])
+    made = FaultyTier(writer, faults)
+    client.tiered = True
+    client.attach_tier(made.read)
+    return made
+
+
+def demote(client: _native.Client, tier: FaultyTier, any: bool = True) -> int:
+    """Let everything that is cold (or any page) leave memory."""
+    buffer, hand, demoted = bytearray(1 << 20), 0, 0
+    while True:
+        hand, places, pages = client.collect(hand, buffer, 100, any)
+        locations = tier.write([bytes(buffer[at : at + length]) for at, length in places])
+        demoted += client.demote(pages, array("Q", locations))
+        if not hand:
+            return demoted
+
+
+@pytest.fixture
+def demoted(persistent: _native.Pool, tier: FaultyTier) -> _native.Pool:
+    """A pool whose pages are all in the tier."""
+    assert persistent.put(OID, 0, b"".join(data())) == NPAGES
+    assert demote(persistent.client, tier) == NPAGES
+    return persistent
+
+
+def got(pool: _native.Pool, first: int, npages: int) -> list[bytes]:
+    buffer = bytearray(npages * PAGE_SIZE)
+    assert pool.get(OID, first, buffer) == npages
+    return [bytes(buffer[at : at + PAGE_SIZE]) for at in range(0, len(buffer), PAGE_SIZE)]
+
+
+def test_they_take_no_memory_and_come_back(demoted: _native.Pool) -> None:
+    counts = demoted.statistics()
+    assert (counts["pages"], counts["tier_pages"], counts["bytes"]) == (NPAGES, NPAGES, 0)
+    assert demoted.client.statistics()["used_bytes"] == 0
+    assert got(demoted, 0, NPAGES) == data()
+    assert got(demoted, 77, 1) == data()[77:78]
+    assert demoted.statistics()["pages_fetched"] == NPAGES + 1
+    assert demoted.present(OID, 0, 1000) == [(0, NPAGES)]
+
+
+def test_the_cap_counts_memory(demoted: _native.Pool, tier: FaultyTier) -> None:
+    demoted.client.cap_bytes = 40 * 4160
+    assert demoted.put(OID, 1000, b"".join(pages("random", 1, 30))) == 30
+    assert demote(demoted.client, tier) == 30
+    assert demoted.put(OID, 2000, b"".join(pages("random", 1, 30))) == 30
+    assert got(demoted, 1000, 30) == got(demoted, 2000, 30) == pages("random", 1, 30)
+
+
+def test_puts_and_flushes_replace_them(demoted: _native.Pool) -> None:
+    assert demoted.put(OID, 3, page("text", 999)) == 1
+    assert demoted.flush(OID, 4, 2) == 2
+    assert got(demoted, 3, 1) == [page("text", 999)]
+    assert demoted.get(OID, 4, bytearray(PAGE_SIZE)) == 0
+    assert got(demoted, 6, 1) == data()[6:7]
+    assert demoted.statistics()["tier_pages"] == NPAGES - 3
+    assert demoted.flush_object(OID) == NPAGES - 2
+    assert demoted.statistics()["pages"] == 0
+
+
+def test_a_refused_put_keeps_the_old_page_or_none(demoted: _native.Pool) -> None:
+    demoted.client.cap_bytes = 1
+    assert demoted.put(OID, 0, page("random", 5), keep_old=True) == 0
+    assert got(demoted, 0, 1) == data()[:1]
+    assert demoted.put(OID, 0, page("random", 5)) == 0
+    assert demoted.get(OID, 0, bytearray(PAGE_SIZE)) == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, NPAGES * PAGE_SIZE), (5000, 1), (4000, 200), (100, 300000)]
+)
+def test_devices_read_them(demoted: _native.Pool, offset: int, length: int) -> None:
+    device = _native.Device(demoted, OID, NPAGES * PAGE_SIZE)
+    buffer = bytearray(length)
+    device.pread(None, buffer, offset, 0)
+    assert buffer == b"".join(data())[offset : offset + length]
+
+
+def test_parts_of_pages_are_written_to_them(demoted: _native.Pool) -> None:
+    device = _native.Device(demoted, OID, NPAGES * PAGE_SIZE)
+    whole = bytearray(b"".join(data()))
+    for offset, text in (
+        (10, b"a few bytes"),
+        (3 * PAGE_SIZE - 5, b"across two"),
+        (9 * PAGE_SIZE, b"x" * 9000),
+    ):
+        device.pwrite(None, text, offset, 0)
+        whole[offset : offset + len(text)] = text
+    device.zero(None, 300, 20 * PAGE_SIZE + 7, 0)
+    whole[20 * PAGE_SIZE + 7 : 20 * PAGE_SIZE + 307] = bytes(300)
+    buffer = bytearray(len(whole))
+    device.pread(None, buffer, 0, 0)
+    assert buffer == whole
+
+
+def test_exports_have_them(demoted: _native.Pool) -> None:
+    exporter, buffer, records = demoted.export(), bytearray(100_000), b""
+    while n := exporter.fill(buffer):
+        records += buffer[:n]
+    other = demoted.client.new_pool(persistent=True)
+    assert other.import_records(records) == NPAGES
+    assert got(other, 0, NPAGES) == data()
+
+
+def test_a_handoff_passes_them_on_once_and_their_changes(demoted: _native.Pool, tier: FaultyTier) -> None:
+    """Uses of pages are noted in the bits that say what was exported: they must not be mixed up."""
+    client, other = demoted.client, demoted.client.new_pool(persistent=True)
+    assert demoted.put(OID, 1000, b"".join(pages("text", 1, 20))) == 20  # in memory, and marked as used
+    client.handoff("copy")
+    buffer = bytearray(2 << 20)
+    exporter = demoted.export(changes=True)
+    assert other.import_records(buffer[: exporter.fill(buffer)]) == NPAGES + 20
+    assert client.collect(0, buffer, 100, True)[1] == []  # not while it is copied
+    assert got(demoted, 1000, 20) == pages("text", 1, 20)
+    assert demoted.flush(OID, 7) == 1
+    assert demoted.put(OID, 8, page("text", 4)) == 1
+    exporter = demoted.export(changes=True)
+    assert other.import_records(buffer[: exporter.fill(buffer)]) == 2
+    client.handoff("end")
+    assert got(other, 8, 1) == [page("text", 4)]
+    assert other.get(OID, 7, bytearray(PAGE_SIZE)) == 0
+    assert got(other, 9, NPAGES - 9) == data()[9:]
+    assert demote(client, tier) == 21 + (NPAGES + 20 - 1)  # of the one pool, and of the other
+
+
+def test_pages_in_use_are_not_cold(persistent: _native.Pool, tier: FaultyTier) -> None:
+    client = persistent.client
+    persistent.put(OID, 0, b"".join(data(60)))
+    assert demote(client, tier, any=False) == 0  # just put
+    got(persistent, 10, 5)
+    persistent.put(OID, 20, page("text", 7))
+    assert demote(client, tier, any=False) == 54
+    assert persistent.present(OID, 0, 60) == [(0, 60)]
+    assert demote(client, tier, any=False) == 6
+    assert got(persistent, 10, 1) == data()[10:11]
+
+
+def test_a_page_that_is_used_meanwhile_stays(persistent: _native.Pool, tier: FaultyTier) -> None:
+    client, buffer = persistent.client, bytearray(1 << 20)
+    persistent.put(OID, 0, b"".join(data(5)))
+    client.collect(0, buffer, 100, False)
+    _, places, seen = client.collect(0, buffer, 100, False)
+    assert len(places) == 5
+    got(persistent, 0, 1)
+    persistent.flush(OID, 1)
+    persistent.put(OID, 2, page("random", 9))
+    locations = tier.write([bytes(buffer[at : at + length]) for at, length in places])
+    assert client.demote(seen, array("Q", locations)) == 2
+    assert client.demote(seen, array("Q", locations)) == 0
+    assert got(persistent, 2, 1) == [page("random", 9)]
+
+
+def test_same_filled_pages_stay(persistent: _native.Pool, tier: FaultyTier) -> None:
+    persistent.put(OID, 0, bytes(10 * PAGE_SIZE))
+    assert demote(persistent.client, tier) == 0
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped"])
+def test_what_was_read_wrong_once_is_read_again(demoted: _native.Pool, faults: Faults, kind: str) -> None:
+    setattr(faults, kind, 2)
+    assert got(demoted, 3, 1) == data()[3:4]
+
+
+def test_what_stays_wrong_is_an_error_and_nothing_else_is(demoted: _native.Pool, faults: Faults) -> None:
+    faults.flipped = 1000
+    device = _native.Device(demoted, OID, NPAGES * PAGE_SIZE)
+    for read in (
+        lambda: demoted.get(OID, 5, bytearray(PAGE_SIZE)),
+        lambda: device.pread(None, bytearray(PAGE_SIZE), 5 * PAGE_SIZE, 0),
+        lambda: device.pwrite(None, b"part", 5 * PAGE_SIZE, 0),
+    ):
+        with pytest.raises((CorruptPageError, OSError)):
+            read()
+    assert demoted.put(OID, 6, page("text", 1)) == 1
+    assert got(demoted, 6, 1) == [page("text", 1)]
+    faults.flipped = 0
+    assert got(demoted, 5, 1) == data()[5:6]
+
+
+def test_a_tier_that_is_down_is_waited_for(demoted: _native.Pool, faults: Faults) -> None:
+    faults.down = 3
+    assert got(demoted, 5, 1) == data()[5:6]
+
+
+def test_a_tier_that_stays_down_is_an_error_until_it_is_back(
+    demoted: _native.Pool, faults: Faults, small: _native.Segment
+) -> None:
+    """Never a miss: a page that was missed must not come back (get-get)."""
+    small.tier_patience_ms = 50
+    faults.down = 10**6
+    for _ in range(3):
+        with pytest.raises(TierDownError):
+            got(demoted, 5, 1)
+    assert demoted.client.statistics()["unreachable_gets"] == 3
+    assert demoted.put(OID, 1000, page("text", 1)) == 1
+    assert got(demoted, 1000, 1) == [page("text", 1)]
+    faults.down = 0
+    assert got(demoted, 0, NPAGES) == data()
+
+
+def test_pages_before_the_lost_one_are_returned(demoted: _native.Pool, small: _native.Segment) -> None:
+    demoted.put(OID, 0, b"".join(data(3)))
+    demoted.client.attach_tier(lambda locations: [None] * len(locations))
+    buffer = bytearray(10 * PAGE_SIZE)
+    assert demoted.get(OID, 0, buffer) == 3
+    with pytest.raises(CorruptPageError):
+        demoted.get(OID, 3, buffer)
+
+
+def test_room_is_not_used_again_under_a_reader(demoted: _native.Pool, tier: FaultyTier) -> None:
+    reads, go = threading.Event(), threading.Event()
+
+    def slow(locations: list[int]) -> list[bytes | None]:
+        reads.set()
+        assert go.wait(40)
+        return tier.read(locations)
+
+    client = demoted.client
+    client.attach_tier(slow)
+    thread = threading.Thread(target=got, args=(demoted, 3, 1))
+    thread.start()
+    try:
+        assert reads.wait(40)
+        demoted.flush(OID, 4)
+        assert client.live(50) is None
+    finally:
+        go.set()
+        thread.join()
+    live = client.live(10_000)
+    assert live is not None
+    assert len(live) == 8 * (NPAGES - 1)
+
+
+def test_pages_are_brought_back(demoted: _native.Pool) -> None:
+    client, before = demoted.client, demoted.statistics()
+    hand, came = client.promote(0, 50)
+    assert came == 50
+    assert client.promote(hand, 1000) == (0, NPAGES - 50)
+    counts = demoted.statistics()
+    assert counts["tier_pages"] == 0
+    assert {name: counts[name] for name in ("puts", "puts_stored", "puts_replaced", "puts_refused")} == {
+        name: before[name] for name in ("puts", "puts_stored", "puts_replaced", "puts_refused")
+    }
+    assert got(demoted, 0, NPAGES) == data()
+
+
+def test_pages_without_room_stay_where_they_are(demoted: _native.Pool) -> None:
+    demoted.client.cap_bytes = 20_000
+    demoted.client.promote(0, 1000)
+    with pytest.raises(PoolError, match="no memory"):
+        demoted.client.promote(0, 1000)
+    assert got(demoted, 0, NPAGES) == data()
+    assert demoted.client.statistics()["used_bytes"] <= 20_000
+
+
+def test_pools_and_clients_with_pages_there_end(demoted: _native.Pool, small: _native.Segment) -> None:
+    client = demoted.client
+    demoted.destroy()
+    assert client.statistics()["tier_pages"] == 0
+    client.destroy()
+    assert small.check() == []
+
+
+class TestFiles:
+    """With a spill file, found by everybody who attaches the segment."""
+
+    @pytest.fixture
+    def paths(self, small: _native.Segment) -> SegmentPaths:
+        path = Path(small.path)
+        paths = SegmentPaths(path.name, path.parent)
+        paths.state.mkdir()
+        return paths
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        return tmp_path / "a spill.file"
+
+    @pytest.fixture
+    def spilled(
+        self, persistent: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+    ) -> Iterator[_native.Pool]:
+        tiering.assign(paths, small, persistent.client, str(file), 4 << 20)
+        persistent.put(OID, 0, b"".join(data()))
+        url = tiering.of(paths, persistent.client)
+        assert url is not None
+        writer = tiering.open_tier(url, tiering.identity(small, persistent.client), writer=True)
+        writer.retain([])
+        assert demote(persistent.client, FaultyTier(writer, Faults())) == NPAGES
+        yield persistent
+        writer.close()
+
+    def test_every_mapping_finds_it(self, spilled: _native.Pool, small: _native.Segment) -> None:
+        other = _native.attach(small.path)
+        assert got(other.client("guest").pools()[0], 0, NPAGES) == data()
+        other.close()
+        assert got(spilled, 0, NPAGES) == data()
+
+    def test_a_file_that_was_cut_off_is_an_error(self, spilled: _native.Pool, file: Path) -> None:
+        assert got(spilled, 0, NPAGES) == data()
+        os.truncate(file, 20 * 4096)
+        with pytest.raises(CorruptPageError):
+            got(spilled, NPAGES - 1, 1)
+        assert got(spilled, 0, 5) == data()[:5]
+
+    def test_a_file_that_was_written_over_is_an_error(self, spilled: _native.Pool, file: Path) -> None:
+        with file.open("r+b") as opened:
+            opened.seek(8192)
+            opened.write(os.urandom(file.stat().st_size - 8192))
+        os.sync()
+        bad = 0
+        for n in range(NPAGES):
+            try:
+                assert got(spilled, n, 1) == data()[n : n + 1]
+            except CorruptPageError:
+                bad += 1
+        assert bad > NPAGES - 10
+
+    def test_a_file_that_is_no_more_is_an_error_for_who_comes_late(
+        self, spilled: _native.Pool, small: _native.Segment, file: Path
+    ) -> None:
+        assert got(spilled, 0, 1) == data()[:1]
+        file.unlink()
+        assert got(spilled, 1, NPAGES - 1) == data()[1:]  # who has it open still reads
+        other = _native.attach(small.path)
+        other.tier_patience_ms = 50
+        with pytest.raises(TierDownError):
+            got(other.client("guest").pools()[0], 0, 1)
+        other.close()
+
+    def test_a_file_in_use_is_not_given_to_another(
+        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+    ) -> None:
+        other = small.client("other")
+        with pytest.raises(TierError, match="pages of another client"):
+            tiering.assign(paths, small, other, str(file), 1 << 20)
+        with pytest.raises(TierError, match="has the tier"):
+            tiering.assign(paths, small, spilled.client, f"{file}2", 1 << 20)
+        assert tiering.assign(paths, small, spilled.client, str(file), 1) == tiering.of(paths, spilled.client)
+        assert got(spilled, 0, NPAGES) == data()
+
+    def test_withdrawn_it_is_gone_and_another_may_come(
+        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+    ) -> None:
+        left: list[int] = []
+        tiering.withdraw(paths, small, spilled.client, left.append)
+        assert left[0] == NPAGES
+        assert spilled.statistics()["tier_pages"] == 0
+        assert tiering.of(paths, spilled.client) is None
+        (ended,) = tiering.ended_tiers(paths)  # the writer still has it
+        assert file.exists()
+        tiering.assign(paths, small, spilled.client, f"{file}2", 4 << 20)
+        url = tiering.of(paths, spilled.client)
+        assert url is not None
+        writer = tiering.open_tier(url, tiering.identity(small, spilled.client), writer=True)
+        writer.retain([])
+        assert demote(spilled.client, FaultyTier(writer, Faults())) == NPAGES
+        assert got(spilled, 0, NPAGES) == data()
+        writer.close()
+        assert ended.link.is_symlink()
+
+    @pytest.mark.parametrize(
+        ("url", "words"),
+        [
+            ("file:relative", "no spill file"),
+            ("/no/such/directory/x", "is no directory"),
+            ("/tmp/x?colour=red", "no spill file"),
+            ("ftp://somewhere", "is no tier"),
+        ],
+    )
+    def test_what_is_no_tier_is_refused(
+        self, small: _native.Segment, paths: SegmentPaths, client: _native.Client, url: str, words: str
+    ) -> None:
+        with pytest.raises(TierError, match=words):
+            tiering.assign(paths, small, client, url, 1 << 20)
+        assert not client.tiered
+        assert not list(tiering.assigned_tiers(paths))

@@ -1,0 +1,200 @@
+"""The policy of demotion: when it begins, how far it goes, and what happens when a tier refuses or ends."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tmem.backends import _native, tiering
+from tmem.backends.demotion import Demotion, Marks
+from tmem.backends.paths import SegmentPaths
+from tmem.types import OID_SIZE, PAGE_SIZE
+
+from .pages import stamp_of, stamped
+
+OID = bytes(OID_SIZE)
+MIB = 1 << 20
+
+
+class Clock:
+    """Time goes on by a hundredth of a second with each look."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        self.now_s += 0.01
+        return self.now_s
+
+
+class Bench:
+    """A segment of 8 MiB, its client with a spill file, and the demotion of it."""
+
+    def __init__(self, segment: _native.Segment, directory: Path, size_bytes: int) -> None:
+        self.segment = segment
+        self.paths = SegmentPaths(Path(segment.path).name, Path(segment.path).parent)
+        self.paths.state.mkdir()
+        self.client = segment.client("guest")
+        self.pool = self.client.new_pool(persistent=True)
+        self.file = directory / "spill"
+        tiering.assign(self.paths, segment, self.client, str(self.file), size_bytes)
+        self.clock = Clock()
+        self.demotion = Demotion(self.paths, segment, Marks(), self.clock)
+        self.pages: dict[int, int] = {}
+
+    def put(self, first: int, npages: int, version: int = 1) -> int:
+        """Put pages one by one until one is refused; the number stored."""
+        for index in range(first, first + npages):
+            if not self.pool.put(OID, index, stamped(index << 8 | version), keep_old=True):
+                return index - first
+            self.pages[index] = version
+        return npages
+
+    def check(self) -> None:
+        buffer = bytearray(PAGE_SIZE)
+        for index, version in self.pages.items():
+            assert self.pool.get(OID, index, buffer) == 1
+            assert stamp_of(bytes(buffer)) == index << 8 | version
+
+    def rounds(self, count: int = 10) -> None:
+        for _ in range(count):
+            self.demotion.round()
+            self.clock.now_s += 1
+
+    @property
+    def free_share(self) -> float:
+        return (self.segment.freeable_bytes() + self.segment.occupied[2]) / self.segment.limits[1]
+
+
+@pytest.fixture
+def bench(small: _native.Segment, tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(small, tmp_path, 32 * MIB)
+    yield made
+    made.demotion.close()
+
+
+def test_nothing_goes_while_there_is_memory(bench: Bench) -> None:
+    bench.put(0, 500)
+    bench.rounds()
+    assert bench.demotion.demoted_pages == 0
+
+
+def test_it_begins_below_the_one_mark_and_ends_above_the_other(bench: Bench) -> None:
+    bench.put(0, 10**6)
+    assert bench.free_share < 1 / 8
+    bench.rounds()
+    assert 3 / 16 <= bench.free_share < 1 / 3
+    demoted = bench.demotion.demoted_pages
+    assert demoted > 100
+    bench.rounds()
+    assert bench.demotion.demoted_pages == demoted
+    bench.check()
+
+
+def test_far_more_than_memory_goes_in(bench: Bench) -> None:
+    first = 0
+    while first < 12000:
+        stored = bench.put(first, 500)
+        first += stored
+        if stored < 500:
+            bench.rounds(2)
+    assert bench.client.statistics()["tier_pages"] > 5000
+    bench.check()
+    for version in (2, 3):
+        for start in range(0, 12000, 500):
+            while bench.put(start, 500, version) < 500:
+                bench.rounds(2)
+    bench.check()
+    assert bench.demotion.problems() == {}
+
+
+def test_a_cap_is_a_shortage_too(bench: Bench) -> None:
+    bench.client.cap_bytes = MIB
+    bench.put(0, 10**6)
+    bench.rounds()
+    used = bench.client.statistics()["used_bytes"]
+    assert MIB * 2 // 3 < used < MIB * 7 // 8
+    bench.check()
+
+
+def test_pages_in_use_stay(bench: Bench) -> None:
+    """Of many pages a few are read between any two looks: the others go."""
+    first = 0
+    while bench.free_share > 0.11:  # short, not urgent
+        first += bench.put(first, 20)
+    buffer = bytearray(50 * PAGE_SIZE)
+    bench.pool.get(OID, 100, buffer)
+    bench.demotion.round()
+    for _ in range(6):
+        bench.clock.now_s += 1.5
+        before = bench.pool.statistics()["pages_fetched"]
+        bench.pool.get(OID, 100, buffer)
+        assert bench.pool.statistics()["pages_fetched"] == before
+        bench.demotion.round()
+    assert bench.demotion.demoted_pages > 100
+
+
+def test_a_full_tier_refuses_and_is_shown_and_nothing_is_lost(small: _native.Segment, tmp_path: Path) -> None:
+    bench = Bench(small, tmp_path, MIB)
+    stored = bench.put(0, 10**6)
+    for _ in range(20):
+        bench.rounds(2)
+        more = bench.put(stored, 10**6)
+        stored += more
+    assert "is full" in bench.demotion.problems()["guest"]
+    assert bench.put(stored, 1) == 0
+    bench.check()
+    bench.pool.flush(OID, 0, stored // 2)
+    for index in range(stored // 2):
+        bench.pages.pop(index, None)
+    before = bench.client.statistics()["tier_pages"]
+    bench.put(stored, 10**6)
+    bench.rounds()
+    assert bench.client.statistics()["tier_pages"] > before + 100  # in the room of those that were flushed
+    bench.check()
+    bench.demotion.close()
+
+
+def test_a_manager_that_comes_later_goes_on(bench: Bench) -> None:
+    first = bench.put(0, 10**6)
+    bench.rounds()
+    bench.demotion.close()
+    bench.demotion = Demotion(bench.paths, bench.segment, Marks(), bench.clock)
+    while bench.put(first, 300):
+        first += 300
+        bench.rounds(3)
+        if first > 5000:
+            break
+    bench.check()
+
+
+def test_a_client_that_ends_takes_its_file_along(bench: Bench) -> None:
+    bench.put(0, 10**6)
+    bench.rounds()
+    bench.client.destroy()
+    assert bench.file.exists()
+    bench.rounds(1)
+    assert not bench.file.exists()
+    assert not list(tiering.assigned_tiers(bench.paths))
+
+
+def test_a_file_that_is_gone_is_shown(bench: Bench) -> None:
+    bench.file.unlink()
+    bench.put(0, 10**6)
+    bench.rounds(2)
+    assert "cannot be opened" in bench.demotion.problems()["guest"]
+    assert bench.demotion.demoted_pages == 0
+    bench.check()
+
+
+def test_withdrawn_the_manager_removes_the_file(bench: Bench) -> None:
+    bench.client.cap_bytes = MIB
+    bench.put(0, 10**6)
+    bench.rounds()
+    bench.client.cap_bytes = 0
+    tiering.withdraw(bench.paths, bench.segment, bench.client)
+    assert bench.client.statistics()["tier_pages"] == 0
+    assert bench.file.exists()
+    bench.rounds(1)
+    assert not bench.file.exists()
+    bench.check()

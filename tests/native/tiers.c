@@ -1,0 +1,285 @@
+/* Pages on their way to a tier and back, with everybody stopped or killed at the worst moment.
+ *
+ *   tiers PATH [scenario] */
+#include "scenarios.h"
+#include "shelf.h"
+
+static void ready(struct tm_segment *seg)
+{
+    seg->fetch = shelf_fetch;
+}
+
+static int64_t demote_all(struct world *w, struct actor *a)
+{
+    uint64_t hand = 0;
+    uint32_t id, serial;
+    (void)a;
+    ready(w->seg);
+    client_open(ctx_get(w->seg), "test", false, &id, &serial);
+    return shelf_demote(w->seg, id, serial, 64, &hand);
+}
+
+static int64_t get_one(struct world *w, struct actor *a)
+{
+    ready(w->seg);
+    return tm_get(&w->pool, oid, 1, a->page, 1);
+}
+
+static int64_t take_one(struct world *w, struct actor *a)
+{
+    ready(w->seg);
+    return tm_get(&w->taken, oid, 1, a->page, 1);
+}
+
+static struct tm_device device_of(struct world *w)
+{
+    struct tm_device d = {.pool = w->pool, .size = UINT64_C(1) << 30};
+    return d;
+}
+
+static int64_t write_part(struct world *w, struct actor *a)
+{
+    static const uint8_t bytes[4] = "part";
+    struct tm_device d = device_of(w);
+    (void)a;
+    ready(w->seg);
+    return dev_write(&d, bytes, TM_PAGE + 100, sizeof bytes);
+}
+
+static uint64_t location_of(struct world *w, uint32_t index)
+{
+    struct cursor cur = {0};
+    const uint64_t id[3] = {0};
+    cursor_find(w->seg, w->pool.pool, id, index, &cur);
+    uint64_t word = cur.slots ? atomic_load(&cur.slots[index - cur.first]) : 0;
+    return slot_type(word) == SLOT_TIER ? word & SLOT_VALUE : 0;
+}
+
+static bool tidy(struct world *w, unsigned timeout_ms)
+{
+    bool done = shelf_lock() && shelf_tidy(w->seg, timeout_ms);
+    lock_drop(&shelf->writer);
+    return done;
+}
+
+static bool has_part(struct world *w, uint64_t version)
+{
+    uint8_t page[TM_PAGE], want[TM_PAGE];
+    page_make(want, 5001, version * 2654435761u);
+    memcpy(want + 100, "part", 4);
+    return tm_get(&w->pool, oid, 1, page, 1) == 1 && memcmp(page, want, TM_PAGE) == 0;
+}
+
+/* There and back: every sort of reader, and what takes the page away. */
+static void there_and_back(struct world *w)
+{
+    uint8_t page[TM_PAGE * 40];
+    for (uint32_t i = 1; i <= 40; i++)
+        put(&w->pool, i, i);
+    int64_t fill = w->seg->pools[w->pool.pool].fill_pages;
+    expect(demote_all(w, NULL) == 40 - fill && fill < 10, "not all pages were demoted");
+    expect(w->seg->pools[w->pool.pool].bytes == 0, "demoted pages take memory");
+    expect(tm_get(&w->pool, oid, 1, page, 40) == 40, "not all pages came back");
+    for (uint32_t i = 1; i <= 40; i++)
+        expect(is(page + (i - 1) * TM_PAGE, i, i), "page %u is another", i);
+    expect(write_part(w, NULL) == TM_OK && has_part(w, 1) && !location_of(w, 1), "a part was not written");
+    expect(tm_flush(&w->pool, oid, 2, 10) == 10, "pages in the tier were not flushed");
+    put(&w->pool, 12, 99);
+    expect(holds(&w->pool, 12, 99) && !holds(&w->pool, 2, 2) && holds(&w->pool, 13, 13), "a page is not what it was");
+    check(w);
+    expect(tidy(w, 1000), "somebody reads");
+    uint32_t used = 0;
+    for (uint32_t i = 0; i < SHELF_RECORDS; i++)
+        used += atomic_load(&shelf->used[i]);
+    expect(used == w->seg->pools[w->pool.pool].tier_pages, "%u records are kept", used);
+    expect(holds(&w->pool, 40, 40), "a page that was kept is lost");
+    uint64_t hand = 0;
+    uint32_t id, serial;
+    client_open(ctx_get(w->seg), "test", false, &id, &serial);
+    while (tm_promote(ctx_get(w->seg), id, serial, &hand, 7) > 0 && hand)
+        ;
+    expect(w->seg->pools[w->pool.pool].tier_pages == 0 && holds(&w->pool, 40, 40), "pages were not brought back");
+    check(w);
+}
+
+/* The record is written; before the swap the page is put anew. The put stays. */
+static void put_while_demoted(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    pid_t a = start(0, demote_all, 103, 0);
+    at_point(0);
+    put(&w->pool, 1, 2);
+    finish(0, a);
+    expect(actors[0].result == 0, "a page that had changed was demoted");
+    expect(holds(&w->pool, 1, 2) && !location_of(w, 1), "the put is lost");
+    check(w);
+}
+
+/* The same, but the whole object goes, and its leaf, slot and block come again with a page like the first: the same
+ * words everywhere. Only the block's stamp tells. */
+static void leaf_used_again(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    pid_t a = start(0, demote_all, 102, 0); /* never reached: it only waits until the end of its operation */
+    finish(0, a);
+    expect(holds(&w->pool, 1, 1), "the page is lost");
+    struct tm_candidate page;
+    uint8_t buffer[4128];
+    uint64_t hand = 0, location = 7;
+    uint32_t id, serial;
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    tm_flush_object(&w->pool, oid);
+    object_reap_empty(ctx, 10);
+    put(&w->pool, 1, 1);
+    client_open(ctx, "test", false, &id, &serial);
+    expect(tm_collect(ctx, id, serial, true, &hand, buffer, sizeof buffer, &page, 1) == 1, "nothing collected");
+    tm_flush_object(&w->pool, oid);
+    object_reap_empty(ctx, 10);
+    put(&w->pool, 1, 3);
+    struct cursor cur = {0};
+    const uint64_t zeros[3] = {0};
+    cursor_find(w->seg, w->pool.pool, zeros, 1, &cur);
+    page.word = atomic_load(&cur.slots[1 - cur.first]); /* as if all of it had come again */
+    page.slot = off(w->seg, &cur.slots[1 - cur.first]) / 8;
+    expect(tm_demote(ctx, id, serial, &page, &location, 1) == 0, "a later page was demoted with the record of another");
+    expect(holds(&w->pool, 1, 3), "the later page is lost");
+    check(w);
+}
+
+/* The demoter dies at each of its steps: the page is in memory, or in the tier, and nothing is leaked. */
+static void demoter_dies(struct world *w)
+{
+    static const uint32_t points[] = {103, 40, 41, 42, 5, 6, 43, 104};
+    for (uint32_t i = 0; i < sizeof points / sizeof *points; i++) {
+        put(&w->pool, 1, i + 1);
+        pid_t a = start(0, demote_all, points[i], 0);
+        at_point(0);
+        die(a);
+        expect(holds(&w->pool, 1, i + 1), "killed at %u: the page is lost", points[i]);
+        tm_reap(ctx_get(w->seg));
+        expect(shelf_lock(), "the dead still demotes");
+        lock_drop(&shelf->writer);
+        expect(holds(&w->pool, 1, i + 1), "killed at %u: the page is lost by the repair", points[i]);
+        check(w);
+        expect(tidy(w, 1000) && holds(&w->pool, 1, i + 1), "killed at %u: its record was forgotten", points[i]);
+    }
+}
+
+/* A reader has read the record when the page is put anew: it must return one of the two, whole. */
+static void reader_and_put(struct world *w)
+{
+    for (uint32_t point = 100; point <= 102; point++) {
+        put(&w->pool, 1, 1);
+        demote_all(w, NULL);
+        pid_t a = start(0, get_one, point, 0);
+        at_point(0);
+        put(&w->pool, 1, 2);
+        finish(0, a);
+        expect(actors[0].result == 1 && is(actors[0].page, 1, 2), "stopped at %u it returned an old page, or none", point);
+        check(w);
+    }
+}
+
+/* Nothing is used again while somebody may read it; who dies while he reads delays nobody. */
+static void grace_for_readers(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    demote_all(w, NULL);
+    uint64_t location = location_of(w, 1);
+    pid_t a = start(0, get_one, 101, 0);
+    at_point(0);
+    tm_flush(&w->pool, oid, 1, 1);
+    expect(!tidy(w, 50), "a record was forgotten under its reader's hands");
+    expect(atomic_load(&shelf->used[location - 1]), "its room was free");
+    die(a);
+    expect(tidy(w, 2000), "the dead reader is waited for");
+    expect(!atomic_load(&shelf->used[location - 1]), "its room was not free");
+    check(w);
+}
+
+/* A write of a part has fetched the page. Everything goes and comes again, in the same places, with the same generations;
+ * what was fetched is out of date, and must not be written back. */
+static void part_and_everything_again(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    demote_all(w, NULL);
+    uint64_t location = location_of(w, 1);
+    pid_t a = start(0, write_part, 102, 0);
+    at_point(0);
+    tm_flush_object(&w->pool, oid);
+    object_reap_empty(ctx_get(w->seg), 10);
+    tidy(w, 50);
+    put(&w->pool, 1, 2);
+    demote_all(w, NULL);
+    if (MUTANT(12))
+        expect(location_of(w, 1) == location, "the scenario did not come about");
+    finish(0, a);
+    expect(actors[0].result == TM_OK && has_part(w, 2), "a part was written to an old page");
+    check(w);
+}
+
+/* An exclusive get of a page in the tier takes it out once. */
+static void take_from_tier(struct world *w)
+{
+    put(&w->taken, 1, 1);
+    demote_all(w, NULL);
+    pid_t a = start(0, take_one, 102, 0), b = start(1, take_one, 102, 0);
+    at_point(0);
+    at_point(1);
+    finish(0, a);
+    finish(1, b);
+    expect(actors[0].result + actors[1].result == 1, "the page was taken %lld times",
+           (long long)(actors[0].result + actors[1].result));
+    check(w);
+}
+
+/* A record that is not what it should be is never returned: a flipped bit, another page's, an older version's, another
+ * segment's. */
+static void wrong_records(struct world *w)
+{
+    uint8_t page[TM_PAGE], old[TM_HEADER + TM_PAGE];
+    put(&w->pool, 1, 1);
+    put(&w->pool, 2, 1);
+    demote_all(w, NULL);
+    uint8_t *first = shelf->records[location_of(w, 1) - 1], *second = shelf->records[location_of(w, 2) - 1];
+    memcpy(old, first, sizeof old);
+    for (uint32_t bit = 0; bit < 8 * 40; bit += 7) {
+        first[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        expect(tm_get(&w->pool, oid, 1, page, 1) == TM_CORRUPT, "bit %u flipped and not found", bit);
+        first[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    expect(holds(&w->pool, 1, 1), "the page is lost");
+    memcpy(first, second, sizeof old);
+    expect(tm_get(&w->pool, oid, 1, page, 1) == TM_CORRUPT, "another page's record was believed");
+    memcpy(first, old, sizeof old);
+    put(&w->pool, 1, 1);
+    put(&w->pool, 1, 2);
+    demote_all(w, NULL);
+    memcpy(shelf->records[location_of(w, 1) - 1], old, sizeof old);
+    expect(tm_get(&w->pool, oid, 1, page, 1) == TM_CORRUPT, "an older version was believed");
+    put(&w->pool, 1, 3);
+    demote_all(w, NULL);
+    w->seg->super->nonce ^= 4;
+    expect(tm_get(&w->pool, oid, 1, page, 1) == TM_CORRUPT, "a record of another segment was believed");
+    w->seg->super->nonce ^= 4;
+    expect(holds(&w->pool, 1, 3) && holds(&w->pool, 2, 1), "a page is lost");
+    w->seg->fetch = NULL;
+    expect(tm_get(&w->pool, oid, 1, page, 1) == TM_DOWN, "without a tier it came");
+    ready(w->seg);
+    expect(holds(&w->pool, 1, 3), "it did not come again");
+    check(w);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct scenario all[] = {
+        {"there_and_back", there_and_back}, {"put_while_demoted", put_while_demoted},
+        {"leaf_used_again", leaf_used_again}, {"demoter_dies", demoter_dies},
+        {"reader_and_put", reader_and_put}, {"grace_for_readers", grace_for_readers},
+        {"part_and_everything_again", part_and_everything_again}, {"take_from_tier", take_from_tier},
+        {"wrong_records", wrong_records},
+    };
+    shelf_make();
+    prepare = ready;
+    return run_scenarios(argc, argv, all, sizeof all / sizeof *all);
+}
