@@ -3,7 +3,6 @@
 For ``tmem start`` and ``tmem doctor``, without prometheus_client; not for serving: `exporter`. Any thread.
 """
 
-import http.client
 import json
 from contextlib import closing, suppress
 
@@ -28,6 +27,8 @@ def address_of(paths: SegmentPaths) -> str | None:
 
 def answers(paths: SegmentPaths, address: str) -> bool:
     """Say whether this segment's metrics are to be had at `address`."""
+    import http.client  # here: the manager needs the name above only, and locks what it has imported
+
     host, port = parse_host_port(address)
     with (
         suppress(OSError, http.client.HTTPException),
