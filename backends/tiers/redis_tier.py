@@ -34,8 +34,8 @@ from tmem.errors import TierDownError, TierError, TierFullError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_AT_ONCE = 128
-"""How many values are on their way at a time: 4 MiB."""
+_AT_ONCE = 256
+"""How many values are on their way at a time: 8 MiB, all of a batch, so that it waits for replicas once."""
 _RESERVED = 1024
 """How many numbers are reserved at a time."""
 _SHORTENED = 256
