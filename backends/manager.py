@@ -44,7 +44,8 @@ LEAST_HOLES_BYTES = 4 << 20
 WORTH_HOLES = 8
 """Sixteenths of a chunk that must be free for its pages to be moved: a byte moved gains at least a byte."""
 COMPACT_NS, MUCH_NS = 100_000_000, 500_000_000
-"""How long to compact in a period, and where more than half of the memory is holes; a GiB takes 0.6 s."""
+"""How long to compact in a period, and in a hurry where more than half of the memory is holes; a GiB takes
+0.6 s."""
 
 _METRICS_TIMEOUT_S = 10.0
 
@@ -143,6 +144,7 @@ class _Manager:
         self._complaint = ""
         self._tier_problems: dict[str, str] = {}
         """Why pages of clients stay in memory although they have a tier, by the client's name."""
+        self._many_holes = False
         self._stopping = False
         self.renewed = False
         self._operations: dict[str, Callable[[dict[str, object]], Awaitable[dict[str, object]]]] = {
@@ -210,7 +212,8 @@ class _Manager:
                 if str(error) != self._complaint:  # once, not every second
                     _log.warning("housekeeping: %s", error)
                 self._complaint = str(error)
-            await trio.sleep(HURRY_S if self._reserve.follow(added) else PERIOD_S)
+            hurry = self._reserve.follow(added)
+            await trio.sleep(HURRY_S if hurry or self._many_holes else PERIOD_S)
 
     async def _condense(self) -> None:
         while True:
@@ -246,13 +249,15 @@ class _Manager:
     async def _compact(self) -> None:
         """Move pages together, if that gains an eighth of the memory."""
         used, _, holes = self._segment.occupied
+        many, self._many_holes = holes > used // 2, False
         if holes <= max(used // 8, LEAST_HOLES_BYTES):
             return
         began_ns = time.monotonic_ns()
-        most_ns = MUCH_NS if holes > used // 2 else COMPACT_NS
-        self.statistics.compacted_bytes += await trio.to_thread.run_sync(
-            self._segment.compact, WORTH_HOLES, most_ns
+        freed = await trio.to_thread.run_sync(
+            self._segment.compact, WORTH_HOLES, MUCH_NS if many else COMPACT_NS
         )
+        self._many_holes = many and freed > 0
+        self.statistics.compacted_bytes += freed
         self.statistics.compacting_ns += time.monotonic_ns() - began_ns
 
     def _is_local(self) -> bool:

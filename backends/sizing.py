@@ -60,9 +60,9 @@ class Decision:
 
 
 def margin_of(total_bytes: int) -> int:
-    """Return how much of the memory of a machine or a group stays available: a 16th, and at least 64 MiB or
-    a quarter."""
-    return max(total_bytes // 16, min(64 << 20, total_bytes // 4))
+    """Return how much of the memory of a machine or a group stays available: a 16th, and at least 128 MiB or
+    an eighth. A control group kills as soon as it is full, and a program takes 1.4 GB/s."""
+    return max(total_bytes // 16, min(128 << 20, total_bytes // 8))
 
 
 def spare_of(rooms: Sequence[Room]) -> tuple[int, int]:
@@ -80,6 +80,8 @@ class Sizer:
         self._calm_from_s = float("-inf")
         self._last_s: float | None = None
         self._last_room = 0
+        self._last_used = 0
+        self._vain_s = LEAST_LOOK_S
 
     def decide(self, sample: Sample, local: bool = False) -> Decision:
         """Return what to do now. `local`: this machine swaps to the segment, so a page put frees memory."""
@@ -108,7 +110,10 @@ class Sizer:
         return Decision(limit, persistent, hard, self._next_look_s(sample, limit))
 
     def _next_look_s(self, sample: Sample, limit: int) -> float:
-        if min(sample.used_bytes, limit) <= self.range[0] and sample.spare_bytes < 0:
-            return MOST_LOOK_S  # there is nothing to give
         soonest_s = (sample.spare_bytes + sample.margin_bytes / 2) / FASTEST_BYTES_S
-        return min(max(soonest_s, LEAST_LOOK_S), MOST_LOOK_S)
+        # At its least, and nothing more comes back: persistent pages stay. While something does, giving it
+        # back may have to be asked for again.
+        vain = limit <= self.range[0] and sample.used_bytes >= self._last_used
+        self._vain_s = self._vain_s * 2 if vain else LEAST_LOOK_S
+        self._last_used = sample.used_bytes
+        return min(max(soonest_s, self._vain_s), MOST_LOOK_S)

@@ -92,7 +92,7 @@ def giveback(npages: int, persistent: bool) -> dict[str, object]:
         from tmem.backends import segment as segments
         from tmem.backends.paths import SegmentPaths
 
-        opened = segments.create("default", npages * 2400)
+        opened = segments.create("default", npages * 5200)  # uncompressed at first
         pool = opened.client("one").new_pool(persistent, exclusive=False)
         path = SegmentPaths.of("default").segment
         empty = _backed(path)
