@@ -205,10 +205,15 @@ def _pages(now: Look) -> Text:
     memory = now.memory
     total = memory.persistent_pages + memory.ephemeral_pages
     stored = sum(look.counts.bytes for look in now.pools.values() if look.counts and look.paid)
-    ratio = f"compressed {total * PAGE_SIZE / stored:.2f} : 1" if stored else "none compressed"
+    ratio = (
+        f"compressed {(total - memory.tier_pages) * PAGE_SIZE / stored:.2f} : 1"
+        if stored
+        else "none compressed"
+    )
     return Text(
         f"pages {memory.persistent_pages:,} persistent, {memory.ephemeral_pages:,} ephemeral"
         f" ({amount(total * PAGE_SIZE)}), {ratio}, {amount(now.freeable_bytes)} left"
+        + (f", {memory.tier_pages:,} in tiers" if memory.tier_pages else "")
     )
 
 
