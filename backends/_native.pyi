@@ -113,16 +113,16 @@ class Segment:
     def size_within(self, least_bytes: int, most_bytes: int) -> None:
         """Set `size_range`; the limits stay where they are until somebody moves them."""
 
-    def shrink(self, keep_bytes: int, hard: bool = False) -> int:
-        """Give back what exceeds the limit; the bytes given back.
+    def shrink(self, keep_bytes: int, hard: bool = False, most_bytes: int = ...) -> int:
+        """Give back what exceeds the limit, `most_bytes` or a little more; the bytes given back.
 
         First what is free beyond `keep_bytes`, then what ephemeral pages occupy (with `hard` without sparing
-        those that were hit, which is faster), then what moving pages together gains. No persistent page goes.
+        those that were hit, which is faster). No persistent page goes, and nothing moves: see `compact`.
         """
 
     def compact(self, holes: int, most_ns: int) -> int:
         """Move together the pages of all chunks of which at least `holes` sixteenths are free, for at most
-        `most_ns`; the bytes of the chunks that came free."""
+        `most_ns`; the bytes of the chunks that came free. The next call goes on where this one ended."""
 
     def freeable_bytes(self) -> int:
         """What persistent pages could have: what is free below their limit, and all that ephemeral ones

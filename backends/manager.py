@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from tmem.backends import locking, notify, scraping
+from tmem.backends.compacting import Compactor
 from tmem.backends.condensing import Condenser
 from tmem.backends.demotion import Demotion
 from tmem.backends.paths import SegmentPaths
@@ -39,13 +40,7 @@ if TYPE_CHECKING:
 
 PERIOD_S = 1.0
 HURRY_S = 0.1
-"""The period while puts use up more than half of the reserve within one."""
-LEAST_HOLES_BYTES = 4 << 20
-WORTH_HOLES = 8
-"""Sixteenths of a chunk that must be free for its pages to be moved: a byte moved gains at least a byte."""
-COMPACT_NS, MUCH_NS = 100_000_000, 500_000_000
-"""How long to compact in a period, and in a hurry where more than half of the memory is holes; a GiB takes
-0.6 s."""
+"""The period while puts use up more than half of the reserve within one, or half of the memory is holes."""
 
 _METRICS_TIMEOUT_S = 10.0
 
@@ -64,10 +59,6 @@ class ManagerStatistics:
     """Memory that it backed ahead of puts."""
     trimmed_bytes: int = 0
     """Free memory that it gave back to the system."""
-    compacted_bytes: int = 0
-    """Memory of chunks that it freed by moving their pages together."""
-    compacting_ns: int = 0
-    """What that took."""
     demoted_pages: int = 0
     """Persistent pages that it moved to tiers."""
 
@@ -136,7 +127,8 @@ class _Manager:
         self._segment = segment
         self._reserve = Reserve(segment.memory_bytes)
         self._settler = Settler(settings)
-        self._resizer = Resizer(segment, lambda: self._reserve.size_bytes, self._is_local)
+        self._compactor = Compactor(segment)
+        self._resizer = Resizer(segment, self._compactor, lambda: self._reserve.size_bytes, self._is_local)
         self._condenser = Condenser(segment)
         self._metrics = metrics
         self._since_ns = time.monotonic_ns()
@@ -144,7 +136,6 @@ class _Manager:
         self._complaint = ""
         self._tier_problems: dict[str, str] = {}
         """Why pages of clients stay in memory although they have a tier, by the client's name."""
-        self._many_holes = False
         self._stopping = False
         self.renewed = False
         self._operations: dict[str, Callable[[dict[str, object]], Awaitable[dict[str, object]]]] = {
@@ -204,23 +195,29 @@ class _Manager:
             if not self._segment.alive:
                 _log.info("segment %r was destroyed", self._paths.name)
                 self._scope.cancel()
-            added = 0
+            hurry = False
             try:
-                added = await self._tend()
+                hurry = self._reserve.follow(await self._tend())
+                if not hurry:
+                    await trio.to_thread.run_sync(self._compactor.step)
                 self._complaint = ""
-            except (TmemError, OSError, MemoryError) as error:
+            except (
+                TmemError,
+                OSError,
+                MemoryError,
+                RuntimeError,
+            ) as error:  # the last: no thread can be started
                 if str(error) != self._complaint:  # once, not every second
                     _log.warning("housekeeping: %s", error)
                 self._complaint = str(error)
-            hurry = self._reserve.follow(added)
-            await trio.sleep(HURRY_S if hurry or self._many_holes else PERIOD_S)
+            await trio.sleep(HURRY_S if hurry or self._compactor.many_holes else PERIOD_S)
 
     async def _condense(self) -> None:
         while True:
             await trio.sleep(PERIOD_S)
             try:
                 await trio.to_thread.run_sync(self._condenser.step)
-            except (TmemError, OSError, MemoryError) as error:  # perhaps the segment is ending
+            except (TmemError, OSError, MemoryError, RuntimeError) as error:  # perhaps it is ending
                 _log.info("cold pages: %s", error)
                 await trio.sleep(10 * PERIOD_S)
 
@@ -233,7 +230,6 @@ class _Manager:
             counts.reaped += dead
             _log.warning("repaired what %d dead threads left", dead)
         self._settler.look(self._segment)
-        await self._compact()
         # Beyond the limit nothing is backed ahead, but for a machine that swaps to it.
         room = max(self._segment.limits[self._is_local()] - self._segment.occupied[0], 0)
         wanted = min(self._reserve.size_bytes, room)
@@ -246,20 +242,6 @@ class _Manager:
         )
         return added
 
-    async def _compact(self) -> None:
-        """Move pages together, if that gains an eighth of the memory."""
-        used, _, holes = self._segment.occupied
-        many, self._many_holes = holes > used // 2, False
-        if holes <= max(used // 8, LEAST_HOLES_BYTES):
-            return
-        began_ns = time.monotonic_ns()
-        freed = await trio.to_thread.run_sync(
-            self._segment.compact, WORTH_HOLES, MUCH_NS if many else COMPACT_NS
-        )
-        self._many_holes = many and freed > 0
-        self.statistics.compacted_bytes += freed
-        self.statistics.compacting_ns += time.monotonic_ns() - began_ns
-
     def _is_local(self) -> bool:
         """Say whether this machine swaps to the segment."""
         return self._supervisor.keeps("keeper-")
@@ -270,7 +252,7 @@ class _Manager:
         try:
             while True:
                 hurry = False
-                with suppress(TmemError, OSError, MemoryError):  # the segment ends, or the next round says it
+                with suppress(TmemError, OSError, MemoryError, RuntimeError):  # or the next round says it
                     hurry = await trio.to_thread.run_sync(demotion.round)
                 self.statistics.demoted_pages = demotion.demoted_pages
                 self._tier_problems = demotion.problems()
@@ -326,7 +308,9 @@ class _Manager:
             "segment": self._paths.name,
             "complaint": self._complaint,
             "tier_problems": self._tier_problems,
-            "statistics": asdict(self.statistics) | asdict(self._resizer.statistics),
+            "statistics": asdict(self.statistics)
+            | asdict(self._resizer.statistics)
+            | asdict(self._compactor.statistics),
         }
 
     async def _list_services(self, message: dict[str, object]) -> dict[str, object]:

@@ -100,13 +100,14 @@ def resize(opened: "_native.Segment", size: SizeRange) -> int:
         )
     if size.least_bytes < MIN_MEMORY_BYTES:
         raise SegmentError(f"a segment has at least {format_size(MIN_MEMORY_BYTES)}: use that or more")
+    least, most = opened.size_range
     opened.size_within(size.least_bytes, size.most_bytes)
     if size.least_bytes == size.most_bytes:
         return opened.set_limits(size.most_bytes, size.most_bytes)
     limit, persistent = opened.limits
+    if least == most:  # nobody asked yet what the machine can spare: what it has it keeps, more when it can
+        limit = sum(opened.occupied[:2])
     limit = min(max(limit, size.least_bytes), size.most_bytes)
-    if (limit, persistent) == (ceiling, ceiling) or opened.statistics()["chunks_used"] == 0:
-        limit = size.least_bytes  # new: it grows as the machine can spare it
     return opened.set_limits(limit, min(max(persistent, limit), size.most_bytes))
 
 

@@ -276,17 +276,22 @@ static bool worth_emptying(struct tm_segment *seg, uint32_t c, unsigned holes)
 }
 
 /* Move the pages of all chunks of which at least `holes` sixteenths are free together, for at most `most_ns`; the
- * bytes of the chunks that came free. Not for when memory is needed this moment: see tm_evict and compact. */
+ * bytes of the chunks that came free. The next call goes on where this one ends. Not for when memory is needed this
+ * moment: see tm_evict and compact. */
 uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns)
 {
+    enum { SOME = 1024 }; /* chunks that are looked at in a tenth of a millisecond */
     struct tm_segment *seg = ctx->seg;
     uint64_t freed = 0, until = timing_now() + most_ns;
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
-    for (uint32_t c = 0; c < seg->nchunks; c++) {
-        if (!worth_emptying(seg, c, holes))
-            continue;
-        if (timing_now() > until)
+    for (uint32_t looked = 0; looked < seg->nchunks; looked++) {
+        uint32_t c = atomic_load_explicit(&seg->compact_from, memory_order_relaxed) % seg->nchunks;
+        bool worth = worth_emptying(seg, c, holes);
+        if ((worth || looked % SOME == 0) && timing_now() > until)
             break;
+        atomic_store_explicit(&seg->compact_from, c + 1, memory_order_relaxed);
+        if (!worth)
+            continue;
         op_begin(ctx);
         atomic_store(&ctx->rec->drain, c + 1);
         freed += empty_chunk(ctx, c, seg->chunks[c].bin, move_page, false);
@@ -296,21 +301,27 @@ uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns)
     return freed * TM_CHUNK;
 }
 
+/* Evict until that much memory is free, of `client` or (-1) of whose turn it is; the bytes that came free. Drains that only
+ * move pages end after a few, as in chunk_take, and so do those of chunks that others are at. */
 uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes, bool hard)
 {
+    enum { VAIN = 8 * SOFT };
     struct tm_segment *seg = ctx->seg;
     uint64_t before = atomic_load(&seg->super->nused), freed = 0;
+    bool some = true;
     if (client >= 0)
         before = client_chunks(seg, (uint32_t)client);
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
-    for (uint64_t tries = 0; freed < bytes && tries < 4 * before + 16; tries++) {
+    for (unsigned vain = 0; some && freed < bytes && vain < VAIN; vain++) {
+        hard = hard || vain >= SOFT;
         op_begin(ctx);
-        bool some = evict_chunk(ctx, client, hard || tries >= 2 * before);
+        some = evict_chunk(ctx, client, hard);
         op_end(ctx);
         uint64_t now = client >= 0 ? client_chunks(seg, (uint32_t)client) : atomic_load(&seg->super->nused);
-        freed = now < before ? (before - now) * TM_CHUNK : 0;
-        if (!some)
-            break;
+        if (now + freed / TM_CHUNK < before) {
+            freed = (before - now) * TM_CHUNK;
+            vain = 0;
+        }
     }
     return freed;
 }

@@ -62,17 +62,17 @@ PyObject *segment_size_within(SegmentObject *self, PyObject *args)
 
 PyObject *segment_shrink(SegmentObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"keep_bytes", "hard", NULL};
-    unsigned long long keep;
+    static char *names[] = {"keep_bytes", "hard", "most_bytes", NULL};
+    unsigned long long keep, most = UINT64_MAX;
     int hard = 0;
     uint64_t returned;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K|p:shrink", names, &keep, &hard))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K|pK:shrink", names, &keep, &hard, &most))
         return NULL;
     struct tm_ctx *ctx = context_of(self);
     if (!ctx)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    returned = tm_shrink(ctx, keep, hard);
+    returned = tm_shrink(ctx, keep, hard, most);
     Py_END_ALLOW_THREADS
     return PyLong_FromUnsignedLongLong(returned);
 }

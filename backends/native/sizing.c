@@ -83,20 +83,15 @@ int64_t hole_bytes(const struct tm_segment *seg)
     return sum;
 }
 
-uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard)
+uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard, uint64_t most_bytes)
 {
     enum { STEP = 64 }; /* chunks between two looks: memory goes back while the rest is being evicted */
-    enum { HOLES = 4, COMPACT_NS = 100000000 };
-    struct tm_segment *seg = ctx->seg;
     uint32_t keep = (uint32_t)(keep_bytes / TM_CHUNK), over;
     uint64_t returned = 0;
     /* What is in use and too much is evicted, what is backed only trimmed: as long as that is refused, evicting more
      * would give nobody anything. */
-    bool some = true;
-    while (trim_excess(ctx, keep, &returned) && some && (over = excess(seg, 0)))
-        some = tm_evict(ctx, -1, (uint64_t)(over < STEP ? over : STEP) * TM_CHUNK, hard) > 0;
-    if (!some && excess(seg, 0) && hole_bytes(seg) * 8 > (int64_t)seg->super->nused * TM_CHUNK
-        && tm_compact(ctx, HOLES, COMPACT_NS))
-        trim_excess(ctx, keep, &returned);
+    while (trim_excess(ctx, keep, &returned) && returned < most_bytes && (over = excess(ctx->seg, 0)))
+        if (!tm_evict(ctx, -1, (uint64_t)(over < STEP ? over : STEP) * TM_CHUNK, hard))
+            break;
     return returned;
 }

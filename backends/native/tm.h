@@ -371,6 +371,7 @@ struct tm_segment {
      * error. NULL: nobody here can. */
     int (*fetch)(struct tm_ctx *ctx, uint32_t client);
     void *fetcher;           /* whatever `fetch` needs */
+    _Atomic uint32_t compact_from; /* of this process: the chunk with which tm_compact goes on */
     _Atomic uint32_t users;  /* threads of this process that hold a record */
     _Atomic uint32_t closed;
 };
@@ -651,7 +652,7 @@ bool below_floor(struct tm_segment *seg, uint32_t client);
 int64_t hole_bytes(const struct tm_segment *seg); /* of blocks, in chunks of which others are in use */
 void tm_size_within(struct tm_ctx *ctx, uint64_t least, uint64_t most);
 uint64_t tm_limit(struct tm_ctx *ctx, uint64_t bytes, uint64_t persistent_bytes); /* the limit that is in force now */
-uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard); /* bytes given back */
+uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard, uint64_t most_bytes); /* bytes given back */
 
 /* timing.c */
 void timing_begin(struct tm_ctx *ctx);
@@ -724,8 +725,9 @@ static inline uint32_t chunk_of(const struct tm_segment *seg, uint64_t offset)
 /* The bound of now, in chunks: what everybody may use, or what persistent pages may when nothing can be evicted. */
 static inline uint32_t chunk_limit(const struct tm_segment *seg, bool persistent)
 {
-    uint32_t limit = atomic_load_explicit(persistent ? &seg->super->persistent_limit : &seg->super->limit,
-                                          memory_order_relaxed);
+    uint32_t limit = atomic_load_explicit(&seg->super->limit, memory_order_relaxed);
+    uint32_t farther = persistent ? atomic_load_explicit(&seg->super->persistent_limit, memory_order_relaxed) : 0;
+    limit = limit > farther ? limit : farther; /* who moved them may have died in between */
     return limit < seg->nchunks ? limit : seg->nchunks;
 }
 static inline uint64_t limit_bytes(const struct tm_segment *seg, uint32_t limit)

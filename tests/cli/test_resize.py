@@ -72,6 +72,15 @@ def test_what_persistent_pages_need_stays(
     assert segment.size_range[1] < 41 * MIB
 
 
+def test_a_range_takes_nothing_from_a_segment_that_is_in_use(segment: "_native.Segment") -> None:
+    """Whether there is less to spare is for the manager to see."""
+    pool = segment.client("one").new_pool(persistent=False, exclusive=False)
+    stored = pool.put(bytes(OID_SIZE), 0, os.urandom(40 * MIB))
+    assert run(["resize", "16M..64M"]) == 0
+    assert pool.present(bytes(OID_SIZE), 0, stored) == [(0, stored)]
+    assert 40 * MIB < segment.limits[0] < 50 * MIB
+
+
 @pytest.mark.parametrize("size", ["65M", "4M", "1M..40M", "20M..1G"])
 def test_sizes_that_the_segment_cannot_have(
     segment: "_native.Segment", size: str, capsys: pytest.CaptureFixture[str]

@@ -62,7 +62,7 @@ static void do_sizing(struct tm_segment *seg, uint64_t r)
         tm_limit(ctx, most, most);
         break;
     case 2:
-        tm_shrink(ctx, 0, r >> 8 & 1);
+        tm_shrink(ctx, 0, r >> 8 & 1, UINT64_MAX);
         break;
     case 3:
         tm_compact(ctx, 1 + (unsigned)(r >> 8) % 8, 10000000);

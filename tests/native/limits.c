@@ -1,5 +1,5 @@
-/* What must hold when memory is short: floors, caps, limits that fall, refused puts, compaction; and what damage or a mode must not do
- * beyond itself.
+/* What must hold when memory is short: floors, caps, limits that fall, refused puts, compaction; and what damage or a
+ * mode must not do beyond itself.
  *
  *   limits PATH [scenario] */
 #include "scenarios.h"
@@ -161,7 +161,7 @@ static void floor_when_limits_fall(struct world *w, bool gone)
     expect(chunks_used(w) > chunk_limit(w->seg, false), "the scenario did not come about");
     atomic_store(&w->seg->clients[promised.id].held, gone ? 2 : 1);
     tm_limit(ctx, 8 * MIB, 9 * MIB);
-    tm_shrink(ctx, 0, true);
+    tm_shrink(ctx, 0, true, UINT64_MAX);
     atomic_store(&w->seg->clients[promised.id].held, 1);
     while (stored < FLOOR / 4160 && put_sized(&promised.pool, stored, RAW) == 1)
         stored++;
@@ -191,12 +191,12 @@ static void shrink_beside_stopped(struct world *w)
     at_point(0);
     tm_limit(ctx_get(w->seg), 12 * MIB, 12 * MIB);
     for (unsigned i = 0; i < 5; i++) /* as often as the manager looks */
-        tm_shrink(ctx_get(w->seg), 0, true);
+        tm_shrink(ctx_get(w->seg), 0, true, UINT64_MAX);
     expect(chunks_used(w) <= chunk_limit(w->seg, false), "%u chunks are in use, beyond the limit", chunks_used(w));
     int64_t left = pages_of(&w->ephemeral);
     expect(before == PAGES && left > LEFT, "of %lld pages %lld are left", (long long)before, (long long)left);
     finish(0, putter);
-    expect(tm_shrink(ctx_get(w->seg), 0, true) > 0, "nothing goes back afterwards");
+    expect(tm_shrink(ctx_get(w->seg), 0, true, UINT64_MAX) > 0, "nothing goes back afterwards");
     check(w);
 }
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tmem.backends import guarded, processes, scraping, segment, service
+from tmem.backends.compacting import WORTH_HOLES
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.clients import attached, departed_error, find_client, require_one
 from tmem.cli.configured import ConfiguredCommand, configuration, explicit, setting_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
+_COMPACT_NS = 1_000_000_000
 # The core rounds a size to its chunks, so the same size asked for again may differ by this much.
 _ROUNDING_BYTES = 4 << 20
 
@@ -143,6 +145,8 @@ def resize(ctx: click.Context, size: SizeRange) -> None:
     with attached(ctx) as opened:
         limit = segment.resize(opened, size)
         returned = opened.shrink(0)
+        if opened.occupied[0] > limit and opened.compact(WORTH_HOLES, _COMPACT_NS):
+            returned += opened.shrink(0)
         used, _, _ = opened.occupied
     more = f", {format_size(returned)} given back to the system" if returned else ""
     click.echo(f"limit {format_size(limit)}{more}")

@@ -1,0 +1,54 @@
+"""How much time moving pages together may take, on a made-up clock."""
+
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from tmem.backends.compacting import EARNED, MOST_NS, MUCH_EARNED, MUCH_NS, Compactor
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
+
+MIB = 1 << 20
+SECOND_NS = 10**9
+
+
+class Slow:
+    """A segment with holes that takes all the time it is given, and its clock."""
+
+    def __init__(self, holes_bytes: int) -> None:
+        self.occupied = 100 * MIB, 0, holes_bytes
+        self.now_ns = 0
+        self.spent_ns: list[int] = []
+
+    def compact(self, holes: int, most_ns: int) -> int:
+        self.spent_ns.append(most_ns)
+        self.now_ns += most_ns
+        return 65536
+
+    def compactor(self) -> Compactor:
+        return Compactor(cast("_native.Segment", self), lambda: self.now_ns)
+
+
+@pytest.mark.parametrize(
+    ("holes_bytes", "earned", "most_ns"), [(20 * MIB, EARNED, MOST_NS), (60 * MIB, MUCH_EARNED, MUCH_NS)]
+)
+def test_no_more_than_its_share_however_often_it_is_asked(
+    holes_bytes: int, earned: float, most_ns: int
+) -> None:
+    segment = Slow(holes_bytes)
+    compactor = segment.compactor()
+    while segment.now_ns < 20 * SECOND_NS:
+        segment.now_ns += SECOND_NS // 100
+        compactor.step()
+    assert max(segment.spent_ns) <= most_ns
+    assert sum(segment.spent_ns[1:]) == pytest.approx(20 * SECOND_NS * earned / (1 + earned), rel=0.1)
+    assert compactor.many_holes == (holes_bytes > 50 * MIB)
+    assert compactor.statistics.compacting_ns == sum(segment.spent_ns)
+    assert compactor.statistics.compacted_bytes == 65536 * len(segment.spent_ns)
+
+
+def test_not_where_it_gains_little() -> None:
+    segment = Slow(10 * MIB)
+    assert segment.compactor().step() == 0
+    assert segment.spent_ns == []
