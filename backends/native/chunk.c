@@ -249,10 +249,14 @@ static uint32_t limit_for(struct tm_ctx *ctx, enum alloc how, bool beyond)
     return how == ALLOC_RESERVE ? ctx->seg->nchunks : chunk_limit(ctx->seg, beyond);
 }
 
+static bool must_have(struct tm_ctx *ctx)
+{
+    return ctx->seg->pools[ctx->pool].persistent || below_floor(ctx->seg, ctx->payer);
+}
+
 static bool may_pass_limit(struct tm_ctx *ctx)
 {
-    return chunk_limit(ctx->seg, true) > chunk_limit(ctx->seg, false)
-           && (ctx->seg->pools[ctx->pool].persistent || below_floor(ctx->seg, ctx->payer));
+    return chunk_limit(ctx->seg, true) > chunk_limit(ctx->seg, false) && must_have(ctx);
 }
 
 static void note_drains(struct tm_segment *seg, unsigned n)
@@ -261,14 +265,20 @@ static void note_drains(struct tm_segment *seg, unsigned n)
         atomic_store_explicit(&seg->super->drains_most, n, memory_order_relaxed);
 }
 
+static uint32_t chunks_in_use(const struct tm_segment *seg)
+{
+    return atomic_load_explicit(&seg->super->nused, memory_order_relaxed);
+}
+
 uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
 {
     struct tm_segment *seg = ctx->seg;
-    bool beyond = false;
+    bool beyond = false, instead = false; /* of what it freed */
     for (unsigned tries = 0; tries < TRIES; tries++) {
         uint32_t c = 0;
         chunks_lock(seg);
-        if (available_locked(seg, limit_for(ctx, how, beyond)) > kept_for_others(ctx, how)) {
+        uint32_t limit = instead ? seg->nchunks : limit_for(ctx, how, beyond);
+        if (available_locked(seg, limit) > kept_for_others(ctx, how)) {
             if ((c = pop_ret(seg))) {
                 seg->super->nused++;
                 busy_locked(ctx, c - 1);
@@ -288,7 +298,14 @@ uint32_t chunk_take(struct tm_ctx *ctx, uint32_t bin, enum alloc how)
             return c;
         if (how != ALLOC_NORMAL)
             return 0;
+        uint32_t before = chunks_in_use(seg);
+        bool far = before > chunk_limit(seg, false);
         bool some = evict_chunk(ctx, -1, tries >= SOFT);
+        /* The limit has fallen by more than a put can make room for, and the rest is tm_shrink's: who must not be refused
+         * takes what it has freed itself, and others give up in time. */
+        if (far && !must_have(ctx) && tries >= 2 * SOFT)
+            break;
+        instead = instead || (far && must_have(ctx) && some && (tries >= SOFT || chunks_in_use(seg) < before));
         /* Also if there is only something to evict that cannot be, because somebody is stopped at it. */
         if ((!some || tries >= 2 * SOFT) && !compact(ctx) && !some) {
             if (beyond || !may_pass_limit(ctx))

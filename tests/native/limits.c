@@ -200,6 +200,32 @@ static void shrink_beside_stopped(struct world *w)
     check(w);
 }
 
+/* A limit that has just fallen is for tm_shrink to reach, not for whoever puts a page next: a persistent one frees about
+ * as much as it takes, and is never refused for it; an ephemeral one gives up soon. */
+static void put_far_beyond(struct world *w, uint64_t farthest)
+{
+    enum { MIB = 1 << 20, PAGES = 3000, PUTS = 150 };
+    for (uint32_t i = 0; i < PAGES; i++)
+        put_sized(&w->ephemeral, i, RAW);
+    tm_limit(ctx_get(w->seg), 6 * MIB, farthest);
+    uint32_t stored = 0;
+    uint64_t drains = atomic_load(&w->seg->super->drains);
+    for (uint32_t i = 0; i < PUTS; i++)
+        stored += put_sized(&w->pool, i, RAW) == 1;
+    drains = atomic_load(&w->seg->super->drains) - drains;
+    expect(stored == PUTS, "%u of %u persistent pages were stored", stored, PUTS);
+    expect(drains <= 2 * PUTS / RAW_PER_CHUNK, "%llu drains for %u pages", (unsigned long long)drains, PUTS);
+    drains = atomic_load(&w->seg->super->drains);
+    for (uint32_t i = PAGES, more = 1; more && i < PAGES + 2 * RAW_PER_CHUNK; i++) /* the chunk that is being filled */
+        more = put_sized(&w->ephemeral, i, RAW) == 1;
+    drains = atomic_load(&w->seg->super->drains) - drains;
+    expect(drains > 0 && drains < 40, "%llu drains for one ephemeral page", (unsigned long long)drains);
+    check(w);
+}
+
+static void put_far_beyond_limit(struct world *w) { put_far_beyond(w, 16u << 20); }
+static void put_far_beyond_both(struct world *w) { put_far_beyond(w, 6u << 20); }
+
 /* ---- Refused puts ----------------------------------------------------------------------------------------- */
 
 /* A client at its cap puts pages of ever new objects. What was made for them in vain does not stay, and nobody else
@@ -405,6 +431,8 @@ static const struct scenario scenarios[] = {
     {"floor_limits_fall", floor_limits_fall},
     {"floor_limits_fall_gone", floor_limits_fall_gone},
     {"shrink_beside_stopped", shrink_beside_stopped},
+    {"put_far_beyond_limit", put_far_beyond_limit},
+    {"put_far_beyond_both", put_far_beyond_both},
     {"refused_at_cap", refused_at_cap},
     {"cap_and_large_block", cap_and_large_block},
     {"frozen_and_index", frozen_and_index},
