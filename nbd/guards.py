@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tmem.backends import cgroup, locking, meminfo
+from tmem.backends import cgroup, locking, meminfo, segment
 from tmem.backends.paths import SegmentPaths
-from tmem.errors import AttachError
+from tmem.errors import AttachError, SegmentError
 from tmem.nbd import contain, containment, family, server, watermarks
 from tmem.nbd.export import Export, load_all
 from tmem.nbd.family import KEEPER, MANAGER, NBDFUSE, SERVER, STANDBY, Member
@@ -79,7 +79,7 @@ def inspect(paths: SegmentPaths, export: Export, proc: Path = Path("/proc")) -> 
         oom_guard(members, proc),
         segment_guard(paths.segment, members, proc),
         own_group_guard(members, proc),
-        room_guard(export, memory_bytes),
+        room_guard(export, _bound_bytes(paths.segment)),
     ]
     if export.attachment is not None:
         found.append(attachment_guard(export.attachment.kind, members))
@@ -113,6 +113,18 @@ def require(guards: Iterable[Guard], force: bool) -> None:
             raise AttachError(
                 f"this machine could hang while it swaps to itself, for {guard.why}: {guard.remedy}; "
                 "or insist with --force"
+            )
+
+
+def require_bound(paths: SegmentPaths, memory_bytes: int) -> None:
+    """Raise `AttachError` if a segment bounded to `memory_bytes` could not hold a device that this machine
+    swaps to."""
+    for export in load_all(paths):
+        guard = room_guard(export, memory_bytes)
+        if export.attachment is not None and guard.state is State.MISSING:
+            raise AttachError(
+                f"this machine swaps to {export.client!r}, and {guard.why}: use at least "
+                f"{format_size(export.size_bytes // _FULL_RATIO)}, or insist with --force"
             )
 
 
@@ -163,9 +175,18 @@ def containment_guard(
     return Guard(name, State.ON, f"everything else is limited to {total}")
 
 
-def _resident(segment: Path) -> int:
+def _resident(file: Path) -> int:
     """Return the bytes of the segment that are in RAM."""
-    return segment.stat().st_blocks * 512 if segment.exists() else 0
+    return file.stat().st_blocks * 512 if file.exists() else 0
+
+
+def _bound_bytes(file: Path) -> int:
+    """Return what the segment may have at most as it is now: its file has the size of its ceiling."""
+    try:
+        with contextlib.closing(segment.core().attach(str(file))) as opened:
+            return int(opened.size_range[1])
+    except (SegmentError, OSError):  # missing or damaged
+        return file.stat().st_size if file.exists() else 0
 
 
 def realtime_guard(members: Sequence[Member], proc: Path) -> Guard:
@@ -235,17 +256,17 @@ def oom_guard(members: Sequence[Member], proc: Path) -> Guard:
     return Guard(name, State.MISSING, f"oom_score_adj is {', '.join(wrong)}", advice)
 
 
-def segment_guard(segment: Path, members: Sequence[Member], proc: Path) -> Guard:
+def segment_guard(file: Path, members: Sequence[Member], proc: Path) -> Guard:
     """Say whether the kernel can swap out the pages of the segment."""
     name = "segment"
     mounts = (proc / "self/mountinfo").read_text(encoding="utf-8")
-    if not locking.swappable(segment, mounts):
+    if not locking.swappable(file, mounts):
         return Guard(name, State.ON, "its file system is never swapped out")
     advice = "use a kernel from 6.4 on and the run-time directory /run/tmem, or run 'tmem contain' before "
     advice += "'tmem start' on a machine with cgroup v2"
     groups = {cgroup.group_of(one.pid, proc) for one in members}
     if cgroup.version(proc) == 2 and members and _forbidden(members, proc):
-        backed = _resident(segment)
+        backed = _resident(file)
         charged = sum(cgroup.statistics(group).get("shmem", 0) for group in groups if group is not None)
         if charged >= backed:
             return Guard(name, State.ON, "it is charged to the manager's group, which is never swapped out")

@@ -145,8 +145,8 @@ def _reserve(
     except PoolError as error:
         raise TmemError(
             f"{format_size(wanted.size_bytes)} cannot be reserved: segment {paths.name} has "
-            f"{format_size(store.memory_bytes)}, and {error}; "
-            "make the device smaller, leave --reserve out, or use a larger segment"
+            f"{format_size(store.limits[1])}, and {error}; "
+            "make the device smaller, leave --reserve out, or use a larger segment ('tmem resize')"
         ) from None
     undo.callback(setattr, owner, "floor_bytes", before)
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tmem.backends.paths import SegmentPaths
 from tmem.cli.main import run
+from tmem.nbd import guards
+from tmem.nbd.export import Attachment, Export
 from tmem.types import OID_SIZE
 
 from .conftest import Tmem
@@ -79,6 +82,23 @@ def test_a_range_takes_nothing_from_a_segment_that_is_in_use(segment: "_native.S
     assert run(["resize", "16M..64M"]) == 0
     assert pool.present(bytes(OID_SIZE), 0, stored) == [(0, stored)]
     assert 40 * MIB < segment.limits[0] < 50 * MIB
+
+
+def test_a_device_that_this_machine_swaps_to_keeps_its_room(
+    segment: "_native.Segment", capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = SegmentPaths.of("default")
+    Export("local", 96 * MIB, unix="/s", attachment=Attachment("nbd", "/dev/nbd0")).save(paths)
+    assert run(["resize", "20M"]) == 1
+    said = capsys.readouterr().err
+    assert "use at least 48M" in said
+    assert len(said.splitlines()) == 1
+    assert segment.limits[0] == 64 * MIB
+    assert run(["resize", "48M"]) == 0
+    assert run(["resize", "20M", "--force"]) == 0
+    room = [guard for guard in guards.report(paths) if guard.name == "local: room"]
+    assert [guard.state for guard in room] == [guards.State.MISSING]
+    assert run(["resize", "40M"]) == 0  # better than it was
 
 
 @pytest.mark.parametrize("size", ["65M", "4M", "1M..40M", "20M..1G"])

@@ -135,14 +135,19 @@ def destroy(ctx: click.Context, client: str | None, everything: bool, force: boo
 
 @click.command()
 @click.argument("size", metavar="SIZE[..SIZE]", callback=range_option)
+@click.option("--force", is_flag=True, help="Also if it cannot hold what this machine may swap to it.")
 @click.pass_context
-def resize(ctx: click.Context, size: SizeRange) -> None:
+def resize(ctx: click.Context, size: SizeRange, force: bool) -> None:
     """Give the segment another bound, at most the one that it was created with.
 
     Of two sizes, the manager keeps it between them, as large as the machine can spare. Memory that is too
     much goes back to the system now: ephemeral pages are evicted, persistent ones stay.
     """
     with attached(ctx) as opened:
+        if not force and size.most_bytes < opened.size_range[1]:
+            from tmem.nbd import guards  # the manager, which locks what it imports, needs nothing of it
+
+            guards.require_bound(SegmentPaths.of(segment_name(ctx)), size.most_bytes)
         limit = segment.resize(opened, size)
         returned = opened.shrink(0)
         if opened.occupied[0] > limit and opened.compact(WORTH_HOLES, _COMPACT_NS):
