@@ -48,6 +48,21 @@ def test_a_range_is_between_what_the_manager_moves_it(tmem: Tmem, eventually: Ca
     assert tmem("destroy", "--all").status == 0
 
 
+def test_start_turns_a_segment_that_was_never_resized_into_a_range(tmem: Tmem) -> None:
+    """Who made it may have been killed in between; what somebody has set since stays, and that is said."""
+    assert tmem("start", "-d", "--memory", "48M").status == 0
+    assert tmem("stop").status == 0
+    assert tmem("start", "-d", "--memory", "16M..48M").status == 0
+    assert memory(tmem)["size_least_bytes"] < 17 * MIB
+    assert tmem("stop").status == 0
+    assert tmem("resize", "30M..48M").status == 0
+    again = tmem("start", "-d", "--memory", "16M..48M")
+    assert again.status == 0
+    assert "keeps its bound of " in again.err
+    assert memory(tmem)["size_least_bytes"] > 29 * MIB
+    assert tmem("destroy", "--all").status == 0
+
+
 def test_resize_gives_memory_back_without_a_manager(
     segment: "_native.Segment", capsys: pytest.CaptureFixture[str]
 ) -> None:

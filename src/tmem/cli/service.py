@@ -96,7 +96,8 @@ def start(
         renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name), exporter)
     if renewed:
         # The same process: whoever watches over it (a service file, a test) sees no end of it.
-        os.execv(again[0], [*again, "--launched"])
+        # What its memory is it knows by now, and may have been told otherwise by 'tmem resize'.
+        os.execv(again[0], [*_command(ctx, paths, memory=False), "--launched"])
 
 
 @click.command()
@@ -180,6 +181,10 @@ def _open_segment(paths: SegmentPaths, memory: SizeRange | None) -> "_native.Seg
             f"with 'tmem --name {paths.name} resize', or end it first with "
             f"'tmem --name {paths.name} destroy --all'"
         )
+    if memory is not None and memory.least_bytes < memory.most_bytes:
+        ceiling = opened.memory_bytes
+        if opened.size_range == (ceiling, ceiling):  # never resized, or who made it died before that
+            segment.resize(opened, SizeRange(memory.least_bytes, min(memory.most_bytes, ceiling)))
     segment.prepare_state_dir(paths)
     return opened
 
@@ -187,7 +192,8 @@ def _open_segment(paths: SegmentPaths, memory: SizeRange | None) -> "_native.Seg
 def _start_detached(paths: SegmentPaths, memory: SizeRange | None, realtime: bool, argv: list[str]) -> None:
     """Start the manager in a session of its own unless one runs, and say so."""
     if segment.exists(paths.name):
-        _open_segment(paths, memory).close()  # what is wrong with it is said here
+        with closing(_open_segment(paths, memory)) as opened:  # what is wrong with it is said here
+            _say_other_range(paths, memory, opened.size_range)
     try:
         pid, state = _ping(paths), "runs already"
     except ServiceError:
@@ -200,6 +206,18 @@ def _start_detached(paths: SegmentPaths, memory: SizeRange | None, realtime: boo
     with closing(segment.attach(paths.name)) as opened:
         size = format_size(opened.memory_bytes)
     click.echo(f"manager of segment {paths.name!r} ({size}) {state}, pid {pid}")
+
+
+def _say_other_range(paths: SegmentPaths, wanted: SizeRange | None, found: tuple[int, int]) -> None:
+    """Tell who asks for sizes that a segment which exists does not have that it keeps its own."""
+    asked = wanted and (wanted.least_bytes, wanted.most_bytes)
+    if asked and any(abs(a - b) > _ROUNDING_BYTES for a, b in zip(asked, found, strict=True)):
+        sizes = "..".join(format_size(size) for size in dict.fromkeys(found))
+        click.echo(
+            f"segment {paths.name!r} keeps its bound of {sizes}: "
+            f"'tmem --name {paths.name} resize' changes it",
+            err=True,
+        )
 
 
 def _launch(paths: SegmentPaths, argv: list[str]) -> int:
@@ -221,13 +239,13 @@ def _launch(paths: SegmentPaths, argv: list[str]) -> int:
     raise ServiceError(said or f"the manager failed: see {output}")
 
 
-def _command(ctx: click.Context, paths: SegmentPaths) -> list[str]:
+def _command(ctx: click.Context, paths: SegmentPaths, memory: bool = True) -> list[str]:
     """Return the command that runs the manager in the foreground: it reads the configuration itself."""
     given = ctx.params
     return [
         *_prefix(ctx, paths),
         "start",
-        *(["--memory", str(given["memory"])] if explicit(ctx, "memory") else []),
+        *(["--memory", str(given["memory"])] if memory and explicit(ctx, "memory") else []),
         *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
         *(["--condense", str(given["condense"])] if explicit(ctx, "condense") else []),
         *(["--metrics", given["metrics"] or "off"] if explicit(ctx, "metrics") else []),
