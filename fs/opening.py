@@ -6,6 +6,7 @@ Threading: the event loop's thread.
 """
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -183,7 +184,8 @@ class Opening(Namespace):
 
     def _let_pass(self, inode: Inode, number: int, flags: int) -> None:
         """Have the kernel read and write an open file by itself, which it is told in the reply."""
-        assert self.reading is not None
+        if self.reading is None:  # lost by a restart; the kernel refuses an open that differs from the others
+            raise OSError(errno.EIO, "open elsewhere past the daemon, which cannot say so any more")
         if flags & os.O_DIRECT:  # the kernel would make EIO of what the lower says to that
             os.close(os.open(self.table.path(inode), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
         self.reading.reader.pass_through(number, inode.backing)
@@ -245,6 +247,8 @@ class Opening(Namespace):
                 if not file.inode.declined:
                     self.coherence.admit(file.state)
                     reading.open(number, file.descriptor, file.state)
+                    if not file.accessed:
+                        reading.reader.mark(number, 0)
 
     def count_native_hits(self) -> None:
         """Bring the counters up to date with what the native reader has done."""

@@ -123,9 +123,11 @@ static void wake_standin(struct reader *r)
 }
 
 enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_PASSED_ON, TAKEN_GONE };
+enum role { LEADS, HELPS, STANDS_IN }; /* who stands in is the last that reads, and waits for no lower */
 
-static enum taken take(struct reader *r, struct desk *d, bool leads)
+static enum taken take(struct reader *r, struct desk *d, enum role role)
 {
+    bool leads = role == LEADS;
     if (!desk_fill(r, d)) /* no memory: later */
         return TAKEN_NONE;
     ssize_t n = read(r->device, d->request->data, d->request->size);
@@ -146,7 +148,7 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
         const struct fuse_read_in *read_in = (const void *)(in + 1);
         if (leads && read_in->size >= LARGE_BYTES && more_waits(r))
             wake_helper(r);
-        if (hits_answer(&r->hits, in, read_in, d->data->data))
+        if (hits_answer(&r->hits, in, read_in, d->data->data, role != STANDS_IN))
             return TAKEN_ANSWERED;
     }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
@@ -220,7 +222,7 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
             if (!p[0].revents)
                 continue;
         }
-        enum taken t = take(r, &r->desk, true);
+        enum taken t = take(r, &r->desk, LEADS);
         if (t == TAKEN_GONE)
             return READER_GONE;
         if (t == TAKEN_PASSED_ON)
@@ -262,7 +264,7 @@ static void *help(void *arg)
         bool flows = false;
         while (!atomic_load(&r->paused) && !passing_full(&r->passing)
                && (flows || poll(&p, 1, HELPER_PATIENCE_MS) > 0)) {
-            enum taken t = take(r, &h->desk, false);
+            enum taken t = take(r, &h->desk, HELPS);
             if (t == TAKEN_GONE)
                 break;
             flows = t == TAKEN_ANSWERED;
@@ -297,7 +299,7 @@ static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
     struct pollfd p = {.fd = r->device, .events = POLLIN};
     while (!atomic_load(&r->paused) && atomic_load(&r->turns) == turns && !passing_full(&r->passing)) {
         int n = poll(&p, 1, POLL_MS);
-        if (n < 0 || (n > 0 && take(r, d, false) == TAKEN_GONE))
+        if (n < 0 || (n > 0 && take(r, d, STANDS_IN) == TAKEN_GONE))
             return;
         passing_recheck(&r->passing);
     }

@@ -122,7 +122,8 @@ static bool fill(struct hits *h, uint64_t fh, uint32_t first, uint8_t *data, uin
     return filled;
 }
 
-bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct fuse_read_in *read_in, uint8_t *data)
+bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct fuse_read_in *read_in, uint8_t *data,
+                 bool may_wait)
 {
     uint64_t offset = read_in->offset, end = offset + read_in->size;
     struct target t;
@@ -131,7 +132,7 @@ bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct f
         || !files_find(&h->files, read_in->fh, end, &t))
         return false;
     if (end > t.size) { /* whatever reaches the end asks where that is now */
-        if (fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
+        if (!may_wait || fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
             return false;
         end = t.size;
     }

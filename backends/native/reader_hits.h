@@ -25,7 +25,9 @@ int hits_init(struct hits *h, int device, size_t largest); /* -1: no memory */
 void hits_free(struct hits *h);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void hits_use(struct hits *h, const struct tm_handle *pool);
-/* Answer a READ by way of `data` (a buffer) if that takes no waiting. */
-bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct fuse_read_in *read_in, uint8_t *data);
+/* Answer a READ by way of `data` (a buffer) if that takes no waiting. One that reaches the end of its file asks the lower
+ * where that is, which may take as long as the lower does not answer: only if the caller `may_wait`. */
+bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct fuse_read_in *read_in, uint8_t *data,
+                 bool may_wait);
 
 #endif

@@ -91,10 +91,12 @@ uint32_t room_for(size_t bytes) { return bytes <= MOST_OTHER ? 1024 : (uint32_t)
 static uint32_t room_of(uint32_t opcode, const uint8_t *body)
 {
     struct fuse_getxattr_in xattr;
+    struct fuse_read_in listing;
     switch (opcode) {
     case FUSE_READDIR:
     case FUSE_READDIRPLUS:
-        return room_for(MOST_LISTING);
+        memcpy(&listing, body, sizeof listing);
+        return room_for(listing.size < MOST_LISTING ? listing.size : MOST_LISTING);
     case FUSE_GETXATTR:
     case FUSE_LISTXATTR:
         memcpy(&xattr, body, sizeof xattr);

@@ -196,7 +196,14 @@ def test_a_late_lookup_is_forgotten(desk: Desk, program: "subprocess.Popen[bytes
 
 def test_a_late_listing_is_forgotten(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
     listing = b""
-    for node, name in ((5, b"a"), (0, b"unknown"), (6, b"eight888"), (7, b"a longer name")):
+    for node, name in (
+        (8, b"."),  # the kernel has counted no lookup of these two
+        (9, b".."),
+        (5, b"a"),
+        (0, b"unknown"),
+        (6, b"eight888"),
+        (7, b"..."),
+    ):
         one = entry(node) + struct.pack("=QQII", node, 1, len(name), 8) + name
         listing += one + bytes(-len(one) % 8)
     desk.reply(given_up(desk, program, READDIRPLUS, READ_BODY), listing)
