@@ -171,25 +171,30 @@ class Client:
     def name(self) -> str: ...
     @property
     def tiered(self) -> bool:
-        """Its persistent pages may leave memory: uses of them are noted, for `collect`. Settable."""
+        """Its persistent pages may leave memory: uses of them are noted, for `collect`. Settable; once it is
+        off nothing is demoted any more (PoolError if a process that is stopped may still)."""
     @tiered.setter
     def tiered(self, value: bool) -> None: ...
+    @property
+    def tier_epoch(self) -> int:
+        """How often `tiered` was set anew: another number is another tier."""
     def attach_tier(self, source: str | Callable[[list[int]], list[bytes | None]]) -> None:
         """Read records of the client in this process from a spill file (its path; read natively), or by a
         callable as `Tier.read`. Without it `tmem.backends.tiering.source` is asked when there is need,
         and again after `tiered` was set anew.
         TierDownError or TierCorruptError for a file that cannot be read or is another's."""
     def collect(
-        self, hand: int, buffer: Buffer, most: int, any: bool, /
+        self, hand: int, buffer: Buffer, most: int, any: bool, epoch: int, /
     ) -> tuple[int, list[tuple[int, int]], bytes]:
         """Copy at most `most` (65536) cold persistent pages as records to `buffer`, from slot `hand` (0: the
         first) on. Returns where to go on (0: it was all), offset and length of each record, and what
         `demote` wants to know of them. A page that was used since the last look is not cold; `any`: take it
-        nevertheless. Releases the GIL."""
+        nevertheless. Nothing if the client has not the tier of that epoch now. Releases the GIL."""
     def demote(self, pages: bytes, locations: Buffer, /) -> int:
         """Let the collected pages leave memory, whose records have been acknowledged at these locations
         (8 bytes each, in order, native endianness); the number that did. Pages that were put, flushed or
-        used since stay as they are. Releases the GIL."""
+        used since stay as they are, and all if the client has another tier by now, or none. Releases the
+        GIL."""
     def promote(self, hand: int, most: int, /) -> tuple[int, int]:
         """Bring at most `most` pages back from the tier, from slot `hand` (0: the first) on; where to go on
         (0: that was all) and how many came. PoolError if there is no memory for the first,

@@ -61,9 +61,12 @@ class Marks:
 class ClientDemotion:
     """One client's pages on their way to its tier."""
 
-    def __init__(self, client: "_native.Client", tier: Tier) -> None:
+    def __init__(self, client: "_native.Client", tier: Tier, url: str, epoch: int) -> None:
         self.client = client
         self.tier = tier
+        self.url = url
+        self.epoch = epoch
+        """Of the client when the tier was opened: the core demotes for no other."""
         self.demoted_pages = 0
         self.problem = ""
         """Why nothing can be demoted now; empty if something can."""
@@ -122,7 +125,7 @@ class ClientDemotion:
             self._empty_laps = 0 if self._lap_s is None or self._lap_pages else self._empty_laps + 1
             self._any = urgent and self._empty_laps >= 2
             self._lap_s, self._lap_pages = now_s, 0
-        self._hand, places, pages = self.client.collect(self._hand, self._buffer, most, self._any)
+        self._hand, places, pages = self.client.collect(self._hand, self._buffer, most, self._any, self.epoch)
         self._lap_pages += len(places)
         if self._any and not self._hand and not self._lap_pages:
             return None  # there is nothing but pages of one repeated word
@@ -210,21 +213,23 @@ class Demotion:
 
     def _look(self) -> None:
         """Open the tiers of new clients; close and remove those of clients that are no more."""
+        # The links first: a client of a link that is not there after that is no more, and not yet to come.
+        links = list(tiering.assigned_tiers(self._paths))
         lives = {(client.id, client.serial): client for client in self._segment.clients()}
-        for assigned in tiering.assigned_tiers(self._paths):
+        for assigned in links:
             key = (assigned.client, assigned.serial)
             name = lives[key].name if key in lives else assigned.link.name
             try:
                 if key not in lives:
                     self._drop(key)
                     tiering.end(self._segment, assigned)
-                elif key not in self._clients:
-                    who = tiering.identity(self._segment, lives[key])
-                    tier = tiering.open_tier(assigned.url, who, writer=True)
-                    self._clients[key] = ClientDemotion(lives[key], tier)
+                else:
+                    self._follow(key, lives[key])
                 self._complaints.pop(name, None)
             except TierError as error:
                 self._complain(name, error)
+            except TmemError:  # the client ends; the next look sees it
+                continue
         assigned_now = {(one.client, one.serial) for one in tiering.assigned_tiers(self._paths)}
         for key in self._clients.keys() - assigned_now:
             self._drop(key)
@@ -233,6 +238,19 @@ class Demotion:
                 tiering.end(self._segment, ended)
             except TierError as error:
                 self._complain(ended.link.name, error)
+
+    def _follow(self, key: tuple[int, int], client: "_native.Client") -> None:
+        """Open the tier that the client has, unless that is open. The epoch is read first: if the link is of
+        a later tier, the core refuses to demote, and the next look opens it anew."""
+        epoch = client.tier_epoch
+        url = tiering.of(self._paths, client)
+        have = self._clients.get(key)
+        if have is not None and (have.url, have.epoch) == (url, epoch):
+            return
+        self._drop(key)
+        if url is not None:
+            tier = tiering.open_tier(url, tiering.identity(self._segment, client), writer=True)
+            self._clients[key] = ClientDemotion(client, tier, url, epoch)
 
     def _complain(self, name: str, error: TierError) -> None:
         if self._complaints.get(name) != str(error):

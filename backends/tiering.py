@@ -10,6 +10,7 @@ Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). Thread
 
 import contextlib
 import re
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from tmem.types import parse_size
 if TYPE_CHECKING:
     from tmem.backends import _native
 
+_READERS_S = 60.0
+"""How long a withdrawal waits for who reads from the tier: longer than a read that fails lasts."""
 _REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
 Source = str | Callable[[list[int]], list[bytes | None]]
@@ -141,12 +144,11 @@ def withdraw(
     """
     if of(paths, client) is None:
         return
-    client.tiered = False  # from here on nothing is demoted
     try:
-        hand = 0
-        while left := client.statistics()["tier_pages"]:
-            progress(left)
-            hand, _came = client.promote(hand, 512)
+        client.tiered = False  # from here on nothing is demoted
+        # What is left the slots say: the counters may be off for a while after a death.
+        while left := _in_tier(client):
+            _lap(client, left, progress)
     except TmemError:
         client.tiered = True
         raise
@@ -155,6 +157,26 @@ def withdraw(
     link.rename(ended)
     with contextlib.suppress(TierDownError):  # the manager writes to it: then that removes it
         end(segment, Assigned(ended, client.id, client.serial, str(ended.readlink())))
+
+
+def _in_tier(client: "_native.Client") -> int:
+    """Return how many pages are in the tier, by their slots, once nobody reads others any more."""
+    until = time.monotonic() + _READERS_S
+    while (live := client.live(200)) is None:
+        if time.monotonic() > until:
+            raise TierError(f"somebody still reads from the tier of {client.name}: try again")
+    return len(live) // 8
+
+
+def _lap(client: "_native.Client", left_pages: int, progress: Callable[[int], None]) -> None:
+    """Bring everything back once around."""
+    hand = 0
+    while True:
+        progress(left_pages)
+        hand, came = client.promote(hand, 512)
+        if not hand:
+            return
+        left_pages = max(left_pages - came, 0)
 
 
 def ended_tiers(paths: SegmentPaths) -> Iterator[Assigned]:

@@ -288,13 +288,25 @@ bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_va
         return false;
     if (which == VALUE_CAP)
         atomic_store(&c->cap_bytes, value);
-    else if (which == VALUE_TIERED && !atomic_load(&c->tiered) && value)
-        atomic_fetch_add(&c->tier_epoch, 1);
-    if (which != VALUE_CAP)
-        atomic_store(which == VALUE_WEIGHT ? &c->weight : which == VALUE_TIERED ? &c->tiered : &c->codec,
-                     (uint32_t)value);
+    else
+        atomic_store(which == VALUE_WEIGHT ? &c->weight : &c->codec, (uint32_t)value);
     lock_drop(lock);
     return true;
+}
+
+/* Without a tier nothing is demoted and no use is noted once this returns TM_OK: whoever had seen it otherwise is done. */
+int client_set_tiered(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool on)
+{
+    struct tm_client *c = &ctx->seg->clients[id];
+    struct tm_lock *lock = control_of(ctx->seg, id, serial);
+    if (!lock)
+        return TM_NOPOOL;
+    if (on && !atomic_load(&c->tiered))
+        atomic_fetch_add(&c->tier_epoch, 1);
+    atomic_store(&c->tiered, on);
+    lock_drop(lock);
+    KP(105);
+    return on || grace(ctx, 5000) ? TM_OK : TM_BUSY;
 }
 
 void client_store_floor(struct tm_segment *seg, uint32_t id, uint64_t bytes)

@@ -47,6 +47,7 @@ struct collection {
     size_t size, used;
     struct tm_candidate *out;
     uint32_t n, most;
+    uint32_t epoch;
 };
 
 static bool is_full(const struct collection *c)
@@ -60,6 +61,11 @@ static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, 
     uint64_t word = atomic_load_explicit(slot, memory_order_acquire);
     if (slot_type(word) != SLOT_BLOCK || phase_of(ctx->seg, pool / TM_CLIENT_POOLS))
         return;
+    /* We found this leaf by its chunk, so it may be freed and its memory used again under our eyes. Bytes of a page may
+     * look like a slot, but no block names them as its own. */
+    if (!in_data(ctx->seg, (word & SLOT_VALUE) * 16)
+        || header_slot(atomic_load(&block_at(ctx->seg, word & SLOT_VALUE)->word)) != off(ctx->seg, slot) / 8)
+        return;
     if (word & SLOT_FREQ && !any) {
         atomic_compare_exchange_strong(slot, &word, word & ~SLOT_FREQ);
         return;
@@ -72,6 +78,7 @@ static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, 
     page->word = word;
     page->pool = pool;
     page->at = (uint32_t)c->used;
+    page->epoch = c->epoch;
     c->n++;
     c->used += (page->length + 15) / 16 * 16;
 }
@@ -82,12 +89,19 @@ static bool is_leaf_of(struct tm_segment *seg, uint32_t c, uint32_t id)
     return atomic_load(&seg->states[c]) == CHUNK_USED && bin >= first && bin < first + TM_CLIENT_POOLS * 3;
 }
 
-/* From slot `*hand` (0: the first) on; `*hand` is 0 after the last, else where to go on. */
-int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool any, uint64_t *hand, uint8_t *buffer,
-                   size_t size, struct tm_candidate *out, uint32_t most)
+/* Has the client the tier of this epoch? Inside an operation: who takes the tier away waits for us, or we see it. */
+static bool has_tier(struct tm_segment *seg, uint32_t id, uint32_t epoch)
+{
+    return atomic_load(&seg->clients[id].tiered) && atomic_load(&seg->clients[id].tier_epoch) == epoch;
+}
+
+/* From slot `*hand` (0: the first) on; `*hand` is 0 after the last, else where to go on. Nothing for another tier than
+ * the client has now. */
+int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t epoch, bool any, uint64_t *hand,
+                   uint8_t *buffer, size_t size, struct tm_candidate *out, uint32_t most)
 {
     struct tm_segment *seg = ctx->seg;
-    struct collection collected = {buffer, size, 0, out, 0, most};
+    struct collection collected = {buffer, size, 0, out, 0, most, epoch};
     uint64_t at_slot = *hand * 8 < seg->data_offset ? seg->data_offset / 8 : *hand;
     while (at_slot * 8 < seg->size && !is_full(&collected)) {
         uint32_t c = chunk_of(seg, at_slot * 8);
@@ -96,6 +110,10 @@ int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool any, u
         if (!client_lives(seg, id, serial)) {
             op_end(ctx);
             return TM_NOPOOL;
+        }
+        if (!has_tier(seg, id, epoch)) {
+            op_end(ctx);
+            break;
         }
         if (!is_leaf_of(seg, c, id)) {
             op_end(ctx);
@@ -121,7 +139,8 @@ static bool demote_one(struct tm_ctx *ctx, const struct tm_candidate *page, uint
 {
     struct tm_segment *seg = ctx->seg;
     uint32_t client = page->pool / TM_CLIENT_POOLS;
-    if (!location || location > SLOT_VALUE || slot_pool(seg, page->slot) != (int)page->pool || phase_of(seg, client))
+    if (!location || location > SLOT_VALUE || slot_pool(seg, page->slot) != (int)page->pool || phase_of(seg, client)
+        || (!has_tier(seg, client, page->epoch) && !MUTANT(14)))
         return false;
     slot_t *slot = at(seg, page->slot * 8);
     uint64_t word = atomic_load_explicit(slot, memory_order_acquire);
@@ -191,6 +210,7 @@ static int promote_one(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const sl
     struct content what = {.kind = block_kind(header), .length = block_length(header), .payload = (const uint8_t *)(b + 1)};
     rc = slot_store(ctx, pool, slot, &what, KEEP_OLD, &word);
     if (rc == TM_OK) { /* nobody put anything */
+        atomic_fetch_add_explicit(&ctx->seg->pools[pool].promoted, 1, memory_order_relaxed);
         count(ctx->seg, pool, C_FETCHED, 1);
         count(ctx->seg, pool, C_STORED, UINT64_MAX);
         count(ctx->seg, pool, C_REPLACED, UINT64_MAX);

@@ -119,9 +119,22 @@ static PyObject *get_tiered(ClientObject *self, void *unused)
 
 static int set_tiered(ClientObject *self, PyObject *value, void *unused)
 {
-    int on = value ? PyObject_IsTrue(value) : 0;
+    struct tm_ctx *ctx = context_of(self->owner);
+    int on = value ? PyObject_IsTrue(value) : 0, rc;
     (void)unused;
-    return on < 0 ? -1 : store_value(self, VALUE_TIERED, (uint64_t)on);
+    if (!ctx || on < 0)
+        return -1;
+    Py_BEGIN_ALLOW_THREADS
+    rc = client_set_tiered(ctx, self->id, self->serial, on);
+    Py_END_ALLOW_THREADS
+    return checked(rc);
+}
+
+static PyObject *get_tier_epoch(ClientObject *self, void *unused)
+{
+    struct tm_client *c = client_of(self);
+    (void)unused;
+    return c ? PyLong_FromUnsignedLong(atomic_load(&c->tier_epoch)) : NULL;
 }
 
 static PyObject *get_floor(ClientObject *self, void *unused)
@@ -489,6 +502,7 @@ static PyGetSetDef client_getset[] = {
     {"id", (getter)client_id, NULL, NULL, NULL},
     {"serial", (getter)client_serial, NULL, NULL, NULL},
     {"tiered", (getter)get_tiered, (setter)set_tiered, NULL, NULL},
+    {"tier_epoch", (getter)get_tier_epoch, NULL, NULL, NULL},
     {"name", (getter)client_name, NULL, NULL, NULL},
     {"cap_bytes", (getter)get_cap, (setter)set_cap, NULL, NULL},
     {"floor_bytes", (getter)get_floor, (setter)set_floor, NULL, NULL},

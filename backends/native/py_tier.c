@@ -198,8 +198,8 @@ PyObject *client_collect(ClientObject *self, PyObject *args)
     PyObject *target, *result = NULL;
     Py_buffer view;
     int any;
-    unsigned most;
-    if (!ctx || !PyArg_ParseTuple(args, "KOIp:collect", &start, &target, &most, &any)
+    unsigned most, epoch;
+    if (!ctx || !PyArg_ParseTuple(args, "KOIpI:collect", &start, &target, &most, &any, &epoch)
         || PyObject_GetBuffer(target, &view, PyBUF_WRITABLE))
         return NULL;
     uint64_t hand = start;
@@ -207,7 +207,7 @@ PyObject *client_collect(ClientObject *self, PyObject *args)
     struct tm_candidate *pages = most <= 65536 ? malloc((most + 1) * sizeof *pages) : NULL;
     if (pages && view.len >= TM_HEADER + TM_PAGE) {
         Py_BEGIN_ALLOW_THREADS
-        n = tm_collect(ctx, self->id, self->serial, any, &hand, view.buf, (size_t)view.len, pages, most);
+        n = tm_collect(ctx, self->id, self->serial, epoch, any, &hand, view.buf, (size_t)view.len, pages, most);
         Py_END_ALLOW_THREADS
         if (n < 0)
             raise_result(n);

@@ -293,7 +293,7 @@ static uint64_t commits(struct tm_segment *seg)
             continue;
         sum += pool->counters[C_STORED] + pool->counters[C_PUT_FLUSHED] + pool->counters[C_FLUSHED]
                + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT]
-               + pool->counters[C_DROPPED] + pool->counters[C_DEMOTED];
+               + pool->counters[C_DROPPED] + pool->counters[C_DEMOTED] + pool->promoted;
     }
     return sum;
 }
@@ -315,6 +315,7 @@ void recount(struct tm_ctx *ctx)
         for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
             if (atomic_load(&seg->pools[p].state))
                 found[p] = tally_pool(seg, p);
+        KP(34);
         op_begin(ctx); /* what is walked cannot be freed */
         tally_objects(seg, found);
         op_end(ctx);

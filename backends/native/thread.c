@@ -21,6 +21,8 @@ static void forget(struct tm_ctx *ctx)
 {
     if (ctx->fork == atomic_load(&forks)) {
         client_release(ctx, ctx->index);
+        if (ctx->window.open) /* else the next owner of the record began with an odd mark */
+            tier_close(ctx);
         if (!atomic_load(&ctx->rec->doomed)) /* else a reaper finishes what waits for a grace period */
             atomic_store(&ctx->rec->used, 0);
         lock_drop(&ctx->rec->life);
@@ -76,6 +78,8 @@ static struct tm_thread *claim(struct tm_ctx *ctx, uint32_t *index)
             lock_drop(&rec->life); /* `used` stays: a later reaper goes on */
             continue;
         }
+        if (atomic_load(&rec->fetching) & 1)
+            atomic_fetch_add(&rec->fetching, 1);
         *index = i;
         return rec;
     }

@@ -128,7 +128,8 @@ int tier_resume(const struct tm_handle *h, struct tm_ctx **ctx)
 {
     op_end(*ctx);
     int rc = tier_fetch(*ctx, h->pool / TM_CLIENT_POOLS);
-    if (rc == TM_OK && (rc = enter(h, ctx)) != TM_OK)
+    /* An operation that could not begin has mostly closed the window as it ended; twice would make the mark odd. */
+    if (rc == TM_OK && (rc = enter(h, ctx)) != TM_OK && (*ctx)->window.open)
         tier_close(*ctx);
     return rc;
 }

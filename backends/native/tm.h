@@ -246,7 +246,8 @@ struct tm_pool {
     _Atomic int64_t tier_pages; /* in a tier, not in memory */
     _Atomic int64_t bytes;
     _Atomic uint64_t counters[C_NCOUNTERS];
-    uint8_t spare[320 - 128 - 8 * C_NCOUNTERS];
+    _Atomic uint64_t promoted; /* pages that came back from a tier by no put: the recount must see them */
+    uint8_t spare[320 - 136 - 8 * C_NCOUNTERS];
 };
 
 /* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
@@ -606,9 +607,10 @@ struct tm_candidate { /* a page that may leave memory, as it was seen */
     uint64_t slot, word;  /* the slot's number, and what was in it */
     uint32_t stamp, pool; /* of its block */
     uint32_t at, length;  /* of its record in the buffer */
+    uint32_t epoch, zero; /* of the tier that it was collected for */
 };
-int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool any, uint64_t *hand, uint8_t *buffer,
-                   size_t size, struct tm_candidate *out, uint32_t most);
+int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t epoch, bool any, uint64_t *hand,
+                   uint8_t *buffer, size_t size, struct tm_candidate *out, uint32_t most);
 int64_t tm_demote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const struct tm_candidate *pages,
                   const uint64_t *locations, uint32_t n);
 /* The other way, from slot `*hand` on: bring at most `most` pages back into memory. The number, or an error. */
@@ -679,8 +681,9 @@ int segment_set_mode(struct tm_ctx *ctx, uint32_t mode);
 int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t bytes);
 int client_authorise(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid);
 int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid); /* TM_MISS: was not */
-enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC, VALUE_TIERED };
+enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC };
 bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_value which, uint64_t value);
+int client_set_tiered(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool on); /* off: nothing is demoted any more */
 int client_hold(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
 int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t phase);
 struct pool_wish {

@@ -5,6 +5,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -46,7 +47,7 @@ def demote(client: _native.Client, tier: FaultyTier, any: bool = True) -> int:
     """Let everything that is cold (or any page) leave memory."""
     buffer, hand, demoted = bytearray(1 << 20), 0, 0
     while True:
-        hand, places, pages = client.collect(hand, buffer, 100, any)
+        hand, places, pages = client.collect(hand, buffer, 100, any, client.tier_epoch)
         locations = tier.write([bytes(buffer[at : at + length]) for at, length in places])
         demoted += client.demote(pages, array("Q", locations))
         if not hand:
@@ -148,7 +149,7 @@ def test_a_handoff_passes_them_on_once_and_their_changes(demoted: _native.Pool, 
     buffer = bytearray(2 << 20)
     exporter = demoted.export(changes=True)
     assert other.import_records(buffer[: exporter.fill(buffer)]) == NPAGES + 20
-    assert client.collect(0, buffer, 100, True)[1] == []  # not while it is copied
+    assert client.collect(0, buffer, 100, True, client.tier_epoch)[1] == []  # not while it is copied
     assert got(demoted, 1000, 20) == pages("text", 1, 20)
     assert demoted.flush(OID, 7) == 1
     assert demoted.put(OID, 8, page("text", 4)) == 1
@@ -176,8 +177,8 @@ def test_pages_in_use_are_not_cold(persistent: _native.Pool, tier: FaultyTier) -
 def test_a_page_that_is_used_meanwhile_stays(persistent: _native.Pool, tier: FaultyTier) -> None:
     client, buffer = persistent.client, bytearray(1 << 20)
     persistent.put(OID, 0, b"".join(data(5)))
-    client.collect(0, buffer, 100, False)
-    _, places, seen = client.collect(0, buffer, 100, False)
+    client.collect(0, buffer, 100, False, client.tier_epoch)
+    _, places, seen = client.collect(0, buffer, 100, False, client.tier_epoch)
     assert len(places) == 5
     got(persistent, 0, 1)
     persistent.flush(OID, 1)
@@ -395,6 +396,30 @@ class TestFiles:
         assert got(spilled, 0, NPAGES) == data()
         writer.close()
         assert ended.link.is_symlink()
+
+    @pytest.mark.parametrize("off", [-NPAGES, -1, 1])
+    def test_withdrawn_while_the_counter_is_off(
+        self,
+        spilled: _native.Pool,
+        small: _native.Segment,
+        paths: SegmentPaths,
+        off: int,
+    ) -> None:
+        """Somebody was killed between a swap and its count: what is left the slots say."""
+
+        class Miscounted:
+            """The client, whose pages in the tier are counted wrong."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(spilled.client, name)
+
+            def statistics(self) -> dict[str, int]:
+                counts = spilled.client.statistics()
+                return {**counts, "tier_pages": counts["tier_pages"] + off}
+
+        tiering.withdraw(paths, small, cast("_native.Client", Miscounted()))
+        assert spilled.statistics()["tier_pages"] == 0
+        assert got(spilled, 0, NPAGES) == data()
 
     @pytest.mark.parametrize(
         ("url", "words"),

@@ -1,16 +1,21 @@
 """The policy of demotion: when it begins, how far it goes, and what happens when a tier refuses or ends."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tmem.backends import _native, tiering
 from tmem.backends.demotion import Demotion, Marks
 from tmem.backends.paths import SegmentPaths
+from tmem.backends.tiers.spill import SpillFile
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 from .pages import stamp_of, stamped
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 OID = bytes(OID_SIZE)
 MIB = 1 << 20
@@ -198,3 +203,72 @@ def test_withdrawn_the_manager_removes_the_file(bench: Bench) -> None:
     bench.rounds(1)
     assert not bench.file.exists()
     bench.check()
+
+
+def test_another_tier_between_two_looks(bench: Bench) -> None:
+    """Pages go to the tier that readers know of, not to the one before."""
+    bench.client.cap_bytes = MIB
+    first = bench.put(0, 10**6)
+    bench.rounds()
+    bench.client.cap_bytes = 0
+    tiering.withdraw(bench.paths, bench.segment, bench.client)
+    tiering.assign(bench.paths, bench.segment, bench.client, f"{bench.file}2", 32 * MIB)
+    bench.client.cap_bytes = MIB
+    bench.put(first, 10**6)
+    bench.rounds()
+    assert bench.client.statistics()["tier_pages"] > 100
+    assert not bench.file.exists()
+    bench.check()
+    bench.demotion.close()
+    bench.demotion = Demotion(bench.paths, bench.segment, Marks(), bench.clock)
+    bench.rounds(1)
+    bench.check()
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_withdrawn_while_a_batch_is_written(
+    bench: Bench, another: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = SpillFile.write
+
+    def slow(tier: SpillFile, records: "Sequence[Buffer]") -> list[int]:
+        locations = write(tier, records)
+        if not written:
+            bench.client.cap_bytes = 0
+            tiering.withdraw(bench.paths, bench.segment, bench.client)
+            if another:
+                tiering.assign(bench.paths, bench.segment, bench.client, f"{bench.file}2", 32 * MIB)
+        written.append(len(locations))
+        return locations
+
+    monkeypatch.setattr(SpillFile, "write", slow)
+    bench.client.cap_bytes = MIB
+    bench.put(0, 10**6)
+    bench.rounds()
+    assert written
+    assert bench.client.statistics()["tier_pages"] == 0
+    assert not bench.file.exists()
+    bench.check()
+
+
+def test_a_client_that_comes_while_the_manager_looks(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is assigned its tier after the manager has looked who lives: nobody takes that for a dead one's."""
+    assigned = tiering.assigned_tiers
+    made: list[_native.Client] = []
+
+    def late(paths: SegmentPaths) -> Iterator[tiering.Assigned]:
+        if not made:
+            made.append(bench.segment.client("late"))
+            made[0].new_pool(persistent=True)
+            tiering.assign(paths, bench.segment, made[0], str(tmp_path / "late"), MIB)
+        return assigned(paths)
+
+    clients = [*bench.segment.clients()]
+    monkeypatch.setattr(tiering, "assigned_tiers", late)
+    assert len(clients) == 1
+    bench.rounds(1)
+    assert (tmp_path / "late").exists()
+    assert tiering.of(bench.paths, made[0]) is not None

@@ -77,7 +77,7 @@ class TieredMachine(ControlMachine):
         self.tier(client)
         key = (client.id, client.serial)
         buffer = bytearray(5 << 20)
-        hand, places, pages = client.collect(self.hands.get(key, 0), buffer, most, any)
+        hand, places, pages = client.collect(self.hands.get(key, 0), buffer, most, any, client.tier_epoch)
         self.hands[key] = hand
         records = [bytes(buffer[at : at + length]) for at, length in places]
         self.batches.append(Batch(key, records, pages))

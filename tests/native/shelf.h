@@ -69,7 +69,9 @@ static inline int64_t shelf_demote(struct tm_segment *seg, uint32_t id, uint32_t
     struct tm_candidate pages[MOST];
     uint64_t locations[MOST];
     struct tm_ctx *ctx = ctx_get(seg);
-    int64_t n = tm_collect(ctx, id, serial, true, hand, buffer, sizeof buffer, pages, most < MOST ? most : MOST);
+    if (!atomic_load(&seg->clients[id].tiered))
+        client_set_tiered(ctx, id, serial, true);
+    int64_t n = tm_collect(ctx, id, serial, atomic_load(&seg->clients[id].tier_epoch), true, hand, buffer, sizeof buffer, pages, most < MOST ? most : MOST);
     uint32_t at = 0;
     for (int64_t i = 0; i < n; i++) {
         while (at < SHELF_RECORDS && atomic_load(&shelf->used[at]))
@@ -82,6 +84,7 @@ static inline int64_t shelf_demote(struct tm_segment *seg, uint32_t id, uint32_t
         atomic_store(&shelf->used[at], 1);
         locations[i] = at + 1;
     }
+    KP(110);
     int64_t done = n > 0 ? tm_demote(ctx, id, serial, pages, locations, (uint32_t)n) : 0;
     atomic_fetch_add(&shelf->demoted, (uint64_t)(done > 0 ? done : 0));
     return done;

@@ -132,7 +132,7 @@ static void leaf_used_again(struct world *w)
     object_reap_empty(ctx, 10);
     put(&w->pool, 1, 1);
     client_open(ctx, "test", false, &id, &serial);
-    expect(tm_collect(ctx, id, serial, true, &hand, buffer, sizeof buffer, &page, 1) == 1, "nothing collected");
+    expect(tm_collect(ctx, id, serial, atomic_load(&w->seg->clients[id].tier_epoch), true, &hand, buffer, sizeof buffer, &page, 1) == 1, "nothing collected");
     tm_flush_object(&w->pool, oid);
     object_reap_empty(ctx, 10);
     put(&w->pool, 1, 3);
@@ -270,6 +270,146 @@ static void wrong_records(struct world *w)
     check(w);
 }
 
+static void client_of_test(struct world *w, uint32_t *id, uint32_t *serial)
+{
+    client_open(ctx_get(w->seg), "test", false, id, serial);
+}
+
+/* What withdrawing the tier does: no more demotion, then everything back. */
+static int64_t withdraw(struct world *w, struct actor *a)
+{
+    uint64_t hand = 0, left;
+    uint32_t id, serial;
+    (void)a;
+    ready(w->seg);
+    client_of_test(w, &id, &serial);
+    if (client_set_tiered(ctx_get(w->seg), id, serial, false) != TM_OK)
+        return -1;
+    while (tm_promote(ctx_get(w->seg), id, serial, &hand, 512) >= 0 && hand)
+        ;
+    return (int64_t)tm_live(ctx_get(w->seg), id, &left, 1);
+}
+
+/* Records are written; before the swap the tier is withdrawn, and perhaps another given. None goes to the first. */
+static void withdrawn_while_demoted(struct world *w)
+{
+    uint32_t id, serial;
+    client_of_test(w, &id, &serial);
+    for (unsigned again = 0; again < 2; again++) {
+        put(&w->pool, 1, again + 1);
+        pid_t a = start(0, demote_all, 110, 0);
+        at_point(0);
+        expect(withdraw(w, NULL) == 0, "pages stayed in the tier");
+        if (again)
+            client_set_tiered(ctx_get(w->seg), id, serial, true);
+        finish(0, a);
+        expect(actors[0].result == 0 && !location_of(w, 1), "a page went to a tier that had been withdrawn");
+        expect(holds(&w->pool, 1, again + 1), "the page is lost");
+        check(w);
+    }
+    uint64_t hand = 0;
+    uint8_t buffer[4128];
+    struct tm_candidate page;
+    uint32_t epoch = atomic_load(&w->seg->clients[id].tier_epoch);
+    expect(tm_collect(ctx_get(w->seg), id, serial, epoch - 1, true, &hand, buffer, sizeof buffer, &page, 1) == 0,
+           "a page was collected for the tier before");
+    expect(tm_collect(ctx_get(w->seg), id, serial, epoch, true, &hand, buffer, sizeof buffer, &page, 1) == 1,
+           "nothing was collected for the tier");
+}
+
+/* The demoter is about to swap: a withdrawal waits for it, and brings that page back too. */
+static void withdrawal_waits(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    pid_t a = start(0, demote_all, 103, 0);
+    at_point(0);
+    pid_t b = start(1, withdraw, 105, 0);
+    at_point(1);
+    atomic_store(&actors[1].go, 1);
+    for (unsigned i = 0; i < 200; i++) { /* what it would do if it did not wait takes far less than this */
+        expect(!atomic_load(&actors[1].finished), "the withdrawal did not wait");
+        nap();
+    }
+    finish(0, a);
+    finish(1, b);
+    expect(actors[1].result == 0, "%lld pages stayed in the tier", (long long)actors[1].result);
+    expect(holds(&w->pool, 1, 1) && !location_of(w, 1), "the page is lost");
+    check(w);
+}
+
+/* The counters of a process that was killed are put right beside a promotion, and count what it brought back. */
+static int64_t recount_now(struct world *w, struct actor *a)
+{
+    (void)a;
+    atomic_store(&w->seg->super->recount, 1);
+    recount(ctx_get(w->seg));
+    return atomic_load(&w->seg->super->recount);
+}
+
+static void recount_beside_a_withdrawal(struct world *w)
+{
+    for (uint32_t i = 1; i <= 20; i++)
+        put(&w->pool, i, i);
+    demote_all(w, NULL);
+    expect(w->seg->pools[w->pool.pool].tier_pages > 10, "nothing was demoted");
+    pid_t a = start(0, recount_now, 34, 0);
+    at_point(0);
+    expect(withdraw(w, NULL) == 0, "pages stayed in the tier");
+    finish(0, a);
+    expect(w->seg->pools[w->pool.pool].tier_pages == 0, "the recount has %lld pages in the tier",
+           (long long)w->seg->pools[w->pool.pool].tier_pages);
+    check(w);
+}
+
+/* The pool is destroyed under a thread that fetches and lives on: its mark is even when it is done, and its next fetch
+ * is one that others wait for. */
+static int64_t get_and_mark(struct world *w, struct actor *a)
+{
+    int64_t rc = get_one(w, a);
+    return atomic_load(&ctx_get(w->seg)->rec->fetching) & 1 ? 1000 + rc : rc;
+}
+
+static void pool_destroyed_under_a_reader(struct world *w)
+{
+    for (uint32_t point = 101; point <= 102; point++) {
+        open_world(w);
+        put(&w->pool, 1, 1);
+        demote_all(w, NULL);
+        expect(location_of(w, 1), "nothing was demoted");
+        pid_t a = start(0, get_and_mark, point, 0);
+        at_point(0);
+        pool_destroy(ctx_get(w->seg), w->pool.pool, w->pool.serial);
+        finish(0, a);
+        expect(actors[0].result == TM_NOPOOL, "stopped at %u it returned %lld (above 900: its mark is odd)", point,
+               (long long)actors[0].result);
+        expect(tier_grace(ctx_get(w->seg), 100), "somebody is waited for");
+        check(w);
+    }
+}
+
+/* Bytes of a page where a leaf was, that look like the slot of a page that was used: they must stay as they are. */
+static void bytes_like_a_slot(struct world *w)
+{
+    struct cursor cur = {0};
+    const uint64_t id[3] = {0};
+    uint8_t buffer[4128];
+    struct tm_candidate page;
+    uint64_t hand = 0;
+    uint32_t client, serial;
+    client_of_test(w, &client, &serial);
+    client_set_tiered(ctx_get(w->seg), client, serial, true);
+    put(&w->pool, 1, 1);
+    cursor_find(w->seg, w->pool.pool, id, 1, &cur);
+    uint64_t word = atomic_load(&cur.slots[1 - cur.first]);
+    slot_t *elsewhere = &cur.slots[2 - cur.first];
+    uint64_t alike = word | SLOT_FREQ, was = atomic_exchange(elsewhere, alike);
+    uint32_t epoch = atomic_load(&w->seg->clients[client].tier_epoch);
+    tm_collect(ctx_get(w->seg), client, serial, epoch, false, &hand, buffer, sizeof buffer, &page, 1);
+    expect(atomic_exchange(elsewhere, was) == alike, "bytes that are no slot were changed");
+    expect(holds(&w->pool, 1, 1), "the page is lost");
+    check(w);
+}
+
 int main(int argc, char **argv)
 {
     static const struct scenario all[] = {
@@ -277,7 +417,9 @@ int main(int argc, char **argv)
         {"leaf_used_again", leaf_used_again}, {"demoter_dies", demoter_dies},
         {"reader_and_put", reader_and_put}, {"grace_for_readers", grace_for_readers},
         {"part_and_everything_again", part_and_everything_again}, {"take_from_tier", take_from_tier},
-        {"wrong_records", wrong_records},
+        {"wrong_records", wrong_records}, {"withdrawn_while_demoted", withdrawn_while_demoted},
+        {"withdrawal_waits", withdrawal_waits}, {"recount_beside_a_withdrawal", recount_beside_a_withdrawal},
+        {"pool_destroyed_under_a_reader", pool_destroyed_under_a_reader}, {"bytes_like_a_slot", bytes_like_a_slot},
     };
     shelf_make();
     prepare = ready;
