@@ -233,9 +233,13 @@ class Demotion:
         assigned_now = {(one.client, one.serial) for one in tiering.assigned_tiers(self._paths)}
         for key in self._clients.keys() - assigned_now:
             self._drop(key)
+        for name in [name for name in self._complaints if name.startswith("ended-")]:
+            if not (self._paths.state / name).is_symlink():
+                del self._complaints[name]
         for ended in tiering.ended_tiers(self._paths):
             try:
                 tiering.end(self._segment, ended)
+                self._complaints.pop(ended.link.name, None)
             except TierError as error:
                 self._complain(ended.link.name, error)
 

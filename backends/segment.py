@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tmem.backends import cgroup
+from tmem.backends import cgroup, tiering
 from tmem.backends.paths import SegmentPaths, runtime_dir
 from tmem.errors import SegmentError
 from tmem.types import SizeRange, format_size
@@ -131,19 +131,35 @@ def attach(name: str) -> "_native.Segment":
 
 
 def destroy(name: str) -> None:
-    """End the segment called `name`: its pages, and its state directory. Everybody must have let go of it.
+    """End the segment called `name`: its pages, also those in tiers, and its state directory.
+
+    Everybody must have let go of it.
 
     Raises `SegmentError` if there is none. Safe to repeat after a failure half-way.
     """
     paths = SegmentPaths.of(name)
     if not paths.segment.exists() and not paths.state.exists():
         raise SegmentError(f"there is no segment {name!r}: nothing to destroy")
+    nonce = _nonce(paths.segment)
     if paths.segment.exists():
         try:
             _remove(paths.segment)
         except OSError as error:
             raise SegmentError(f"cannot remove {paths.segment}: {error.strerror or error}") from error
+    if nonce is not None:
+        tiering.end_all(paths, nonce)
     shutil.rmtree(paths.state, ignore_errors=True)
+
+
+def _nonce(path: Path) -> int | None:
+    """Return which life of the segment it is; None if nobody can tell any more."""
+    try:
+        segment: _native.Segment = core().attach(str(path))
+    except (SegmentError, OSError):
+        return None
+    nonce = segment.nonce
+    segment.close()
+    return nonce
 
 
 def _remove(path: Path) -> None:

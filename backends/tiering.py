@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _READERS_S = 60.0
 """How long a withdrawal waits for who reads from the tier: longer than a read that fails lasts."""
+_ENDING_S = 3.0
+"""How long to wait for the manager to let go of a tier whose client is no more."""
 _REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
 Source = str | Callable[[list[int]], list[bytes | None]]
@@ -92,6 +94,7 @@ def assign(
         raise TierError(
             f"{client.name} has the tier {shown(found)} already: take that away first, with --tier none"
         )
+    _await_end(paths, segment, url)
     file = _spill_path(url)
     if file is not None:
         _refuse_if_used(file, segment)
@@ -153,7 +156,8 @@ def withdraw(
         client.tiered = True
         raise
     link = _link(paths, client)
-    ended = link.with_name(link.name.replace("tier-", "ended-", 1))
+    # The epoch: another tier of this client may have ended just before, and still be there.
+    ended = link.with_name(f"{link.name.replace('tier-', 'ended-', 1)}-{client.tier_epoch}")
     link.rename(ended)
     with contextlib.suppress(TierDownError):  # the manager writes to it: then that removes it
         end(segment, Assigned(ended, client.id, client.serial, str(ended.readlink())))
@@ -191,9 +195,10 @@ def assigned_tiers(paths: SegmentPaths) -> Iterator[Assigned]:
 
 def _links(paths: SegmentPaths, kind: str) -> Iterator[Assigned]:
     for link in sorted(paths.state.glob(f"{kind}-*-*")):
-        number, _, serial = link.name.removeprefix(f"{kind}-").partition("-")
-        if number.isdigit() and serial.isdigit() and link.is_symlink():
-            yield Assigned(link, int(number), int(serial), str(link.readlink()))
+        number, serial = link.name.removeprefix(f"{kind}-").split("-")[:2]
+        with contextlib.suppress(OSError):  # gone this moment
+            if number.isdigit() and serial.isdigit() and link.is_symlink():
+                yield Assigned(link, int(number), int(serial), str(link.readlink()))
 
 
 def end(segment: "_native.Segment", assigned: Assigned) -> None:
@@ -201,7 +206,18 @@ def end(segment: "_native.Segment", assigned: Assigned) -> None:
 
     Raises `TierDownError` if the tier does not answer, or its writer has not let go of it: try again.
     """
-    who = TierIdentity(segment.nonce, assigned.client, assigned.serial)
+    _end(segment.nonce, assigned)
+
+
+def end_all(paths: SegmentPaths, nonce: int) -> None:
+    """Remove what all clients of a segment that is no more stored in tiers, as far as those answer."""
+    for assigned in [*assigned_tiers(paths), *ended_tiers(paths)]:
+        with contextlib.suppress(TierError):
+            _end(nonce, assigned)
+
+
+def _end(nonce: int, assigned: Assigned) -> None:
+    who = TierIdentity(nonce, assigned.client, assigned.serial)
     try:
         open_tier(assigned.url, who, writer=True).destroy()
     except TierCorruptError:
@@ -211,6 +227,22 @@ def end(segment: "_native.Segment", assigned: Assigned) -> None:
         if file is None or file.exists():
             raise
     assigned.link.unlink(missing_ok=True)
+
+
+def _await_end(paths: SegmentPaths, segment: "_native.Segment", url: str) -> None:
+    """Wait until what was there before is removed: by the manager, which looks often, or else by us."""
+    lives = {(client.id, client.serial) for client in segment.clients()}
+    until = time.monotonic() + _ENDING_S
+    for old in [*ended_tiers(paths), *assigned_tiers(paths)]:
+        if old.url != url or (old.link.name.startswith("tier-") and (old.client, old.serial) in lives):
+            continue
+        while old.link.is_symlink():
+            try:
+                end(segment, old)
+            except TierDownError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
 
 
 def _state(segment: Path) -> Path:

@@ -119,11 +119,13 @@ static bool has_tier(DeviceObject *self)
     return seg && atomic_load(&seg->clients[self->pool->pool / TM_CLIENT_POOLS].tiered);
 }
 
-static void wait_a_little(void)
+static void wait_for(long ns)
 {
-    const struct timespec pause = {.tv_nsec = 200000};
+    const struct timespec pause = {.tv_nsec = ns};
     nanosleep(&pause, NULL);
 }
+
+static void wait_a_little(void) { wait_for(200000); }
 
 /* If the pages live elsewhere now, say so to who can end this server: its clients shall come there and ask again,
  * not get an error. -1 with an exception. */
@@ -161,8 +163,10 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
         /* Demotion makes room, in another process; but nobody waits for that process for long. */
         Py_BEGIN_ALLOW_THREADS
         uint64_t until = timing_now() + ROOM_NS;
+        long pause_ns = 1000000; /* each try compresses the request anew, beside the demoter: not more and more often */
         do {
-            wait_a_little();
+            wait_for(pause_ns);
+            pause_ns = pause_ns < 10000000 ? pause_ns * 2 : 20000000;
             rc = op(&dev, data, offset, n);
         } while (rc == TM_WAIT || (rc == TM_REFUSED && timing_now() < until));
         Py_END_ALLOW_THREADS

@@ -49,8 +49,13 @@ static int use_source(struct tm_segment *seg, uint32_t id, uint32_t serial, PyOb
     s->epoch = atomic_load(&seg->clients[id].tier_epoch);
     if (PyUnicode_Check(what)) {
         PyObject *bytes = NULL;
-        int rc = PyUnicode_FSConverter(what, &bytes)
-                     ? spill_open(PyBytes_AsString(bytes), seg->super->nonce, id, serial, &s->spill) : -EINVAL;
+        int rc = -EINVAL;
+        if (PyUnicode_FSConverter(what, &bytes)) {
+            const char *path = PyBytes_AsString(bytes);
+            Py_BEGIN_ALLOW_THREADS /* a disk that hangs must not stop those who need none */
+            rc = spill_open(path, seg->super->nonce, id, serial, &s->spill);
+            Py_END_ALLOW_THREADS
+        }
         Py_XDECREF(bytes);
         if (rc) {
             free(s);

@@ -190,11 +190,11 @@ int spill_fetch(const struct tm_spill *spill, struct tm_window *w)
     uint64_t used = 0;
     for (uint32_t i = 0, next; i < w->nwanted; i = next) {
         uint64_t first = block_of(w->wanted[i]), end = end_of(w->wanted[i]), room = (TM_WINDOW - used) / TM_PAGE;
-        if (end - first > room)
+        if (end <= first || end - first > room) /* a damaged slot: no record touches no block */
             break;
         for (next = i + 1; next < w->nwanted; next++) {
             uint64_t begin = block_of(w->wanted[next]), until = end_of(w->wanted[next]);
-            if (begin < first || begin > end || until > first + room)
+            if (begin < first || begin > end || until <= begin || until > first + room)
                 break;
             end = until > end ? until : end;
         }

@@ -60,6 +60,8 @@ def create(path: Path, identity: TierIdentity, size_bytes: int) -> None:
         if not fresh:
             _head_of(descriptor, path)  # refuses what is not a spill file
         _lock(descriptor, path)
+        if not _stands_at(path, descriptor):
+            raise TierDownError(f"{path} is being removed just now: try again")
         try:
             os.truncate(descriptor, 0)
             os.posix_fallocate(descriptor, 0, size_bytes)
@@ -233,11 +235,14 @@ class SpillFile:
         )
 
     def destroy(self) -> None:
-        """Remove the file, and close; what stands at the path by now may be another one, which stays."""
+        """Remove the file, and close; what stands at the path by now may be another one, which stays.
+
+        Its room is given back at once: servers have it open until they end."""
         with contextlib.suppress(OSError):
-            ours, there = os.fstat(self._descriptor), self.path.stat()
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
+            if _stands_at(self.path, self._descriptor):
                 self.path.unlink()
+        with contextlib.suppress(OSError):
+            os.truncate(self._descriptor, 0)
         self.close()
 
     def close(self) -> None:
@@ -245,6 +250,16 @@ class SpillFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _stands_at(path: Path, descriptor: int) -> bool:
+    """Is the open file the one at the path?"""
+    ours = os.fstat(descriptor)
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _rounded(length: int) -> int:

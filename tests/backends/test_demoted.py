@@ -397,6 +397,48 @@ class TestFiles:
         writer.close()
         assert ended.link.is_symlink()
 
+    def test_another_client_has_the_file_of_one_that_is_no_more(
+        self,
+        spilled: _native.Pool,
+        small: _native.Segment,
+        paths: SegmentPaths,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """But not while its writer still has it, for which the manager gets some time."""
+        monkeypatch.setattr(tiering, "_ENDING_S", 0.2)
+        spilled.client.destroy()
+        again = small.client("guest")
+        with pytest.raises(TierDownError, match="in use by another manager"):
+            tiering.assign(paths, small, again, str(file), 1 << 20)
+        assert file.exists()
+        assert not again.tiered
+
+    def test_the_same_file_again_without_a_manager(
+        self, small: _native.Segment, client: _native.Client, paths: SegmentPaths, file: Path
+    ) -> None:
+        tiering.assign(paths, small, client, str(file), 1 << 20)
+        client.destroy()
+        again = small.client("guest")
+        tiering.assign(paths, small, again, str(file), 2 << 20)
+        assert file.stat().st_size == 2 << 20
+        assert [one.serial for one in tiering.assigned_tiers(paths)] == [again.serial]
+
+    def test_two_withdrawn_one_after_the_other_are_both_removed(
+        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+    ) -> None:
+        client, second = spilled.client, file.with_name("second")
+        tiering.withdraw(paths, small, client)
+        tiering.assign(paths, small, client, str(second), 1 << 20)
+        writer = tiering.open_tier(f"file:{second}", tiering.identity(small, client), writer=True)
+        tiering.withdraw(paths, small, client)
+        assert len(list(tiering.ended_tiers(paths))) == 2
+        writer.close()
+        tiering.end_all(paths, small.nonce)
+        assert not second.exists()
+        assert file.exists()  # whose writer still has it
+        assert len(list(tiering.ended_tiers(paths))) == 1
+
     @pytest.mark.parametrize("off", [-NPAGES, -1, 1])
     def test_withdrawn_while_the_counter_is_off(
         self,

@@ -9,6 +9,8 @@ import pytest
 from tmem.backends import _native, tiering
 from tmem.backends.demotion import Demotion, Marks
 from tmem.backends.paths import SegmentPaths
+from tmem.backends.tiers import spill
+from tmem.backends.tiers.contract import TierIdentity
 from tmem.backends.tiers.spill import SpillFile
 from tmem.types import OID_SIZE, PAGE_SIZE
 
@@ -272,3 +274,22 @@ def test_a_client_that_comes_while_the_manager_looks(
     bench.rounds(1)
     assert (tmp_path / "late").exists()
     assert tiering.of(bench.paths, made[0]) is not None
+
+
+def test_a_complaint_about_a_tier_that_ended_is_not_for_ever(bench: Bench) -> None:
+    bench.rounds(1)
+    tiering.withdraw(bench.paths, bench.segment, bench.client)
+    (ended,) = tiering.ended_tiers(bench.paths)
+    other = (
+        bench.paths.state / "ended-40-1-1"
+    )  # the manager's own opening is let go of; somebody else's is not
+    other.symlink_to(f"file:{bench.file}2")
+    spill.create(Path(f"{bench.file}2"), TierIdentity(bench.segment.nonce, 40, 1), MIB)
+    held = SpillFile(Path(f"{bench.file}2"), TierIdentity(bench.segment.nonce, 40, 1), writer=True)
+    bench.rounds(1)
+    assert not ended.link.is_symlink()
+    assert "in use" in bench.demotion.problems()[other.name]
+    held.close()
+    bench.rounds(1)
+    assert not other.is_symlink()
+    assert bench.demotion.problems() == {}

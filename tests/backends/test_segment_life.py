@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tmem.backends import segment
+from tmem.backends import segment, tiering
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics
 from tmem.errors import SegmentError
@@ -51,6 +51,15 @@ def test_from_creation_to_the_end(runtime_dir: Path) -> None:
     attached.close()
     made.close()
     segment.destroy("one")
+    assert list(runtime_dir.iterdir()) == []
+
+
+def test_spill_files_end_with_it(runtime_dir: Path, tmp_path: Path) -> None:
+    made = segment.create("one", 16 * MIB)
+    tiering.assign(SegmentPaths.of("one"), made, made.client("web"), str(tmp_path / "spill"), MIB)
+    made.close()
+    segment.destroy("one")
+    assert list(tmp_path.iterdir()) == []
     assert list(runtime_dir.iterdir()) == []
 
 

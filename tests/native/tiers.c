@@ -410,6 +410,20 @@ static void bytes_like_a_slot(struct world *w)
     check(w);
 }
 
+/* A slot that was damaged so that its record would touch no block at all. */
+static void no_blocks(struct world *w)
+{
+    static struct tm_window window;
+    struct tm_spill spill = {.fd = -1};
+    (void)w;
+    for (uint32_t n = 1; n <= 2; n++) {
+        window.nwanted = n;
+        window.nheld = 0;
+        window.wanted[0] = window.wanted[1] = 65;
+        expect(spill_fetch(&spill, &window) == TM_CORRUPT && window.nheld == 0, "a record without blocks was read");
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const struct scenario all[] = {
@@ -420,6 +434,7 @@ int main(int argc, char **argv)
         {"wrong_records", wrong_records}, {"withdrawn_while_demoted", withdrawn_while_demoted},
         {"withdrawal_waits", withdrawal_waits}, {"recount_beside_a_withdrawal", recount_beside_a_withdrawal},
         {"pool_destroyed_under_a_reader", pool_destroyed_under_a_reader}, {"bytes_like_a_slot", bytes_like_a_slot},
+        {"no_blocks", no_blocks},
     };
     shelf_make();
     prepare = ready;

@@ -181,3 +181,12 @@ def test_a_full_disk_is_refused_at_once(small_disk: Path) -> None:
     batch = [record(n, 4000) for n in range(200)]  # of others' full disk it needs nothing any more
     check(opened, opened.write(batch), batch)
     opened.close()
+
+
+def test_a_destroyed_file_takes_no_room_although_somebody_has_it_open(tmp_path: Path) -> None:
+    path = tmp_path / "spill"
+    spill.create(path, IDENTITY, BIG)
+    with path.open("rb") as reader:
+        assert os.fstat(reader.fileno()).st_blocks * 512 >= BIG
+        spill.SpillFile(path, IDENTITY, writer=True).destroy()
+        assert os.fstat(reader.fileno()).st_blocks == 0
