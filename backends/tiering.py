@@ -9,6 +9,7 @@ Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). Thread
 """
 
 import contextlib
+import os
 import re
 import time
 import urllib.parse
@@ -124,7 +125,7 @@ def attach(segment: "_native.Segment", client: "_native.Client") -> bool:
 def of(paths: SegmentPaths, client: "_native.Client") -> str | None:
     """Return the URL of the client's tier, None if it has none."""
     try:
-        return str(_link(paths, client).readlink())
+        return _target(_link(paths, client))
     except OSError:
         return None
 
@@ -160,7 +161,7 @@ def withdraw(
     ended = link.with_name(f"{link.name.replace('tier-', 'ended-', 1)}-{client.tier_epoch}")
     link.rename(ended)
     with contextlib.suppress(TierDownError):  # the manager writes to it: then that removes it
-        end(segment, Assigned(ended, client.id, client.serial, str(ended.readlink())))
+        end(segment, Assigned(ended, client.id, client.serial, _target(ended)))
 
 
 def _in_tier(client: "_native.Client") -> int:
@@ -198,7 +199,7 @@ def _links(paths: SegmentPaths, kind: str) -> Iterator[Assigned]:
         number, serial = link.name.removeprefix(f"{kind}-").split("-")[:2]
         with contextlib.suppress(OSError):  # gone this moment
             if number.isdigit() and serial.isdigit() and link.is_symlink():
-                yield Assigned(link, int(number), int(serial), str(link.readlink()))
+                yield Assigned(link, int(number), int(serial), _target(link))
 
 
 def end(segment: "_native.Segment", assigned: Assigned) -> None:
@@ -255,7 +256,7 @@ def _link(paths: SegmentPaths, client: "_native.Client") -> Path:
 
 def _url(link: Path) -> str:
     try:
-        return str(link.readlink())
+        return _target(link)
     except OSError:
         raise TierDownError("the client's pages are in a tier that nobody knows of any more") from None
 
@@ -285,6 +286,11 @@ def _full(paths: SegmentPaths, client: "_native.Client", url: str, size_bytes: i
             f"{path.parent} is no directory: make it first, on the disk that is to hold the pages"
         )
     return f"file:{urllib.parse.quote(str(path))}", size_bytes
+
+
+def _target(link: Path) -> str:
+    """Return the URL that a link holds, as it was written: a `Path` would make one slash of two."""
+    return os.readlink(link)  # noqa: PTH115
 
 
 def _refuse_if_used(file: Path, segment: "_native.Segment") -> None:

@@ -18,6 +18,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.errors import ServiceError
 from tmem.nbd import swap
 
+from ..backends.tiers.servers import Cluster
 from ..groups import set_limit
 from .conftest import ROOT, Server, eventually, nbd, needs_root
 
@@ -150,6 +151,27 @@ def test_a_server_that_is_killed_is_followed_by_one_that_reads_the_tier(
         assert bad > 30
         handle.pwrite(pages[0], 77 * 4096)
         assert handle.pread(4096, 77 * 4096) == pages[0]
+
+
+def test_pages_go_to_a_cluster_and_come_back(
+    make_server: Callable[..., Server], segment: "_native.Segment", tmem: Tmem, redis_cluster: Cluster
+) -> None:
+    made = make_server("guest1", 16 * MIB)
+    client = segment.client("guest1")
+    assert tmem("start", "-d").returncode == 0
+    assert tmem("set", "guest1", "--tier", redis_cluster.url, "--cap", "2M").returncode == 0
+    pages = [os.urandom(4096) for _ in range(2048)]
+    with made.client() as handle:
+        for first in range(0, 2048, 16):
+            handle.pwrite(b"".join(pages[first : first + 16]), first * 4096)
+        eventually(lambda: client.statistics()["tier_pages"] > 1400, "most pages are in the tier")
+        assert f"of pages in {redis_cluster.url}" in tmem("list").stdout
+        for first in range(0, 2048, 32):
+            assert handle.pread(32 * 4096, first * 4096) == b"".join(pages[first : first + 32])
+        redis_cluster.primaries()[0].kill()
+        for first in range(0, 2048, 32):  # the replica takes over
+            assert handle.pread(32 * 4096, first * 4096) == b"".join(pages[first : first + 32])
+    assert client.statistics()["unreachable_gets"] == 0
 
 
 @pytest.mark.parametrize("tier", ["redis://127.0.0.1:1", "/no/such/directory/x"])
