@@ -71,7 +71,7 @@ static bool read_pages(struct world *w, uint32_t first, uint32_t npages)
     static uint8_t data[NPAGES * TM_PAGE];
     struct fuse_in_header in = {.opcode = FUSE_READ, .unique = 1};
     struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)first * TM_PAGE, .size = npages * TM_PAGE};
-    return hits_answer(&w->hits, &in, &read_in, data);
+    return hits_answer(&w->hits, &in, &read_in, data, true);
 }
 
 static void *answer(void *arg)
