@@ -295,6 +295,10 @@ static uint64_t commits(struct tm_segment *seg)
                + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT]
                + pool->counters[C_DROPPED] + pool->counters[C_DEMOTED] + pool->promoted;
     }
+    /* Pages that are moved, or stored in another form, are counted by no pool, and change its bytes. */
+    uint32_t n = atomic_load(&seg->super->nthreads);
+    for (uint32_t i = 0; i < n; i++)
+        sum += atomic_load_explicit(&seg->threads[i].swaps, memory_order_relaxed);
     return sum;
 }
 
@@ -305,9 +309,12 @@ void recount(struct tm_ctx *ctx)
     for (unsigned i = 0; i < tries && atomic_load(&seg->super->recount); i++) {
         /* A thread may have committed and not yet counted, so an operation that was running must end on either
          * side of the scan; under load this fails and the next reaper tries again. */
+        atomic_store(&seg->super->recount, 0); /* first: a death from here on is seen by the next one */
         uint64_t before = commits(seg);
-        if (!grace(ctx, 100) || commits(seg) != before)
+        if (!grace(ctx, 100) || commits(seg) != before) {
+            atomic_store(&seg->super->recount, 1);
             continue;
+        }
         int64_t used[TM_NACCOUNTS] = {0}, ephemeral[TM_NACCOUNTS] = {0};
         static _Thread_local struct tally found[TM_MAX_POOLS];
         memset(found, 0, sizeof found);
@@ -319,8 +326,15 @@ void recount(struct tm_ctx *ctx)
         op_begin(ctx); /* what is walked cannot be freed */
         tally_objects(seg, found);
         op_end(ctx);
-        if (!grace(ctx, 100) || commits(seg) != before)
+        bool still = grace(ctx, 100);
+        /* Two reapers that add the same difference would put the sums off again: one at a time, and each looks at what
+         * they are then. */
+        struct tm_lock *lock = control_lock(seg);
+        if (!still || commits(seg) != before) {
+            lock_drop(lock);
+            atomic_store(&seg->super->recount, 1);
             continue;
+        }
         for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
             struct tm_pool *pool = &seg->pools[p];
             if (!atomic_load(&pool->state))
@@ -345,6 +359,6 @@ void recount(struct tm_ctx *ctx)
             c->used_bytes += used[a] - c->used_bytes;
             c->ephemeral += ephemeral[a] - c->ephemeral;
         }
-        atomic_store(&seg->super->recount, 0);
+        lock_drop(lock);
     }
 }

@@ -271,6 +271,7 @@ struct tm_thread {
     _Atomic uint32_t meta_old;  /* unlinked, perhaps not yet freed */
     _Atomic uint32_t dying;     /* object whose slots we are killing */
     _Atomic uint32_t doomed;    /* list of unlinked objects that wait for a grace period to be freed */
+    _Atomic uint64_t swaps;     /* slots that it has replaced, ever: the recount must see them */
 };
 
 struct tm_bin {
