@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.waiting import DEADLINE_S
+
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
 
@@ -93,7 +95,7 @@ class Underneath:
 
     def __call__(self, operation: Callable[..., object], *arguments: object) -> None:
         self._pipe.send((operation, arguments))
-        assert self._pipe.poll(10), "it does not answer"
+        assert self._pipe.poll(DEADLINE_S), "it does not answer"
         code = self._pipe.recv()
         if code is not None:
             raise OSError(code, os.strerror(code))
