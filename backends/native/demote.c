@@ -83,10 +83,38 @@ static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, 
     c->used += (page->length + 15) / 16 * 16;
 }
 
-static bool is_leaf_of(struct tm_segment *seg, uint32_t c, uint32_t id)
+/* The bin of chunk `c` if it holds leaves of the client, else 0. Read once: the chunk may become another's meanwhile. */
+static uint32_t leaf_bin(struct tm_segment *seg, uint32_t c, uint32_t id)
 {
     uint32_t first = BIN_LEAF + id * TM_CLIENT_POOLS * 3, bin = seg->chunks[c].bin;
-    return atomic_load(&seg->states[c]) == CHUNK_USED && bin >= first && bin < first + TM_CLIENT_POOLS * 3;
+    bool is = atomic_load(&seg->states[c]) == CHUNK_USED && bin >= first && bin < first + TM_CLIENT_POOLS * 3;
+    return is ? bin : 0;
+}
+
+/* A leaf of a client's persistent pools, met by a walk over all slots. */
+struct leaf {
+    uint32_t pool;
+    uint64_t end; /* the first slot behind it */
+};
+
+/* The leaf in which slot `*at_slot` is, inside an operation; or false, and `*at_slot` is where to look next. */
+static bool leaf_at(struct tm_segment *seg, uint32_t id, uint64_t *at_slot, struct leaf *leaf)
+{
+    uint32_t c = chunk_of(seg, *at_slot * 8);
+    const struct tm_chunk *d = &seg->chunks[c];
+    uint32_t bin = leaf_bin(seg, c, id);
+    uint64_t chunk_start = (seg->data_offset + (uint64_t)c * TM_CHUNK) / 8;
+    if (!bin) {
+        *at_slot = chunk_start + TM_CHUNK / 8;
+        return false;
+    }
+    uint32_t stride = bin_stride(bin), bit = (uint32_t)((*at_slot - chunk_start) * 8) / stride;
+    leaf->pool = (bin - BIN_LEAF) / 3u;
+    leaf->end = chunk_start + (uint64_t)(bit + 1) * stride / 8;
+    if (bit_is_set(d, bit) && seg->pools[leaf->pool].persistent && atomic_load(&seg->pools[leaf->pool].state) == LIVE)
+        return true;
+    *at_slot = leaf->end;
+    return false;
 }
 
 /* Has the client the tier of this epoch? Inside an operation: who takes the tier away waits for us, or we see it. */
@@ -104,9 +132,8 @@ int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ep
     struct collection collected = {buffer, size, 0, out, 0, most, epoch};
     uint64_t at_slot = *hand * 8 < seg->data_offset ? seg->data_offset / 8 : *hand;
     while (at_slot * 8 < seg->size && !is_full(&collected)) {
-        uint32_t c = chunk_of(seg, at_slot * 8);
-        uint64_t chunk_end = (seg->data_offset + (uint64_t)(c + 1) * TM_CHUNK) / 8;
-        op_begin(ctx); /* one for each leaf: it stays a leaf while we look at it */
+        struct leaf leaf;
+        op_begin(ctx); /* one for each leaf */
         if (!client_lives(seg, id, serial)) {
             op_end(ctx);
             return TM_NOPOOL;
@@ -115,21 +142,10 @@ int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ep
             op_end(ctx);
             break;
         }
-        if (!is_leaf_of(seg, c, id)) {
-            op_end(ctx);
-            at_slot = chunk_end;
-            continue;
-        }
-        uint32_t stride = bin_stride(seg->chunks[c].bin), pool = (seg->chunks[c].bin - BIN_LEAF) / 3u;
-        uint32_t bit = (uint32_t)(TM_CHUNK - (chunk_end - at_slot) * 8) / stride;
-        uint64_t leaf_end = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)(bit + 1) * stride) / 8;
-        bool used = bit_is_set(&seg->chunks[c], bit) && seg->pools[pool].persistent
-                    && atomic_load(&seg->pools[pool].state) == LIVE;
-        for (; used && at_slot < leaf_end && !is_full(&collected); at_slot++)
-            consider(ctx, pool, at(seg, at_slot * 8), any, &collected);
+        if (leaf_at(seg, id, &at_slot, &leaf))
+            for (; at_slot < leaf.end && !is_full(&collected); at_slot++)
+                consider(ctx, leaf.pool, at(seg, at_slot * 8), any, &collected);
         op_end(ctx);
-        if (!used)
-            at_slot = leaf_end;
     }
     *hand = at_slot * 8 < seg->size ? at_slot : 0;
     return collected.n;
@@ -227,41 +243,31 @@ int64_t tm_promote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *h
     uint64_t at_slot = *hand * 8 < seg->data_offset ? seg->data_offset / 8 : *hand;
     int rc = TM_OK;
     while (at_slot * 8 < seg->size && done < most && rc != TM_REFUSED) {
-        uint32_t c = chunk_of(seg, at_slot * 8);
-        uint64_t chunk_end = (seg->data_offset + (uint64_t)(c + 1) * TM_CHUNK) / 8;
+        struct leaf leaf;
         op_begin(ctx);
         if (!client_lives(seg, id, serial)) {
             op_end(ctx);
             return TM_NOPOOL;
         }
-        if (!is_leaf_of(seg, c, id)) {
-            op_end(ctx);
-            at_slot = chunk_end;
-            continue;
-        }
-        uint32_t stride = bin_stride(seg->chunks[c].bin), pool = (seg->chunks[c].bin - BIN_LEAF) / 3u;
-        uint32_t bit = (uint32_t)(TM_CHUNK - (chunk_end - at_slot) * 8) / stride;
-        uint64_t leaf_end = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)(bit + 1) * stride) / 8;
-        bool used = bit_is_set(&seg->chunks[c], bit) && seg->pools[pool].persistent
-                    && atomic_load(&seg->pools[pool].state) == LIVE;
-        ctx->client = ctx->payer = id;
-        ctx->pool = pool;
-        for (rc = TM_OK; used && at_slot < leaf_end && done < most;) {
-            rc = promote_one(ctx, pool, at(seg, at_slot * 8), at(seg, leaf_end * 8));
-            if (rc == TM_AGAIN)
-                continue;
-            if (rc == TM_AWAY || rc == TM_REFUSED || rc == TM_CORRUPT)
-                break;
-            done += rc == TM_OK;
-            at_slot++;
+        rc = TM_OK;
+        if (leaf_at(seg, id, &at_slot, &leaf)) {
+            ctx->client = ctx->payer = id;
+            ctx->pool = leaf.pool;
+            while (at_slot < leaf.end && done < most) {
+                rc = promote_one(ctx, leaf.pool, at(seg, at_slot * 8), at(seg, leaf.end * 8));
+                if (rc == TM_AGAIN)
+                    continue;
+                if (rc == TM_AWAY || rc == TM_REFUSED || rc == TM_CORRUPT)
+                    break;
+                done += rc == TM_OK;
+                at_slot++;
+            }
         }
         op_end(ctx);
         if (rc == TM_AWAY)
             rc = tier_fetch(ctx, id);
         if (rc == TM_CORRUPT || rc == TM_DOWN)
             return done ? done : rc;
-        if (!used)
-            at_slot = leaf_end;
     }
     *hand = at_slot * 8 < seg->size ? at_slot : 0;
     return rc == TM_REFUSED && !done ? TM_REFUSED : done;
@@ -273,7 +279,7 @@ uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most)
     uint64_t n = 0;
     for (uint32_t c = 0; c < seg->nchunks; c++) {
         op_begin(ctx);
-        uint32_t stride = is_leaf_of(seg, c, id) ? bin_stride(seg->chunks[c].bin) : TM_CHUNK;
+        uint32_t bin = leaf_bin(seg, c, id), stride = bin ? bin_stride(bin) : TM_CHUNK;
         for (uint32_t bit = 0; stride < TM_CHUNK && bit < TM_CHUNK / stride; bit++) {
             if (!bit_is_set(&seg->chunks[c], bit))
                 continue;

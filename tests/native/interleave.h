@@ -3,10 +3,10 @@
 #ifndef INTERLEAVE_H
 #define INTERLEAVE_H
 
+#include "expect.h"
 #include "witness.h"
 
 #include <signal.h>
-#include <stdarg.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -22,8 +22,6 @@ struct actor {
 static struct actor *actors;
 static struct actor *self;
 static const char *path;
-static const char *scenario;
-static int failures;
 
 struct world {
     struct tm_segment *seg;
@@ -48,19 +46,6 @@ void kill_point(int n)
     atomic_store(&self->reached, 1);
     while (!atomic_load(&self->go))
         nap();
-}
-
-static void expect(bool good, const char *format, ...)
-{
-    va_list args;
-    if (good)
-        return;
-    va_start(args, format);
-    fprintf(stderr, "FAIL %s: ", scenario);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    failures++;
 }
 
 static void open_world(struct world *w)

@@ -4,10 +4,10 @@
  *
  *     misses SEGMENT FILE      (FILE: on a file system that can read without waiting) */
 #include "reader_hits.h"
+#include "expect.h"
 #include "witness.h"
 
 #include <fcntl.h>
-#include <stdarg.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -17,8 +17,6 @@ enum { FH = 5, PAGES = 1024, AT = 300, NPAGES = 3 };
 
 static _Atomic uint32_t stop_at, reached, go;
 static _Thread_local bool stops;
-static const char *scenario;
-static int failures;
 
 static void nap(void) { nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL); }
 
@@ -29,19 +27,6 @@ void kill_point(int n)
     atomic_store(&reached, 1);
     while (!atomic_load(&go))
         nap();
-}
-
-static void expect(bool good, const char *format, ...)
-{
-    va_list args;
-    if (good)
-        return;
-    va_start(args, format);
-    fprintf(stderr, "FAIL %s: ", scenario);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    failures++;
 }
 
 struct world {
