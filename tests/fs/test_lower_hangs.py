@@ -20,27 +20,20 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty, ends
+from .hanging import CONTENT, READ, program, two_files
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
 pytestmark = pytest.mark.usefixtures("root")
 
-CONTENT = b"0123456789abcdef" * 4096
 PATIENCE_S = 0.5
-READ = "import os, sys; os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)"
 
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    """A lower with two files, ``slow`` and ``other``."""
-    directory = tmp_path / "backing"
-    directory.mkdir()
-    for name in ("slow", "other"):
-        (directory / name).write_bytes(CONTENT)
-    lower = Faulty(directory, tmp_path / "lower")
-    yield lower
-    lower.close()
+    with two_files(tmp_path) as lower:
+        yield lower
 
 
 @pytest.fixture(params=["native", "fast"])
@@ -56,24 +49,12 @@ def place(
         faulty.heal()
 
 
-@contextlib.contextmanager
-def reader(path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A program that reads `path`."""
-    process = subprocess.Popen([sys.executable, "-c", READ, str(path)], stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-
-
 def test_hits_of_other_files_do_not_wait(
     place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
     with (place.point / "other").open("rb", buffering=0) as other:
         faulty.fail("read", hangs=True, name="slow")
-        with reader(place.point / "slow") as one, reader(place.point / "slow") as two:
+        with program(READ, place.point / "slow") as one, program(READ, place.point / "slow") as two:
             eventually(lambda: faulty.waiting() == ["read", "read"])
             before = place.read_by_daemon()
             for start in range(0, len(CONTENT), PAGE_SIZE):
@@ -95,7 +76,7 @@ def test_a_daemon_that_waits_can_be_ended(
     """Also if all of it waits: programs get an error, the mount is gone, and the next one is as if new."""
     held = os.open(place.point / "other", os.O_RDONLY)
     faulty.fail(operation, hangs=True)
-    with reader(place.point / "slow") as waiting:
+    with program(READ, place.point / "slow") as waiting:
         eventually(lambda: operation in faulty.waiting())
         begun = time.monotonic()
         os.kill(place.pid, signal.SIGTERM)
@@ -116,7 +97,7 @@ def test_a_daemon_whose_requests_end_in_time_ends_well(
     place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
     faulty.fail("read", hangs=True, name="slow")
-    with reader(place.point / "slow") as waiting:
+    with program(READ, place.point / "slow") as waiting:
         eventually(lambda: faulty.waiting() == ["read"])
         os.kill(place.pid, signal.SIGTERM)
         eventually(lambda: mounts.top_mount(str(place.point)) is None)
@@ -131,7 +112,7 @@ def test_a_program_that_is_killed_while_it_waits_ends(
 ) -> None:
     """At the latest when the daemon is told to end: what is in its hands the kernel does not take back."""
     faulty.fail("read", hangs=True, name="slow")
-    with reader(place.point / "slow") as waiting:
+    with program(READ, place.point / "slow") as waiting:
         eventually(lambda: faulty.waiting() == ["read"])
         waiting.kill()
         os.kill(place.pid, signal.SIGTERM)

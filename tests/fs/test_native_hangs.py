@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,25 +14,16 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
+from .hanging import CONTENT, LIST, READ, program, two_files
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-CONTENT = b"".join(number.to_bytes(8, "big") for number in range(8192))
-READ = "import os, sys; os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)"
-LIST = "import os, sys; os.listdir(sys.argv[1])"
-
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    """A lower with two files, ``slow`` and ``other``."""
-    directory = tmp_path / "backing"
-    directory.mkdir()
-    for name in ("slow", "other"):
-        (directory / name).write_bytes(CONTENT)
-    lower = Faulty(directory, tmp_path / "lower")
-    yield lower
-    lower.close()
+    with two_files(tmp_path) as lower:
+        yield lower
 
 
 @pytest.fixture
@@ -43,17 +33,6 @@ def place(faulty: Faulty, segment: "_native.Segment", mounter: Mounter) -> Itera
     yield made
     with contextlib.suppress(OSError):
         faulty.heal()
-
-
-@contextlib.contextmanager
-def program(code: str, path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
 
 
 @pytest.mark.parametrize("operation", ["lookup", "open", "getattr"])

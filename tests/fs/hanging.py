@@ -1,0 +1,39 @@
+"""A lower whose files ``slow`` and ``other`` can be made to hang, and programs that wait for them."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from .faulty import Faulty
+
+CONTENT = b"".join(number.to_bytes(8, "big") for number in range(8192))
+READ = "import os, sys; os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)"
+LIST = "import os, sys; os.listdir(sys.argv[1])"
+
+
+@contextlib.contextmanager
+def two_files(directory: Path) -> Iterator[Faulty]:
+    """A lower with two files of `CONTENT`, mounted below `directory`."""
+    backing = directory / "backing"
+    backing.mkdir()
+    for name in ("slow", "other"):
+        (backing / name).write_bytes(CONTENT)
+    lower = Faulty(backing, directory / "lower")
+    try:
+        yield lower
+    finally:
+        lower.close()
+
+
+@contextlib.contextmanager
+def program(code: str, path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A program that runs `code` with `path`; killed at the end."""
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
