@@ -66,6 +66,19 @@ class Hog:
         return int(self.process.stdout.readline())
 
 
+@contextlib.contextmanager
+def filled(group: Path, size_bytes: int) -> Iterator[Hog]:
+    """A hog of so many bytes, all written, in that control group."""
+    argv = [sys.executable, "-c", HOG, str(ROOT / "scripts" / "hog.py"), str(size_bytes), str(group)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "filled\n"
+            yield Hog(process, group)
+        finally:
+            process.kill()
+
+
 @pytest.fixture
 def device(swapping: None, tmem: Tmem, paths: SegmentPaths) -> Iterator[str]:
     """A swap device of this machine, in use, as a person makes it."""
@@ -83,16 +96,9 @@ def device(swapping: None, tmem: Tmem, paths: SegmentPaths) -> Iterator[str]:
 @pytest.fixture
 def hog(device: str, control_group: Callable[..., Path]) -> Iterator[Hog]:
     """A hog with more than 12 MiB on the device."""
-    group = control_group(SMALL_GROUP_BYTES)
-    argv = [sys.executable, "-c", HOG, str(ROOT / "scripts" / "hog.py"), str(HOG_BYTES), str(group)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "filled\n"
-            assert used_bytes(device) > 12 * MIB
-            yield Hog(process, group)
-        finally:
-            process.kill()
+    with filled(control_group(SMALL_GROUP_BYTES), HOG_BYTES) as made:
+        assert used_bytes(device) > 12 * MIB
+        yield made
 
 
 def used_bytes(device: str) -> int:

@@ -4,8 +4,6 @@ manager and the server are killed."""
 import errno
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -20,12 +18,12 @@ from tmem.nbd import swap
 
 from ..backends.tiers.servers import Cluster
 from ..groups import set_limit
-from .conftest import ROOT, Server, eventually, nbd, needs_root
+from .conftest import Server, eventually, nbd, needs_root
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-from .test_shrink import HOG, Hog
+from .test_shrink import Hog, filled
 
 Tmem = Callable[..., CompletedProcess[str]]
 MIB = 1 << 20
@@ -51,15 +49,8 @@ def device(swapping: None, tmem: Tmem, paths: SegmentPaths, tmp_path: Path) -> I
 @pytest.fixture
 def hog(device: str, control_group: Callable[..., Path]) -> Iterator[Hog]:
     """A hog with more than 32 MiB on the device."""
-    group = control_group(SMALL_GROUP_BYTES)
-    argv = [sys.executable, "-c", HOG, str(ROOT / "scripts" / "hog.py"), str(HOG_BYTES), str(group)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "filled\n"
-            yield Hog(process, group)
-        finally:
-            process.kill()
+    with filled(control_group(SMALL_GROUP_BYTES), HOG_BYTES) as made:
+        yield made
 
 
 def fails(handle: Any, index: int, expected: bytes) -> bool:
