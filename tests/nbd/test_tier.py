@@ -94,6 +94,7 @@ def test_most_of_a_hog_is_in_the_tier_and_comes_back(
     assert hog.process.poll() is None
     assert tmem("swap", "remove", "local").returncode == 0
     eventually(lambda: not (tmp_path / "spill").exists(), "the file goes with the client")
+    assert tmem("stop").returncode == 0  # the check is exact while nobody works
     assert segment.check() == []
 
 
