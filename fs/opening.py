@@ -161,14 +161,18 @@ class Opening(Namespace):
         self._files[number] = file
         inode.opens += 1
         if self.reading is not None and not inode.declined:
-            self.coherence.admit(state)
-            self.reading.open(number, descriptor, state)
-            if not file.accessed:
-                self.reading.reader.mark(number, 0)  # so that the first read comes here, and is noted
+            self._read_natively(self.reading, file)
         cached = self._cached(status)
         if cached and not unchanged:
             self.kernel.forget_attributes(inode.nodeid)  # an old size must not cut reads
         return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=cached and unchanged)
+
+    def _read_natively(self, reading: Reading, file: OpenFile) -> None:
+        """Have hits of an open file answered below Python."""
+        self.coherence.admit(file.state)
+        reading.open(file.number, file.descriptor, file.state)
+        if not file.accessed:
+            reading.reader.mark(file.number, 0)  # so that the first read comes here, and is noted
 
     def _declines(self, status: os.stat_result, descriptor: int) -> bool:
         """Say whether a file that is opened now is to be passed through."""
@@ -243,12 +247,9 @@ class Opening(Namespace):
         self.precache.on_pool = reading.use_pool if reading is not None else ignore_pool
         if reading is not None:
             reading.use_pool(self.precache.current)
-            for number, file in self._files.items():
+            for file in self._files.values():
                 if not file.inode.declined:
-                    self.coherence.admit(file.state)
-                    reading.open(number, file.descriptor, file.state)
-                    if not file.accessed:
-                        reading.reader.mark(number, 0)
+                    self._read_natively(reading, file)
 
     def count_native_hits(self) -> None:
         """Bring the counters up to date with what the native reader has done."""
