@@ -297,29 +297,3 @@ uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most)
     }
     return n;
 }
-
-/* A thread that is stopped while it reads delays: then nothing may be used again yet. */
-bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms)
-{
-    struct tm_segment *seg = ctx->seg;
-    if (MUTANT(12))
-        return true;
-    uint64_t deadline = timing_now() + (uint64_t)timeout_ms * 1000000u;
-    atomic_thread_fence(memory_order_seq_cst);
-    uint32_t n = atomic_load(&seg->super->nthreads);
-    for (uint32_t i = 0; i < n; i++) {
-        struct tm_thread *rec = &seg->threads[i];
-        uint64_t seen = atomic_load(&rec->fetching);
-        if (rec == ctx->rec || !(seen & 1))
-            continue;
-        for (unsigned tries = 0; atomic_load(&rec->fetching) == seen; tries++) {
-            if (timing_now() > deadline)
-                return false;
-            if (tries % 64 == 63)
-                tm_reap(ctx); /* it may be dead */
-            const struct timespec pause = {.tv_nsec = 200000};
-            nanosleep(&pause, NULL);
-        }
-    }
-    return true;
-}

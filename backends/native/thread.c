@@ -191,7 +191,8 @@ static bool reap_one(struct tm_ctx *ctx, uint32_t i, unsigned *found)
     return done;
 }
 
-bool grace(struct tm_ctx *ctx, unsigned timeout_ms)
+/* Wait until each other thread's word at `offset` of its record, if it is odd, has changed. */
+static bool quiesce(struct tm_ctx *ctx, size_t offset, unsigned timeout_ms)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t deadline = now_ms() + timeout_ms;
@@ -200,12 +201,13 @@ bool grace(struct tm_ctx *ctx, unsigned timeout_ms)
     uint32_t n = atomic_load(&seg->super->nthreads);
     for (uint32_t i = 0; i < n; i++) {
         struct tm_thread *rec = &seg->threads[i];
-        uint64_t seen = atomic_load(&rec->op);
+        _Atomic uint64_t *word = (_Atomic uint64_t *)((char *)rec + offset);
+        uint64_t seen = atomic_load(word);
         if (rec == ctx->rec || !(seen & 1))
             continue;
-        for (unsigned spins = 0; atomic_load(&rec->op) == seen; spins++) {
+        for (unsigned spins = 0; atomic_load(word) == seen; spins++) {
             if (spins > 100 && reap_one(ctx, i, &found))
-                break; /* it was dead: its operation ended with the repair */
+                break; /* it was dead: what it did ended with the repair */
             if (now_ms() > deadline)
                 return false;
             if (spins > 200) {
@@ -217,6 +219,17 @@ bool grace(struct tm_ctx *ctx, unsigned timeout_ms)
         }
     }
     return true;
+}
+
+bool grace(struct tm_ctx *ctx, unsigned timeout_ms)
+{
+    return quiesce(ctx, offsetof(struct tm_thread, op), timeout_ms);
+}
+
+/* A thread that is stopped while it reads delays: then nothing may be used again yet. */
+bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms)
+{
+    return MUTANT(12) || quiesce(ctx, offsetof(struct tm_thread, fetching), timeout_ms);
 }
 
 unsigned tm_reap(struct tm_ctx *ctx)
