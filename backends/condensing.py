@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tmem.backends.pressure import figures
+
 if TYPE_CHECKING:
     from tmem.backends import _native
 
@@ -32,11 +34,7 @@ _HOLES = 8
 
 def cpu_pressure(proc: Path = Path("/proc")) -> float:
     """Return what part of the last ten seconds some task waited for a CPU, in per cent; 0 if unknown."""
-    try:
-        words = (proc / "pressure" / "cpu").read_text(encoding="ascii").split()
-        return float(words[1].partition("=")[2])
-    except (OSError, IndexError, ValueError):
-        return 0.0
+    return figures(proc / "pressure" / "cpu").get("some", {}).get("avg10", 0.0)
 
 
 class Condenser:

@@ -126,8 +126,17 @@ def stall_files(pid: int | str = "self", proc: Path = Path("/proc")) -> list[Pat
     return [file for file in files if file.exists()]
 
 
+def figures(file: Path) -> dict[str, dict[str, float]]:
+    """Return what a file says of who waits, for ``some`` and ``full``: ``avg10`` and the other averages in
+    per cent, ``total`` in microseconds. Empty if it cannot be read."""
+    found = {}
+    with suppress(OSError, ValueError):
+        for line in file.read_text(encoding="ascii").splitlines():
+            kind, *words = line.split()
+            found[kind] = {name: float(value) for name, value in (word.split("=") for word in words)}
+    return found
+
+
 def _stalled_us(file: Path) -> int:
     """Return the microseconds of "some" so far; 0 if it cannot be read."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(file.read_text(encoding="ascii").splitlines()[0].rpartition("total=")[2])
-    return 0
+    return int(figures(file).get("some", {}).get("total", 0))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tmem.backends.pressure import figures
 from tmem.backends.statistics import PoolStatistics, SegmentStatistics, Timing
 from tmem.cli.clients import state_of
 from tmem.errors import PoolError
@@ -184,10 +185,8 @@ def pressure(proc: Path = Path("/proc")) -> Pressure:
     some: dict[str, float] = {}
     full: dict[str, float] = {}
     for name in ("cpu", "memory", "io"):
-        with suppress(OSError):
-            for line in (proc / "pressure" / name).read_text(encoding="ascii").splitlines():
-                kind, average, *_ = line.split()
-                (some if kind == "some" else full)[name] = float(average.partition("=")[2])
+        for kind, values in figures(proc / "pressure" / name).items():
+            (some if kind == "some" else full)[name] = values["avg10"]
     counts = dict(line.split() for line in (proc / "vmstat").read_text(encoding="ascii").splitlines())
     return Pressure(some, full, int(counts.get("pswpin", 0)), int(counts.get("pswpout", 0)))
 
