@@ -43,6 +43,8 @@ HURRY_S = 0.1
 """The period while puts use up more than half of the reserve within one, or half of the memory is holes."""
 
 _METRICS_TIMEOUT_S = 10.0
+_TROUBLES = (TmemError, OSError, MemoryError, RuntimeError)
+"""After which house is kept on; the last: no thread can be started."""
 
 _UCRED = struct.Struct("iII")
 
@@ -201,12 +203,7 @@ class _Manager:
                 if not hurry:
                     await trio.to_thread.run_sync(self._compactor.step)
                 self._complaint = ""
-            except (
-                TmemError,
-                OSError,
-                MemoryError,
-                RuntimeError,
-            ) as error:  # the last: no thread can be started
+            except _TROUBLES as error:
                 if str(error) != self._complaint:  # once, not every second
                     _log.warning("housekeeping: %s", error)
                 self._complaint = str(error)
@@ -217,7 +214,7 @@ class _Manager:
             await trio.sleep(PERIOD_S)
             try:
                 await trio.to_thread.run_sync(self._condenser.step)
-            except (TmemError, OSError, MemoryError, RuntimeError) as error:  # perhaps it is ending
+            except _TROUBLES as error:  # perhaps it is ending
                 _log.info("cold pages: %s", error)
                 await trio.sleep(10 * PERIOD_S)
 
@@ -252,7 +249,7 @@ class _Manager:
         try:
             while True:
                 hurry = False
-                with suppress(TmemError, OSError, MemoryError, RuntimeError):  # or the next round says it
+                with suppress(*_TROUBLES):  # or the next round says it
                     hurry = await trio.to_thread.run_sync(demotion.round)
                 self.statistics.demoted_pages = demotion.demoted_pages
                 self._tier_problems = demotion.problems()
