@@ -309,7 +309,8 @@ void recount(struct tm_ctx *ctx)
     for (unsigned i = 0; i < tries && atomic_load(&seg->super->recount); i++) {
         /* A thread may have committed and not yet counted, so an operation that was running must end on either
          * side of the scan; under load this fails and the next reaper tries again. */
-        atomic_store(&seg->super->recount, 0); /* first: a death from here on is seen by the next one */
+        if (!MUTANT(15))
+            atomic_store(&seg->super->recount, 0); /* first: a death from here on is seen by the next one */
         uint64_t before = commits(seg);
         if (!grace(ctx, 100) || commits(seg) != before) {
             atomic_store(&seg->super->recount, 1);
@@ -330,8 +331,11 @@ void recount(struct tm_ctx *ctx)
         /* Two reapers that add the same difference would put the sums off again: one at a time, and each looks at what
          * they are then. */
         struct tm_lock *lock = control_lock(seg);
-        if (!still || commits(seg) != before) {
+        if (MUTANT(16))
             lock_drop(lock);
+        if (!still || commits(seg) != before) {
+            if (!MUTANT(16))
+                lock_drop(lock);
             atomic_store(&seg->super->recount, 1);
             continue;
         }
@@ -341,6 +345,7 @@ void recount(struct tm_ctx *ctx)
                 continue;
             held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages,
                                   pool->bytes, pool->objects,    pool->nodes};
+            KP(35);
             /* Add the difference: operations that began meanwhile keep their count. */
             pool->pages += found[p].pages - held.pages;
             pool->fill_pages += found[p].fill - held.fill;
@@ -359,6 +364,9 @@ void recount(struct tm_ctx *ctx)
             c->used_bytes += used[a] - c->used_bytes;
             c->ephemeral += ephemeral[a] - c->ephemeral;
         }
-        lock_drop(lock);
+        if (MUTANT(15))
+            atomic_store(&seg->super->recount, 0);
+        if (!MUTANT(16))
+            lock_drop(lock);
     }
 }

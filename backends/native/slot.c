@@ -117,7 +117,7 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
         atomic_store(&ctx->seg->super->recount, 1);
     }
     account(ctx->seg, pool, &sum);
-    atomic_store_explicit(&ctx->rec->swaps, atomic_load_explicit(&ctx->rec->swaps, memory_order_relaxed) + 1,
+    atomic_store_explicit(&ctx->rec->swaps, atomic_load_explicit(&ctx->rec->swaps, memory_order_relaxed) + !MUTANT(17),
                           memory_order_relaxed);
     if (block)
         block_free_old(ctx);

@@ -266,6 +266,72 @@ static void put_and_freeze(struct world *w)
     check(w);
 }
 
+static int64_t reap(struct world *w, struct actor *a)
+{
+    (void)a;
+    return (int64_t)tm_reap(ctx_get(w->seg));
+}
+
+/* A put is killed between its swap and its counts: the sums are off by a page. */
+static void die_uncounted(void)
+{
+    pid_t putter = start(1, put_two, 41, 0);
+    at_point(1);
+    die(putter);
+}
+
+/* A reaper has looked at the slots when a thread dies that has just swapped one of them: what that one did not count
+ * is not in the sums that the reaper found, so somebody must count again. */
+static void death_beside_recount(struct world *w)
+{
+    atomic_store(&w->seg->super->recount, 1);
+    pid_t reaper = start(0, reap, 34, 0);
+    at_point(0);
+    die_uncounted();
+    finish(0, reaper);
+    check(w);
+}
+
+/* A reaper dies half way through correcting the sums. */
+static void death_in_recount(struct world *w)
+{
+    die_uncounted();
+    pid_t reaper = start(0, reap, 35, 1);
+    at_point(0);
+    die(reaper);
+    check(w);
+}
+
+/* Two reapers have counted, and correct the sums: the difference must be added once. */
+static void two_recounts(struct world *w)
+{
+    die_uncounted();
+    pid_t first = start(0, reap, 35, 0);
+    at_point(0);
+    atomic_store(&w->seg->super->recount, 1); /* a second death, so that the other one counts, too */
+    pid_t second = start(2, reap, 0, 0);
+    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
+        nap();
+    finish(0, first);
+    finish(2, second);
+    check(w);
+}
+
+/* Pages are stored smaller after a reaper has looked at them. */
+static void recode_beside_recount(struct world *w)
+{
+    uint64_t spent_ns;
+    for (uint32_t i = 0; i < 20; i++)
+        put(&w->ephemeral, i, 1);
+    atomic_store(&w->seg->super->recount, 1);
+    pid_t reaper = start(0, reap, 34, 0);
+    at_point(0);
+    tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_LOOSE, &spent_ns);
+    expect(atomic_load(&w->seg->super->squeezed_bytes) > 0, "the scenario did not come about");
+    finish(0, reaper);
+    check(w);
+}
+
 static const struct scenario scenarios[] = {
     {"reader_and_reuse", reader_and_reuse},       {"repair_beside_living", repair_beside_living},
     {"freed_and_reused", freed_and_reused},       {"take_and_replace", take_and_replace},
@@ -273,6 +339,8 @@ static const struct scenario scenarios[] = {
     {"put_and_dead_reaper", put_and_dead_reaper}, {"reap_and_put", reap_and_put},
     {"reader_and_punch", reader_and_punch},       {"export_and_flush", export_and_flush},
     {"export_and_put", export_and_put},           {"put_and_freeze", put_and_freeze},
+    {"death_beside_recount", death_beside_recount}, {"death_in_recount", death_in_recount},
+    {"two_recounts", two_recounts},               {"recode_beside_recount", recode_beside_recount},
 };
 
 int main(int argc, char **argv)
