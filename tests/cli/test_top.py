@@ -200,7 +200,7 @@ class Terminal:
             "80",
             "-y",
             "24",
-            f"{sys.executable} -m tmem top -d 0.2; echo status $?; read x",
+            f"unset COLUMNS LINES; {sys.executable} -m tmem top -d 0.2; echo status $?; read x",
         )
 
     def run(self, *words: str) -> str:

@@ -146,14 +146,12 @@ def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int], dict[str,
 
 def _show(state: Mapping[str, object], long: bool) -> None:
     """Print `state` for a person."""
-    from rich.console import Console
+    from tmem.cli.screen import console as wide_console
 
     memory, clients = state["memory"], state["clients"]
     assert isinstance(memory, dict)
     assert isinstance(clients, list)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_COLUMNS)
+    console = wide_console(_PIPE_COLUMNS)
     pid = state["manager_pid"]
     sizes = {name: format_size(value) for name, value in memory.items() if name.endswith("_bytes")}
     mode = "" if state["mode"] == "on" else f"{state['mode']}, "

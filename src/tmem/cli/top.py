@@ -7,6 +7,7 @@ or the next frame, whichever comes first.
 
 import os
 import select
+import shutil
 import sys
 import termios
 import time
@@ -58,13 +59,11 @@ def top(ctx: click.Context, interval: float, once: bool, count: int | None) -> N
     Keys: q ends it; the letter that is underlined in a heading sorts by that column, and again the other way
     round; space pauses; + and - change the interval; ? helps. Without a terminal it prints one frame.
     """
-    from rich.console import Console
+    from tmem.cli.screen import console as wide_console
 
     if once and count is not None:
         raise click.UsageError("give either --once or --count")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", _PIPE_COLUMNS)))
+    console = wide_console(shutil.get_terminal_size((_PIPE_COLUMNS, 0)).columns)
     paths = SegmentPaths.of(segment_name(ctx))
     with closing(segment.attach(paths.name)) as opened:
         watcher = Watcher(paths, opened, interval)
