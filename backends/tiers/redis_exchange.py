@@ -34,8 +34,9 @@ Reply = Any
 _PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
 """What a cluster answers while it changes."""
 
-FAILURES = (RedisError, RedisClusterException, OSError)
-"""Everything that the `redis` package raises when servers do not do what they should."""
+FAILURES = (RedisError, RedisClusterException, OSError, IndexError)
+"""Everything that the `redis` package raises when servers do not do what they should. IndexError is what it
+makes of a node that knows of no slots, as one that was reset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class Exchange:
     """Commands to the node called `name`, of which `demanded` replicas must have them in the end.
 
     Afterwards `left` holds those that must be tried again and `trouble` says why; `refusal` is what trying
-    again would not help against.
+    again would not help against. With `replica` the node is asked as one, for what it has: that it has
+    nothing proves nothing, and neither does what it refuses.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Exchange:
         group: Sequence[Open],
         demanded: int,
         seconds: float,
+        replica: bool = False,
     ) -> None:
         self.name = name
         self.left: list[Open] = []
@@ -78,6 +81,7 @@ class Exchange:
         self._pool = pool
         self._group = group
         self._demanded = demanded
+        self._replica = replica
         # Less than the socket waits: servers look at the clock ten times a second.
         self._wait_ms = max(int(min(seconds * 0.8, seconds - 0.15) * 1000), 1)
         self._connection: Any = None
@@ -87,10 +91,16 @@ class Exchange:
         if self._pool is None:
             return
         commands: list[tuple[Word, ...]] = []
+        if self._replica:
+            commands.append(("READONLY",))
         for one in self._group:
             if one.asked is not None:
                 commands.append(("ASKING",))
             commands.append(one.command.words)
+        if (
+            self._replica
+        ):  # or whoever has the connection next would be answered by a node that is none of his
+            commands.append(("READWRITE",))
         if self._demanded:
             commands.append(("WAIT", self._demanded, self._wait_ms))
         try:
@@ -107,6 +117,8 @@ class Exchange:
             return
         done = 0
         try:
+            if self._replica:
+                self._connection.read_response()
             for one in self._group:
                 if one.asked is not None:
                     self._connection.read_response()
@@ -115,7 +127,12 @@ class Exchange:
                     replies[one.place] = self._connection.read_response()
                 except ResponseError as error:
                     self._judge(one, error)
+                else:
+                    if self._replica and replies[one.place] is None:
+                        self.left.append(one)
                 done += 1
+            if self._replica:
+                self._connection.read_response()
             if self._demanded:
                 acknowledged = int(self._connection.read_response())
                 if acknowledged < self._demanded and self.refusal is None:
@@ -131,7 +148,9 @@ class Exchange:
 
     def _judge(self, one: Open, error: ResponseError) -> None:
         self.trouble = describe(error)
-        if isinstance(error, OutOfMemoryError):
+        if self._replica:
+            self.left.append(one)
+        elif isinstance(error, OutOfMemoryError):
             self.refusal = TierFullError(f"{self.name} is full: raise its maxmemory or add servers")
         elif isinstance(error, AskError) and not isinstance(error, MovedError):
             one.asked = f"{error.host}:{error.port}"

@@ -51,12 +51,16 @@ class Nodes:
                 kind, host=host, port=port, db=address.database, **self._keywords()
             )
 
-    def run(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Reply]:
+    def run(
+        self, commands: Sequence[Command], *, replicated: bool = False, anywhere: bool = False
+    ) -> list[Reply]:
         """Do the commands and return the answer of each, in order.
 
-        `replicated`: they count only once as many replicas as are demanded have them. TierFullError if a
-        server has no memory for one of them, TierDownError if time is up or a server refuses: some of them
-        may have been done, or be done yet.
+        `replicated`: they count only once as many replicas as are demanded have them. `anywhere`: they read
+        what is written once, so what a replica has is as good where the primary does not answer; nobody then
+        waits for an election, nor for a node that takes the cluster for down. TierFullError if a server has
+        no memory for one of them, TierDownError if time is up or a server refuses: some of them may have
+        been done, or be done yet.
         """
         deadline = time.monotonic() + self._seconds
         replies: list[Reply] = [None] * len(commands)
@@ -65,6 +69,8 @@ class Nodes:
         while left:
             troubles: list[str] = []
             left = self._attempt(left, replies, replicated, troubles)
+            if left and anywhere:
+                left = self._ask_replicas(left, replies)
             if not left:
                 break
             if time.monotonic() + pause > deadline:
@@ -193,6 +199,34 @@ class Nodes:
                 troubles.append(f"{exchange.name}: {exchange.trouble}")
         return left
 
+    def _ask_replicas(self, wanted: list[Open], replies: list[Reply]) -> list[Open]:
+        """Ask for each command every replica that there is of its slot; return those without an answer."""
+        cluster = self._cluster
+        if cluster is None:
+            return wanted
+        pools = _pools_of(cluster)
+        slots = cluster.nodes_manager.slots_cache
+        left = wanted
+        for rank in range(1, max(map(len, slots.values()), default=0)):
+            groups: dict[str, list[Open]] = {}
+            others = []
+            for one in left:
+                nodes = slots.get(key_slot(one.command.key), ())
+                if one.asked is None and rank < len(nodes):
+                    groups.setdefault(nodes[rank].name, []).append(one)
+                else:
+                    others.append(one)
+            exchanges = [
+                Exchange(name, pools.get(name), group, 0, self._attempt_seconds, replica=True)
+                for name, group in groups.items()
+            ]
+            for exchange in exchanges:
+                exchange.send()
+            for exchange in exchanges:
+                exchange.receive(replies)
+            left = [*others, *(one for exchange in exchanges for one in exchange.left)]
+        return left
+
     def _node_of(self, key: bytes) -> str:
         cluster = self._connected()
         if cluster is None:
@@ -204,8 +238,7 @@ class Nodes:
         if cluster is None:
             assert self._single is not None
             return {self.primaries()[0]: self._single}
-        nodes: list[ClusterNode] = cluster.get_nodes()  # type: ignore[no-untyped-call]
-        return {node.name: node.redis_connection.connection_pool for node in nodes if node.redis_connection}
+        return _pools_of(cluster)
 
     def _connected(self) -> RedisCluster | None:
         """Return the cluster, None for a single server. TierDownError if no node of it answers."""
@@ -247,6 +280,11 @@ class Nodes:
                 "ssl_check_hostname": address.tls_hostname,
             }
         return keywords
+
+
+def _pools_of(cluster: RedisCluster) -> dict[str, redis.ConnectionPool]:
+    nodes: list[ClusterNode] = cluster.get_nodes()  # type: ignore[no-untyped-call]
+    return {node.name: node.redis_connection.connection_pool for node in nodes if node.redis_connection}
 
 
 class PasswordFile(CredentialProvider):

@@ -281,7 +281,7 @@ class RedisTier:
         """Yield each of these values that is there."""
         for start in range(0, len(numbers), _AT_ONCE):
             chunk = numbers[start : start + _AT_ONCE]
-            stored = self._nodes.run([self._command("GET", number) for number in chunk])
+            stored = self._nodes.run([self._command("GET", number) for number in chunk], anywhere=True)
             for number, value in zip(chunk, stored, strict=True):
                 if value is not None:
                     yield number, value

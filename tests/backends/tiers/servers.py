@@ -7,6 +7,7 @@ Nothing is kept on disk. Servers are ended by their process ids.
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -34,11 +35,13 @@ class Server:
             *(("--port", "0", "--tls-port") if tls else ("--port",)), str(self.port), *options,
         ]  # fmt: skip
         self._log = directory / "log"
+        self._dump = directory / "dump.rdb"
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
-        """Run it, empty."""
+        """Run it, empty: also without what it was sent as a replica, which it keeps in a file."""
+        self._dump.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
@@ -124,6 +127,8 @@ class Cluster:
             else:
                 server.signal(signal.SIGCONT)
         wait_until(lambda: all(server.answers() for server in self.servers))
+        for server in self.servers:
+            _end_moves(server)
         wait_until(self.settled)
         for server in self.primaries():
             server.ask("FLUSHALL")
@@ -167,6 +172,18 @@ def _knows(server: Server, count: int) -> bool:
         facts = client.execute_command("CLUSTER INFO")
         text = facts if isinstance(facts, dict) else {}
         return int(text.get("cluster_known_nodes", 0)) >= count
+
+
+def _end_moves(server: Server) -> None:
+    """Have it forget that slots are on their way to it: else it does not hear of another owner of them, and
+    once the one that it knows of has died it takes the cluster for down for ever."""
+    nodes = text(server.ask("CLUSTER", "NODES"))
+    for slot in re.findall(r"\[(\d+)-[<>]-", nodes):
+        server.ask("CLUSTER", "SETSLOT", slot, "STABLE")
+
+
+def text(answer: object) -> str:
+    return answer.decode() if isinstance(answer, bytes) else str(answer)
 
 
 def _is_settled(server: Server) -> bool:

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import redis
 from redis.crc import key_slot
 
 from tmem.backends.tiers import redis_values as values
@@ -15,7 +16,7 @@ from tmem.errors import TierDownError
 
 from ...waiting import wait_until
 from .contract import IDENTITY, check, record, records
-from .servers import Cluster, Server
+from .servers import Cluster, Server, text
 
 
 def opened(cluster: Cluster, options: str = "") -> RedisTier:
@@ -67,8 +68,10 @@ def test_primaries_killed_during_demotion(redis_cluster: Cluster, victims: tuple
         demotion.until(5)
         for victim in victims:
             redis_cluster.primaries()[victim % len(redis_cluster.primaries())].kill()
-            # Reads go on, if need be by waiting for the election.
+            # Reads go on: at first from the replica, before it is elected, and after that.
             some = dict(list(demotion.stored.items())[::11])
+            check(tier, list(some), list(some.values()))
+            wait_until(lambda: len(redis_cluster.primaries()) == 3, what="the replica is elected")
             check(tier, list(some), list(some.values()))
             # A shard without replica takes nothing until it is told to: give it one back.
             for server in redis_cluster.servers:
@@ -146,6 +149,45 @@ def test_a_cluster_that_hangs_is_given_up_in_time(redis_cluster: Cluster) -> Non
     tier.close()
 
 
+def test_a_primary_that_takes_the_cluster_for_down(redis_cluster: Cluster) -> None:
+    """Its replica has the pages as well. It once got so by a restart that left it waiting for a slot of a
+    primary that died: no election mends that, and everybody who read got EIO in the end."""
+    tier = opened(redis_cluster, "?timeout=2")
+    reader = RedisTier(RedisAddress.parse(redis_cluster.url + "?timeout=2"), IDENTITY, writer=False)
+    batch = records(0, 500)
+    locations = tier.write(batch)
+    key = values.key(values.prefix(IDENTITY), locations[0] >> values.PLACE_BITS)
+    victim, other = source_and_target(redis_cluster, key_slot(key))
+    ranges = other.ask("CLUSTER", "SLOTS")
+    foreign = next(start for start, _end, (_, port, *_), *_ in ranges if port == other.port)  # type: ignore[attr-defined]
+    name = text(other.ask("CLUSTER", "MYID"))
+    with (
+        redis.Redis(port=victim.port, protocol=2) as client,
+        client.pipeline() as both,
+    ):  # at once: it hears soon
+        both.execute_command("CLUSTER", "DELSLOTS", foreign)
+        both.execute_command("CLUSTER", "SETSLOT", foreign, "IMPORTING", name)
+        both.execute()
+
+    def refuses() -> bool:
+        try:
+            victim.ask("GET", key)
+        except redis.exceptions.ClusterDownError:
+            return True
+        return False
+
+    wait_until(refuses, what="it takes the cluster for down")
+    check(tier, locations, batch)
+    check(reader, locations, batch)
+    redis_cluster.mend()
+    assert tier.read(locations) == [None] * len(
+        locations
+    )  # and no connection is left that reads of a replica
+    check(tier, tier.write(records(5000, 500)), records(5000, 500))
+    reader.close()
+    tier.close()
+
+
 def test_slots_that_move(redis_cluster: Cluster) -> None:
     """MOVED and ASK, while it is read and written; a slot that is half moved has keys on both sides."""
     tier = opened(redis_cluster)
@@ -155,7 +197,7 @@ def test_slots_that_move(redis_cluster: Cluster) -> None:
     number = locations[0] >> values.PLACE_BITS
     slot = key_slot(values.key(prefix, number))
     source, target = source_and_target(redis_cluster, slot)
-    names = {server: str(text(server.ask("CLUSTER", "MYID"))) for server in (source, target)}
+    names = {server: text(server.ask("CLUSTER", "MYID")) for server in (source, target)}
     target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", names[source])
     source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", names[target])
     source.ask("MIGRATE", "127.0.0.1", target.port, values.key(prefix, number), 0, 2000)
@@ -175,10 +217,6 @@ def test_slots_that_move(redis_cluster: Cluster) -> None:
     check(tier, later, [record(n, 3000) for n in range(1000, 1200)])
     check(tier, tier.write(records(0, 100)), records(0, 100))
     tier.close()
-
-
-def text(value: object) -> object:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def source_and_target(cluster: Cluster, slot: int) -> tuple[Server, Server]:

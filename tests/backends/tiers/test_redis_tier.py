@@ -159,9 +159,11 @@ def test_what_a_dead_writer_still_sends_harms_nothing(server: Server) -> None:
     late: list[Command] = []
 
     class Late(Nodes):
-        def run(self, commands: Sequence[Command], *, replicated: bool = False) -> list[object]:
+        def run(
+            self, commands: Sequence[Command], *, replicated: bool = False, anywhere: bool = False
+        ) -> list[object]:
             late.extend(commands)
-            return super().run(commands, replicated=replicated)
+            return super().run(commands, replicated=replicated, anywhere=anywhere)
 
     dead._nodes = Late(RedisAddress.parse(url_of(server)))
     dead.retain(list(kept))
