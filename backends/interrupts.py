@@ -25,6 +25,24 @@ def as_interrupt() -> Iterator[None]:
 
 
 @contextmanager
+def once() -> Iterator[None]:
+    """Make the first SIGINT, SIGTERM or SIGHUP raise KeyboardInterrupt, and ignore those that follow.
+
+    For a block that has much to take down when it is left: whoever presses Ctrl-C again does not cut that
+    off half-way.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    with _handled(interrupt, numbers):
+        yield
+
+
+@contextmanager
 def deferred() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP wait until the end of the block."""
     came: list[int] = []

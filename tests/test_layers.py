@@ -1,4 +1,4 @@
-"""Imports point one way: errors, types <- backends <- nbd, fs, config <- doctor, cli."""
+"""Imports point one way: errors, types <- backends <- nbd, fs, config <- doctor, bench <- cli."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ ALLOWED = {
     "nbd": BASE | {"backends", "nbd"},
     "fs": BASE | {"backends", "fs"},
     "doctor": BASE | {"backends", "nbd", "fs", "config"},
-    "cli": BASE | {"backends", "config", "nbd", "fs", "doctor", "cli"},
+    "bench": BASE | {"backends", "nbd", "fs", "bench"},
+    "cli": BASE | {"backends", "bench", "config", "nbd", "fs", "doctor", "cli"},
     "__init__": set[str](),
     "__main__": {"cli"},
 }

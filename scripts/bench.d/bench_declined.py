@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import judged, paired_ratio, take_turns, workplace
+from common import judged, paired_ratio, take_turns
 from data import real_file
 from peers import SEGMENT, Placement, Reader, drop, ext4, mounted, placements, rate
 
 from tmem.backends import _native
+from tmem.bench.grounds import workplace
 
 PAGE = 4096
 MEGABYTE = 1 << 20

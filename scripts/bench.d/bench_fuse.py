@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import judged, medians, paired_ratio, take_turns, workplace
+from common import judged, medians, paired_ratio, take_turns
 from data import real_file
 from peers import SEGMENT, Mounted, Placement, Reader, drop, ext4, mounted, placements, rate
 
 from tmem.backends import _native
+from tmem.bench.grounds import workplace
 from tmem.fs.mounts import statistics as mount_statistics
 
 PAGE = 4096

@@ -12,9 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from common import wait_until, workplace
-
 from tmem.backends import _native
+from tmem.bench.grounds import wait_until, workplace
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 HEADER_BYTES = 16

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, memory_group, paired_ratio, take_turns, wait_until, workplace
+from common import ROOT, paired_ratio, take_turns
+
+from tmem.bench.grounds import memory_group, wait_until, workplace
 
 TARGET = 1 / 1.1
 """Of the speed with an empty pool."""

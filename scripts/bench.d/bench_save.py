@@ -8,9 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import medians, paired_ratio, take_turns, workplace
+from common import medians, paired_ratio, take_turns
 
 from tmem.backends import _native, handoff, save, streams
+from tmem.bench.grounds import workplace
 
 TARGET = 0.5
 PAGE = 4096

@@ -20,12 +20,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import in_turn, judged, medians, memory_group, paired_ratio, workplace
+from common import judged, medians, paired_ratio
 from data import real_file, real_files, tree
 from peers import SEGMENT, Mounted, Reader, drop, mounted, rate
 from slowdisk import slow_ext4
 
 from tmem.backends import _native
+from tmem.bench.grounds import memory_group, workplace
+from tmem.bench.rounds import in_turn
 from tmem.fs.mounts import statistics as mount_statistics
 
 FIRST_TARGET = 0.9

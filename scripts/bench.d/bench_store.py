@@ -6,8 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, workplace
-from programs import collect
+from common import ROOT
+
+from tmem.bench.grounds import workplace
+from tmem.bench.pages import collect
 
 PUT_TARGET_NS = 1000
 GET_TARGET_NS = 600

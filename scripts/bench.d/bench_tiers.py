@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from common import ROOT, judged, medians, paired_ratio, take_turns, workplace
+from common import ROOT, judged, medians, paired_ratio, take_turns
 
 from tmem.backends.tiers import redis_values
 from tmem.backends.tiers.contract import TierIdentity
 from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.bench.grounds import workplace
 
 TARGET = 0.5
 BATCH_VALUES = 224

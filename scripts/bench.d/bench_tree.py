@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import in_turn, judged, paired_ratio, workplace
+from common import judged, paired_ratio
 from data import tree
 from peers import SEGMENT, Placement, ext4, mounted, placements
 
 from tmem.backends import _native
+from tmem.bench.grounds import workplace
+from tmem.bench.rounds import in_turn
 
 PEERS = ("bindfs", "mergerfs")
 NAMES = ("tmem", *PEERS)

@@ -12,21 +12,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_declined
-import bench_density
 import bench_fuse
-import bench_nbd
 import bench_pages
 import bench_pressure
 import bench_save
 import bench_slow
 import bench_store
-import bench_swap
 import bench_tiers
 import bench_tree
-from common import machine
+
+from tmem.bench import density, nbd, swap
+from tmem.bench.machine import machine
+from tmem.bench.parts import Effort, Part
+from tmem.bench.report import table
+
+
+def packaged(part: Part, quick: bool) -> dict[str, object]:
+    """Measure what ``tmem bench`` measures."""
+    outcome = part.run(Effort(quick), lambda what: None)
+    Console(highlight=False, width=110).print(table(outcome.rows))
+    for lacking in outcome.lacking:
+        print(f"  without {lacking.what}: {lacking.reason}")
+    return outcome.document()
 
 
 def main() -> int:
@@ -44,9 +56,9 @@ def main() -> int:
     quick = options.quick
     parts: dict[str, Callable[[], dict[str, object]]] = {
         "store": lambda: bench_store.run(400_000 if quick else 4_000_000, 70_000 if quick else 700_000),
-        "density": bench_density.run,
-        "nbd": lambda: bench_nbd.run(3 if quick else 7, 1 if quick else 2),
-        "swap": lambda: bench_swap.run(1 if quick else 3, 3 if quick else 6),
+        "density": lambda: packaged(density.PART, quick),
+        "nbd": lambda: packaged(nbd.PART, quick),
+        "swap": lambda: packaged(swap.PART, quick),
         "save": lambda: bench_save.run((128 if quick else 512) << 20, 3 if quick else 7),
         "fuse": lambda: bench_fuse.run(bench_fuse.QUICK if quick else bench_fuse.Sizes()),
         "declined": lambda: bench_declined.run(bench_declined.QUICK if quick else bench_declined.Sizes()),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import running, wait_until
+from tmem.bench.grounds import running, wait_until
 
 SEGMENT = "bench"
 

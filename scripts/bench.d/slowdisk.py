@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import running, wait_until
 from peers import ext4, unmount
+
+from tmem.bench.grounds import running, wait_until
 
 DELAY = "5ms"
 RATE_BITS = 800_000_000

@@ -53,6 +53,7 @@ COMMANDS = {
     "contain": Entry("tmem.cli.contain", "contain", "Limit everything else, so that local swap cannot hang."),
     "watermarks": Entry("tmem.cli.contain", "watermarks", "Let the kernel keep more memory free."),
     "doctor": Entry("tmem.cli.doctor", "doctor", "Check the machine, the segment and the manager."),
+    "bench": Entry("tmem.cli.bench", "bench", "Measure this machine, beside what one would use instead."),
     "install": Entry("tmem.cli.install", "install", "Write unit files for systemd and the mount helper."),
 }
 """Every command, in the order of the overview."""

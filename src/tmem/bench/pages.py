@@ -1,8 +1,8 @@
 """Anonymous pages of programs at work: Python, Node, Redis, a C compiler. What a swap device gets to see.
 
 `collect` starts each program, lets it build up what it keeps in memory, and copies its writable private
-memory without pages of zeros. Programs that are not installed are left out and named. Needs root or the same
-user.
+memory without pages of zeros. Programs that are not installed are left out and named. Needs no root: they are
+children of ours. One thread.
 """
 
 import importlib.util
@@ -11,17 +11,19 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import ROOT, wait_until
+from tmem.backends import _native
+from tmem.bench.grounds import wait_until
+from tmem.types import PAGE_SIZE
 
-PAGE_BYTES = 4096
 _RUN_PAGES = 4096
 COMPILER_BYTES = 80 << 20
 """At so much memory the compiler is stopped."""
@@ -67,7 +69,7 @@ console.log('ready'); process.stdin.resume();
 
 def anonymous_pages(pid: int) -> Iterator[bytes]:
     """Yield runs of the pages of a process's writable private memory, without those of zeros."""
-    zeros = bytes(PAGE_BYTES)
+    zeros = bytes(PAGE_SIZE)
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             fields = line.split()
@@ -76,20 +78,20 @@ def anonymous_pages(pid: int) -> Iterator[bytes]:
                 continue
             start, end = (int(part, 16) for part in fields[0].split("-"))
             for at in _resident(pid, start, end):
-                page = os.pread(memory.fileno(), PAGE_BYTES, at)
-                if len(page) == PAGE_BYTES and page != zeros:
+                page = os.pread(memory.fileno(), PAGE_SIZE, at)
+                if len(page) == PAGE_SIZE and page != zeros:
                     yield page
 
 
 def _resident(pid: int, start: int, end: int) -> Iterator[int]:
     """Yield the addresses of pages that are in memory: the others are zeros, and there are many."""
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
-        for first in range(start, end, _RUN_PAGES * PAGE_BYTES):
-            npages = min(_RUN_PAGES, (end - first) // PAGE_BYTES)
-            entries = os.pread(pagemap.fileno(), npages * 8, first // PAGE_BYTES * 8)
+        for first in range(start, end, _RUN_PAGES * PAGE_SIZE):
+            npages = min(_RUN_PAGES, (end - first) // PAGE_SIZE)
+            entries = os.pread(pagemap.fileno(), npages * 8, first // PAGE_SIZE * 8)
             for number in range(len(entries) // 8):
                 if entries[number * 8 + 7] & 0x80:
-                    yield first + number * PAGE_BYTES
+                    yield first + number * PAGE_SIZE
 
 
 @dataclass
@@ -99,44 +101,51 @@ class Collection:
     npages: int = 0
     by_program: dict[str, int] = field(default_factory=dict)
     """Pages of each program."""
-    missing: list[str] = field(default_factory=list)
-    """Programs that are not installed."""
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    """Programs that are not installed, and the packages that have them."""
 
 
-def collect(path: Path, all_kinds: bool = True) -> Collection:
-    """Write pages of the programs to `path`; of Python alone unless `all_kinds`."""
+KINDS = len(PYTHON) + 3
+"""How many programs there are."""
+
+
+def collect(
+    path: Path, all_kinds: bool = True, step: Callable[[str], None] = lambda name: None
+) -> Collection:
+    """Write pages of the programs to `path`; of Python alone unless `all_kinds`. `step` hears of each."""
     found = Collection()
     with path.open("wb") as out:
 
         def take(name: str, pid: int) -> None:
+            step(name)
             before = out.tell()
             for page in anonymous_pages(pid):
                 out.write(page)
-            found.by_program[name] = (out.tell() - before) // PAGE_BYTES
-            found.npages = out.tell() // PAGE_BYTES
+            found.by_program[name] = (out.tell() - before) // PAGE_SIZE
+            found.npages = out.tell() // PAGE_SIZE
 
         for name, source in PYTHON.items():
             script = f"{source}\nprint('ready', flush=True)\nsys.stdin.read()"
-            with _waiting(["/usr/bin/python3", "-c", script]) as pid:
+            with _waiting([sys.executable, "-I", "-c", script]) as pid:
                 take(name, pid)
         if all_kinds:
-            for name, program, start in (
-                ("node", "node", _node),
-                ("redis", "redis-server", _redis),
-                ("compiler", "gcc", _compiler),
+            for program, package, start in (
+                ("node", "nodejs", _node),
+                ("redis-server", "redis-server", _redis),
+                ("gcc", "gcc", _compiler),
             ):
                 if shutil.which(program) is None:
-                    found.missing.append(program)
+                    found.missing.append((program, package))
                     continue
                 with start() as pid:
-                    take(name, pid)
+                    take(program, pid)
     return found
 
 
 @contextmanager
 def _waiting(argv: list[str]) -> Iterator[int]:
     """Run a program that says ready and then waits for the end of its input; yield its pid."""
-    program = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    program = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert program.stdin is not None
     assert program.stdout is not None
     try:
@@ -158,7 +167,7 @@ def _redis() -> Iterator[int]:
     with tempfile.TemporaryDirectory() as place:
         path = f"{place}/socket"
         argv = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", place]
-        server = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        server = subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             wait_until(Path(path).exists, "the Redis server")
             with socket.socket(socket.AF_UNIX) as client:
@@ -204,11 +213,13 @@ def _compiler() -> Iterator[int]:
     enough_bytes = COMPILER_BYTES
     if not source.is_file():
         enough_bytes = 30 << 20
-        source = ROOT / "backends" / "native" / "reader.c"
+        source = Path(_native.__file__).with_name("native") / "reader.c"
     flags = _output("pkg-config", "--cflags", "fuse3")
     includes = [f"-I{sysconfig.get_path('include')}", "-imultiarch", triplet, "-D_GNU_SOURCE"]
     argv = [cc1, "-quiet", "-O2", "-g", "-w", *flags.split(), *includes]
-    compiler = subprocess.Popen([*argv, str(source), "-o", os.devnull], stderr=subprocess.DEVNULL)
+    compiler = subprocess.Popen(
+        [*argv, str(source), "-o", os.devnull], stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 60
         while _resident_bytes(compiler.pid) < enough_bytes and time.monotonic() < deadline:
@@ -227,4 +238,4 @@ def _output(*argv: str) -> str:
 
 
 def _resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_SIZE

@@ -1,0 +1,158 @@
+"""The command ``bench``: measures this machine, peers side by side, and shows and keeps what came out.
+
+Not for measuring (`tmem.bench`). Everything that can be refused is refused before the first measurement.
+Threading: the main thread; rich draws the progress from one of its own.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tmem.backends import interrupts
+from tmem.errors import TmemError
+from tmem.types import format_size
+
+if TYPE_CHECKING:
+    from tmem.bench.parts import Plan
+    from tmem.bench.running import Report
+
+_PARTS = ("nbd", "swap", "density")
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_PIPE_COLUMNS = 100
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Fewer and shorter rounds: a first impression.")
+@click.option(
+    "--only",
+    "parts",
+    type=click.Choice(_PARTS),
+    multiple=True,
+    help="Measure this part; may be repeated. All of them by default.",
+)
+@click.option("--rounds", type=click.IntRange(1, 100), help="Rounds of each measurement.")
+@click.option("--seconds", type=click.FloatRange(0.05, 600), help="Seconds of each measurement.")
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Keep every round there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+def bench(
+    quick: bool,
+    parts: tuple[str, ...],
+    rounds: int | None,
+    seconds: float | None,
+    json_file: Path | None,
+    dry_run: bool,
+) -> None:
+    """Measure this machine: swap, NBD and memory efficiency, beside what one would use instead.
+
+    Peers take turns in one run; those that are not installed are named with the command that installs them.
+    The segment, devices and files are made for it and gone afterwards, also after Ctrl-C; other segments are
+    left alone. Ratios are medians of the rounds' ratios, beside the smallest and the largest; "wanted" is
+    what the project aims at. Without root, what needs none is measured. Figures of a busy machine are noisy:
+    the load is noted.
+    """
+    from tmem.bench import running
+    from tmem.bench.parts import Effort
+
+    files = [file for file in (json_file,) if file is not None]
+    for file in files:
+        check_writable(file)
+    effort = Effort(quick, rounds, seconds)
+    planned = running.plans(parts or _PARTS, effort)
+    report = running.begin(planned, effort)
+    _announce(planned)
+    if dry_run:
+        return
+    steps = sum(plan.steps for plan in planned.values() if plan.refused is None)
+
+    def keep(report: "Report") -> None:
+        if json_file is not None:
+            write_whole(json_file, json.dumps(report.document(), indent=1) + "\n")
+
+    with interrupts.once(), _progress(steps) as step:
+        running.run(report, planned, step, keep)
+    _print(report)
+    if any(one.what not in planned or planned[one.what].refused is None for one in report.failed):
+        raise TmemError("a part could not be measured to the end: see above")
+
+
+def check_writable(file: Path) -> None:
+    """Raise `TmemError` unless `file` can be written, whole, in place of what is there."""
+    if file.is_dir():
+        raise TmemError(f"{file} is a directory: give the name of a file")
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".tmem-bench.", dir=file.absolute().parent)
+    except OSError as error:
+        raise TmemError(f"{file} cannot be written ({error.strerror}): give another file") from None
+    os.close(descriptor)
+    Path(name).unlink()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `file`, or leave what was there as it was."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _announce(planned: dict[str, "Plan"]) -> None:
+    """Say what will be done, and what it takes."""
+    possible = {name: plan for name, plan in planned.items() if plan.refused is None}
+    for name, plan in possible.items():
+        disk = f", {format_size(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
+        click.echo(
+            f"{name}: {plan.says}; up to {format_size(plan.memory_bytes)} of memory{disk}; "
+            f"about {_duration(plan.about_s)}",
+            err=True,
+        )
+    for name, plan in planned.items():
+        if plan.refused is not None:
+            click.echo(f"{name}: not possible here: {plan.refused}", err=True)
+    click.echo(f"about {_duration(sum(plan.about_s for plan in possible.values()))} in all", err=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """Show what is measured and how far it is; nothing where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=steps)
+        done = -1
+
+        def step(what: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, description=what)
+
+        yield step
+
+
+def _print(report: "Report") -> None:
+    from rich.console import Console
+
+    from tmem.bench.report import render
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", _PIPE_COLUMNS)))
+    console.print(render(report))
