@@ -1,19 +1,16 @@
 """scripts/replay: traces become pages, simulated caches do what is published, the store keeps up."""
 
 import json
-import random
-import runpy
 import subprocess
 import sys
-from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
+from tmem.bench.caches import PEERS
+from tmem.bench.hits import accesses
+
 FOLDER = Path(__file__).parents[1] / "scripts" / "replay.d"
-PEERS: dict[str, Callable[[Iterable[int], int], int]] = runpy.run_path(str(FOLDER / "peers.py"))["PEERS"]
 HEAD = "version,time,op,size,lbn\n"
 
 
@@ -26,23 +23,6 @@ def replay(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=240,
     )
-
-
-def accesses(seed: int) -> Iterator[int]:
-    """Yield page numbers: a Zipf law of 12,000 pages, and between them scans and a loop."""
-    rng = random.Random(seed)
-    weights = list(accumulate(1 / (rank + 1) ** 0.9 for rank in range(12_000)))
-    places = list(range(12_000))
-    rng.shuffle(places)
-    scanned = 100_000
-    for part in range(24):
-        for _ in range(5_000):
-            yield places[min(bisect(weights, rng.random() * weights[-1]), 11_999)]
-        if part % 3 == 1:
-            yield from range(scanned, scanned + 2_000)
-            scanned += 2_000
-        if part % 3 == 2:
-            yield from range(50_000, 52_000)
 
 
 def test_store_keeps_up_with_s3fifo_and_exceeds_lru(tmp_path: Path) -> None:

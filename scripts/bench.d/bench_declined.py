@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from common import judged, paired_ratio, take_turns
-from data import real_file
-from peers import SEGMENT, Placement, Reader, drop, ext4, mounted, placements, rate
+from reader import Reader, rate
 
 from tmem.backends import _native
+from tmem.bench.files import real_file
 from tmem.bench.grounds import workplace
+from tmem.bench.mounts import SEGMENT, Placement, drop, ext4, mounted, placements
 
 PAGE = 4096
 MEGABYTE = 1 << 20

@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from common import judged, medians, paired_ratio, take_turns
-from data import real_file
-from peers import SEGMENT, Mounted, Placement, Reader, drop, ext4, mounted, placements, rate
+from reader import Reader, rate
 
 from tmem.backends import _native
+from tmem.bench.files import real_file
 from tmem.bench.grounds import workplace
+from tmem.bench.mounts import SEGMENT, Mounted, Placement, drop, ext4, mounted, placements
 from tmem.fs.mounts import statistics as mount_statistics
 
 PAGE = 4096

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import judged, medians, paired_ratio
-from data import real_file, real_files, tree
-from peers import SEGMENT, Mounted, Reader, drop, mounted, rate
+from reader import Reader, rate
 from slowdisk import slow_ext4
 
 from tmem.backends import _native
+from tmem.bench.files import real_file, real_files, tree
 from tmem.bench.grounds import memory_group, workplace
+from tmem.bench.mounts import SEGMENT, Mounted, drop, mounted
 from tmem.bench.rounds import in_turn
 from tmem.fs.mounts import statistics as mount_statistics
 

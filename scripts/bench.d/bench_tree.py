@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import judged, paired_ratio
-from data import tree
-from peers import SEGMENT, Placement, ext4, mounted, placements
 
 from tmem.backends import _native
+from tmem.bench.files import tree
 from tmem.bench.grounds import workplace
+from tmem.bench.mounts import SEGMENT, Placement, ext4, mounted, placements
 from tmem.bench.rounds import in_turn
 
 PEERS = ("bindfs", "mergerfs")

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peers import ext4, unmount
-
 from tmem.bench.grounds import running, wait_until
+from tmem.bench.mounts import ext4, unmount
 
 DELAY = "5ms"
 RATE_BITS = 800_000_000

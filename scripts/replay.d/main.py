@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import blocktrace
-import content
-import store
-from peers import PEERS
+
+from tmem.bench import contents, replaying
+from tmem.bench.caches import PEERS
 
 SIZES = (1.0, 5.0, 10.0, 20.0, 40.0)
 _LEAST_PAGES = 15
@@ -46,12 +46,12 @@ def measure(trace: blocktrace.Trace, percent: float, lz4: bool, directory: Path)
             f"{percent:g} % of {trace.footprint} pages is too little to measure: "
             "use a larger trace or leave this size out with --sizes"
         )
-    stock = content.collect()
-    page_of = lru_cache(1 << 20)(lambda number: content.page_of(number, stock))
+    stock = contents.collect()
+    page_of = lru_cache(1 << 20)(lambda number: contents.page_of(number, stock))
     ratios = {name: simulate(trace.pages, room) / len(trace.pages) for name, simulate in PEERS.items()}
-    for name, bound in (("store", store.Bound.PAGES), ("store, LZ4", store.Bound.MEMORY)):
-        if bound is store.Bound.PAGES or lz4:
-            outcome = store.replay(trace.pages, room, bound, page_of, directory)
+    for name, bound in (("store", replaying.Bound.PAGES), ("store, LZ4", replaying.Bound.MEMORY)):
+        if bound is replaying.Bound.PAGES or lz4:
+            outcome = replaying.replay(trace.pages, room, bound, page_of, directory)
             ratios[name] = outcome.hits / len(trace.pages)
     return ratios
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tmem.cli.main import run
 from tmem.nbd import swap
 
 from ..cli.conftest import Tmem
@@ -22,8 +23,9 @@ SHORT = ("bench", "--quick", "--rounds", "1", "--seconds", "0.05")
 
 
 def test_a_short_run(tmem: Tmem, tmp_path: Path) -> None:
-    kept = tmp_path / "out.json"
-    result = tmem(*SHORT, "--only", "nbd", "--json", str(kept))
+    kept, page, plots = tmp_path / "out.json", tmp_path / "out.html", tmp_path / "plots"
+    plots.mkdir()
+    result = tmem(*SHORT, "--only", "nbd", "--json", str(kept), "--html", str(page), "--png", str(plots))
     assert result.status == 0, result.err
     assert "nbd: three NBD servers" in result.err  # said beforehand
     assert "4 KiB random writes, depth 32 (IOPS)" in result.out
@@ -38,7 +40,9 @@ def test_a_short_run(tmem: Tmem, tmp_path: Path) -> None:
         assert sample["value"] > 0
         assert sample["percentiles_us"]["99"] >= sample["percentiles_us"]["50"] > 0
     assert part["notes"]["pages_to_memory"] > 1.5  # what was written was not of one word
-    assert [*tmp_path.iterdir()] == [kept]
+    assert page.read_text().endswith("</html>\n")
+    assert {file.name for file in plots.iterdir()} == {"nbd.png", "nbd-latency.png"}
+    assert {*tmp_path.iterdir()} == {kept, page, plots}
 
 
 @pytest.mark.parametrize(
@@ -49,23 +53,31 @@ def test_a_short_run(tmem: Tmem, tmp_path: Path) -> None:
         ["--seconds", "-1"],
         ["--json"],
         ["--json", "/"],
+        ["--png", "/nowhere"],
         ["more"],
     ],
     ids=" ".join,
 )
-def test_wrong_usage(tmem: Tmem, arguments: list[str]) -> None:
-    result = tmem("bench", *arguments)
-    assert result.status == 2
-    assert result.err.splitlines()[-1].startswith("Error:")
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Error:")
 
 
-@pytest.mark.parametrize("where", ["nowhere/out.json", "proc"])
-def test_a_file_that_cannot_be_written_is_refused_first(tmem: Tmem, tmp_path: Path, where: str) -> None:
-    file = "/proc/out.json" if where == "proc" else str(tmp_path / where)
-    result = tmem(*SHORT, "--only", "nbd", "--json", file)
-    assert result.status == 1
-    assert result.err.startswith(f"tmem: {file} cannot be written")
-    assert result.err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("option", "value", "file"),
+    [
+        ("--json", "/nowhere/out.json", "/nowhere/out.json"),
+        ("--html", "/proc/out.html", "/proc/out.html"),
+        ("--png", "/proc", "/proc/nbd.png"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_first(
+    option: str, value: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*SHORT, "--only", "nbd", option, value]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"tmem: {file} cannot be written")
+    assert errors.count("\n") == 1
 
 
 def test_a_dry_run_only_says_what_would_be_done(tmem: Tmem, tmp_path: Path) -> None:
@@ -89,6 +101,19 @@ def test_a_program_that_is_missing_is_named(runtime_dir: Path, tmp_path: Path) -
     )
     assert result.returncode == 1
     assert result.stderr == "tmem: nbdkit is not installed: apt-get install nbdkit nbdkit-plugin-python\n"
+
+
+def test_plots_without_matplotlib_are_refused_first(runtime_dir: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        f"from tmem.cli.main import run; sys.exit(run({[*SHORT, '--only', 'nbd', '--html', 'out.html']!r}))"
+    )
+    argv = [sys.executable, "-c", code]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("tmem: plots need matplotlib: ")
+    assert result.stderr.endswith(" -m pip install 'tmem[bench]'\n")
+    assert result.stderr.count("\n") == 1
 
 
 @contextmanager

@@ -4,18 +4,21 @@ Nothing is set up before everything that can be known was checked. A part that f
 others go on; interrupted, what is under way is taken down first. One thread, the main one.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from tmem.bench import density, nbd, room, swap
+from tmem.bench import density, fuse, hits, nbd, room, swap
 from tmem.bench.machine import machine
 from tmem.bench.parts import Effort, Part, Plan, Step
 from tmem.bench.results import Lacking, Outcome
 from tmem.bench.rounds import FAILURES, reason
 from tmem.errors import TmemError
 
-PARTS: dict[str, Part] = {part.name: part for part in (nbd.PART, swap.PART, density.PART)}
+PARTS: dict[str, Part] = {
+    part.name: part for part in (nbd.PART, swap.PART, fuse.PART, density.PART, hits.PART)
+}
 
 KIND, VERSION = "tmem bench", 1
 
@@ -79,7 +82,7 @@ def run(
         else:
             outcome.lacking[:0] = plan.lacking
             report.outcomes[name] = outcome
-        report.complete = name == list(planned)[-1]
         keep(report)
     report.complete = True
+    report.machine["load_after_1min"] = round(os.getloadavg()[0], 2)
     keep(report)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from tmem.bench.parts import Plan
     from tmem.bench.running import Report
 
-_PARTS = ("nbd", "swap", "density")
+_PARTS = ("nbd", "swap", "fuse", "density", "hits")
+_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _PIPE_COLUMNS = 100
 
@@ -40,6 +41,8 @@ _PIPE_COLUMNS = 100
 @click.option("--rounds", type=click.IntRange(1, 100), help="Rounds of each measurement.")
 @click.option("--seconds", type=click.FloatRange(0.05, 600), help="Seconds of each measurement.")
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Keep every round there.")
+@click.option("--html", "html_file", type=_FILE, metavar="FILE", help="Write tables and plots as one page.")
+@click.option("--png", "png_directory", type=_DIRECTORY, metavar="DIR", help="Write each plot as a file.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def bench(
     quick: bool,
@@ -47,9 +50,11 @@ def bench(
     rounds: int | None,
     seconds: float | None,
     json_file: Path | None,
+    html_file: Path | None,
+    png_directory: Path | None,
     dry_run: bool,
 ) -> None:
-    """Measure this machine: swap, NBD and memory efficiency, beside what one would use instead.
+    """Measure this machine: NBD, swap, files and memory efficiency, beside what one would use instead.
 
     Peers take turns in one run; those that are not installed are named with the command that installs them.
     The segment, devices and files are made for it and gone afterwards, also after Ctrl-C; other segments are
@@ -60,9 +65,13 @@ def bench(
     from tmem.bench import running
     from tmem.bench.parts import Effort
 
-    files = [file for file in (json_file,) if file is not None]
-    for file in files:
-        check_writable(file)
+    for file in (json_file, html_file, png_directory and png_directory / "nbd.png"):
+        if file is not None:
+            check_writable(file)
+    if html_file is not None or png_directory is not None:
+        from tmem.bench.plots import check_available
+
+        check_available()
     effort = Effort(quick, rounds, seconds)
     planned = running.plans(parts or _PARTS, effort)
     report = running.begin(planned, effort)
@@ -73,11 +82,12 @@ def bench(
 
     def keep(report: "Report") -> None:
         if json_file is not None:
-            write_whole(json_file, json.dumps(report.document(), indent=1) + "\n")
+            write_whole(json_file, f"{json.dumps(report.document(), indent=1)}\n".encode())
 
     with interrupts.once(), _progress(steps) as step:
         running.run(report, planned, step, keep)
     _print(report)
+    _draw(report, html_file, png_directory)
     if any(one.what not in planned or planned[one.what].refused is None for one in report.failed):
         raise TmemError("a part could not be measured to the end: see above")
 
@@ -94,15 +104,28 @@ def check_writable(file: Path) -> None:
     Path(name).unlink()
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Write `file`, or leave what was there as it was."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _draw(report: "Report", html_file: Path | None, png_directory: Path | None) -> None:
+    """Write the plots that were asked for."""
+    if html_file is not None:
+        from tmem.bench.webpage import render
+
+        write_whole(html_file, render(report).encode())
+    if png_directory is not None:
+        from tmem.bench.plots import figures, png
+
+        for name, figure in figures(report).items():
+            write_whole(png_directory / f"{name}.png", png(figure))
 
 
 def _announce(planned: dict[str, "Plan"]) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.backends import _native
+from tmem.types import PAGE_SIZE
 
-PAGE_BYTES = 4096
 BLOCK_BYTES = 4160
 """Memory of a page that is stored raw."""
 CHUNK_BYTES = 65536
@@ -48,7 +48,7 @@ def _object_of(page: int) -> tuple[bytes, int]:
 
 def _make_index(pool: _native.Pool, pages: Sequence[int]) -> None:
     """Have every leaf made that the pages need; pages of zeros occupy no block."""
-    zeros = bytes(PAGE_BYTES)
+    zeros = bytes(PAGE_SIZE)
     for leaf in {page // _INDEX_LEAF_PAGES for page in pages}:
         oid, index = _object_of(leaf * _INDEX_LEAF_PAGES)
         for kind in (index, index + 16, index + 64) if not index else (index,):  # leaves of 16, 64 and 512
@@ -99,7 +99,7 @@ def replay(
 
 
 def _run(pool: _native.Pool, pages: Sequence[int], content: Callable[[int], bytes]) -> int:
-    buffer = bytearray(PAGE_BYTES)
+    buffer = bytearray(PAGE_SIZE)
     hits = 0
     for page in pages:
         oid, index = _object_of(page)

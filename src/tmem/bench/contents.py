@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-PAGE_BYTES = 4096
+from tmem.types import PAGE_SIZE
+
 _PLACES = ("/usr/bin", "/usr/lib", "/usr/share", "/etc")
 _PAGES_OF_A_FILE = 8
 _SPREAD = 0x9E3779B97F4A7C15  # an odd number without pattern: neighbours get pages that are far apart
@@ -32,12 +33,12 @@ def collect(npages: int = 4096) -> list[bytes]:
                 break
             try:
                 with path.open("rb") as file:
-                    data = file.read(_PAGES_OF_A_FILE * PAGE_BYTES)
+                    data = file.read(_PAGES_OF_A_FILE * PAGE_SIZE)
             except OSError:
                 continue
-            for at in range(0, len(data) - PAGE_BYTES + 1, PAGE_BYTES):
-                page = data[at : at + PAGE_BYTES]
-                if page != page[:8] * (PAGE_BYTES // 8):
+            for at in range(0, len(data) - PAGE_SIZE + 1, PAGE_SIZE):
+                page = data[at : at + PAGE_SIZE]
+                if page != page[:8] * (PAGE_SIZE // 8):
                     found.append(page)
     if not found:
         raise ValueError(f"there are no readable files in {', '.join(_PLACES)} to cut pages from")

@@ -1,4 +1,4 @@
-"""What the benchmarks of files read: the machine's own programs and libraries, because data decide ratios."""
+"""Files to measure with: the machine's own programs and libraries, because data decide ratios."""
 
 import random
 from collections.abc import Iterator

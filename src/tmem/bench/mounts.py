@@ -1,20 +1,20 @@
-"""The overlay and what it is measured beside, mounted over one lower directory; and who reads from them.
+"""The overlay and what it is measured beside, mounted over one lower directory.
 
 Every daemon runs in the foreground, so that its pid is known: it is pinned by it, and ended by it. The lower
-file system is an ext4 on a loop device over an image in memory: its page cache can be warm or dropped as that
-of any disk, and no disk of the machine decides the figures.
+file system of the scripts is an `ext4` on a loop device over an image in memory: its page cache can be warm
+or dropped as that of any disk, and no disk of the machine decides the figures. Only that needs root.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmem.backends.processes import last_line
 from tmem.bench.grounds import running, wait_until
 
 SEGMENT = "bench"
@@ -29,6 +29,9 @@ _COMMANDS = {
     "tmem declined, off": [*_TMEM, "client=off,loop=native,skip_files=*,passthrough=off"],
     "tmem plain": [*_TMEM, "client=plain,loop=fast"],
 }
+
+PACKAGES = {"bindfs": "bindfs", "mergerfs": "mergerfs"}
+"""Peers that may be missing, and the Debian packages that have them."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,26 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 
 @contextmanager
-def mounted(name: str, lower: Path, point: Path, cpus: Iterable[int] | None = None) -> Iterator[Mounted]:
-    """Serve `lower` on `point` with the daemon called `name`, on `cpus`, while the block lasts."""
+def mounted(
+    name: str, lower: Path, point: Path, cpus: Iterable[int] | None = None, runtime: Path | None = None
+) -> Iterator[Mounted]:
+    """Serve `lower` on `point` with the daemon called `name`, on `cpus`, while the block lasts.
+
+    `runtime` is where our segment is, unless TMEM_RUNTIME_DIR says it. What a daemon says goes to the file
+    `point`.log.
+    """
     point.mkdir(exist_ok=True)
-    with running([*_COMMANDS[name], str(lower), str(point)], cpus=cpus) as process:
+    log = point.with_name(f"{point.name}.log")
+    environment = {**os.environ, "TMEM_CONFIG": os.devnull}  # not what this machine has
+    if runtime is not None:
+        environment["TMEM_RUNTIME_DIR"] = str(runtime)
+    argv = [*_COMMANDS[name], str(lower), str(point)]
+    with running(argv, environment, cpus, log) as process:
 
         def settled() -> bool:
             if process.poll() is not None:
                 raise RuntimeError(
-                    f"{name} ended with status {process.returncode} instead of mounting {point}"
+                    f"{name} ended with status {process.returncode} instead of mounting ({last_line(log)})"
                 )
             return point.is_mount()
 
@@ -96,8 +110,9 @@ def mounted(name: str, lower: Path, point: Path, cpus: Iterable[int] | None = No
 
 def unmount(point: Path) -> None:
     """Unmount; lazily if something holds it, so that the daemon under it can be ended in any case."""
-    if subprocess.run(["umount", str(point)], check=False, capture_output=True).returncode:
-        subprocess.run(["umount", "--lazy", str(point)], check=False, capture_output=True)
+    argv, lazy = (["umount"], "--lazy") if os.geteuid() == 0 else (["fusermount3", "-u"], "-z")
+    if subprocess.run([*argv, str(point)], check=False, capture_output=True).returncode:
+        subprocess.run([*argv, lazy, str(point)], check=False, capture_output=True)
 
 
 @contextmanager
@@ -127,51 +142,3 @@ def drop(paths: Iterable[Path]) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-class Reader:
-    """Compiles reader.c into `directory`, and runs it; see there for what it does."""
-
-    def __init__(self, directory: Path) -> None:
-        self._program = directory / "reader"
-        source = Path(__file__).with_name("reader.c")
-        subprocess.run(
-            ["gcc", "-O2", "-Wall", "-pthread", "-o", str(self._program), str(source), "-lm"], check=True
-        )
-
-    def __call__(
-        self,
-        files: Sequence[Path],
-        pattern: str,
-        block: int,
-        *,
-        threads: int = 1,
-        count: int = 0,
-        warm: int = 0,
-        skip: int = 0,
-        seed: int = 1,
-        direct: bool = False,
-        cpus: Iterable[int] | None = None,
-        group: Path | None = None,
-    ) -> dict[str, float]:
-        """Read; requests, bytes, seconds, mean_us, p50_us, p99_us. In the control group `group` if given."""
-        numbers = {"-b": block, "-t": threads, "-n": count, "-w": warm, "-k": skip, "-s": seed}
-        argv = [str(self._program), "-p", pattern, *(f"{key}{value}" for key, value in numbers.items())]
-        if direct:
-            argv.append("-d")
-        if group is not None:  # whoever execs takes its group along
-            argv = ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(group / "cgroup.procs"), *argv]
-        if cpus is not None:
-            argv = ["taskset", "-c", ",".join(map(str, cpus)), *argv]
-        done = subprocess.run(
-            argv, input="".join(f"{path}\n" for path in files), capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"the reader failed: {done.stderr.strip() or done.returncode}")
-        figures: dict[str, float] = json.loads(done.stdout)
-        return figures
-
-
-def rate(figures: dict[str, float]) -> float:
-    """Return the requests a second of a reader's run."""
-    return figures["requests"] / figures["seconds"]
