@@ -123,9 +123,14 @@ class Coherence:
         """Return what is known of files that the kernel has forgotten, for `restore`."""
         return [(name, (*version,), top) for name, (version, top) in self._remembered.items()]
 
-    def restore(self, saved: list[tuple[bytes, SavedVersion, int]]) -> None:
-        """Know what was `saved`; the pool must be the same, or empty."""
+    def distrusted(self) -> list[bytes]:
+        """Return the names of the files that `distrust` was told of, for `restore`."""
+        return list(self._distrusted)
+
+    def restore(self, saved: list[tuple[bytes, SavedVersion, int]], distrusted: list[bytes]) -> None:
+        """Know what was `saved` and `distrusted`; the pool must be the same, or empty."""
         self._remembered.update((name, (Version(*version), top)) for name, version, top in saved)
+        self._distrusted.update(distrusted)
 
     def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""

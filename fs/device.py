@@ -97,6 +97,18 @@ class Device:
                 room = min(room, end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
         return room >= _LEAST_CHANNEL_BYTES
 
+    def abandon(self) -> None:
+        """Have all ends lead nowhere, from any thread, while others still use them.
+
+        Their numbers stay taken: what a thread is about to write to one would go to whatever was opened
+        meanwhile, a lower file perhaps. The kernel ends the mount's connection as after `close`.
+        """
+        nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for descriptor in (self.descriptor, self.session, self.channel.fileno()):
+            if descriptor >= 0:
+                os.dup2(nowhere, descriptor, inheritable=False)
+        os.close(nowhere)
+
     def close(self) -> None:
         """Close all ends. The kernel then ends the mount's connection."""
         for descriptor in (self.descriptor, self.session):

@@ -100,6 +100,7 @@ class Overlay(Files, Directories):
             listings=listings,
             next_listing=next_listing,
             remembered=self.coherence.saved(),
+            distrusted=self.coherence.distrusted(),
             pool=self.precache.saved(),
             counters=vars(self.precache.counters).copy(),
             fine_stamps=self._fine_stamps,
@@ -113,7 +114,7 @@ class Overlay(Files, Directories):
         inodes = self.table.restore(saved["inodes"])
         self.restore_files(saved["files"], saved["next_file"], inodes)
         self.restore_listings(saved["listings"], saved["next_listing"], inodes)
-        self.coherence.restore(saved["remembered"])
+        self.coherence.restore(saved["remembered"], saved["distrusted"])
         if saved["reports"] >= 0:
             self.watch_with(Events(saved["reports"]))
         counters = vars(self.precache.counters)

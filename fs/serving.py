@@ -213,7 +213,7 @@ class Server:
         """Unmount from outside the event loop, which does not come back."""
         if not self._detached:
             mounts.detach(self.plan.mountpoint)
-        mounted.close()
+        mounted.abandon()
 
     async def _restart(
         self, restarter: Restarter, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -20,7 +20,8 @@ from typing import NoReturn, TypedDict, cast
 from tmem.errors import AttachError
 from tmem.fs.policy import SavedPolicy
 
-FORMAT = 4
+FORMAT = 5
+_BEFORE = 4  # is read as well
 
 _HEADER = struct.Struct("<8sI4x")
 _MAGIC = b"tmemfuse"
@@ -73,6 +74,8 @@ class SavedOverlay(TypedDict):
     next_listing: int
     remembered: list[tuple[bytes, SavedVersion, int]]
     """Versions and tops of files that the kernel has forgotten, the oldest first."""
+    distrusted: list[bytes]
+    """Names of files whose lower could not write what it had taken. Since format 5."""
     pool: SavedPool
     counters: dict[str, int]
     fine_stamps: bool
@@ -151,14 +154,17 @@ def load(descriptor: int) -> State:
     if len(content) < _HEADER.size or content[:8] != _MAGIC:
         raise AttachError("this is no state of a mount: it is handed over by 'tmem mount --restart' only")
     written = _HEADER.unpack_from(content)[1]
-    if written != FORMAT:
+    if written not in (_BEFORE, FORMAT):
         raise AttachError(
             f"the mount's state has format {written}, the new code reads {FORMAT}: unmount and mount again"
         )
     try:
-        return cast(State, _PlainReader(io.BytesIO(content[_HEADER.size :])).load())
+        state = cast(State, _PlainReader(io.BytesIO(content[_HEADER.size :])).load())
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError) as error:
         raise AttachError(f"the mount's state cannot be read: {error}") from None
+    if written == _BEFORE:
+        state["overlay"]["distrusted"] = []
+    return state
 
 
 def descriptors(state: State) -> Iterator[int]:

@@ -2,7 +2,10 @@
 
 import gc
 import os
+import pickle
+import socket
 import struct
+import tempfile
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import trio
 
 from tmem.backends.paths import SegmentPaths
 from tmem.fs import state
+from tmem.fs.device import Device
 from tmem.fs.identity import Version
 from tmem.fs.options import MountOptions
 from tmem.fs.overlay import Overlay, build
@@ -81,6 +85,52 @@ def test_an_overlay_is_restored_as_it_was(tmp_path: Path, segment: "_native.Segm
     finally:
         again.close()
     assert segment.check() == []
+
+
+def test_what_could_not_be_written_stays_out_of_the_pool(tmp_path: Path, segment: "_native.Segment") -> None:
+    overlay = new(os.open(tmp_path, os.O_RDONLY))
+    overlay.precache.claim()
+    reading = trio.run(use, overlay, tmp_path)
+    (named,) = (inode for inode in overlay.used_by_files() if inode.state and inode.state.reach)
+    assert named.state is not None
+    overlay.coherence.distrust(named.state)
+    again = new(os.open(tmp_path, os.O_RDONLY))
+    again.restore(through_a_file(overlay.saved()))
+    again.precache.restore(overlay.precache.saved())
+    again.precache.claim()
+    try:
+        for _ in range(2):
+            assert bytes(trio.run(again.read, reading, 0, 1000)) == b"read" * 250
+        assert again.statistics().put_pages == overlay.statistics().put_pages
+        assert again.saved()["distrusted"] == [named.state.name]
+    finally:
+        again.close()
+
+
+def test_a_state_of_before_names_none_of_these() -> None:
+    content: dict[str, object] = {"overlay": {}}
+    with tempfile.TemporaryFile() as file:
+        file.write(struct.pack("<8sI4x", b"tmemfuse", 4) + pickle.dumps(content))
+        file.flush()
+        assert state.load(file.fileno())["overlay"]["distrusted"] == []
+
+
+def test_an_abandoned_device_keeps_its_numbers() -> None:
+    """What threads write to them meanwhile goes nowhere, never to a file that is opened then."""
+    kernel, fuse = socket.socketpair()
+    ours, theirs = socket.socketpair()
+    device = Device(fuse.detach(), theirs.detach(), ours)
+    numbers = (device.descriptor, device.session, ours.fileno())
+    with kernel:
+        device.abandon()
+        assert kernel.recv(1) == b""  # it is over
+        opened = os.open("/proc/self/status", os.O_RDONLY)
+        assert opened not in numbers
+        os.close(opened)
+        for number in numbers:
+            assert os.write(number, b"reply") == 5
+            assert os.read(number, 1) == b""
+    device.close()
 
 
 def test_a_version_that_is_being_changed_is_not_handed_over(
