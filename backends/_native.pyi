@@ -480,12 +480,23 @@ class Reader:
     def set_pool(self, pool: Pool | None, /) -> None:
         """Use this pool from now on; returns when no thread uses the one before. One thread at a time."""
 
-    def open(self, fh: int, descriptor: int, gate: Gate, /) -> None:
-        """Serve the open file `fh`, whose size `descriptor` tells until `close_file`."""
+    def open(self, fh: int, descriptor: int, gate: Gate, local: bool = False, /) -> None:
+        """Serve the open file `fh` by `descriptor` until `close_file`; `local`: its size is known at once."""
 
-    def close_file(self, fh: int, /) -> None: ...
+    def close_file(self, fh: int, /) -> bool:
+        """Serve a file no more; True if a thread has not done with its descriptor, and will close it."""
+
     def mark(self, fh: int, offset: int, /) -> None:
-        """Pass the next READ of the file on that reaches beyond the byte `offset`, and forget the mark."""
+        """Pass the next READ of the file on that reaches beyond the byte `offset`, and forget the mark.
+
+        0: pass the next hit on, unless something is missed before.
+        """
+
+    def stream(self, fh: int, streams: bool, /) -> None:
+        """Pass all misses of the file on from now on, because it is read ahead of, or not any more."""
+
+    def follows(self, fh: int, offset: int, /) -> bool:
+        """Say whether one of the last misses of the file ended at the byte `offset`."""
 
     def pass_through(self, fh: int, backing_id: int, /) -> None:
         """Have the reply to the OPEN or CREATE that will give out `fh` ask for FUSE passthrough."""

@@ -52,6 +52,11 @@ _LOCAL = {
 of one that does, as overlayfs.)"""
 
 
+def is_local(directory: int) -> bool:
+    """Say whether only this kernel changes the file system of `directory`, and answers for it by itself."""
+    return syscalls.file_system_type(directory) in _LOCAL
+
+
 class Event(NamedTuple):
     """What happened to one file."""
 
@@ -78,7 +83,7 @@ class Events:
         """
         descriptor = -1
         try:
-            if syscalls.file_system_type(directory) not in _LOCAL:
+            if not is_local(directory):
                 return None
             descriptor = syscalls.fanotify_init(_CLOEXEC | _NONBLOCK | _REPORT_FID, os.O_RDONLY)
             syscalls.fanotify_mark(descriptor, _ADD | _WHOLE_FILE_SYSTEM, _MASK, directory, b".")

@@ -48,7 +48,7 @@ class Loader:
         start = index * PAGE_SIZE
         if file.ahead is not None and file.ahead.covers(index):
             file.ahead.missed(index, first + npages)
-        elif file.stream_end == start > 0:
+        elif file.stream_end == start > 0 or (file.stream_end >= 0 and self._follows(file, start)):
             self._begin_ahead(file, first, first + npages)
         elif not file.stream_start <= start <= file.stream_end + _REORDERED_BYTES or file.stream_end < 0:
             file.stream_start = start
@@ -57,6 +57,11 @@ class Loader:
         if not stored:
             file.stream_end = -1
         return found * PAGE_SIZE + count
+
+    def _follows(self, file: OpenFile, start: int) -> bool:
+        """Say whether the native reader answered a miss that ended at byte `start`."""
+        reading = self._handlers.reading
+        return reading is not None and reading.reader.follows(file.number, start)
 
     def _beyond(self, file: OpenFile, token: int | None) -> "tuple[Beyond, Content] | None":
         """Return whom to ask for the file's pages before the lower, and for what; None: nobody."""
@@ -195,6 +200,10 @@ class _Source:
     def leave(self, first: int, last: int) -> None:
         start, end = first * PAGE_SIZE, last * PAGE_SIZE
         lower.drop_cached(self._file.descriptor, start, end, start, end + 1)
+
+    def running(self, runs: bool) -> None:
+        if self._handlers.reading is not None:
+            self._handlers.reading.reader.stream(self._file.number, runs)
 
     def mark(self, page: int) -> None:
         self._file.marker = page

@@ -18,6 +18,7 @@ import pyfuse3
 from tmem.fs import lower
 from tmem.fs.acting import Caller, acting_as
 from tmem.fs.base import errors
+from tmem.fs.fanotify import is_local
 from tmem.fs.inodes import Inode, proc_path
 from tmem.fs.namespace import Namespace
 from tmem.fs.openfile import OpenFile
@@ -55,6 +56,7 @@ class Opening(Namespace):
         self._policy = policy
         self._worth = Worth(self._account, clock)
         self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
+        self._is_local = is_local(self.table.root)
         self._files: dict[int, OpenFile] = {}
         self._next_file = 1
 
@@ -170,7 +172,8 @@ class Opening(Namespace):
     def _read_natively(self, reading: Reading, file: OpenFile) -> None:
         """Have hits of an open file answered below Python."""
         self.coherence.admit(file.state)
-        reading.open(file.number, file.descriptor, file.state)
+        local = self._is_local and file.inode.key[0] == self.table.device
+        reading.open(file.number, file.descriptor, file.state, local)
         if not file.accessed:
             reading.reader.mark(file.number, 0)  # so that the first read comes here, and is noted
 
@@ -224,8 +227,6 @@ class Opening(Namespace):
 
     async def release(self, fh: int) -> None:
         """Close; a file without a name loses its pages with its last close."""
-        if self.reading is not None:
-            self.reading.close(fh)
         file = self._files.pop(fh)
         if file.ahead is not None and file.ahead.running:
             with self._waiting():
@@ -238,7 +239,8 @@ class Opening(Namespace):
                         self._unback(file.inode, file.descriptor)
                     self.discard_if_unlinked(file.descriptor)
             finally:
-                os.close(file.descriptor)
+                if self.reading is None or not self.reading.close(fh):
+                    os.close(file.descriptor)
 
     def read_by(self, reading: Reading | None) -> None:
         """Have hits answered by a native reader from now on, or not any more."""

@@ -91,16 +91,16 @@ class Reading:
         with self._switch:
             self.reader.set_pool(pool)
 
-    def open(self, number: int, descriptor: int, state: FileState) -> None:
-        """Serve the open file `number`, until `close`."""
+    def open(self, number: int, descriptor: int, state: FileState, local: bool) -> None:
+        """Serve the open file `number`, until `close`; `local`: to ask for its size takes no waiting."""
         if state.gate is None:
             state.gate = self._new_gate()
         state.show()
-        self.reader.open(number, descriptor, state.gate)
+        self.reader.open(number, descriptor, state.gate, local)
 
-    def close(self, number: int) -> None:
-        """Stop serving a file."""
-        self.reader.close_file(number)
+    def close(self, number: int) -> bool:
+        """Stop serving a file; True if its descriptor is in use, and is closed here after that."""
+        return self.reader.close_file(number)
 
     def count(self, counters: Counters) -> None:
         """Add to `counters` what was done here since the last time."""

@@ -317,11 +317,11 @@ static PyObject *open_file(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
     unsigned long long fh;
-    int fd;
+    int fd, local = 0;
     PyObject *gate;
-    if (!r || !PyArg_ParseTuple(args, "KiO!:open", &fh, &fd, GateType, &gate))
+    if (!r || !PyArg_ParseTuple(args, "KiO!|p:open", &fh, &fd, GateType, &gate, &local))
         return NULL;
-    if (reader_open(r, fh, fd, ((GateObject *)gate)->gate))
+    if (reader_open(r, fh, fd, ((GateObject *)gate)->gate, local))
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -332,8 +332,27 @@ static PyObject *close_file(ReaderObject *self, PyObject *arg)
     unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
     if (!r || PyErr_Occurred())
         return NULL;
-    reader_close(r, fh);
+    return PyBool_FromLong(reader_close(r, fh));
+}
+
+static PyObject *stream(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh;
+    int streams;
+    if (!r || !PyArg_ParseTuple(args, "Kp:stream", &fh, &streams))
+        return NULL;
+    reader_stream(r, fh, streams);
     Py_RETURN_NONE;
+}
+
+static PyObject *follows(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh, offset;
+    if (!r || !PyArg_ParseTuple(args, "KK:follows", &fh, &offset))
+        return NULL;
+    return PyBool_FromLong(reader_follows(r, fh, offset));
 }
 
 static PyObject *mark(ReaderObject *self, PyObject *args)
@@ -415,6 +434,8 @@ PyTypeObject *make_reader_type(void)
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
         {"close_file", (PyCFunction)close_file, METH_O, NULL},
         {"mark", (PyCFunction)mark, METH_VARARGS, NULL},
+        {"stream", (PyCFunction)stream, METH_VARARGS, NULL},
+        {"follows", (PyCFunction)follows, METH_VARARGS, NULL},
         {"pass_through", (PyCFunction)pass_through, METH_VARARGS, NULL},
         {"keep_listing", (PyCFunction)keep_listing, METH_VARARGS, NULL},
         {"counters", (PyCFunction)counters, METH_NOARGS, NULL},

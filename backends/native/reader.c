@@ -1,13 +1,11 @@
 /* Who reads requests, and when: the event loop's thread, its helpers, and who stands in for it. See reader.h. */
 #include "reader.h"
 
-#include "reader_hits.h"
-#include "reader_passing.h"
+#include "reader_waiting.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <time.h>
@@ -21,7 +19,6 @@ enum {
     LARGE_BYTES = 256 << 10, /* whose decompression takes longer than to wake a helper */
     BURST = 64,             /* requests of a call that may not wait */
     FULL_MS = 10,           /* between two looks for room where no event tells */
-    STACK_BYTES = 256 << 10,
     POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
 };
 
@@ -43,6 +40,7 @@ struct reader {
     struct hits hits;
     struct buffers *buffers;
     struct passing passing;
+    struct waiting waiting;
     struct desk desk; /* of who calls reader_serve */
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
 
@@ -123,11 +121,16 @@ static void wake_standin(struct reader *r)
 }
 
 enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_PASSED_ON, TAKEN_GONE };
-enum role { LEADS, HELPS, STANDS_IN }; /* who stands in is the last that reads, and waits for no lower */
 
-static enum taken take(struct reader *r, struct desk *d, enum role role)
+static void look_after_interrupts(struct reader *r)
 {
-    bool leads = role == LEADS;
+    if (passing_interrupted(&r->passing))
+        wake_standin(r);
+}
+
+/* `leads`: for the event loop's thread, which wakes helpers. */
+static enum taken take(struct reader *r, struct desk *d, bool leads)
+{
     if (!desk_fill(r, d)) /* no memory: later */
         return TAKEN_NONE;
     ssize_t n = read(r->device, d->request->data, d->request->size);
@@ -148,14 +151,21 @@ static enum taken take(struct reader *r, struct desk *d, enum role role)
         const struct fuse_read_in *read_in = (const void *)(in + 1);
         if (leads && read_in->size >= LARGE_BYTES && more_waits(r))
             wake_helper(r);
-        if (hits_answer(&r->hits, in, read_in, d->data->data, role != STANDS_IN))
+        struct answer answer;
+        enum found found = hits_find(&r->hits, read_in, d->data->data, false, &answer);
+        if (found == FOUND) {
+            reply_bytes(r->device, in->unique, answer.bytes, answer.length);
             return TAKEN_ANSWERED;
+        }
+        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length)) {
+            look_after_interrupts(r);
+            return TAKEN_NONE;
+        }
     }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
     enum passed passed = pass_on(&r->passing, &d->request, length);
-    if (passing_interrupted(&r->passing))
-        wake_standin(r);
+    look_after_interrupts(r);
     return passed == PASSED ? TAKEN_PASSED_ON : TAKEN_NONE;
 }
 
@@ -222,7 +232,7 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
             if (!p[0].revents)
                 continue;
         }
-        enum taken t = take(r, &r->desk, LEADS);
+        enum taken t = take(r, &r->desk, true);
         if (t == TAKEN_GONE)
             return READER_GONE;
         if (t == TAKEN_PASSED_ON)
@@ -264,7 +274,7 @@ static void *help(void *arg)
         bool flows = false;
         while (!atomic_load(&r->paused) && !passing_full(&r->passing)
                && (flows || poll(&p, 1, HELPER_PATIENCE_MS) > 0)) {
-            enum taken t = take(r, &h->desk, HELPS);
+            enum taken t = take(r, &h->desk, false);
             if (t == TAKEN_GONE)
                 break;
             flows = t == TAKEN_ANSWERED;
@@ -299,7 +309,7 @@ static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
     struct pollfd p = {.fd = r->device, .events = POLLIN};
     while (!atomic_load(&r->paused) && atomic_load(&r->turns) == turns && !passing_full(&r->passing)) {
         int n = poll(&p, 1, POLL_MS);
-        if (n < 0 || (n > 0 && take(r, d, STANDS_IN) == TAKEN_GONE))
+        if (n < 0 || (n > 0 && take(r, d, false) == TAKEN_GONE))
             return;
         passing_recheck(&r->passing);
     }
@@ -332,21 +342,6 @@ static void *stand_in(void *arg)
 
 /* ---- Life ------------------------------------------------------------------------------------------------- */
 
-/* With a small stack, and no signals: those are for the threads that Python knows. */
-static int thread_start(pthread_t *thread, void *(*run)(void *), void *arg)
-{
-    pthread_attr_t attr;
-    sigset_t all, before;
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK_BYTES);
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(thread, &attr, run, arg);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attr);
-    return rc;
-}
-
 static void clocked_cond_init(pthread_cond_t *cond)
 {
     pthread_condattr_t attr;
@@ -370,7 +365,8 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     clocked_cond_init(&r->needed);
     r->others = epoll_create1(EPOLL_CLOEXEC);
     r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
-    int rc = hits_init(&r->hits, device, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
+    int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
+    waiting_init(&r->waiting, &r->hits, &r->passing);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
         reader_free(r);
         errno = ENOMEM;
@@ -385,13 +381,13 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     for (unsigned i = 0; i < helpers && i < HELPERS_MOST; i++) {
         struct helper *h = &r->helpers[i];
         h->reader = r;
-        if (thread_start(&h->thread, help, h))
+        if (reader_thread(&h->thread, help, h))
             break; /* fewer will do */
         r->nhelpers++;
     }
     r->standin.reader = r;
     r->away_ms = away_ms;
-    r->has_standin = away_ms && thread_start(&r->standin.thread, stand_in, &r->standin) == 0;
+    r->has_standin = away_ms && reader_thread(&r->standin.thread, stand_in, &r->standin) == 0;
     return r;
 }
 
@@ -407,6 +403,7 @@ void reader_free(struct reader *r)
         pthread_join(r->helpers[i].thread, NULL);
     if (r->has_standin)
         pthread_join(r->standin.thread, NULL);
+    waiting_free(&r->waiting);
     if (r->others >= 0)
         close(r->others);
     hits_free(&r->hits);
@@ -448,12 +445,16 @@ bool reader_quiet(struct reader *r)
 
 void reader_set_pool(struct reader *r, const struct tm_handle *pool) { hits_use(&r->hits, pool); }
 
-int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate)
+int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool local)
 {
-    return files_add(&r->hits.files, fh, fd, gate);
+    return files_add(&r->hits.files, fh, fd, gate, local);
 }
 
-void reader_close(struct reader *r, uint64_t fh) { files_remove(&r->hits.files, fh); }
+bool reader_close(struct reader *r, uint64_t fh) { return files_remove(&r->hits.files, fh); }
+
+void reader_stream(struct reader *r, uint64_t fh, bool streams) { files_stream(&r->hits.files, fh, streams); }
+
+bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset) { return files_follows(&r->hits.files, fh, offset); }
 
 void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->hits.files, fh, offset); }
 

@@ -4,7 +4,7 @@
  *
  * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
  * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
- * through it), and here hits and who serves.
+ * through it), `reader_hits` and, for misses that wait for the lower, `reader_waiting`; and here who serves.
  *
  * A hit takes three system calls: poll, read, writev. Every other request goes on through the socket, and libfuse's
  * replies come back the same way; a reply to OPEN or OPENDIR is amended with what libfuse cannot ask for.
@@ -72,11 +72,18 @@ uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t le
 struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void reader_set_pool(struct reader *r, const struct tm_handle *pool);
-/* A file was opened: its handle, a descriptor to ask for its size, which stays the caller's until reader_close. */
-int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate); /* -1: no memory */
-void reader_close(struct reader *r, uint64_t fh);
-/* The next READ of this file that reaches `offset` is for libfuse, once. UINT64_MAX: none. */
+/* A file was opened: its handle, and a descriptor, which stays the caller's until reader_close. `local`: to ask for its
+ * size takes no waiting. */
+int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool local); /* -1: no memory */
+/* Whether the descriptor is the reader's from now on, which has not done with it. */
+bool reader_close(struct reader *r, uint64_t fh);
+/* The next READ of this file that reaches `offset` is for libfuse, once. UINT64_MAX: none. 0: the next that hits, unless one
+ * has missed before. */
 void reader_mark(struct reader *r, uint64_t fh, uint64_t offset);
+/* It is being read ahead of: all misses are for libfuse. */
+void reader_stream(struct reader *r, uint64_t fh, bool streams);
+/* Whether one of the last misses of the file ended at `offset`, wherever it was answered. */
+bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset);
 /* Amend the reply to the OPEN or CREATE that gives out this handle: passthrough to the backing file; or to the OPENDIR:
  * the kernel may keep the listing that it will get, and still believe the last one. To be called before the reply.
  * -1: no memory. */

@@ -3,15 +3,19 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-enum { NEAR_BYTES = 256 << 10 }; /* between two misses of one stream: the kernel may send its requests in any order */
+enum { ENDS = 2 }; /* helpers may take two requests of a stream in the wrong order */
 
 struct file {
     struct file *next;
     uint64_t fh, mark;
     int fd;
-    bool has_missed, is_streamed;
-    uint64_t missed_end; /* of the last miss */
+    unsigned refs; /* of the table, and who holds it */
+    bool local, unnoted, is_streamed;
+    bool closes;   /* the descriptor is closed with the last reference */
+    unsigned nends;
+    uint64_t ends[ENDS]; /* of the last misses */
     struct gate *gate;
 };
 
@@ -74,10 +78,21 @@ int files_init(struct files *f)
     return f->buckets ? 0 : -1;
 }
 
-static void drop(struct file *one)
+static void destroy(struct file *one)
 {
+    if (one->closes)
+        close(one->fd);
     gate_drop(one->gate);
     free(one);
+}
+
+void files_release(struct files *f, struct file *one)
+{
+    pthread_mutex_lock(&f->lock);
+    bool last = !--one->refs;
+    pthread_mutex_unlock(&f->lock);
+    if (last)
+        destroy(one);
 }
 
 void files_free(struct files *f)
@@ -85,7 +100,7 @@ void files_free(struct files *f)
     for (unsigned i = 0; f->buckets && i < f->nbuckets; i++)
         for (struct file *one = f->buckets[i], *next; one; one = next) {
             next = one->next;
-            drop(one);
+            files_release(f, one);
         }
     free(f->buckets);
     pthread_mutex_destroy(&f->lock);
@@ -116,12 +131,12 @@ static void grow(struct files *f)
     f->nbuckets *= 2;
 }
 
-int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate)
+int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool local)
 {
     struct file *one = malloc(sizeof *one);
     if (!one)
         return -1;
-    *one = (struct file){.fh = fh, .mark = UINT64_MAX, .fd = fd, .gate = gate};
+    *one = (struct file){.fh = fh, .mark = UINT64_MAX, .fd = fd, .refs = 1, .local = local, .gate = gate};
     atomic_fetch_add(&gate->refs, 1);
     pthread_mutex_lock(&f->lock);
     if (f->count >= f->nbuckets)
@@ -134,32 +149,80 @@ int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate)
     *p = one;
     pthread_mutex_unlock(&f->lock);
     if (old)
-        drop(old);
+        files_release(f, old);
     return 0;
 }
 
-void files_remove(struct files *f, uint64_t fh)
+bool files_remove(struct files *f, uint64_t fh)
 {
+    bool used = false;
     pthread_mutex_lock(&f->lock);
     struct file **p = place(f, fh), *one = *p;
     if (one) {
         *p = one->next;
         f->count--;
+        one->closes = used = one->refs > 1;
     }
     pthread_mutex_unlock(&f->lock);
     if (one)
-        drop(one);
+        files_release(f, one);
+    return used;
+}
+
+struct file *files_hold(struct files *f, uint64_t fh)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one)
+        one->refs++;
+    pthread_mutex_unlock(&f->lock);
+    return one;
 }
 
 void files_mark(struct files *f, uint64_t fh, uint64_t offset)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one) {
+    if (one && offset)
         one->mark = offset;
-        one->is_streamed |= offset && offset != UINT64_MAX;
-    }
+    else if (one)
+        one->unnoted = true;
     pthread_mutex_unlock(&f->lock);
+}
+
+void files_noted(struct files *f, uint64_t fh)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one)
+        one->unnoted = false;
+    pthread_mutex_unlock(&f->lock);
+}
+
+void files_stream(struct files *f, uint64_t fh, bool streams)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one)
+        one->is_streamed = streams;
+    pthread_mutex_unlock(&f->lock);
+}
+
+static bool follows(const struct file *one, uint64_t offset)
+{
+    bool found = false;
+    for (unsigned i = 0; i < ENDS; i++)
+        found |= offset && one->ends[i] == offset;
+    return found;
+}
+
+bool files_follows(struct files *f, uint64_t fh, uint64_t offset)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    bool found = one && follows(one, offset);
+    pthread_mutex_unlock(&f->lock);
+    return found;
 }
 
 bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
@@ -177,22 +240,23 @@ bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
         out->size = g->size;
         pthread_mutex_unlock(&g->lock);
         out->fd = one->fd;
+        out->local = one->local;
+        out->unnoted = one->unnoted;
     }
     pthread_mutex_unlock(&f->lock);
     return found;
 }
 
-bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, struct missed *out)
+bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out)
 {
     bool may = false;
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
     if (one) {
         struct gate *g = one->gate;
-        uint64_t apart = start > one->missed_end ? start - one->missed_end : one->missed_end - start;
-        may = one->has_missed && !one->is_streamed && apart > NEAR_BYTES;
-        one->has_missed = true;
-        one->missed_end = end;
+        may = !one->is_streamed && (noted || !follows(one, start));
+        if (!noted)
+            one->ends[one->nends++ % ENDS] = end;
         pthread_mutex_lock(&g->lock);
         may = may && g->open && g->takes;
         memcpy(out->target.oid, g->oid, TM_OID);

@@ -21,6 +21,8 @@ struct target {
     uint8_t oid[TM_OID];
     uint64_t size;
     int fd;
+    bool local;   /* to ask for its size takes no waiting */
+    bool unnoted; /* its access time must be noted if the lower file is not read */
 };
 
 /* What one READ needs that has missed. */
@@ -30,6 +32,7 @@ struct missed {
     uint64_t turn;     /* of then */
 };
 
+struct file;
 struct files {
     pthread_mutex_t lock;
     struct file **buckets;
@@ -38,13 +41,22 @@ struct files {
 
 int files_init(struct files *f);
 void files_free(struct files *f);
-int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate);
-void files_remove(struct files *f, uint64_t fh);
+int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool local);
+/* Whether the descriptor is still used: then it is closed here, by the last who uses it. */
+bool files_remove(struct files *f, uint64_t fh);
 void files_mark(struct files *f, uint64_t fh, uint64_t offset);
+void files_stream(struct files *f, uint64_t fh, bool streams);
+/* Whether one of the last misses ended where `offset` is. */
+bool files_follows(struct files *f, uint64_t fh, uint64_t offset);
+/* Use a file although its program may not wait any more, and so may close it. NULL: it is not open. */
+struct file *files_hold(struct files *f, uint64_t fh);
+void files_release(struct files *f, struct file *one);
 /* Whether a READ of [offset, end) may be answered, and from what. Takes the mark away that it reaches. */
 bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out);
-/* Note that the bytes [start, end) of a file were missed. Whether they may be read and put here: not at the first miss,
- * nor near the one before (a stream may begin), nor in a file that has been read ahead of. */
-bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, struct missed *out);
+/* Note that the bytes [start, end) of a file were missed (unless that was `noted` before). Whether they may be read and put
+ * here: not if a miss before ended there (a stream may begin), nor in a file that is being read ahead of. */
+bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);
+/* The lower file was read, which notes the access. */
+void files_noted(struct files *f, uint64_t fh);
 
 #endif

@@ -15,6 +15,7 @@ struct flight {
     uint32_t size;          /* of a READ or WRITE: bytes that it may bring, or has brought */
     uint32_t thread;        /* who waits for it, 0 unknown */
     bool given;             /* libfuse has it */
+    bool held;              /* a thread of the reader has it */
     bool may_be_given_up;
     bool interrupted;       /* a signal has reached who waits */
     bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */

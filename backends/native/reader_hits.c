@@ -1,13 +1,17 @@
 #include "reader_hits.h"
 
-#include "reader_passing.h"
-
+#include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
 
-enum { MISS_PAGES = 16 }; /* to compress this much takes some 80 us; more is for a thread of Python's */
+#ifndef RWF_DONTCACHE
+#define RWF_DONTCACHE 0x80 /* Linux 6.14 */
+#endif
+
+enum { MISS_PAGES = 16 }; /* to compress this much takes some 80 us; more is for who may wait */
 
 /* A lock whose writers do not wait for ever although there is a reader at any time. */
 static void fair_lock_init(pthread_rwlock_t *lock)
@@ -19,9 +23,8 @@ static void fair_lock_init(pthread_rwlock_t *lock)
     pthread_rwlockattr_destroy(&attr);
 }
 
-int hits_init(struct hits *h, int device, size_t largest)
+int hits_init(struct hits *h, size_t largest)
 {
-    h->device = device;
     h->largest = largest;
     fair_lock_init(&h->pool_lock);
     return files_init(&h->files);
@@ -67,8 +70,8 @@ static uint64_t now_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Put what was read in the turn of `m`, if nothing was said to the gate since. */
-static void put(struct hits *h, const struct missed *m, uint32_t first, const uint8_t *data, uint32_t npages)
+/* Put what was read in the turn of `m`, if nothing was said to the gate since; how many pages. */
+static int64_t put_some(struct hits *h, const struct missed *m, uint32_t first, const uint8_t *data, uint32_t npages)
 {
     struct gate *g = m->gate;
     int64_t stored = 0;
@@ -88,71 +91,116 @@ static void put(struct hits *h, const struct missed *m, uint32_t first, const ui
     stored = stored < 0 ? 0 : stored;
     add(&h->put_pages, (uint64_t)stored);
     add(overtaken ? &h->overtaken_pages : &h->refused_pages, npages - (uint64_t)stored);
+    return stored;
+}
+
+/* In pieces, so that a change does not wait for long. The kernel's copy goes if the pool has all. */
+static void put(struct hits *h, const struct missed *m, uint32_t first, const uint8_t *data, uint32_t npages)
+{
+    uint32_t stored = 0;
+    for (uint32_t done = 0, n; done < npages; done += n) {
+        n = npages - done < MISS_PAGES ? npages - done : MISS_PAGES;
+        stored += (uint32_t)put_some(h, m, first + done, data + (size_t)done * TM_PAGE, n);
+    }
     if (stored == npages)
         (void)posix_fadvise(m->target.fd, (off_t)first * TM_PAGE, (off_t)npages * TM_PAGE, POSIX_FADV_DONTNEED);
 }
 
-/* Fill `data` with the missing pages, and put them. Whole pages only: where a file ends is asked in Python. */
-static bool fill(struct hits *h, uint64_t fh, uint32_t first, uint8_t *data, uint32_t npages)
+/* How many of the bytes at `start` could be read. */
+static uint64_t read_lower(struct hits *h, int fd, uint64_t start, uint8_t *data, uint64_t bytes, bool waits)
+{
+    uint64_t done = 0;
+    ssize_t n;
+    /* The kernel would read ahead, what would stay there if nobody came for it. Python switches it on for reads past
+     * the pool. */
+    (void)posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+    do {
+        struct iovec part = {data + done, bytes - done};
+        int past = atomic_load_explicit(&h->leaves_copies, memory_order_relaxed) ? 0 : RWF_DONTCACHE;
+        n = preadv2(fd, &part, 1, (off_t)(start + done), past | (waits ? 0 : RWF_NOWAIT));
+        if (n < 0 && past && errno == EOPNOTSUPP) {
+            atomic_store(&h->leaves_copies, true);
+            n = preadv2(fd, &part, 1, (off_t)(start + done), waits ? 0 : RWF_NOWAIT);
+        }
+        done += n > 0 ? (uint64_t)n : 0;
+    } while (waits && n > 0 && done < bytes);
+    return done;
+}
+
+/* Fill `data` with the missing pages, and put them. The last one must end where the file does: else it is for Python. */
+static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages,
+                       bool waits)
 {
     uint64_t start = (uint64_t)first * TM_PAGE, bytes = (uint64_t)npages * TM_PAGE;
-    struct iovec part = {data, bytes};
     struct missed m;
     pthread_rwlock_rdlock(&h->pool_lock);
     bool takes = pool_takes(h);
     pthread_rwlock_unlock(&h->pool_lock);
-    if (!takes || !files_missed(&h->files, fh, start, start + bytes, &m))
-        return false;
-    bool filled = false;
-    if (npages <= MISS_PAGES && start + bytes <= m.target.size) {
+    if (!takes || !files_missed(&h->files, fh, start, start + bytes, waits, &m))
+        return FOUND_NOT;
+    enum found result = FOUND_NOT;
+    if (m.target.size == t->size && !memcmp(m.target.oid, t->oid, TM_OID)) {
+        uint64_t there = t->size - start < bytes ? t->size - start : bytes, count = 0;
         uint64_t begun = now_ns();
         KP(96);
-        filled = preadv2(m.target.fd, &part, 1, (off_t)start, RWF_NOWAIT) == (ssize_t)bytes;
+        if (waits || npages <= MISS_PAGES)
+            count = read_lower(h, t->fd, start, data, bytes, waits);
         uint64_t read_by = now_ns();
         KP(97);
-        if (filled) {
+        if (count == there) {
+            memset(data + there, 0, bytes - there);
             put(h, &m, first, data, npages);
+            if (t->unnoted)
+                files_noted(&h->files, fh);
             add(&h->lower_ns, read_by - begun);
             add(&h->put_ns, now_ns() - read_by);
             add(&h->miss_reads, 1);
             add(&h->miss_pages, npages);
+            result = FOUND;
+        } else if (!waits) {
+            result = FOUND_IF_WAITING;
         }
     }
     gate_drop(m.gate);
-    return filled;
+    return result;
 }
 
-bool hits_answer(struct hits *h, const struct fuse_in_header *in, const struct fuse_read_in *read_in, uint8_t *data,
-                 bool may_wait)
+enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out)
 {
     uint64_t offset = read_in->offset, end = offset + read_in->size;
     struct target t;
     struct stat st;
     if (read_in->size > h->largest || end < offset || end > (UINT64_C(1) << 32) * TM_PAGE
         || !files_find(&h->files, read_in->fh, end, &t))
-        return false;
+        return FOUND_NOT;
     if (end > t.size) { /* whatever reaches the end asks where that is now */
-        if (!may_wait || fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
-            return false;
+        if (!waits && !t.local)
+            return FOUND_IF_WAITING;
+        if (fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
+            return FOUND_NOT;
         end = t.size;
     }
-    if (end <= offset) {
-        reply_bytes(h->device, in->unique, NULL, 0);
-        return true;
-    }
+    *out = (struct answer){NULL, 0};
+    if (end <= offset)
+        return FOUND;
     uint64_t first = offset / TM_PAGE, npages = (end + TM_PAGE - 1) / TM_PAGE - first;
     int64_t found = fetch(h, &t, (uint32_t)first, data, (uint32_t)npages);
     if (found < 0)
-        return false;
+        return FOUND_NOT;
     if (found < (int64_t)npages) {
         uint32_t have = (uint32_t)found;
-        if (!fill(h, read_in->fh, (uint32_t)first + have, data + have * TM_PAGE, (uint32_t)npages - have))
-            return false;
+        enum found rest = fill(h, read_in->fh, &t, (uint32_t)first + have, data + (size_t)have * TM_PAGE,
+                               (uint32_t)npages - have, waits);
+        if (rest != FOUND)
+            return rest;
+    } else if (t.unnoted) { /* once */
+        files_noted(&h->files, read_in->fh);
+        return FOUND_NOT;
     } else {
         add(&h->reads, 1);
         add(&h->bytes, end - offset);
     }
     add(&h->pages, (uint64_t)found);
-    reply_bytes(h->device, in->unique, data + offset % TM_PAGE, end - offset);
-    return true;
+    *out = (struct answer){data + offset % TM_PAGE, end - offset};
+    return FOUND;
 }

@@ -267,7 +267,7 @@ static void give_up(struct passing *p, struct flight *f)
     atomic_fetch_add_explicit(&p->given_up, 1, memory_order_relaxed);
     reply_error(p->device, f->unique, -EINTR);
     f->given_up = true;
-    if (f->given)
+    if (f->given || f->held)
         return;
     if (take_out(&p->unsent, f->unique) && f->opcode == FUSE_READ)
         p->reading -= f->size;
@@ -384,6 +384,58 @@ enum passed pass_on(struct passing *p, struct buffer **request, size_t length)
     if (answered && result == PASSED_NOT)
         reply_error(p->device, unique, -EIO); /* nobody else will */
     return result;
+}
+
+/* ---- Requests that are waited for here --------------------------------------------------------------------- */
+
+bool passing_hold(struct passing *p, const struct fuse_in_header *in)
+{
+    pthread_mutex_lock(&p->lock);
+    struct flight *f = flights_add(&p->flights, in->unique);
+    if (f) {
+        f->opcode = in->opcode;
+        f->thread = in->pid;
+        f->held = f->may_be_given_up = true;
+        if (was_early(p, f->unique))
+            note_interrupt(p, f);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return f != NULL;
+}
+
+/* Take one that is held out; false: it was given up. `interrupted`: by a signal that was not fatal yet. */
+static bool take_held(struct passing *p, uint64_t unique, bool *interrupted)
+{
+    struct flight *f = flights_take(&p->flights, unique);
+    bool given_up = f->given_up;
+    *interrupted = f->interrupted && !given_up;
+    if (*interrupted)
+        atomic_fetch_sub(&p->interrupted, 1);
+    free(f);
+    return !given_up;
+}
+
+bool passing_end_held(struct passing *p, uint64_t unique)
+{
+    bool interrupted;
+    pthread_mutex_lock(&p->lock);
+    bool wanted = take_held(p, unique, &interrupted);
+    pthread_mutex_unlock(&p->lock);
+    return wanted;
+}
+
+void passing_pass_held(struct passing *p, struct buffer **request, size_t length)
+{
+    const struct fuse_in_header *in = (const void *)(*request)->data;
+    bool interrupted;
+    pthread_mutex_lock(&p->lock);
+    if (take_held(p, in->unique, &interrupted)) {
+        if (interrupted)
+            p->early[p->nearly++ % (sizeof p->early / sizeof *p->early)] = in->unique;
+        if (pass_request(p, request, length) == PASSED_NOT)
+            reply_error(p->device, in->unique, -EIO);
+    }
+    pthread_mutex_unlock(&p->lock);
 }
 
 /* ---- Questions -------------------------------------------------------------------------------------------- */

@@ -30,6 +30,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+struct fuse_in_header;
 struct message;
 struct queue {
     struct message *first, **last;
@@ -85,6 +86,12 @@ bool passing_expects(const struct passing *p);
 bool passing_quiet(struct passing *p);
 /* The bytes of the WRITE whose number libfuse was given; the buffer is held. NULL: there is no such request. */
 struct buffer *passing_payload(struct passing *p, uint64_t unique, size_t *start, size_t *length);
+
+/* A READ that is waited for here (`reader_waiting`) is a flight until one of the others: so it can be given up. False: no
+ * memory. */
+bool passing_hold(struct passing *p, const struct fuse_in_header *in);
+bool passing_end_held(struct passing *p, uint64_t unique); /* whether it is still to be answered */
+void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */
 
 /* For the half that passes replies back (`reader_returning.c`), with the lock held. */
 uint32_t room_for(size_t bytes); /* of the socket, for a reply of at most so many bytes */

@@ -111,7 +111,7 @@ def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB, away_ms: 
     with kernel, device, ours, libfuse:
         reader.set_pool(pool)
         gate.set(OID, len(content), True)
-        reader.open(FH, file, gate)
+        reader.open(FH, file, gate, True)
         yield Desk(reader, pool, gate, kernel, libfuse, content, file)
         reader.close()
     os.close(file)

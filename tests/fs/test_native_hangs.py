@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +84,28 @@ def test_who_is_killed_ends_at_once(
     faulty.heal()
     assert (place.point / "slow").read_bytes() == CONTENT
     assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_who_is_killed_at_the_end_of_a_file_ends_at_once(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """All pages are in the pool, but where the file ends only the lower knows. It is closed meanwhile."""
+    last = len(CONTENT) - PAGE_SIZE
+    with (place.point / "other").open("rb", buffering=0) as other:
+        assert os.pread(other.fileno(), 2 * PAGE_SIZE, last) == CONTENT[last:]
+        faulty.fail("getattr", hangs=True, name="other")
+        code = f"import os, sys; os.pread(int(sys.argv[1]), {2 * PAGE_SIZE}, {last})"
+        number = other.fileno()
+        with subprocess.Popen([sys.executable, "-c", code, str(number)], pass_fds=[number]) as waiting:
+            other.close()
+            eventually(lambda: "getattr" in faulty.waiting())
+            waiting.kill()
+            assert waiting.wait(10) == -signal.SIGKILL
+            assert "getattr" in faulty.waiting()
+    faulty.heal()
+    assert (place.point / "other").read_bytes() == CONTENT
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
 

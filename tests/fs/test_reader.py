@@ -93,6 +93,19 @@ def test_a_file_whose_size_has_changed(desk: Desk, tmp_path: Path) -> None:
     assert desk.forwarded() == (READ, unique)
 
 
+def test_where_a_file_ends_is_asked_by_a_thread_if_that_may_take_long(desk: Desk, tmp_path: Path) -> None:
+    desk.reader.open(FH, desk.file, desk.gate, False)
+    unique = desk.read(39 * PAGE_SIZE, 2 * PAGE_SIZE)
+    assert desk.serve() == NOTHING
+    assert desk.answer() == (unique, 0, desk.content[39 * PAGE_SIZE :])
+    desk.read(0, 4096)
+    assert desk.serve() == NOTHING  # a hit needs nobody
+    os.truncate(tmp_path / "file", 5 * PAGE_SIZE)
+    unique = desk.read(39 * PAGE_SIZE, PAGE_SIZE)
+    assert desk.reader.serve(-1, 10_000) == REQUEST  # the thread passes it on
+    assert desk.forwarded() == (READ, unique)
+
+
 def test_without_a_pool(desk: Desk) -> None:
     desk.reader.set_pool(None)
     unique = desk.read(0, 4096)

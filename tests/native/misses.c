@@ -1,5 +1,5 @@
 /* What the native reader reads of a lower file and puts, against changes of that file: by interleavings. A thread answers
- * a READ and stops at a named point of `reader_hits.c`; meanwhile the file is changed as `fs/coherence.py` does it (close
+ * a READ, one that the kernel has cached or one that waits for the lower, and stops at a named point of `reader_hits.c`; meanwhile the file is changed as `fs/coherence.py` does it (close
  * the gate, flush, change, flush, open the gate). Whatever the order, the pool never has old bytes afterwards.
  *
  *     misses SEGMENT FILE      (FILE: on a file system that can read without waiting) */
@@ -8,12 +8,12 @@
 #include "witness.h"
 
 #include <fcntl.h>
-#include <sys/socket.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { PUTTING = 95, BEFORE_READ = 96, AFTER_READ = 97 }; /* the points */
-enum { FH = 5, PAGES = 1024, AT = 300, NPAGES = 3 };
+enum { FH = 5, PAGES = 1024, AT = 300, MANY = 40 }; /* MANY: more than are put at a time */
 
 static _Atomic uint32_t stop_at, reached, go;
 static _Thread_local bool stops;
@@ -33,7 +33,8 @@ struct world {
     struct hits hits;
     struct gate *gate;
     struct tm_handle pool;
-    int file, kernel; /* the lower file, and the other end of the device */
+    int file;   /* the lower file */
+    bool waits; /* how READs are answered: by who may wait, and for more pages than others take */
     uint8_t oid[TM_OID];
     uint64_t version; /* of all its pages */
 };
@@ -51,18 +52,22 @@ static void write_file(struct world *w)
 
 static void say(struct world *w, bool open) { gate_set(w->gate, w->oid, (uint64_t)PAGES * TM_PAGE, open, true); }
 
-static bool read_pages(struct world *w, uint32_t first, uint32_t npages)
+static uint8_t data[MANY * TM_PAGE];
+static struct answer given;
+
+static enum found read_pages(struct world *w, uint32_t first, uint32_t npages, bool waits)
 {
-    static uint8_t data[NPAGES * TM_PAGE];
-    struct fuse_in_header in = {.opcode = FUSE_READ, .unique = 1};
     struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)first * TM_PAGE, .size = npages * TM_PAGE};
-    return hits_answer(&w->hits, &in, &read_in, data, true);
+    return hits_find(&w->hits, &read_in, data, waits, &given);
 }
+
+static uint32_t npages(const struct world *w) { return w->waits ? MANY : 3; }
 
 static void *answer(void *arg)
 {
+    struct world *w = arg;
     stops = true;
-    return (void *)(uintptr_t)read_pages(arg, AT, NPAGES);
+    return (void *)(uintptr_t)(read_pages(w, AT, npages(w), w->waits) == FOUND);
 }
 
 static void begin(struct world *w, pthread_t *thread, uint32_t point)
@@ -80,23 +85,21 @@ static void begin(struct world *w, pthread_t *thread, uint32_t point)
 /* The READ was answered with pages of `version`. */
 static void finish(struct world *w, pthread_t thread, uint64_t version)
 {
-    uint8_t reply[sizeof(struct fuse_out_header) + NPAGES * TM_PAGE];
     void *answered;
     atomic_store(&go, 1);
     pthread_join(thread, &answered);
     expect(answered != NULL, "the READ was not answered");
-    ssize_t n = recv(w->kernel, reply, sizeof reply, MSG_DONTWAIT);
-    expect(n == sizeof reply, "a reply of %zd bytes", n);
-    for (uint32_t i = 0; n == sizeof reply && i < NPAGES; i++)
-        expect(page_is(reply + sizeof(struct fuse_out_header) + i * TM_PAGE, AT + i, version), "wrong bytes in the reply");
+    expect(given.length == npages(w) * TM_PAGE, "an answer of %zu bytes", given.length);
+    for (uint32_t i = 0; answered && i < npages(w); i++)
+        expect(page_is(given.bytes + i * TM_PAGE, AT + i, version), "wrong bytes in the answer");
 }
 
 static void flush(struct world *w) { (void)tm_flush(&w->pool, w->oid, 0, gate_top(w->gate)); }
 
 static int64_t stored(struct world *w, uint64_t version)
 {
-    uint8_t pages[NPAGES * TM_PAGE];
-    int64_t n = tm_get(&w->pool, w->oid, AT, pages, NPAGES);
+    uint8_t pages[MANY * TM_PAGE];
+    int64_t n = tm_get(&w->pool, w->oid, AT, pages, npages(w));
     for (uint32_t i = 0; i < (uint32_t)(n > 0 ? n : 0); i++)
         expect(page_is(pages + i * TM_PAGE, AT + i, version), "old bytes are in the pool");
     return n;
@@ -116,9 +119,9 @@ static void undisturbed(struct world *w)
     pthread_t thread;
     begin(w, &thread, 0);
     finish(w, thread, w->version);
-    expect(stored(w, w->version) == NPAGES, "it was not put");
-    expect(gate_top(w->gate) == AT + NPAGES, "the gate does not know how far it was put");
-    expect(atomic_load(&w->hits.miss_reads) == 1 && atomic_load(&w->hits.put_pages) == NPAGES, "counted wrongly");
+    expect(stored(w, w->version) == npages(w), "it was not put");
+    expect(gate_top(w->gate) == AT + npages(w), "the gate does not know how far it was put");
+    expect(atomic_load(&w->hits.miss_reads) == 1 && atomic_load(&w->hits.put_pages) == npages(w), "counted wrongly");
     begin(w, &thread, 0);
     finish(w, thread, w->version);
     expect(atomic_load(&w->hits.reads) == 1, "the second one is no hit");
@@ -131,7 +134,7 @@ static void read_before_a_change(struct world *w)
     own_change(w);
     finish(w, thread, w->version - 1);
     expect(stored(w, w->version) == 0, "what was overtaken was put");
-    expect(atomic_load(&w->hits.overtaken_pages) == NPAGES, "counted wrongly");
+    expect(atomic_load(&w->hits.overtaken_pages) == npages(w), "counted wrongly");
 }
 
 static void begun_before_a_change(struct world *w)
@@ -150,7 +153,7 @@ static void *change(void *arg)
     return NULL;
 }
 
-/* A change waits for a put under way, and then flushes it. */
+/* A change waits for a put under way, and then flushes it; if more is to be put, it comes between. */
 static void put_while_a_change_begins(struct world *w)
 {
     pthread_t thread, changing;
@@ -195,22 +198,65 @@ static void the_pool_goes(struct world *w)
     expect(stored(w, w->version) == 0, "it was put to a pool that is not used any more");
 }
 
-static void what_is_for_python(struct world *w)
+/* The program was killed and its file closed, while the lower was read: the descriptor stays as long as it is used. */
+static void closed_while_it_waits(struct world *w)
 {
-    expect(read_pages(w, AT, NPAGES), "a miss far from the one before is answered");
-    expect(!read_pages(w, AT + NPAGES, 1), "a miss near the one before");
-    if (ftruncate(w->file, (off_t)PAGES * TM_PAGE - 100))
+    pthread_t thread;
+    int fd = w->file;
+    struct file *held = files_hold(&w->hits.files, FH);
+    w->file = dup(fd); /* for the next scenario */
+    begin(w, &thread, BEFORE_READ);
+    expect(files_remove(&w->hits.files, FH), "a descriptor that is used was left to who closes it");
+    finish(w, thread, w->version);
+    expect(fcntl(fd, F_GETFD) >= 0, "the descriptor was closed while it was used");
+    files_release(&w->hits.files, held);
+    expect(fcntl(fd, F_GETFD) < 0, "the descriptor was not closed");
+}
+
+static void what_is_for_whom(struct world *w)
+{
+    const uint64_t size = (uint64_t)PAGES * TM_PAGE;
+    expect(read_pages(w, 0, 3, false) == FOUND, "the first miss of a file");
+    expect(read_pages(w, AT, 3, false) == FOUND, "a miss far from the one before");
+    expect(read_pages(w, AT - 3, 3, false) == FOUND, "a miss just before the one before");
+    expect(read_pages(w, AT + 3, 1, false) == FOUND_NOT, "a miss where one ended: it may be a stream");
+    expect(files_follows(&w->hits.files, FH, (uint64_t)(AT + 4) * TM_PAGE), "a miss for Python was not noted");
+    expect(read_pages(w, AT + 8, MANY, false) == FOUND_IF_WAITING, "many pages take long");
+    expect(read_pages(w, AT + 8, MANY, true) == FOUND, "many pages, by who may wait");
+    if (ftruncate(w->file, (off_t)size - 100))
         exit(2);
-    gate_set(w->gate, w->oid, (uint64_t)PAGES * TM_PAGE - 100, true, true);
-    expect(!read_pages(w, PAGES - 1, 1), "a page that the file ends in");
-    gate_set(w->gate, w->oid, (uint64_t)PAGES * TM_PAGE - 100, true, false);
-    expect(!read_pages(w, 0, 1), "a file whose misses are not taken");
+    gate_set(w->gate, w->oid, size - 100, true, true);
+    expect(read_pages(w, PAGES - 1, 1, w->waits) == FOUND, "a page that the file ends in");
+    expect(given.length == TM_PAGE - 100, "%zu bytes of the last page", given.length);
+    uint8_t last[TM_PAGE], none[100] = {0};
+    expect(tm_get(&w->pool, w->oid, PAGES - 1, last, 1) == 1, "the last page was not put");
+    expect(!memcmp(last + TM_PAGE - 100, none, 100), "the last page has no zeros after its end");
+    gate_set(w->gate, w->oid, size - 200, true, true);
+    expect(read_pages(w, PAGES - 2, 2, true) == FOUND_NOT, "the end of a file that is elsewhere now");
+    gate_set(w->gate, w->oid, size - 100, true, false);
+    expect(read_pages(w, 100, 1, false) == FOUND_NOT, "a file whose misses are not taken");
     say(w, false);
-    expect(!read_pages(w, AT, 1), "a closed gate");
+    expect(read_pages(w, AT, 1, true) == FOUND_NOT, "a closed gate");
     say(w, true);
-    files_mark(&w->hits.files, FH, TM_PAGE);
-    files_mark(&w->hits.files, FH, UINT64_MAX);
-    expect(!read_pages(w, 2 * AT, 1), "a file that was read ahead of");
+    files_stream(&w->hits.files, FH, true);
+    expect(read_pages(w, 2 * AT, 1, false) == FOUND_NOT, "a file that is read ahead of");
+    files_stream(&w->hits.files, FH, false);
+    expect(read_pages(w, 2 * AT, 1, false) == FOUND, "a file that is not read ahead of any more");
+}
+
+/* A lower that is elsewhere: where its file ends is not known at once. The access of a hit is noted in Python. */
+static void not_at_once(struct world *w)
+{
+    files_remove(&w->hits.files, FH);
+    files_add(&w->hits.files, FH, w->file, w->gate, false);
+    expect(read_pages(w, PAGES - 1, 2, false) == FOUND_IF_WAITING, "the end of a lower that may hang");
+    expect(read_pages(w, PAGES - 1, 2, true) == FOUND && given.length == TM_PAGE, "its last page");
+    files_mark(&w->hits.files, FH, 0);
+    expect(read_pages(w, PAGES - 1, 1, false) == FOUND_NOT, "a hit whose access must be noted");
+    expect(read_pages(w, PAGES - 1, 1, false) == FOUND, "once");
+    files_mark(&w->hits.files, FH, 0);
+    expect(read_pages(w, AT, 1, false) == FOUND, "a miss is noted by itself");
+    expect(read_pages(w, AT, 1, false) == FOUND, "and is a hit from then on");
 }
 
 static const struct {
@@ -224,36 +270,33 @@ static const struct {
     {"read_before_a_foreign_change_is_found", read_before_a_foreign_change_is_found},
     {"another_object", another_object},
     {"the_pool_goes", the_pool_goes},
-    {"what_is_for_python", what_is_for_python},
+    {"closed_while_it_waits", closed_while_it_waits},
+    {"what_is_for_whom", what_is_for_whom},
+    {"not_at_once", not_at_once},
 };
 
-static void run(struct tm_segment *seg, const char *path, unsigned n)
+static void run(struct tm_segment *seg, const char *path, unsigned n, bool waits)
 {
-    struct world w = {.pool = {.seg = seg}};
+    struct world w = {.pool = {.seg = seg}, .waits = waits};
     struct tm_ctx *ctx = ctx_get(seg);
     uint32_t id, serial;
-    int ends[2];
     scenario = scenarios[n].name;
     oid_make(w.oid, n);
-    w.oid[TM_OID - 1] = 1;
+    w.oid[TM_OID - 1] = waits;
     client_open(ctx, "test", true, &id, &serial);
     if (pool_new(ctx, id, serial, &(struct pool_wish){.id = -1}, &w.pool.pool, &w.pool.serial) != TM_OK
-        || socketpair(AF_UNIX, SOCK_SEQPACKET, 0, ends) || hits_init(&w.hits, ends[0], 1 << 20))
+        || hits_init(&w.hits, 1 << 20))
         exit(2);
-    w.kernel = ends[1];
     w.file = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
     write_file(&w);
     w.gate = gate_new();
     say(&w, true);
     hits_use(&w.hits, &w.pool);
-    files_add(&w.hits.files, FH, w.file, w.gate);
-    expect(!read_pages(&w, 0, 1), "the first miss of a file is for Python");
+    files_add(&w.hits.files, FH, w.file, w.gate, true);
     scenarios[n].run(&w);
     hits_free(&w.hits);
     gate_drop(w.gate);
     close(w.file);
-    close(ends[0]);
-    close(ends[1]);
     pool_destroy(ctx, w.pool.pool, w.pool.serial);
 }
 
@@ -265,7 +308,8 @@ int main(int argc, char **argv)
         return 2;
     }
     for (unsigned n = 0; n < sizeof scenarios / sizeof *scenarios; n++)
-        run(seg, argv[2], n);
+        for (int waits = 0; waits < 2; waits++)
+            run(seg, argv[2], n, waits);
     tm_close(seg);
     unlink(argv[1]);
     if (!failures)

@@ -1,0 +1,37 @@
+/* READs that wait for the lower, in threads of their own, so that hits and other requests do not wait behind them.
+ *
+ * Each is a flight meanwhile (`reader_passing.h`): its program may be killed, and is then answered at once, whatever the
+ * lower does; the thread goes on, and its bytes are for the pool alone. A file that is closed meanwhile stays open until
+ * then (`files_hold`). What cannot be answered here after all goes to libfuse. Threads are started as they are needed; when
+ * all wait, READs go to libfuse at once, which has threads of its own. */
+#ifndef READER_WAITING_H
+#define READER_WAITING_H
+
+#include "reader_hits.h"
+#include "reader_passing.h"
+
+enum { WAITERS_MOST = 16 }; /* so many READs at a time keep any disk busy */
+
+struct errand;
+struct waiting {
+    struct hits *hits;
+    struct passing *passing;
+    pthread_mutex_t lock;
+    pthread_cond_t called;
+    struct errand *first, **last; /* no more than threads that will come for them */
+    unsigned nthreads, idle;
+    bool ending;
+    pthread_t threads[WAITERS_MOST];
+};
+
+void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing);
+/* Waits for the threads, and so for the lower. */
+void waiting_free(struct waiting *w);
+/* Have the READ in `*request` found by way of `*data`: buffers that are not the caller's any more, and NULL, if it
+ * comes back true. */
+bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length);
+
+/* Start a thread of the reader: with a small stack, and no signals: those are for the threads that Python knows. */
+int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg);
+
+#endif
