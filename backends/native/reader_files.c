@@ -5,7 +5,11 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { ENDS = 2 }; /* helpers may take two requests of a stream in the wrong order */
+enum {
+    ENDS = 2,       /* helpers may take two requests of a stream in the wrong order */
+    COLD_AFTER = 4, /* misses that the kernel did not have, one after the other: asking costs 3 us each time */
+    TRY_EVERY = 16, /* of those that follow */
+};
 
 struct file {
     struct file *next;
@@ -14,6 +18,7 @@ struct file {
     unsigned refs; /* of the table, and who holds it */
     bool local, unnoted, is_streamed;
     bool closes;   /* the descriptor is closed with the last reference */
+    unsigned cold; /* misses that the kernel did not have, since the last that it had */
     unsigned nends;
     uint64_t ends[ENDS]; /* of the last misses */
     struct gate *gate;
@@ -199,6 +204,15 @@ void files_noted(struct files *f, uint64_t fh)
     pthread_mutex_unlock(&f->lock);
 }
 
+void files_had(struct files *f, uint64_t fh, bool had)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one)
+        one->cold = had ? 0 : one->cold + 1;
+    pthread_mutex_unlock(&f->lock);
+}
+
 void files_stream(struct files *f, uint64_t fh, bool streams)
 {
     pthread_mutex_lock(&f->lock);
@@ -257,6 +271,7 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
         may = !one->is_streamed && (noted || !follows(one, start));
         if (!noted)
             one->ends[one->nends++ % ENDS] = end;
+        out->tries = one->cold < COLD_AFTER || one->cold % TRY_EVERY == 0;
         pthread_mutex_lock(&g->lock);
         may = may && g->open && g->takes;
         memcpy(out->target.oid, g->oid, TM_OID);

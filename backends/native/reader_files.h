@@ -30,6 +30,7 @@ struct missed {
     struct target target;
     struct gate *gate; /* a reference */
     uint64_t turn;     /* of then */
+    bool tries;        /* it is worth to ask the kernel first whether it has the pages */
 };
 
 struct file;
@@ -58,5 +59,7 @@ bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out);
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);
 /* The lower file was read, which notes the access. */
 void files_noted(struct files *f, uint64_t fh);
+/* Whether the kernel had what was missed. */
+void files_had(struct files *f, uint64_t fh, bool had);
 
 #endif

@@ -94,15 +94,15 @@ static int64_t put_some(struct hits *h, const struct missed *m, uint32_t first, 
     return stored;
 }
 
-/* In pieces, so that a change does not wait for long. The kernel's copy goes if the pool has all. */
-static void put(struct hits *h, const struct missed *m, uint32_t first, const uint8_t *data, uint32_t npages)
+/* In pieces, so that a change does not wait for long. The kernel's copy, if there may be one, goes if the pool has all. */
+static void put(struct hits *h, const struct missed *m, uint32_t first, const uint8_t *data, uint32_t npages, bool copied)
 {
     uint32_t stored = 0;
     for (uint32_t done = 0, n; done < npages; done += n) {
         n = npages - done < MISS_PAGES ? npages - done : MISS_PAGES;
         stored += (uint32_t)put_some(h, m, first + done, data + (size_t)done * TM_PAGE, n);
     }
-    if (stored == npages)
+    if (copied && stored == npages)
         (void)posix_fadvise(m->target.fd, (off_t)first * TM_PAGE, (off_t)npages * TM_PAGE, POSIX_FADV_DONTNEED);
 }
 
@@ -143,13 +143,16 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
         uint64_t there = t->size - start < bytes ? t->size - start : bytes, count = 0;
         uint64_t begun = now_ns();
         KP(96);
-        if (waits || npages <= MISS_PAGES)
+        if (waits || (npages <= MISS_PAGES && m.tries))
             count = read_lower(h, t->fd, start, data, bytes, waits);
+        if (!waits && npages <= MISS_PAGES)
+            files_had(&h->files, fh, count);
         uint64_t read_by = now_ns();
         KP(97);
         if (count == there) {
             memset(data + there, 0, bytes - there);
-            put(h, &m, first, data, npages);
+            /* One page that was waited for was read past the cache. */
+            put(h, &m, first, data, npages, !waits || npages > 1 || atomic_load(&h->leaves_copies));
             if (t->unnoted)
                 files_noted(&h->files, fh);
             add(&h->lower_ns, read_by - begun);

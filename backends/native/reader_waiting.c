@@ -6,7 +6,6 @@
 enum { STACK_BYTES = 256 << 10 };
 
 struct errand {
-    struct errand *next;
     struct buffer *request, *data;
     size_t length;
     struct file *file; /* held */
@@ -43,59 +42,54 @@ static void run_errand(struct waiting *w, struct errand *e)
 
 static void *wait_for_lower(void *arg)
 {
-    struct waiting *w = arg;
-    pthread_mutex_lock(&w->lock);
+    struct waiter *self = arg;
+    struct waiting *w = self->waiting;
     for (;;) {
-        struct errand *e;
-        while (!(e = w->first) && !w->ending)
-            pthread_cond_wait(&w->called, &w->lock);
-        if (!e)
-            break;
-        if (!(w->first = e->next))
-            w->last = &w->first;
-        w->idle--;
-        pthread_mutex_unlock(&w->lock);
-        run_errand(w, e);
+        while (sem_wait(&self->called))
+            ; /* a signal */
+        if (!self->errand)
+            return NULL;
+        run_errand(w, self->errand);
+        self->errand = NULL;
         pthread_mutex_lock(&w->lock);
-        w->idle++;
+        w->idle[w->nidle++] = self;
+        pthread_mutex_unlock(&w->lock);
     }
-    pthread_mutex_unlock(&w->lock);
-    return NULL;
 }
 
 void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing)
 {
     *w = (struct waiting){.hits = hits, .passing = passing};
-    w->last = &w->first;
     pthread_mutex_init(&w->lock, NULL);
-    pthread_cond_init(&w->called, NULL);
 }
 
 void waiting_free(struct waiting *w)
 {
-    pthread_mutex_lock(&w->lock);
-    w->ending = true;
-    pthread_cond_broadcast(&w->called);
-    pthread_mutex_unlock(&w->lock);
-    for (unsigned i = 0; i < w->nthreads; i++)
-        pthread_join(w->threads[i], NULL);
+    for (unsigned i = 0; i < w->nthreads; i++) {
+        struct waiter *one = &w->waiters[i];
+        sem_post(&one->called); /* for nothing: it comes to that when it has done what it has in hand */
+        pthread_join(one->thread, NULL);
+        sem_destroy(&one->called);
+    }
     pthread_mutex_destroy(&w->lock);
-    pthread_cond_destroy(&w->called);
 }
 
-/* Whether a thread will come for one errand more. The lock is held. */
-static bool has_thread(struct waiting *w)
+/* A thread that does nothing; NULL: all are at work. The lock is held. */
+static struct waiter *find_idle(struct waiting *w)
 {
-    unsigned queued = 0;
-    for (const struct errand *e = w->first; e; e = e->next)
-        queued++;
-    if (queued < w->idle)
-        return true;
-    if (w->nthreads == WAITERS_MOST || reader_thread(&w->threads[w->nthreads], wait_for_lower, w))
-        return false;
+    if (w->nidle)
+        return w->idle[--w->nidle];
+    if (w->nthreads == WAITERS_MOST)
+        return NULL;
+    struct waiter *one = &w->waiters[w->nthreads];
+    one->waiting = w;
+    sem_init(&one->called, 0, 0);
+    if (reader_thread(&one->thread, wait_for_lower, one)) {
+        sem_destroy(&one->called);
+        return NULL;
+    }
     w->nthreads++;
-    w->idle++;
-    return true;
+    return one;
 }
 
 bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length)
@@ -103,7 +97,7 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
     const struct fuse_in_header *in = (const void *)(*request)->data;
     const struct fuse_read_in *read_in = (const void *)(in + 1);
     struct errand *e = malloc(sizeof *e);
-    bool given = false;
+    struct waiter *waiter;
     if (!e)
         return false;
     *e = (struct errand){.request = *request, .data = *data, .length = length};
@@ -112,18 +106,19 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
         return false;
     }
     pthread_mutex_lock(&w->lock);
-    if (has_thread(w) && passing_hold(w->passing, in)) {
-        *w->last = e;
-        w->last = &e->next;
-        *request = *data = NULL;
-        given = true;
+    waiter = find_idle(w);
+    if (waiter && !passing_hold(w->passing, in)) {
+        w->idle[w->nidle++] = waiter;
+        waiter = NULL;
     }
     pthread_mutex_unlock(&w->lock);
-    if (given) {
-        pthread_cond_signal(&w->called); /* not before: it would wait for the lock at once */
+    if (waiter) {
+        *request = *data = NULL;
+        waiter->errand = e;
+        sem_post(&waiter->called);
     } else {
         files_release(&w->hits->files, e->file);
         free(e);
     }
-    return given;
+    return waiter != NULL;
 }

@@ -10,6 +10,8 @@
 #include "reader_hits.h"
 #include "reader_passing.h"
 
+#include <semaphore.h>
+
 enum { WAITERS_MOST = 16 }; /* so many READs at a time keep any disk busy */
 
 struct errand;
@@ -17,11 +19,14 @@ struct waiting {
     struct hits *hits;
     struct passing *passing;
     pthread_mutex_t lock;
-    pthread_cond_t called;
-    struct errand *first, **last; /* no more than threads that will come for them */
-    unsigned nthreads, idle;
-    bool ending;
-    pthread_t threads[WAITERS_MOST];
+    unsigned nthreads, nidle;
+    struct waiter *idle[WAITERS_MOST]; /* the last used is called first */
+    struct waiter {
+        struct waiting *waiting;
+        pthread_t thread;
+        sem_t called;
+        struct errand *errand; /* NULL when called: the end */
+    } waiters[WAITERS_MOST];
 };
 
 void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing);

@@ -259,6 +259,19 @@ static void not_at_once(struct world *w)
     expect(read_pages(w, AT, 1, false) == FOUND, "and is a hit from then on");
 }
 
+/* Whether the kernel has a page is not asked each time if it did not have the last ones. */
+static void a_cold_file(struct world *w)
+{
+    for (int i = 0; i < 5; i++)
+        files_had(&w->hits.files, FH, false);
+    expect(read_pages(w, AT, 1, false) == FOUND_IF_WAITING, "it was asked");
+    expect(read_pages(w, AT, 1, true) == FOUND, "who waits asks nobody");
+    for (int i = 0; i < 10; i++)
+        files_had(&w->hits.files, FH, false);
+    expect(read_pages(w, AT + 10, 1, false) == FOUND, "it was never asked again");
+    expect(read_pages(w, AT + 20, 1, false) == FOUND, "the kernel has them again");
+}
+
 static const struct {
     const char *name;
     void (*run)(struct world *w);
@@ -273,6 +286,7 @@ static const struct {
     {"closed_while_it_waits", closed_while_it_waits},
     {"what_is_for_whom", what_is_for_whom},
     {"not_at_once", not_at_once},
+    {"a_cold_file", a_cold_file},
 };
 
 static void run(struct tm_segment *seg, const char *path, unsigned n, bool waits)
