@@ -2,13 +2,15 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/utsname.h>
 #include <time.h>
 
 #ifndef RWF_DONTCACHE
-#define RWF_DONTCACHE 0x80 /* Linux 6.14 */
+#define RWF_DONTCACHE 0x80
 #endif
 
 enum { MISS_PAGES = 16 }; /* to compress this much takes some 80 us; more is for who may wait */
@@ -23,8 +25,17 @@ static void fair_lock_init(pthread_rwlock_t *lock)
     pthread_rwlockattr_destroy(&attr);
 }
 
+/* From Linux 6.16 on: 6.14 has RWF_DONTCACHE, but may drop a page that is being written back. */
+static bool reads_past_cache(void)
+{
+    struct utsname name;
+    unsigned major, minor;
+    return !uname(&name) && sscanf(name.release, "%u.%u", &major, &minor) == 2 && (major > 6 || (major == 6 && minor >= 16));
+}
+
 int hits_init(struct hits *h, size_t largest)
 {
+    atomic_init(&h->leaves_copies, !reads_past_cache());
     h->largest = largest;
     fair_lock_init(&h->pool_lock);
     return files_init(&h->files);
