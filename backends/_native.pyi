@@ -18,6 +18,9 @@ OID_SIZE: int
 UUID_SIZE: int
 VERSION: int  # of the segment's layout
 
+def linked_handle(descriptor: int, /) -> bytes | None:
+    """Return an open file's handle as `syscalls.file_handle` does; None also if the file has no name now."""
+
 def checksum(data: Buffer) -> int:
     """XXH3 of `data`, 64 bits; what save files and handoffs are protected with. Releases the GIL."""
 

@@ -27,7 +27,7 @@ _MAX_GENERATION = (1 << 32) - 1  # the kernel keeps 32 bits, and compares all
 _FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Inode:
     """One lower file that the kernel holds lookups of."""
 
@@ -70,6 +70,9 @@ class InodeTable:
     """
 
     def __init__(self, root: int, quota: int) -> None:
+        from tmem.backends import _native
+
+        self._linked_handle = _native.linked_handle
         status = os.fstat(root)
         self.device = status.st_dev
         self._root = root
@@ -279,7 +282,10 @@ class InodeTable:
         if not self._by_handle or inode.opens or inode.key[0] != self.device:
             return False
         with contextlib.suppress(OSError):
-            return os.fstat(inode.descriptor).st_nlink > 0 and self.handle(inode) is not None
+            handle = self._linked_handle(inode.descriptor)
+            if handle is not None:
+                inode.handle = handle
+                return True
         return False
 
 
