@@ -5,7 +5,8 @@ with an answer in it would give it to somebody else. Not for choosing nodes or t
 Threading: one thread; the pools are for any.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from redis.exceptions import (
 from tmem.errors import TierDownError, TierError, TierFullError
 
 Word = bytes | str | int | float
+Pieces = tuple[bytes | memoryview, ...]
+"""A word that lies in pieces, which must stay as they are until the command is done."""
 Reply = Any
 """What Redis answers: bytes, a number, None, or a list of these."""
 
@@ -44,7 +47,7 @@ class Command:
     """One command about one key."""
 
     key: bytes
-    words: tuple[Word, ...]
+    words: tuple[Word | Pieces, ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -86,11 +89,14 @@ class Exchange:
         self._wait_ms = max(int(min(seconds * 0.8, seconds - 0.15) * 1000), 1)
         self._connection: Any = None
 
+    def __len__(self) -> int:
+        return len(self._group)
+
     def send(self) -> None:
         """Send everything; reads nothing."""
         if self._pool is None:
             return
-        commands: list[tuple[Word, ...]] = []
+        commands: list[tuple[Word | Pieces, ...]] = []
         if self._replica:
             commands.append(("READONLY",))
         for one in self._group:
@@ -105,7 +111,7 @@ class Exchange:
             commands.append(("WAIT", self._demanded, self._wait_ms))
         try:
             self._connection = self._pool.get_connection()
-            self._connection.send_packed_command(self._connection.pack_commands(commands))
+            self._connection.send_packed_command(_encoded(commands))
         except FAILURES as error:
             self._broken(error)
 
@@ -172,6 +178,68 @@ class Exchange:
         connection, self._connection = self._connection, None
         if connection is not None and self._pool is not None:
             self._pool.release(connection)
+
+
+_SENT_BYTES = 256 << 10
+"""How much is put together for one call of the kernel: what follows is, while servers read that."""
+
+
+def _encoded(commands: Iterable[tuple[Word | Pieces, ...]]) -> Iterator[bytes]:
+    """Yield what to send for the commands. Bytes are copied once, where the package does it twice."""
+    parts: list[bytes | memoryview] = []
+    size_bytes = 0
+    for words in commands:
+        parts.append(b"*%d\r\n" % len(words))
+        for word in words:
+            if isinstance(word, tuple):
+                length = sum(map(len, word))
+                parts += (b"$%d\r\n" % length, *word, b"\r\n")
+                size_bytes += length
+            else:
+                raw = word if isinstance(word, bytes) else str(word).encode()
+                parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+                size_bytes += len(raw)
+        if size_bytes >= _SENT_BYTES:
+            yield b"".join(parts)
+            parts.clear()
+            size_bytes = 0
+    yield b"".join(parts)
+
+
+def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
+    """Do them all, side by side: none of the nodes waits for another one."""
+    if sum(map(len, exchanges)) < _ALONE:
+        for exchange in exchanges:
+            exchange.send()
+        for exchange in exchanges:  # every one, or connections would go back with answers in them
+            exchange.receive(replies)
+        return
+    errors: list[BaseException] = []
+
+    def do(exchange: Exchange) -> None:
+        try:
+            exchange.send()
+            exchange.receive(replies)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=do, args=(exchange,), daemon=True) for exchange in exchanges[1:]]
+    started = []
+    for thread, exchange in zip(threads, exchanges[1:], strict=True):
+        try:
+            thread.start()
+            started.append(thread)
+        except RuntimeError:  # there is no memory for one
+            do(exchange)
+    do(exchanges[0])
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+_ALONE = 32
+"""Fewer commands are sent and answered before threads are started."""
 
 
 def talk(pool: redis.ConnectionPool, words: Sequence[Word]) -> Reply:

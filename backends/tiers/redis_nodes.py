@@ -1,7 +1,7 @@
 """Commands to the servers of a Redis or Valkey: pipelined by node, repeated, bounded in time.
 
 `Nodes.run` takes commands that each concern one key. It sends each node the commands of its slots in one go,
-all nodes before the first answer is read, and asks each at the end how many replicas have what it was told
+to all nodes at a time, and asks each at the end how many replicas have what it was told
 (`WAIT`, on the same connection, as Redis wants it). What did not succeed because a node died, a slot moved or
 too few replicas answered is sent again, to whom the cluster then names, until the time is up. So **every
 command must bear being done twice**, and none may depend on another of the same call.
@@ -16,7 +16,7 @@ Not for what is stored: `redis_tier`. Threading: any thread.
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ from redis.crc import key_slot
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
-from tmem.backends.tiers.redis_exchange import FAILURES, Command, Exchange, Open, Reply, Word, refused, talk
+from tmem.backends.tiers.redis_exchange import (
+    FAILURES,
+    Command,
+    Exchange,
+    Open,
+    Reply,
+    Word,
+    exchange_all,
+    refused,
+    talk,
+)
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError, TierError
 
@@ -172,20 +182,21 @@ class Nodes:
         """Try every command once; return those that must be tried again, and say why in `troubles`."""
         groups: dict[str, list[Open]] = {}
         try:
-            for one in wanted:
-                groups.setdefault(one.asked or self._node_of(one.command.key), []).append(one)
             pools = self._pools()
+            node_of = self._node_of()
+            for one in wanted:
+                groups.setdefault(one.asked or node_of(one.command.key), []).append(one)
         except (*FAILURES, TierError) as error:
             troubles.append(str(error))
+            return wanted
+        except KeyError as error:
+            troubles.append(f"no server has slot {error}")
             return wanted
         exchanges = []
         for name, group in groups.items():
             demanded = self.demanded_of(name, key_slot(group[0].command.key)) if replicated else 0
             exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds))
-        for exchange in exchanges:
-            exchange.send()
-        for exchange in exchanges:  # every one, or connections would go back with answers in them
-            exchange.receive(replies)
+        exchange_all(exchanges, replies)
         left = []
         for exchange in exchanges:
             if exchange.refusal is not None:
@@ -220,18 +231,18 @@ class Nodes:
                 Exchange(name, pools.get(name), group, 0, self._attempt_seconds, replica=True)
                 for name, group in groups.items()
             ]
-            for exchange in exchanges:
-                exchange.send()
-            for exchange in exchanges:
-                exchange.receive(replies)
+            exchange_all(exchanges, replies)
             left = [*others, *(one for exchange in exchanges for one in exchange.left)]
         return left
 
-    def _node_of(self, key: bytes) -> str:
+    def _node_of(self) -> Callable[[bytes], str]:
+        """Return which node has a key by what is known now; that raises KeyError for none."""
         cluster = self._connected()
         if cluster is None:
-            return self.primaries()[0]
-        return cluster.nodes_manager.get_node_from_slot(key_slot(key)).name
+            (only,) = self.primaries()
+            return lambda _key: only
+        slots = cluster.nodes_manager.slots_cache
+        return lambda key: slots[key_slot(key)][0].name
 
     def _pools(self) -> dict[str, redis.ConnectionPool]:
         cluster = self._connected()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from tmem.backends.tiers import redis_values as values
 from tmem.backends.tiers.contract import TierIdentity, TierStatistics
-from tmem.backends.tiers.redis_exchange import Command
+from tmem.backends.tiers.redis_exchange import Command, Pieces, Word
 from tmem.backends.tiers.redis_fitness import Fitness
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_url import RedisAddress
@@ -108,8 +108,8 @@ class RedisTier:
                 commands = []
                 chunk = slice(start, start + _AT_ONCE)
                 for number, members in zip(numbers[chunk], groups[chunk], strict=True):
-                    value = values.pack(members)
-                    known[number] = _Value(len(value), len(members), 0)
+                    value = values.pieces(members)
+                    known[number] = _Value(sum(map(len, value)), len(members), 0)
                     commands.append(self._command("SET", number, value))
                     first = number << values.PLACE_BITS
                     locations.extend(range(first, first + len(members)))
@@ -121,7 +121,7 @@ class RedisTier:
         for number in numbers:
             known[number].live = (1 << known[number].present) - 1
         self._count(
-            written_records=len(records), written_bytes=sum(memoryview(one).nbytes for one in records)
+            written_records=len(records), written_bytes=sum(sum(map(len, members)) for members in groups)
         )
         return locations
 
@@ -286,7 +286,7 @@ class RedisTier:
                 if value is not None:
                     yield number, value
 
-    def _command(self, verb: str, number: int, *arguments: bytes | str | int) -> Command:
+    def _command(self, verb: str, number: int, *arguments: Word | Pieces) -> Command:
         name = values.key(self._prefix, number)
         return Command(name, (verb, name, *arguments))
 

@@ -15,6 +15,7 @@ The values are not compressed: records come compressed. Plain functions; any thr
 """
 
 import struct
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -41,23 +42,25 @@ _GROUP_BITS = 4
 
 def group(records: Sequence["Buffer"]) -> list[list[bytes | memoryview]]:
     """Return the records, in order, as many together as go into a value."""
-    groups: list[list[bytes | memoryview]] = []
-    room = 0
-    for record in records:
-        view = record if isinstance(record, bytes) else memoryview(record).cast("B")
-        needed = len(view) + 2
-        if needed > room or len(groups[-1]) == MAX_RECORDS:
-            groups.append([])
-            room = VALUE_BYTES - 1
-        groups[-1].append(view)
-        room -= needed
+    views = [record if isinstance(record, bytes) else memoryview(record).cast("B") for record in records]
+    ends = list(accumulate(len(view) + 2 for view in views))
+    groups, start, done = [], 0, 0
+    while start < len(views):
+        end = bisect_right(ends, done + VALUE_BYTES - 1, start, min(start + MAX_RECORDS, len(views)))
+        groups.append(views[start:end])
+        start, done = end, ends[end - 1]
     return groups
 
 
-def pack(records: Sequence["bytes | memoryview"]) -> bytes:
-    """Return the value that holds `records`, in which an empty one stands for none."""
+def pieces(records: Sequence["bytes | memoryview"]) -> tuple["bytes | memoryview", ...]:
+    """Return the value that holds `records`, in which an empty one stands for none, in pieces."""
     lengths = [len(record) for record in records]
-    return b"".join((struct.pack(f"<B{len(lengths)}H", len(lengths), *lengths), *records))
+    return (struct.pack(f"<B{len(lengths)}H", len(lengths), *lengths), *records)
+
+
+def pack(records: Sequence["bytes | memoryview"]) -> bytes:
+    """Return the value that holds `records` in one piece."""
+    return b"".join(pieces(records))
 
 
 def unpack(value: bytes) -> list[bytes]:

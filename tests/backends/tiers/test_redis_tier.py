@@ -84,17 +84,20 @@ def test_a_replica_must_have_it(tmp_path: Path) -> None:
     with single(tmp_path / "primary") as primary:
         follow = ("--replicaof", f"127.0.0.1 {primary.port}")
         with single(tmp_path / "replica", *follow) as replica:
-            wait_until(lambda: replica.info("replication")["master_link_status"] == "up")
-            tier = opened(url_of(primary, "?timeout=0.4"))
+            wait_until(lambda: "'online'" in str(primary.info("replication").get("slave0")))
+            tier = opened(url_of(primary))
             tier.check()
             tier.retain([])
             locations = tier.write(records(0, 40))
             reader = RedisTier(RedisAddress.parse(url_of(replica)), IDENTITY, writer=False)
             check(reader, locations, records(0, 40))
             reader.close()
+        hasty = opened(url_of(primary, "?timeout=0.4"))
+        hasty.retain(locations)
         with pytest.raises(TierDownError, match="0 of the 1 replicas"):
-            tier.write(records(40, 5))
+            hasty.write(records(40, 5))
         check(tier, locations, records(0, 40))
+        hasty.close()
         tier.close()
 
 
