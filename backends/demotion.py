@@ -6,8 +6,11 @@ marks, so that it does not begin and stop with each page. Pages that were not us
 (a clock, `native/demote.c`); only when even that is not enough, any. The order is always: copy, write, have
 it acknowledged, then let go of the memory, so a failure costs nothing but another try.
 
+Each client's tier is opened, written and asked in a thread of its own, and tiers that have ended are
+removed in another: one that hangs delays its own client, and the others by `PATIENCE_S` at most, once.
+
 Not for what a put does when it finds no memory (it evicts ephemeral pages, then refuses), nor for who has
-which tier (`tiering`). Threading: one thread at a time; the only writer of all tiers of the segment.
+which tier (`tiering`). Threading: one thread at a time calls; the only writer of all tiers of the segment.
 """
 
 import contextlib
@@ -16,9 +19,11 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tmem.backends import tiering
+from tmem.backends.errands import Errand
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.tiers.contract import Tier
 from tmem.errors import TierError, TierFullError, TmemError
@@ -32,6 +37,8 @@ BATCH_PAGES = 2048
 LEAST_PAGES = 32
 ROUND_S = 0.5
 """How long a round goes on demoting at most, so that the manager looks at other things."""
+PATIENCE_S = 1.0
+"""How long a round waits for tiers at most; those that take longer are not waited for again."""
 GRACE_MS = 200
 """How long to wait for readers before room in a tier is used again; else next time."""
 LAP_S = 1.0
@@ -59,17 +66,31 @@ class Marks:
 
 
 class ClientDemotion:
-    """One client's pages on their way to its tier."""
+    """One client's pages on their way to its tier, in a thread of their own."""
 
-    def __init__(self, client: "_native.Client", tier: Tier, url: str, epoch: int) -> None:
+    def __init__(
+        self,
+        client: "_native.Client",
+        url: str,
+        epoch: int,
+        open_tier: Callable[[], Tier],
+        clock: Callable[[], float],
+    ) -> None:
         self.client = client
-        self.tier = tier
         self.url = url
         self.epoch = epoch
-        """Of the client when the tier was opened: the core demotes for no other."""
+        """Of the client before its URL was read: the core demotes for no other."""
         self.demoted_pages = 0
         self.problem = ""
-        """Why nothing can be demoted now; empty if something can."""
+        """Why nothing can be demoted now; empty if something can, or need not."""
+        self.short = False
+        """Memory is short for this client: demotion goes on up to the high mark."""
+        self.errand = Errand(f"tier of {client.name}")
+        self._open_tier = open_tier
+        self._clock = clock
+        self._tier: Tier | None = None
+        self._ended = False
+        self._complaint = ""  # why the tier cannot be opened
         self._buffer = bytearray(BATCH_BYTES + 8192)
         self._hand = 0
         self._lap_s: float | None = None  # when this lap of the clock began
@@ -78,6 +99,40 @@ class ClientDemotion:
         self._any = False
         self._ready = False  # the tier knows what lives
         self._rest_until = 0.0
+
+    @property
+    def trouble(self) -> str:
+        """What people should know: why its tier is not open, or nothing can be demoted."""
+        return self._complaint or self.problem
+
+    def go(self, need: "Callable[[ClientDemotion], Need | None]", until_s: float) -> None:
+        """Demote as long as there is need, until the clock says `until_s`."""
+        try:
+            if self._tier is None:
+                self._open()
+            while (wanted := need(self)) is not None and self._clock() < until_s and not self._ended:
+                if self.batch(wanted, self._clock()) is None:
+                    break
+        except TierError as error:
+            if self._complaint != str(error):
+                _log.warning("tier of %s: %s", self.client.name, error)
+            self._complaint = str(error)
+        except TmemError:  # the client ends; the next look sees it
+            pass
+
+    def _open(self) -> None:
+        self._tier = self._open_tier()
+        self._complaint = ""
+
+    def end(self) -> None:
+        """Let go of the tier, once what is under way is done; waits for that, but not for long."""
+        self._ended = True
+        self.errand.end(self._close, PATIENCE_S)
+
+    def _close(self) -> None:
+        tier, self._tier = self._tier, None
+        if tier is not None:
+            tier.close()
 
     def batch(self, need: "Need", now_s: float) -> int | None:
         """Demote up to a batch of pages; the number, None if there is nothing to be done now."""
@@ -110,7 +165,8 @@ class ClientDemotion:
         live = self.client.live(GRACE_MS)
         if live is None:
             return False
-        self.tier.retain(memoryview(live).cast("Q"))
+        assert self._tier is not None
+        self._tier.retain(memoryview(live).cast("Q"))
         self._ready = True
         return True
 
@@ -133,7 +189,8 @@ class ClientDemotion:
             return 0
         with memoryview(self._buffer) as view:
             records = [view[at : at + length] for at, length in places]
-            locations = self.tier.write(records)
+            assert self._tier is not None
+            locations = self._tier.write(records)
             for record in records:
                 record.release()
         demoted = self.client.demote(pages, array("Q", locations))
@@ -158,45 +215,44 @@ class Demotion:
         self._clock = clock
         self._clients: dict[tuple[int, int], ClientDemotion] = {}
         self._complaints: dict[str, str] = {}
-        self._short: set[tuple[int, int]] = set()
+        self._before_pages = 0  # that went to tiers which have ended
+        self._ending = Errand("tiers that have ended")
 
     @property
     def demoted_pages(self) -> int:
         """Pages that went to tiers since this began."""
-        return sum(client.demoted_pages for client in self._clients.values())
+        return self._before_pages + sum(client.demoted_pages for client in self._clients.values())
 
     def problems(self) -> dict[str, str]:
         """Return why pages of clients stay in memory, by the client's name."""
         found = dict(self._complaints)
-        found.update({one.client.name: one.problem for one in self._clients.values() if one.problem})
+        found.update({one.client.name: one.trouble for one in self._clients.values() if one.trouble})
         return found
 
     def round(self) -> bool:
         """Look at all clients once, and demote for a while where memory is short; True: soon again."""
         self._look()
-        until = self._clock() + ROUND_S
-        hurry = False
-        for key, client in list(self._clients.items()):
-            try:
-                while (need := self._need(key, client)) is not None and self._clock() < until:
-                    if client.batch(need, self._clock()) is None:
-                        break
-                hurry = hurry or key in self._short
-            except TmemError:  # the client ends; the next look sees it
-                continue
-        return hurry and not self.problems()
+        until_s = self._clock() + ROUND_S
+        errands = [self._ending] if self._ending.begin(self._remove_ended) else []
+        for client in self._clients.values():
+            if client.errand.begin(partial(client.go, self._need, until_s)):
+                errands.append(client.errand)
+        patience_ends = time.monotonic() + PATIENCE_S
+        for errand in errands:
+            errand.wait(max(patience_ends - time.monotonic(), 0))
+        return any(one.short and not one.trouble and not one.errand.busy for one in self._clients.values())
 
-    def _need(self, key: tuple[int, int], client: ClientDemotion) -> Need | None:
+    def _need(self, client: ClientDemotion) -> Need | None:
         """Return what is to be demoted of the client now, None if nothing."""
         if client.client.phase != "none" or not client.client.tiered:
             return None
         free, base_bytes = self._free_share(client)
-        mark = self._marks.high if key in self._short else self._marks.low
+        mark = self._marks.high if client.short else self._marks.low
         if free >= mark:
-            self._short.discard(key)
+            client.short = False
             client.problem = ""
             return None
-        self._short.add(key)
+        client.short = True
         return Need(int((self._marks.high - free) * base_bytes), free < self._marks.low / 2)
 
     def _free_share(self, client: ClientDemotion) -> tuple[float, int]:
@@ -212,40 +268,41 @@ class Demotion:
         return share, base_bytes
 
     def _look(self) -> None:
-        """Open the tiers of new clients; close and remove those of clients that are no more."""
+        """Follow who has which tier now. Asks no tier anything."""
         # The links first: a client of a link that is not there after that is no more, and not yet to come.
         links = list(tiering.assigned_tiers(self._paths))
-        lives = {(client.id, client.serial): client for client in self._segment.clients()}
+        lives = self._lives()
         for assigned in links:
             key = (assigned.client, assigned.serial)
-            name = lives[key].name if key in lives else assigned.link.name
-            try:
-                if key not in lives:
-                    self._drop(key)
-                    tiering.end(self._segment, assigned)
-                else:
+            if key in lives:
+                with contextlib.suppress(TmemError):  # the client ends; the next look sees it
                     self._follow(key, lives[key])
-                self._complaints.pop(name, None)
-            except TierError as error:
-                self._complain(name, error)
-            except TmemError:  # the client ends; the next look sees it
-                continue
-        assigned_now = {(one.client, one.serial) for one in tiering.assigned_tiers(self._paths)}
-        for key in self._clients.keys() - assigned_now:
+        there = {(one.client, one.serial) for one in tiering.assigned_tiers(self._paths)}
+        for key in [key for key in self._clients if key not in there or key not in lives]:
             self._drop(key)
-        for name in [name for name in self._complaints if name.startswith("ended-")]:
-            if not (self._paths.state / name).is_symlink():
-                del self._complaints[name]
-        for ended in tiering.ended_tiers(self._paths):
+
+    def _remove_ended(self) -> None:
+        """Remove what tiers hold of clients that are no more, or whose tier was taken away."""
+        links = list(tiering.assigned_tiers(self._paths))
+        lives = self._lives()
+        gone = [one for one in links if (one.client, one.serial) not in lives]
+        complaints = {}
+        for assigned in [*gone, *tiering.ended_tiers(self._paths)]:
+            name = assigned.link.name
             try:
-                tiering.end(self._segment, ended)
-                self._complaints.pop(ended.link.name, None)
+                tiering.end(self._segment, assigned)
             except TierError as error:
-                self._complain(ended.link.name, error)
+                complaints[name] = str(error)
+                if self._complaints.get(name) != str(error):
+                    _log.warning("tier of %s: %s", name, error)
+        self._complaints = complaints
+
+    def _lives(self) -> "dict[tuple[int, int], _native.Client]":
+        return {(client.id, client.serial): client for client in self._segment.clients()}
 
     def _follow(self, key: tuple[int, int], client: "_native.Client") -> None:
-        """Open the tier that the client has, unless that is open. The epoch is read first: if the link is of
-        a later tier, the core refuses to demote, and the next look opens it anew."""
+        """Have the tier that the client has, unless we have. The epoch is read first: if the link is of a
+        later tier, the core refuses to demote, and the next look sees to it."""
         epoch = client.tier_epoch
         url = tiering.of(self._paths, client)
         have = self._clients.get(key)
@@ -253,22 +310,17 @@ class Demotion:
             return
         self._drop(key)
         if url is not None:
-            tier = tiering.open_tier(url, tiering.identity(self._segment, client), writer=True)
-            self._clients[key] = ClientDemotion(client, tier, url, epoch)
-
-    def _complain(self, name: str, error: TierError) -> None:
-        if self._complaints.get(name) != str(error):
-            _log.warning("tier of %s: %s", name, error)
-        self._complaints[name] = str(error)
+            who = tiering.identity(self._segment, client)
+            opened = partial(tiering.open_tier, url, who, writer=True)
+            self._clients[key] = ClientDemotion(client, url, epoch, opened, self._clock)
 
     def _drop(self, key: tuple[int, int]) -> None:
         if (gone := self._clients.pop(key, None)) is not None:
-            gone.tier.close()
-        self._short.discard(key)
+            gone.end()
+            self._before_pages += gone.demoted_pages
 
     def close(self) -> None:
-        """Let go of all tiers; records stay."""
-        with contextlib.suppress(KeyError):
-            while True:
-                _key, client = self._clients.popitem()
-                client.tier.close()
+        """Let go of all tiers; records stay. Those that hang are left to the end of the process."""
+        for key in list(self._clients):
+            self._drop(key)
+        self._ending.end(lambda: None, PATIENCE_S)

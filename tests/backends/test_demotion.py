@@ -1,5 +1,6 @@
 """The policy of demotion: when it begins, how far it goes, and what happens when a tier refuses or ends."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -293,3 +294,38 @@ def test_a_complaint_about_a_tier_that_ended_is_not_for_ever(bench: Bench) -> No
     bench.rounds(1)
     assert not other.is_symlink()
     assert bench.demotion.problems() == {}
+
+
+def test_a_tier_that_hangs_delays_its_own_client_only(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = bench.segment.client("other")
+    pool = other.new_pool(persistent=True)
+    tiering.assign(bench.paths, bench.segment, other, str(tmp_path / "other"), 32 * MIB)
+    goes_on = threading.Event()
+    write = SpillFile.write
+
+    def hanging(tier: SpillFile, records: "Sequence[Buffer]") -> list[int]:
+        if tier.path == bench.file:
+            goes_on.wait()
+        return write(tier, records)
+
+    monkeypatch.setattr(SpillFile, "write", hanging)
+    bench.client.cap_bytes = other.cap_bytes = MIB
+    bench.put(0, 10**6)
+    index = 0
+    while pool.put(OID, index, stamped(index << 8), keep_old=True):
+        index += 1
+    bench.rounds(20)
+    before = bench.demotion.demoted_pages
+    assert before > 50
+    assert other.statistics()["tier_pages"] == before
+    assert bench.client.statistics()["tier_pages"] == 0
+    other.destroy()
+    bench.rounds(2)
+    assert not (tmp_path / "other").exists()
+    assert bench.demotion.demoted_pages == before  # what it has done it has done
+    goes_on.set()
+    bench.rounds(20)
+    assert bench.client.statistics()["tier_pages"] > 50
+    bench.check()
