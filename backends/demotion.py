@@ -32,7 +32,6 @@ from tmem.types import PAGE_SIZE
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-BATCH_BYTES = 1 << 20
 BATCH_PAGES = 2048
 LEAST_PAGES = 32
 ROUND_S = 0.5
@@ -91,7 +90,7 @@ class ClientDemotion:
         self._tier: Tier | None = None
         self._ended = False
         self._complaint = ""  # why the tier cannot be opened
-        self._buffer = bytearray(BATCH_BYTES + 8192)
+        self._buffer = bytearray(tiering.batch_bytes(url) + 8192)
         self._hand = 0
         self._lap_s: float | None = None  # when this lap of the clock began
         self._lap_pages = 0  # that it has found

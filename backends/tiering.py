@@ -72,6 +72,11 @@ def open_tier(url: str, identity: TierIdentity, writer: bool) -> Tier:
     )
 
 
+def batch_bytes(url: str) -> int:
+    """Return how much to write to the tier at `url` at a time: servers make every batch wait for replicas."""
+    return 1 << 20 if _spill_path(url) is not None else 4 << 20
+
+
 def identity(segment: "_native.Segment", client: "_native.Client") -> TierIdentity:
     """Return whose pages the client's tier holds."""
     return TierIdentity(segment.nonce, client.id, client.serial)

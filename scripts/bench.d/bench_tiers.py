@@ -21,8 +21,8 @@ from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.bench.grounds import workplace
 
 TARGET = 0.5
-BATCH_VALUES = 224
-"""Nearly as many as the largest batch fills."""
+BATCH_VALUES = 120
+"""As many as a batch of the manager fills, 2048 pages."""
 DEPTH = BATCH_VALUES // 3
 CONNECTIONS = (3, 50)
 """One to each node, as ours has; and redis-benchmark's default."""
