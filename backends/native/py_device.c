@@ -15,6 +15,7 @@ typedef struct {
     struct tm_device dev;
     int pin;
     PyObject *departed; /* called when the client has gone elsewhere, or NULL */
+    _Atomic uint64_t waited; /* pages that had been demoted, plus one, when a write last waited for room in vain */
 } DeviceObject;
 
 static _Thread_local int pinned;
@@ -119,6 +120,12 @@ static bool has_tier(DeviceObject *self)
     return seg && atomic_load(&seg->clients[self->pool->pool / TM_CLIENT_POOLS].tiered);
 }
 
+static uint64_t demoted(DeviceObject *self)
+{
+    const struct tm_segment *seg = self->pool->owner->seg;
+    return seg ? atomic_load(&seg->pools[self->pool->pool].counters[C_DEMOTED]) : 0;
+}
+
 static void wait_for(long ns)
 {
     const struct timespec pause = {.tv_nsec = ns};
@@ -159,8 +166,9 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
         } while (rc == TM_WAIT);
         Py_END_ALLOW_THREADS
     }
-    if (rc == TM_REFUSED && has_tier(self)) {
-        /* Demotion makes room, in another process; but nobody waits for that process for long. */
+    if (rc == TM_REFUSED && has_tier(self) && atomic_load(&self->waited) != demoted(self) + 1) {
+        /* Demotion makes room, in another process; but nobody waits for that process for long, and nobody once it has
+         * done nothing for that long: what waits behind this request may be a read. */
         Py_BEGIN_ALLOW_THREADS
         uint64_t until = timing_now() + ROOM_NS;
         long pause_ns = 1000000; /* each try compresses the request anew, beside the demoter: not more and more often */
@@ -170,6 +178,8 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
             rc = op(&dev, data, offset, n);
         } while (rc == TM_WAIT || (rc == TM_REFUSED && timing_now() < until));
         Py_END_ALLOW_THREADS
+        if (rc == TM_REFUSED)
+            atomic_store(&self->waited, demoted(self) + 1);
     }
     if (tell_departed(self, rc))
         return NULL;

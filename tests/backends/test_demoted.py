@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,27 @@ def test_they_take_no_memory_and_come_back(demoted: _native.Pool) -> None:
     assert got(demoted, 77, 1) == data()[77:78]
     assert demoted.statistics()["pages_fetched"] == NPAGES + 1
     assert demoted.present(OID, 0, 1000) == [(0, NPAGES)]
+
+
+def test_nobody_waits_for_demotion_that_does_nothing(demoted: _native.Pool, tier: FaultyTier) -> None:
+    """One write waits for room; what comes behind it, reads too, would wait for each of the others."""
+    client = demoted.client
+    device = _native.Device(demoted, OID, 1000 * PAGE_SIZE)
+
+    def refused_after_s() -> float:
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="No space"):
+            device.pwrite(None, b"".join(pages("random", 1, 30)), 500 * PAGE_SIZE, 0)
+        return time.monotonic() - begin
+
+    client.cap_bytes = 10 * 4160
+    assert refused_after_s() > 1.9
+    assert refused_after_s() < 1
+    assert demote(client, tier) > 0
+    assert refused_after_s() > 1.9  # there is hope again
+    client.cap_bytes = 0
+    device.pwrite(None, b"".join(pages("random", 1, 30)), 500 * PAGE_SIZE, 0)
+    assert got(demoted, 500, 30) == pages("random", 1, 30)
 
 
 def test_the_cap_counts_memory(demoted: _native.Pool, tier: FaultyTier) -> None:

@@ -31,7 +31,7 @@ def main() -> int:
     os.environ["TMEM_RUNTIME_DIR"] = str(runtime)
     os.environ.pop("TMEM_NAME", None)
     world = World(SegmentPaths("default", runtime), directory, seed)
-    campaign = Campaign(world, seed, options.only or list(FAULTS))
+    campaign = Campaign(world, seed, {name: FAULTS[name] for name in options.only or FAULTS})
     status = 1
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, directory, ignore_errors=True)

@@ -9,7 +9,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -210,11 +210,12 @@ def _restart(child: Child) -> Stop:
 
 
 class Campaign:
-    """Many rounds on one world; `rows` is what came of them so far."""
+    """Many rounds of `faults` on one world; `rows` is what came of them so far."""
 
-    def __init__(self, world: World, seed: str, faults: list[str]) -> None:
-        self.rows = {name: Row() for name in FAULTS}
-        self._faults = faults
+    def __init__(self, world: World, seed: str, faults: Mapping[str, Fault]) -> None:
+        self._faults = {"manager killed": manager_killed, **faults}
+        self.rows = {name: Row() for name in self._faults}
+        self._chosen = list(faults)
         self._world = world
         self._rng = random.Random(seed)
         self._names: list[str] = []
@@ -223,7 +224,7 @@ class Campaign:
         """Do one round and return its fault. AssertionError if anything was lost or hangs."""
         world, rng = self._world, self._rng
         if not self._names:  # each fault once, in another order each time
-            self._names = rng.sample(self._faults, len(self._faults))
+            self._names = rng.sample(self._chosen, len(self._chosen))
         name = "manager killed" if world.server_deaths >= _PATIENT_DEATHS else self._names.pop()
         row = self.rows[name]
         row.rounds += 1
@@ -231,7 +232,7 @@ class Campaign:
         world.work()
         connections = world.swap.board[Word.CONNECTIONS]
         time.sleep(rng.random() * 0.05)
-        stop = FAULTS[name](world, rng)
+        stop = self._faults[name](world, rng)
         for child in world.loads:
             child.proceed(20)
         row.swap_waits_s.append(max(world.swap.longest_s - stop.swap_s, 0.0))

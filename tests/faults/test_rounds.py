@@ -9,7 +9,7 @@ LONGEST_S = 30.0
 
 
 def test_nothing_is_lost_and_nothing_hangs(world: World, seed: str) -> None:
-    campaign = Campaign(world, seed, list(FAULTS))
+    campaign = Campaign(world, seed, FAULTS)
     for _ in range(ROUNDS):
         campaign.next()
     print(table(campaign.rows))

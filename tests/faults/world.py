@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tmem.backends import _native, service
@@ -32,20 +32,29 @@ SWAP, FILES = "guest1", "files"
 _MIB = 1 << 20
 SEGMENT_BYTES = 16 * _MIB
 DEVICE_BYTES = 12 * _MIB
+CAP_BYTES = 2 * _MIB
+"""Of memory for a device that has a tier: its pages take 5 MiB when compressed."""
 FILE_COUNT = 24
 
 
 class World:
     """See above; made and used by one thread. ``TMEM_RUNTIME_DIR`` must name `paths.directory`.
 
-    `expected` are the errors with which requests to the swap device may be answered.
+    `expected` are the errors with which requests to the swap device may be answered. `tier` are the options
+    that give the device a tier; then most of its pages have to be there.
     """
 
     def __init__(
-        self, paths: SegmentPaths, directory: Path, seed: str, expected: frozenset[int] = frozenset()
+        self,
+        paths: SegmentPaths,
+        directory: Path,
+        seed: str,
+        expected: frozenset[int] = frozenset(),
+        tier: Sequence[str] = (),
     ) -> None:
         self.paths = paths
         self._expected = expected
+        self._tier = tier
         self._directory = directory
         self.lower, self.point = directory / "lower", directory / "mount"
         self._seed = seed
@@ -60,7 +69,9 @@ class World:
         self.start_manager(f"--memory={SEGMENT_BYTES >> 20}M")
         self.segment = _native.attach(str(self.paths.segment))
         self._stack.callback(self.segment.close)
-        tmem("swap", "add", SWAP, f"--size={DEVICE_BYTES >> 20}M")
+        tmem("swap", "add", SWAP, f"--size={DEVICE_BYTES >> 20}M", *self._tier)
+        if self._tier:
+            tmem("set", SWAP, f"--cap={CAP_BYTES >> 20}M")
         self.lower.mkdir()
         self.point.mkdir()
         files = make(self.lower, FILE_COUNT)

@@ -79,6 +79,15 @@ class Server:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """SIGSTOP it for as long as the context lasts."""
+        self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """End it at once, whatever it is doing; once is enough."""
         if self.process is not None:
