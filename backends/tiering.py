@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends.paths import SegmentPaths
-from tmem.backends.tiers import spill
+from tmem.backends.tiers import orphans, spill
 from tmem.backends.tiers.contract import Tier, TierIdentity
 from tmem.errors import TierCorruptError, TierDownError, TierError, TmemError
 from tmem.types import parse_size
@@ -104,6 +104,7 @@ def assign(
     file = _spill_path(url)
     if file is not None:
         _refuse_if_used(file, segment)
+        orphans.remove(file.parent, _living(segment), orphans.started_s())
         spill.create(file, identity(segment, client), size_bytes)
     else:
         tier = open_tier(url, identity(segment, client), writer=True)

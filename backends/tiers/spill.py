@@ -55,27 +55,59 @@ def create(path: Path, identity: TierIdentity, size_bytes: int) -> None:
     size_bytes -= size_bytes % BLOCK_BYTES
     if not 16 * BLOCK_BYTES <= size_bytes <= MAX_FILE_BYTES:
         raise TierError(f"a spill file of {format_size(size_bytes)} is not possible: give 64K to 1T")
-    with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
-        fresh = os.fstat(descriptor).st_size == 0
-        if not fresh:
-            _head_of(descriptor, path)  # refuses what is not a spill file
-        _lock(descriptor, path)
-        if not _stands_at(path, descriptor):
-            raise TierDownError(f"{path} is being removed just now: try again")
+    if path.exists() or path.is_symlink():
+        remove_unused(path)
+    with _nameless(path) as descriptor:
         try:
-            os.truncate(descriptor, 0)
             os.posix_fallocate(descriptor, 0, size_bytes)
             head = mmap.mmap(-1, BLOCK_BYTES)
             _HEAD.pack_into(
                 head, 0, _MAGIC, _VERSION, identity.client, identity.serial, 0, identity.nonce, size_bytes
             )
             os.pwrite(descriptor, head, 0)
+            _name(descriptor, path)
+        except FileExistsError:
+            raise TierDownError(f"{path} has been made by somebody else just now: try again") from None
         except OSError as error:
-            path.unlink(missing_ok=True)
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise TierFullError(
                 f"{path} cannot have {format_size(size_bytes)}: {reason}; give a smaller size or another disk"
             ) from None
+
+
+def remove_unused(path: Path) -> None:
+    """Remove the spill file at the path; `TierError` if a manager has it, or it is something else."""
+    with _opened(path, os.O_RDWR) as descriptor:
+        if os.fstat(descriptor).st_size:
+            _head_of(descriptor, path)  # refuses what is not a spill file
+        _lock(descriptor, path)
+        if not _stands_at(path, descriptor):
+            raise TierDownError(f"{path} is being removed just now: try again")
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _nameless(path: Path) -> Iterator[int]:
+    """Open a new file that gets the name `path` once it is whole: of who dies before that nothing is left."""
+    try:
+        descriptor = os.open(path.parent, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
+    except OSError:  # the file system cannot, or it says why below
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        yield descriptor
+    except BaseException:
+        if os.fstat(descriptor).st_nlink:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _name(descriptor: int, path: Path) -> None:
+    """Give it its name, unless it has got it. FileExistsError."""
+    if not os.fstat(descriptor).st_nlink:
+        # With src_dir_fd, which an absolute path ignores, Python calls what follows the link.
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
 
 
 def identity_of(path: Path) -> TierIdentity:

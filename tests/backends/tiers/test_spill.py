@@ -97,6 +97,32 @@ def test_a_left_over_file_is_used_again(file: spill.SpillFile) -> None:
     assert file.path.stat().st_size == BIG // 2
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_who_dies_while_it_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    if there:
+        spill.create(tmp_path / "spill", OTHERS[0], BIG)
+    die = [True]
+    allocate = os.posix_fallocate
+
+    def dying(descriptor: int, offset: int, length: int) -> None:
+        allocate(descriptor, offset, length)
+        if die[0]:
+            die[0] = False
+            os._exit(7)
+
+    monkeypatch.setattr(os, "posix_fallocate", dying)
+    if not (pid := os.fork()):
+        spill.create(tmp_path / "spill", IDENTITY, BIG)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert not list(tmp_path.iterdir())
+    die[0] = False
+    spill.create(tmp_path / "spill", IDENTITY, BIG)
+    spill.SpillFile(tmp_path / "spill", IDENTITY, writer=True).close()
+
+
 @pytest.mark.parametrize("content", [b"dear diary\n", bytes(8192), b"tmemspl\n" + b"\xff" * 8192])
 def test_what_is_no_spill_file_stays(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "diary"
