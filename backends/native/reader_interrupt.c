@@ -36,11 +36,13 @@ bool may_be_given_up(const struct fuse_in_header *in, size_t length)
     }
 }
 
-static uint64_t mask_of(const char *status, const char *name)
+static uint64_t number_of(const char *status, const char *name, int base)
 {
     const char *line = strstr(status, name);
-    return line ? strtoull(line + strlen(name), NULL, 16) : 0;
+    return line ? strtoull(line + strlen(name), NULL, base) : 0;
 }
+
+static uint64_t mask_of(const char *status, const char *name) { return number_of(status, name, 16); }
 
 static uint64_t bit(int signal) { return UINT64_C(1) << (signal - 1); }
 
@@ -63,6 +65,8 @@ bool is_dying(uint32_t thread)
     uint64_t kept = mask_of(status, "\nSigBlk:") | mask_of(status, "\nSigIgn:") | mask_of(status, "\nSigCgt:");
     uint64_t cores = bit(SIGQUIT) | bit(SIGILL) | bit(SIGTRAP) | bit(SIGABRT) | bit(SIGFPE) | bit(SIGSEGV) | bit(SIGBUS)
         | bit(SIGSYS) | bit(SIGXCPU) | bit(SIGXFSZ);
+    if (number_of(status, "\nTracerPid:", 10)) /* which may keep any other from it */
+        cores = 0;
     return pending & (bit(SIGKILL) | (cores & ~kept));
 }
 

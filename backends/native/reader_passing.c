@@ -273,7 +273,7 @@ static void give_up(struct passing *p, struct flight *f)
         p->reading -= f->size;
     (void)take_out(&p->later, f->unique);
     passing_forsake(p, f);
-    look_whether_full(p);
+    passing_give_kept(p); /* what it was in the way of */
 }
 
 static void note_interrupt(struct passing *p, struct flight *f)

@@ -4,6 +4,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def test_a_dying_program_need_not_wait(desk: Desk, program: "subprocess.Popen[by
     desk.reply(unique, error=-5)
     assert desk.silent()
     assert desk.reader.quiet
+
+
+def test_what_is_traced_may_be_spared_its_signal(desk: Desk) -> None:
+    """A debugger decides what becomes of a signal, but for SIGKILL."""
+    code = (
+        "import ctypes, os, signal; libc = ctypes.CDLL(None); libc.ptrace(0, 0, 0, 0); "  # PTRACE_TRACEME
+        "os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    child = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+    try:
+        unique = begin(desk, READ, READ_BODY, child)
+        os.kill(child, signal.SIGQUIT)
+        interrupt(desk, unique)
+        assert desk.silent()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("signals", [[], [signal.SIGCHLD], [signal.SIGWINCH, signal.SIGTERM]])
