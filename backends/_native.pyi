@@ -495,9 +495,6 @@ class Reader:
         0: pass the next hit on, unless something is missed before.
         """
 
-    def stream(self, fh: int, streams: bool, /) -> None:
-        """Pass all misses of the file on from now on, because it is read ahead of, or not any more."""
-
     def follows(self, fh: int, offset: int, /) -> bool:
         """Say whether one of the last misses of the file ended at the byte `offset`."""
 

@@ -48,7 +48,10 @@ class Loader:
         start = index * PAGE_SIZE
         if file.ahead is not None and file.ahead.covers(index):
             file.ahead.missed(index, first + npages)
-        elif file.stream_end == start > 0 or (file.stream_end >= 0 and self._follows(file, start)):
+        elif file.stream_end == start > 0:
+            self._begin_ahead(file, first, first + npages)
+        elif file.stream_end >= 0 and self._follows(file, start):
+            file.stream_start = start  # what came before is dropped already
             self._begin_ahead(file, first, first + npages)
         elif not file.stream_start <= start <= file.stream_end + _REORDERED_BYTES or file.stream_end < 0:
             file.stream_start = start
@@ -200,10 +203,6 @@ class _Source:
     def leave(self, first: int, last: int) -> None:
         start, end = first * PAGE_SIZE, last * PAGE_SIZE
         lower.drop_cached(self._file.descriptor, start, end, start, end + 1)
-
-    def running(self, runs: bool) -> None:
-        if self._handlers.reading is not None:
-            self._handlers.reading.reader.stream(self._file.number, runs)
 
     def mark(self, page: int) -> None:
         self._file.marker = page

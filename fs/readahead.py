@@ -48,9 +48,6 @@ class Source(Protocol):
     def leave(self, first: int, last: int) -> None:
         """Have the kernel forget what was prepared and will not be loaded."""
 
-    def running(self, runs: bool) -> None:
-        """Note whether misses must be told to the stream, because it is reading."""
-
     def mark(self, page: int) -> None:
         """Have `Stream.reached` called when a read reaches `page`; replaces the mark before."""
 
@@ -132,7 +129,6 @@ class Stream:
         if not self._running:
             self._running = True
             self._streams.running += 1
-            self._source.running(True)
             # The nursery that the handler runs in: who serves requests waits for it, and so for this.
             nursery = trio.lowlevel.current_task().parent_nursery
             assert nursery is not None
@@ -173,7 +169,6 @@ class Stream:
             self._end = self._prepared = self._ready
             self._streams.running -= 1
             self._running = False
-            self._source.running(False)
             self._move()
 
     async def _load_all(self) -> None:

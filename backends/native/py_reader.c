@@ -335,17 +335,6 @@ static PyObject *close_file(ReaderObject *self, PyObject *arg)
     return PyBool_FromLong(reader_close(r, fh));
 }
 
-static PyObject *stream(ReaderObject *self, PyObject *args)
-{
-    struct reader *r = reader_of(self);
-    unsigned long long fh;
-    int streams;
-    if (!r || !PyArg_ParseTuple(args, "Kp:stream", &fh, &streams))
-        return NULL;
-    reader_stream(r, fh, streams);
-    Py_RETURN_NONE;
-}
-
 static PyObject *follows(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
@@ -434,7 +423,6 @@ PyTypeObject *make_reader_type(void)
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
         {"close_file", (PyCFunction)close_file, METH_O, NULL},
         {"mark", (PyCFunction)mark, METH_VARARGS, NULL},
-        {"stream", (PyCFunction)stream, METH_VARARGS, NULL},
         {"follows", (PyCFunction)follows, METH_VARARGS, NULL},
         {"pass_through", (PyCFunction)pass_through, METH_VARARGS, NULL},
         {"keep_listing", (PyCFunction)keep_listing, METH_VARARGS, NULL},

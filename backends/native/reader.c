@@ -452,8 +452,6 @@ int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool l
 
 bool reader_close(struct reader *r, uint64_t fh) { return files_remove(&r->hits.files, fh); }
 
-void reader_stream(struct reader *r, uint64_t fh, bool streams) { files_stream(&r->hits.files, fh, streams); }
-
 bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset) { return files_follows(&r->hits.files, fh, offset); }
 
 void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->hits.files, fh, offset); }

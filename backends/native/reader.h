@@ -78,10 +78,8 @@ int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool l
 /* Whether the descriptor is the reader's from now on, which has not done with it. */
 bool reader_close(struct reader *r, uint64_t fh);
 /* The next READ of this file that reaches `offset` is for libfuse, once. UINT64_MAX: none. 0: the next that hits, unless one
- * has missed before. */
+ * has missed before. Where there was a mark all misses are for libfuse, which reads ahead. */
 void reader_mark(struct reader *r, uint64_t fh, uint64_t offset);
-/* It is being read ahead of: all misses are for libfuse. */
-void reader_stream(struct reader *r, uint64_t fh, bool streams);
 /* Whether one of the last misses of the file ended at `offset`, wherever it was answered. */
 bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset);
 /* Amend the reply to the OPEN or CREATE that gives out this handle: passthrough to the backing file; or to the OPENDIR:

@@ -188,10 +188,12 @@ void files_mark(struct files *f, uint64_t fh, uint64_t offset)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one && offset)
+    if (one && offset) {
         one->mark = offset;
-    else if (one)
+        one->is_streamed |= offset != UINT64_MAX;
+    } else if (one) {
         one->unnoted = true;
+    }
     pthread_mutex_unlock(&f->lock);
 }
 
@@ -210,15 +212,6 @@ void files_had(struct files *f, uint64_t fh, bool had)
     struct file *one = *place(f, fh);
     if (one)
         one->cold = had ? 0 : one->cold + 1;
-    pthread_mutex_unlock(&f->lock);
-}
-
-void files_stream(struct files *f, uint64_t fh, bool streams)
-{
-    pthread_mutex_lock(&f->lock);
-    struct file *one = *place(f, fh);
-    if (one)
-        one->is_streamed = streams;
     pthread_mutex_unlock(&f->lock);
 }
 

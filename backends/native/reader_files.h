@@ -46,7 +46,6 @@ int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool loca
 /* Whether the descriptor is still used: then it is closed here, by the last who uses it. */
 bool files_remove(struct files *f, uint64_t fh);
 void files_mark(struct files *f, uint64_t fh, uint64_t offset);
-void files_stream(struct files *f, uint64_t fh, bool streams);
 /* Whether one of the last misses ended where `offset` is. */
 bool files_follows(struct files *f, uint64_t fh, uint64_t offset);
 /* Use a file although its program may not wait any more, and so may close it. NULL: it is not open. */
@@ -55,7 +54,7 @@ void files_release(struct files *f, struct file *one);
 /* Whether a READ of [offset, end) may be answered, and from what. Takes the mark away that it reaches. */
 bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out);
 /* Note that the bytes [start, end) of a file were missed (unless that was `noted` before). Whether they may be read and put
- * here: not if a miss before ended there (a stream may begin), nor in a file that is being read ahead of. */
+ * here: not if a miss before ended there (a stream may begin), nor in a file that has been read ahead of. */
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);
 /* The lower file was read, which notes the access. */
 void files_noted(struct files *f, uint64_t fh);

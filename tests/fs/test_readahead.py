@@ -63,9 +63,6 @@ class Source:
     def leave(self, first: int, last: int) -> None:
         self.left.append((first, last))
 
-    def running(self, runs: bool) -> None:
-        self.runs = runs
-
     def mark(self, page: int) -> None:
         self.marker = page
 

@@ -238,10 +238,9 @@ static void what_is_for_whom(struct world *w)
     say(w, false);
     expect(read_pages(w, AT, 1, true) == FOUND_NOT, "a closed gate");
     say(w, true);
-    files_stream(&w->hits.files, FH, true);
-    expect(read_pages(w, 2 * AT, 1, false) == FOUND_NOT, "a file that is read ahead of");
-    files_stream(&w->hits.files, FH, false);
-    expect(read_pages(w, 2 * AT, 1, false) == FOUND, "a file that is not read ahead of any more");
+    files_mark(&w->hits.files, FH, TM_PAGE);
+    files_mark(&w->hits.files, FH, UINT64_MAX);
+    expect(read_pages(w, 2 * AT, 1, false) == FOUND_NOT, "a file that was read ahead of");
 }
 
 /* A lower that is elsewhere: where its file ends is not known at once. The access of a hit is noted in Python. */
