@@ -22,6 +22,7 @@ import bench_pages
 import bench_pressure
 import bench_save
 import bench_slow
+import bench_stale
 import bench_store
 import bench_tiers
 import bench_tree
@@ -47,8 +48,8 @@ def main() -> int:
     parser.add_argument(
         "parts",
         nargs="*",
-        help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages, tiers; "
-        "all of them by default",
+        help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages, tiers, "
+        "stale; all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -71,6 +72,7 @@ def main() -> int:
         "pages": lambda: bench_pages.run(1_024_000 if quick else 16_000_000),
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),
         "tiers": lambda: bench_tiers.run(3 if quick else 7, 16 if quick else 40),
+        "stale": lambda: bench_stale.run(45 if quick else 180),
     }
     if unknown := [part for part in options.parts if part not in parts]:
         parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(parts)}")

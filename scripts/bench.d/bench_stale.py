@@ -1,0 +1,127 @@
+"""Live against kept: what a swap device of this machine keeps that the kernel needs no more.
+
+Programs come and go for a while in a control group that is too small for them, beside one that stays and does
+little. Kept are the pages in the pool, less the device's header; held are the slots that the kernel has in
+use (/proc/swaps), among them copies of pages that are in RAM as well (swapcached of the group). What is kept
+and not held is stale: the kernel has freed it and has not said so, or never says so (without discard). Asked
+every quarter of a second, and once more when most programs have gone. What else swaps to the machine's areas
+of the same priority takes part: held is of all of them.
+"""
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from common import ROOT
+
+from tmem.backends import _native
+from tmem.backends.paths import SegmentPaths
+from tmem.bench.grounds import workplace
+from tmem.nbd import swap
+
+MIB = 1 << 20
+GROUP_BYTES = 48 * MIB
+STAYING_BYTES = 24 * MIB
+AT_A_TIME = 3
+SIZES_BYTES = (4 * MIB, 24 * MIB)
+SECONDS = (2.0, 6.0)
+"""How large and how old programs get."""
+
+
+def run(seconds: float) -> dict[str, object]:
+    """Measure with and without discard, `seconds` each."""
+    sys.path.insert(0, str(ROOT))
+    return {how: _measure(seconds, options) for how, options in _WAYS.items()}
+
+
+_WAYS: dict[str, tuple[str, ...]] = {"discard": (), "no discard": ("--no-discard",)}
+
+
+def _measure(seconds: float, options: tuple[str, ...]) -> dict[str, object]:
+    from tests.groups import Groups
+
+    with ExitStack() as stack:
+        directory = stack.enter_context(workplace())
+        os.environ["TMEM_RUNTIME_DIR"] = str(directory)
+        paths = SegmentPaths("default", directory)
+        stack.callback(_tmem, "stop")
+        _tmem("start", "-d", "--memory", "256M")
+        stack.callback(_tmem, "swap", "remove", "local")
+        added = ("swap", "add", "local", "--size", "192M", "--attach", "--force", "--priority", "32767")
+        device = _tmem(*added, *options).splitlines()[0]
+        stack.callback(swap.off, device)
+        segment = _native.attach(str(paths.segment))
+        stack.callback(segment.close)
+        group = stack.enter_context(Groups()).make(GROUP_BYTES)
+        stack.enter_context(_hog(group, STAYING_BYTES, 1e6))
+        samples = list(_samples(segment, device, group, seconds))
+        time.sleep(5)  # discards come late
+        last = _sample(segment, device, group)
+    rows = [row for row in samples if row[1] > 256]
+    kept, held, cached = (int(statistics.median(column)) for column in zip(*rows, strict=True))
+    ratios = [row[0] / row[1] for row in rows]
+    print(
+        f"  {' '.join(options) or 'with discard':12} medians: kept {kept}, held {held}, "
+        f"in RAM as well {cached} pages; kept/held {statistics.median(ratios):.2f}, "
+        f"at most {max(ratios):.2f}; most kept {max(samples)[0]}; "
+        f"5 s after most programs had gone kept {last[0]}, held {last[1]}",
+        flush=True,
+    )
+    return {"kept_held_cached_pages": samples, "afterwards": last}
+
+
+def _samples(
+    segment: "_native.Segment", device: str, group: Path, seconds: float
+) -> Iterator[tuple[int, int, int]]:
+    """Let programs come and go, and yield pages kept, held, and in RAM as well."""
+    rng = random.Random(1)
+    end = time.monotonic() + seconds
+    with ExitStack() as stack:
+        programs: list[subprocess.Popen[bytes]] = []
+        while time.monotonic() < end:
+            programs = [one for one in programs if one.poll() is None]
+            while len(programs) < AT_A_TIME:
+                size = rng.randrange(*SIZES_BYTES)
+                programs.append(stack.enter_context(_hog(group, size, rng.uniform(*SECONDS))))
+            time.sleep(0.25)
+            yield _sample(segment, device, group)
+
+
+def _sample(segment: "_native.Segment", device: str, group: Path) -> tuple[int, int, int]:
+    (pool,) = segment.client("local", create=False).pools()
+    entry = swap.entry(device)
+    assert entry is not None, "in use as swap"
+    lines = (group / "memory.stat").read_text().splitlines()
+    cached = sum(int(line.split()[1]) for line in lines if line.startswith("swapcached "))
+    return pool.statistics()["pages"] - 1, entry.used_bytes // 4096, cached // 4096
+
+
+@contextmanager
+def _hog(group: Path, size_bytes: int, seconds: float) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a hog in the group; it touches its pages at random, until it ends or the block does."""
+    argv = [
+        sys.executable,
+        str(ROOT / "scripts/hog.py"),
+        "--size",
+        str(size_bytes),
+        "--seconds",
+        str(seconds),
+    ]
+    join = f'echo 0 > {group}/cgroup.procs && exec nice -n 20 "$@"'
+    process = subprocess.Popen(["sh", "-c", join, "sh", *argv], stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _tmem(*arguments: str) -> str:
+    command = [sys.executable, "-P", "-m", "tmem", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
