@@ -292,6 +292,10 @@ class Client:
     def pools(self) -> list[Pool]: ...
     def pool(self, id: int) -> Pool: ...
     def statistics(self) -> dict[str, int]: ...
+    def timing(self) -> dict[str, tuple[int, int, int, int, tuple[int, ...]]]:
+        """As `Segment.timing`, of what this client asked for: "put_stored", "put_refused", "get_hit" and
+        "get_missed"."""
+
     def destroy(self) -> None:
         """Destroy all pools of the client, then the client."""
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import (
@@ -75,6 +76,10 @@ _IDENTITY = frozenset({"layout_version", "id", "persistent", "exclusive", "share
 _NAMES = {"chunks_total": "chunks", "bytes": "stored_bytes"}
 """Names that would break a rule of Prometheus: a gauge does not end in total, and bytes are of something."""
 
+_CLIENT_BOUNDS_NS = (*(1 << bits for bits in range(9, 20)), *(1 << bits for bits in range(20, 32, 2)))
+"""Upper bounds of clients' histograms: every power of two from 512 ns to 0.5 ms, then every other one up to
+1 s. With as many as the segment's, 64 clients would have 6,900 series."""
+
 _Labels = tuple[str, ...]
 _Row = tuple[_Labels, Mapping[str, int]]
 
@@ -99,11 +104,13 @@ def families(paths: SegmentPaths, segment: "Segment") -> Iterator[Metric]:
     yield GaugeMetricFamily("tmem_segment_freeable_bytes", freeable, segment.freeable_bytes())
     yield from rows_of("tmem_segment_", described(SegmentStatistics), [], [((), segment.statistics())])
     clients, pools = [], []
+    times: list[tuple[str, Mapping[str, Timing]]] = []
     about_clients = InfoMetricFamily("tmem_client", "What a client may do, and its codec.", labels=["client"])
     for client in sorted(segment.clients(), key=lambda one: one.name):
         with suppress(PoolError):  # it ended while we looked
             name, statistics = client.name, client.statistics()
             about = {"mode": client.mode, "phase": client.phase, "compress": client.compress}
+            times.append((name, {kind: Timing(*values) for kind, values in client.timing().items()}))
             pools += list(_pools(client))
             clients.append(((name,), statistics))
             about_clients.add_metric([name], about)
@@ -111,6 +118,7 @@ def families(paths: SegmentPaths, segment: "Segment") -> Iterator[Metric]:
     yield from rows_of("tmem_client_", described(ClientStatistics), ["client"], clients)
     yield from rows_of("tmem_", described(PoolStatistics), ["client", "pool", "type"], pools)
     yield from _timings({name: Timing(*values) for name, values in segment.timing().items()})
+    yield from _client_timings(times)
 
 
 def _pools(client: "Client") -> Iterator[_Row]:
@@ -168,12 +176,39 @@ def _timings(timings: Mapping[str, Timing]) -> Iterator[Metric]:
                 labels=[] if apart else ["result"],
             ),
         )
-        total, buckets = 0, []
-        for number, bound in zip(timing.buckets, (*BUCKETS_NS, None), strict=True):
-            total += number
-            buckets.append(("+Inf" if bound is None else str(bound / 1e9), float(total)))
-        family.add_metric([] if apart else [result], buckets, timing.total_ns / 1e9)
+        family.add_metric([] if apart else [result], _buckets(timing, BUCKETS_NS), timing.total_ns / 1e9)
     yield from histograms.values()
+
+
+def _client_timings(times: Iterable[tuple[str, Mapping[str, Timing]]]) -> Iterator[Metric]:
+    """Return a histogram of puts and one of gets with a part for each client and what came of it.
+
+    What a client never did has no part, so that there are few series.
+    """
+    families = {
+        operation: HistogramMetricFamily(
+            f"tmem_client_{operation}_seconds",
+            f"How long a {operation} of a page takes for this client, of every 64th operation of a thread.",
+            labels=["client", "result"],
+        )
+        for operation in ("put", "get")
+    }
+    for client, timings in times:
+        for name, timing in timings.items():
+            operation, _, result = name.partition("_")
+            if timing.samples:
+                buckets = _buckets(timing, _CLIENT_BOUNDS_NS)
+                families[operation].add_metric([client, result], buckets, timing.total_ns / 1e9)
+    yield from families.values()
+
+
+def _buckets(timing: Timing, bounds_ns: tuple[int, ...]) -> list[tuple[str, float]]:
+    """Return the counts up to each of `bounds_ns`, which are among `BUCKETS_NS`, and up to any time."""
+    upto = dict(zip(BUCKETS_NS, accumulate(timing.buckets), strict=False))
+    return [
+        *((str(bound / 1e9), float(upto[bound])) for bound in bounds_ns),
+        ("+Inf", float(sum(timing.buckets))),
+    ]
 
 
 def _manager(paths: SegmentPaths) -> Iterator[Metric]:

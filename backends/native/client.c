@@ -45,6 +45,7 @@ static void client_make(struct tm_segment *seg, uint32_t id, const char *name, u
     atomic_store(&c->uuids_used, 0);
     atomic_store(&c->no_memory, 0);
     atomic_store(&c->busy_ns, 0);
+    timing_forget(seg, id);
     atomic_store(&c->ephemeral, 0);
     atomic_store(&c->ephemeral_most, 0);
     atomic_store(&c->retired_puts, 0);

@@ -52,6 +52,12 @@ const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
 int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */
 int set_number(PyObject *dict, const char *key, int64_t value);
 
+struct tm_client *client_of(ClientObject *self); /* NULL with an exception */
+
+/* py_timing.c: methods of a segment and of a client */
+PyObject *segment_timing(SegmentObject *self, PyObject *unused);
+PyObject *client_timing(ClientObject *self, PyObject *unused);
+
 /* py_sizing.c: methods and attributes of a segment */
 PyObject *segment_limits(SegmentObject *self, void *unused);
 PyObject *segment_size_range(SegmentObject *self, void *unused);

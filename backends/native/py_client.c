@@ -22,7 +22,7 @@ static void client_dealloc(ClientObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-static struct tm_client *client_of(ClientObject *self)
+struct tm_client *client_of(ClientObject *self)
 {
     struct tm_segment *seg = segment_of(self->owner);
     if (!seg)
@@ -495,6 +495,7 @@ static PyMethodDef client_methods[] = {
     {"live", (PyCFunction)client_live, METH_O, NULL},
     {"pool", (PyCFunction)one_pool, METH_O, NULL},
     {"statistics", (PyCFunction)client_statistics, METH_NOARGS, NULL},
+    {"timing", (PyCFunction)client_timing, METH_NOARGS, NULL},
     {"destroy", (PyCFunction)destroy_client, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

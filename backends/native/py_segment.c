@@ -365,34 +365,6 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
     return dict;
 }
 
-static PyObject *timing(SegmentObject *self, PyObject *unused)
-{
-    static const char *const names[9] = {
-        [T_STORED] = "put_stored", [T_REFUSED] = "put_refused", [T_HIT] = "get_hit",
-        [T_MISSED] = "get_missed", [T_FLUSH] = "flush", [T_FLUSH_OBJECT] = "flush_object",
-        [T_COMPRESS] = "compress", [T_DECOMPRESS] = "decompress", [T_EXPAND] = "expand",
-    };
-    struct tm_segment *seg = segment_of(self);
-    PyObject *dict = seg ? PyDict_New() : NULL;
-    (void)unused;
-    for (unsigned i = 0; dict && i < 9; i++) {
-        const struct tm_timing *t = &seg->super->timing[i];
-        PyObject *buckets = PyTuple_New(TM_BUCKETS);
-        for (unsigned b = 0; buckets && b < TM_BUCKETS; b++) {
-            PyObject *number = PyLong_FromUnsignedLongLong(t->buckets[b]);
-            if (!number || PyTuple_SetItem(buckets, b, number))
-                Py_CLEAR(buckets);
-        }
-        /* N takes the tuple; it fails if there is none. */
-        PyObject *item = Py_BuildValue("(KKKKN)", (unsigned long long)t->samples, (unsigned long long)t->total_ns,
-                                       (unsigned long long)t->least_ns, (unsigned long long)t->most_ns, buckets);
-        if (!item || PyDict_SetItemString(dict, names[i], item))
-            Py_CLEAR(dict);
-        Py_XDECREF(item);
-    }
-    return dict;
-}
-
 static PyObject *freeable(SegmentObject *self, PyObject *unused)
 {
     struct tm_segment *seg = segment_of(self);
@@ -503,7 +475,7 @@ static PyMethodDef segment_methods[] = {
     {"stage", (PyCFunction)stage, METH_O, NULL},
     {"commit", (PyCFunction)commit, METH_NOARGS, NULL},
     {"statistics", (PyCFunction)statistics, METH_NOARGS, NULL},
-    {"timing", (PyCFunction)timing, METH_NOARGS, NULL},
+    {"timing", (PyCFunction)segment_timing, METH_NOARGS, NULL},
     {"freeable_bytes", (PyCFunction)freeable, METH_NOARGS, NULL},
     {"check", (PyCFunction)check, METH_NOARGS, NULL},
     {"reap", (PyCFunction)reap, METH_NOARGS, NULL},

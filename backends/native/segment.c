@@ -54,6 +54,7 @@ static bool geometry(struct tm_super *s, uint64_t memory_bytes)
     s->off_states = take(&end, n);
     s->off_descs = take(&end, sizeof(struct tm_chunk) * n);
     s->off_touched = take(&end, sizeof(struct tm_touched) * n);
+    s->off_times = take(&end, sizeof(struct tm_times) * TM_MAX_CLIENTS);
     s->off_data = align(end, TM_CHUNK);
     if (s->off_data + 32 * TM_CHUNK > memory_bytes)
         return false;
@@ -91,6 +92,7 @@ static struct tm_segment *map(int fd, const char *path, const struct tm_super *s
     seg->states = at(seg, s->off_states);
     seg->chunks = at(seg, s->off_descs);
     seg->touched = at(seg, s->off_touched);
+    seg->times = at(seg, s->off_times);
     seg->data_offset = s->off_data;
     seg->nchunks = s->nchunks;
     seg->id = atomic_fetch_add(&next_id, 1);

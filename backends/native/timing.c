@@ -1,5 +1,5 @@
-/* How long operations take, sampled: every 64th of a thread is measured. And maxima that are looked at now and then.
- * All of it is plain counters, so a death in between leaves them off by one sample, and nothing to repair. */
+/* How long operations take, sampled: every 64th of a thread is measured, and counted for the segment and for the
+ * client that asked. And maxima that are looked at now and then. All of it is plain counters, so a death in between leaves them off by one sample, and nothing to repair. */
 #include "tm.h"
 
 #include <time.h>
@@ -23,9 +23,8 @@ static unsigned bucket_of(uint64_t ns)
     return bucket < TM_BUCKETS ? bucket : TM_BUCKETS - 1;
 }
 
-void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns)
+static void add(struct tm_timing *t, uint64_t ns)
 {
-    struct tm_timing *t = &seg->super->timing[kind];
     uint64_t before = atomic_fetch_add_explicit(&t->samples, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&t->total_ns, ns, memory_order_relaxed);
     atomic_fetch_add_explicit(&t->buckets[bucket_of(ns)], 1, memory_order_relaxed);
@@ -35,6 +34,8 @@ void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns)
         atomic_store_explicit(&t->most_ns, ns, memory_order_relaxed);
 }
 
+void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns) { add(&seg->super->timing[kind], ns); }
+
 void timing_end(struct tm_ctx *ctx, unsigned kind, uint64_t n)
 {
     if (!ctx->began_ns)
@@ -43,7 +44,23 @@ void timing_end(struct tm_ctx *ctx, unsigned kind, uint64_t n)
     ctx->began_ns = 0;
     if (n)
         timing_add(ctx->seg, kind, ns / n);
+    if (n && kind < T_CLIENT_KINDS)
+        add(&ctx->seg->times[ctx->client].timing[kind], ns / n);
     atomic_fetch_add_explicit(&ctx->seg->clients[ctx->client].busy_ns, ns * EVERY, memory_order_relaxed);
+}
+
+/* Whoever ends an operation of the client before may still add its sample. */
+void timing_forget(struct tm_segment *seg, uint32_t client)
+{
+    for (unsigned kind = 0; kind < T_CLIENT_KINDS; kind++) {
+        struct tm_timing *t = &seg->times[client].timing[kind];
+        atomic_store_explicit(&t->samples, 0, memory_order_relaxed);
+        atomic_store_explicit(&t->total_ns, 0, memory_order_relaxed);
+        atomic_store_explicit(&t->least_ns, 0, memory_order_relaxed);
+        atomic_store_explicit(&t->most_ns, 0, memory_order_relaxed);
+        for (unsigned bucket = 0; bucket < TM_BUCKETS; bucket++)
+            atomic_store_explicit(&t->buckets[bucket], 0, memory_order_relaxed);
+    }
 }
 
 static void raise_to(_Atomic uint64_t *most, uint64_t now)

@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 4u
+#define TM_VERSION 5u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -108,6 +108,15 @@ struct tm_lock {
     pthread_mutex_t mutex;
 };
 
+/* How long operations of one kind took, of those that were timed. */
+struct tm_timing {
+    _Atomic uint64_t samples, total_ns, least_ns, most_ns;
+    _Atomic uint64_t buckets[TM_BUCKETS]; /* how many samples took how long */
+};
+/* The kinds; the first are kept by client, too. */
+enum { T_STORED, T_REFUSED, T_HIT, T_MISSED, T_CLIENT_KINDS };
+enum { T_FLUSH = T_CLIENT_KINDS, T_FLUSH_OBJECT, T_COMPRESS, T_DECOMPRESS, T_EXPAND, T_KINDS };
+
 struct tm_super {
     char magic[8];
     uint32_t version;
@@ -123,6 +132,7 @@ struct tm_super {
     uint64_t off_states;
     uint64_t off_descs;
     uint64_t off_touched;
+    uint64_t off_times;
     uint64_t off_data;
     uint32_t nbuckets; /* power of two */
     uint32_t nchunks;
@@ -172,13 +182,14 @@ struct tm_super {
     _Atomic uint64_t condensing_ns;     /* CPU time of the pass */
     _Atomic uint32_t condense_percent;  /* of one CPU that the manager may spend on it */
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
-    struct tm_timing {
-        _Atomic uint64_t samples, total_ns, least_ns, most_ns;
-        _Atomic uint64_t buckets[TM_BUCKETS]; /* how many samples took how long */
-    } timing[9];
+    struct tm_timing timing[T_KINDS];
 };
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
-enum { T_STORED, T_REFUSED, T_HIT, T_MISSED, T_FLUSH, T_FLUSH_OBJECT, T_COMPRESS, T_DECOMPRESS, T_EXPAND };
+
+/* Of what one client asked for; a table of its own, so that a sample touches no line of a client's accounting. */
+struct tm_times {
+    _Alignas(64) struct tm_timing timing[T_CLIENT_KINDS];
+};
 
 struct tm_queue { /* a client's ephemeral chunks, oldest first */
     uint32_t head, tail; /* 1-based */
@@ -365,6 +376,7 @@ struct tm_segment {
     _Atomic uint8_t *states;
     struct tm_chunk *chunks;
     struct tm_touched *touched; /* by chunk */
+    struct tm_times *times;     /* by client */
     uint64_t *_Atomic vain;     /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
     uint64_t data_offset;
     uint32_t nchunks;
@@ -662,6 +674,7 @@ void timing_begin(struct tm_ctx *ctx);
 void timing_end(struct tm_ctx *ctx, unsigned kind, uint64_t n); /* n pages */
 uint64_t timing_now(void);
 void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns);
+void timing_forget(struct tm_segment *seg, uint32_t client); /* the number is given to another one */
 void most_update(struct tm_segment *seg);
 
 /* client.c and pool.c; >= 0 or an error */

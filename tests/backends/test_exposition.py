@@ -17,7 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tmem.backends import _native, exposition
 from tmem.backends.exposition import SegmentCollector
 from tmem.backends.paths import SegmentPaths
-from tmem.backends.statistics import ClientStatistics, PoolStatistics, SegmentStatistics, Timing
+from tmem.backends.statistics import (
+    BUCKETS_NS,
+    ClientStatistics,
+    PoolStatistics,
+    SegmentStatistics,
+    Timing,
+)
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 from .pages import page
@@ -116,6 +122,33 @@ def test_histograms_are_those_of_the_core(busy: _native.Segment) -> None:
         assert bounds["+Inf"] == timing.samples
         assert [*bounds.values()] == sorted(bounds.values())
         assert bounds["1.28e-07"] == timing.buckets[0]
+
+
+def test_clients_have_histograms_of_what_they_did(busy: _native.Segment) -> None:
+    found = samples(scraped(busy))
+    for name, values in busy.client("web1").timing().items():
+        timing = Timing(*values)
+        operation, _, result = name.partition("_")
+        metric, labels = f"tmem_client_{operation}_seconds", (("client", "web1"), ("result", result))
+        if not timing.samples:
+            assert labels not in found[f"{metric}_count"]
+            continue
+        assert found[f"{metric}_count"][labels] == timing.samples
+        assert found[f"{metric}_sum"][labels] == pytest.approx(timing.total_ns / 1e9)
+        bounds = [
+            (float(dict(key)["le"]), value)
+            for key, value in found[f"{metric}_bucket"].items()
+            if {*labels} <= {*key}
+        ]
+        assert len(bounds) == 18
+        for bound, value in bounds:
+            shorter = [
+                number
+                for number, ns in zip(timing.buckets[:-1], BUCKETS_NS, strict=True)
+                if ns <= bound * 1e9
+            ]
+            assert value == (sum(shorter) if bound < 2 else timing.samples)
+    assert not [labels for labels in found["tmem_client_put_seconds_count"] if ("client", "web2") in labels]
 
 
 def families(text: str) -> Iterator[tuple[str, str]]:

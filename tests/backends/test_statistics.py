@@ -277,3 +277,32 @@ def test_timing(small: _native.Segment, client: _native.Client, persistent: _nat
     for _ in range(640):
         persistent.put(OBJECT, 0, page("text", 1))
     assert small.timing()["put_refused"][0] == counted["put_refused"] + before["put_refused"].samples + 10
+
+
+def test_timing_of_a_client(small: _native.Segment, client: _native.Client, persistent: _native.Pool) -> None:
+    """All that is timed of the segment is somebody's, and who comes under a former number begins anew."""
+    other = small.client("other")
+    theirs = other.new_pool(persistent=False, exclusive=False)
+    for index in range(640):
+        persistent.put(OBJECT, index % 100, page("text", index % 100))
+        theirs.put(OBJECT, index % 100, page("text", index % 100))
+        page_at(persistent, index % 100)
+        page_at(theirs, 1000)
+        page_at(theirs, index % 100)
+    both = [{name: Timing(*value) for name, value in one.timing().items()} for one in (client, other)]
+    assert [*both[0]] == ["put_stored", "put_refused", "get_hit", "get_missed"]
+    for name, value in small.timing().items():
+        if name in both[0]:
+            whole = Timing(*value)
+            assert whole.samples == sum(one[name].samples for one in both)
+            assert whole.total_ns == sum(one[name].total_ns for one in both)
+            assert whole.buckets == tuple(map(sum, zip(*(one[name].buckets for one in both), strict=True)))
+            assert whole.most_ns == max(one[name].most_ns for one in both)
+    assert both[0]["get_missed"].samples == 0 < both[1]["get_missed"].samples
+    number = other.id
+    other.destroy()
+    again = small.client("another")
+    assert again.id == number
+    assert set(again.timing().values()) == {(0, 0, 0, 0, (0,) * len(whole.buckets))}
+    with pytest.raises(PoolError):
+        other.timing()

@@ -69,6 +69,8 @@ def test_json_carries_every_counter(filled: "_native.Segment", capsys: pytest.Ca
         "ephemeral_pages": 20,
     }.items():
         assert web[name] == value
+    assert {*web["timing"]} == {"put_stored", "put_refused", "get_hit", "get_missed"}
+    assert web["timing"]["put_stored"].keys() == state["timing"]["put_stored"].keys()
     persistent, ephemeral = web["pools"]
     assert (persistent["type"], persistent["shared"], persistent["pages"]) == ("persistent", False, 10)
     assert (persistent["uuid"], persistent["owner"], persistent["sharers"]) == (None, "web1", ["web1"])
@@ -144,6 +146,7 @@ def test_the_long_form_has_every_value_of_the_json_form(
     words = capsys.readouterr().out.split()
     parts = [state["memory"], *state["timing"].values(), *state["clients"], *state["clients"][1]["pools"]]
     assert {name for part in parts for name in part} - {"pools", "buckets"} <= set(words)
+    assert words.count("put_stored") == 3  # of the segment, and of each client
     assert str(filled.memory_bytes) in words
 
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from tmem.backends.statistics import Timing
 from tmem.cli import sampling
 from tmem.cli.main import run
-from tmem.cli.sampling import Look, Pressure, Row, operations, rows
-from tmem.cli.topview import COLUMNS, Frame, View, amount, draw, duration, ordered, short
+from tmem.cli.sampling import SHARES, ClientRow, Look, Pressure, Row, clients, operations, rows
+from tmem.cli.toptables import CLIENTS, POOLS, Column, L, amount, duration, short
+from tmem.cli.topview import TABLES, Frame, View, draw, ordered
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def looks(segment: "_native.Segment") -> tuple[Look, Look]:
 
 
 def test_rows_are_what_happened_in_between(looks: tuple[Look, Look]) -> None:
-    found = {(row.client, row.kind): row for row in rows(*looks)}
+    found = {(row.name, row.kind): row for row in rows(*looks)}
     assert {*found} == {
         ("web1", "persistent"),
         ("files", "ephemeral"),
@@ -74,6 +76,29 @@ def test_a_pool_that_is_new_or_came_again_has_no_rate(looks: tuple[Look, Look]) 
     assert all(row.puts_per_s is None for row in rows(replace(before, pools={}), now))
     backwards = rows(now, replace(before, at_ns=now.at_ns + SECOND_NS))
     assert {row.puts_per_s for row in backwards if row.kind == "persistent"} == {None}
+
+
+def test_times_of_each_client(looks: tuple[Look, Look]) -> None:
+    before, now = looks
+    found = {row.name: row for row in clients(before, now)}
+    assert [*found] == ["files", "idle", "other", "web1"]
+    assert (found["web1"].puts_per_s, found["web1"].gets_per_s) == (30, 0)
+    assert (found["files"].puts_per_s, found["files"].trouble) == (50.5, True)  # of both pools
+    assert found["idle"].put_ns == found["idle"].get_ns == (None,) * len(SHARES)
+    busy = Timing(64, 64_000, 900, 1100, (0, 0, 0, 64, *(0,) * 21))
+    more = replace(busy, samples=128, buckets=(0, 0, 0, 64, 0, 0, 0, 64, *(0,) * 17))
+
+    def with_puts(look: Look, timing: Timing) -> Look:
+        state, timings = look.times["web1"]
+        return replace(look, times={**look.times, "web1": (state, {**timings, "put_stored": timing})})
+
+    (web,) = [row for row in clients(with_puts(before, busy), with_puts(now, more)) if row.name == "web1"]
+    assert all(value is not None and 8192 < value <= 16384 for value in web.put_ns)  # not those of before
+    (again,) = [row for row in clients(with_puts(before, more), with_puts(now, busy)) if row.name == "web1"]
+    assert all(value is not None and 512 < value <= 1024 for value in again.put_ns)  # another of its name
+    text = "\n".join(drawn(frame((with_puts(before, busy), with_puts(now, more))), View(table=1), 80, 30))
+    assert re.search(r"web1 unserved +30 +12us +16us +0 +- +- +-", text)
+    assert TABLES[1] == "clients"
 
 
 def test_a_shared_pool_counts_once_in_the_sums(looks: tuple[Look, Look]) -> None:
@@ -161,13 +186,26 @@ def test_plain_terminals_get_plain_characters(looks: tuple[Look, Look]) -> None:
 def test_every_column_sorts_both_ways() -> None:
     small = Row("a", "on", "ephemeral", 1, 1, 1.0, 1.0, 1.0, 0.1, 1.0, 1.0)
     large = Row("b", "on", "persistent", 2, 2, 2.0, 2.0, 2.0, 0.2, 2.0, 2.0)
-    unknown = Row("c", "on", "-")
-    for number, column in enumerate(COLUMNS):
-        up = ordered([large, unknown, small], View(sort=number))
-        assert up == [*reversed(ordered([small, unknown, large], View(sort=number, reverse=True)))]
+    check_sorting([large, Row("c", "on", "-"), small], POOLS)
+
+
+def test_so_does_every_column_of_clients() -> None:
+    small = ClientRow("a", "on", 1.0, 1.0, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    large = ClientRow("b", "on", 2.0, 2.0, (2.0, 2.0), (2.0, 2.0), (2.0, 2.0))
+    nothing = (None, None)
+    check_sorting([large, ClientRow("c", "on", None, None, nothing, nothing, nothing), small], CLIENTS)
+
+
+def check_sorting(found: list[L], columns: tuple[Column[L], ...]) -> None:
+    large, unknown, small = found
+    for number, column in enumerate(columns):
+        up = ordered(found, columns, View(sort=number))
+        backwards = ordered([small, unknown, large], columns, View(sort=number, reverse=True))
+        assert up == backwards[::-1]
         assert up.index(large) < up.index(small) or not column.numeric
-    keys = [column.key for column in COLUMNS]
-    assert len({*keys, "q", " ", "?", "+", "-"}) == len(keys) + 5
+        assert column.key in column.heading.lower()
+    keys = [column.key for column in columns]
+    assert len({*keys, *"q ?+-\t"}) == len(keys) + 6
 
 
 def test_once_is_for_scripts(
@@ -182,6 +220,8 @@ def test_once_is_for_scripts(
     assert max(map(len, out.splitlines())) <= 80
     assert run(["top", "--count", "3", "-d", "0.1"]) == 0
     assert capsys.readouterr().out.count("tmem default") == 3
+    assert run(["top", "--once", "-d", "0.1", "--table", "clients"]) == 0
+    assert "PUT99" in capsys.readouterr().out
     assert run(["top", "--once", "--count", "2"]) == 2
     assert run(["top", "--interval", "0"]) == 2
 
@@ -240,7 +280,13 @@ def test_in_a_terminal_with_keys(
     eventually(lambda: order() == ["bbb", "aaa"], what="by data")
     terminal.press("?")
     eventually(lambda: "Any key goes back" in terminal.screen())
-    terminal.press("x", "Space")
+    terminal.press("x", "Tab")
+    eventually(lambda: "PUT99" in terminal.screen(), what="the table of clients")
+    terminal.press("p")
+    eventually(lambda: order() == ["aaa", "bbb"])
+    terminal.press("Tab")
+    eventually(lambda: "RATIO" in terminal.screen(), what="the table of pools again")
+    terminal.press("Space")
     eventually(lambda: "paused" in terminal.screen())
     terminal.press("Space", "+")
     eventually(lambda: "every 0.4 s" in terminal.screen() and "paused" not in terminal.screen())

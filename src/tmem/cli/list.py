@@ -94,9 +94,14 @@ def describe(
         "manager": manager,
         "memory": memory,
         "timing_bounds_ns": list(BUCKETS_NS),
-        "timing": {name: asdict(Timing(*values)) for name, values in opened.timing().items()},
+        "timing": timings(opened),
         "clients": described,
     }
+
+
+def timings(of: "_native.Segment | _native.Client") -> dict[str, dict[str, object]]:
+    """Return the times of operations by their kinds, in the shape of ``list --json``."""
+    return {name: asdict(Timing(*values)) for name, values in of.timing().items()}
 
 
 def _client(paths: SegmentPaths, client: "_native.Client") -> dict[str, object]:
@@ -110,6 +115,7 @@ def _client(paths: SegmentPaths, client: "_native.Client") -> dict[str, object]:
         "tier": None if (url := tiering.of(paths, client)) is None else tiering.shown(url),
         **counts,
         "authorised": [str(uuid.UUID(bytes=key)) for key in client.authorised()],
+        "timing": timings(client),
         "pools": [_pool(pool) for pool in client.pools()],
     }
 
@@ -258,6 +264,7 @@ def _show_counts(console: "Console", state: Mapping[str, object]) -> None:
     console.print(_timing_table(timing))
     for client in clients:
         _show_values(console, f"client {client['name']}", client)
+        console.print(_timing_table(client["timing"]))
         for pool in client["pools"]:
             _show_values(console, f"client {client['name']}, pool {pool['id']}", pool)
 
@@ -293,8 +300,8 @@ def _show_values(console: "Console", title: str, values: Mapping[str, object]) -
 
 def _lines(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
-        if name == "pools":
-            continue  # each gets a part of its own
+        if name in ("pools", "timing"):
+            continue  # these get parts of their own
         if isinstance(value, bool):
             yield name, "yes" if value else "no"
         elif isinstance(value, int) and name.endswith("_bytes"):

@@ -48,15 +48,19 @@ class Look:
     freeable_bytes: int
     timing: dict[str, Timing]
     pools: dict[PoolKey, PoolLook]
+    times: dict[str, tuple[str, dict[str, Timing]]] = field(default_factory=dict)
+    """The state of each client, and how long its operations take."""
 
 
 def take(segment: "Segment", clock_ns: Callable[[], int]) -> Look:
     """Look at the segment now."""
     pools: dict[PoolKey, PoolLook] = {}
+    times: dict[str, tuple[str, dict[str, Timing]]] = {}
     mode = segment.mode
     for client in segment.clients():
         with suppress(PoolError):  # it ended while we looked
             name, state, found = client.name, state_of(client, mode), client.pools()
+            times[name] = state, {kind: Timing(*values) for kind, values in client.timing().items()}
             for pool in found:
                 counts = PoolStatistics.from_dict(pool.statistics())
                 kind = "shared" if counts.shared else "persistent" if counts.persistent else "ephemeral"
@@ -70,6 +74,7 @@ def take(segment: "Segment", clock_ns: Callable[[], int]) -> Look:
         segment.freeable_bytes(),
         {name: Timing(*values) for name, values in segment.timing().items()},
         pools,
+        times,
     )
 
 
@@ -77,7 +82,8 @@ def take(segment: "Segment", clock_ns: Callable[[], int]) -> Look:
 class Row:
     """One pool over a while; None for what is not known or makes no sense."""
 
-    client: str
+    name: str
+    """The client's."""
     state: str
     kind: str
     data_bytes: int = 0
@@ -89,6 +95,29 @@ class Row:
     hit_share: float | None = None
     evictions_per_s: float | None = None
     refused_per_s: float | None = None
+
+    @property
+    def trouble(self) -> bool:
+        """Whether pages were refused."""
+        return bool(self.refused_per_s)
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """How long the operations of one client took over a while."""
+
+    name: str
+    state: str
+    puts_per_s: float | None
+    gets_per_s: float | None
+    put_ns: tuple[float | None, ...]
+    """Of `SHARES`, None where nothing was sampled; of puts that were stored,"""
+    get_ns: tuple[float | None, ...]
+    """of gets that hit,"""
+    missed_ns: tuple[float | None, ...]
+    """and of those that did not."""
+    trouble: bool = False
+    """Whether pages were refused."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +180,32 @@ def rows(before: Look, now: Look) -> list[Row]:
                 _per_s(since("puts_refused"), seconds),
             )
         )
+    return found
+
+
+def clients(before: Look, now: Look) -> list[ClientRow]:
+    """Return one row a client, in the order of the names."""
+    pools: dict[str, list[Row]] = {}
+    for row in rows(before, now):
+        pools.setdefault(row.name, []).append(row)
+
+    def total(name: str, what: str) -> float | None:
+        numbers = [getattr(row, what) for row in pools.get(name, ())]
+        known = [number for number in numbers if number is not None]
+        return sum(known) if known else None
+
+    found = []
+    for name, (state, timings) in sorted(now.times.items()):
+        _, past = before.times.get(name, (state, timings))
+        quantiles = {}
+        for kind, timing in timings.items():
+            some = timing.since(past[kind])
+            # Fewer than before: another client has come under the name.
+            fair = min(some.samples, *some.buckets) >= 0
+            quantiles[kind] = tuple((some if fair else timing).quantile_ns(share) for share in SHARES)
+        puts, gets, refused = (total(name, f"{what}_per_s") for what in ("puts", "gets", "refused"))
+        put_ns, get_ns, missed_ns = (quantiles[kind] for kind in ("put_stored", "get_hit", "get_missed"))
+        found.append(ClientRow(name, state, puts, gets, put_ns, get_ns, missed_ns, bool(refused)))
     return found
 
 

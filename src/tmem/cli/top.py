@@ -52,25 +52,31 @@ _ARROWS = {b"[A": "up", b"[B": "down", b"[C": "right", b"[D": "left"}
 )
 @click.option("--once", is_flag=True, help="Print one frame, after one interval.")
 @click.option("--count", "-n", type=click.IntRange(1), help="Print so many frames.")
+@click.option(
+    "--table", "-t", type=click.Choice(["pools", "clients"]), default="pools", help="What to begin with."
+)
 @click.pass_context
-def top(ctx: click.Context, interval: float, once: bool, count: int | None) -> None:
+def top(ctx: click.Context, interval: float, once: bool, count: int | None, table: str) -> None:
     """Show live what happens in the segment: pools, rates, hit ratios, times, memory, pressure.
 
-    Keys: q ends it; the letter that is underlined in a heading sorts by that column, and again the other way
-    round; space pauses; + and - change the interval; ? helps. Without a terminal it prints one frame.
+    Keys: q ends it; Tab changes the table: pools, or clients with the times of their operations; the letter
+    that is underlined in a heading sorts by that column, and again the other way round; space pauses; + and -
+    change the interval; ? helps. Without a terminal it prints one frame.
     """
     from tmem.cli.screen import console as wide_console
+    from tmem.cli.topview import TABLES, View
 
     if once and count is not None:
         raise click.UsageError("give either --once or --count")
     console = wide_console(shutil.get_terminal_size((_PIPE_COLUMNS, 0)).columns)
     paths = SegmentPaths.of(segment_name(ctx))
+    view = View(table=TABLES.index(table))
     with closing(segment.attach(paths.name)) as opened:
         watcher = Watcher(paths, opened, interval)
         if once or count or not (console.is_terminal and sys.stdin.isatty()):
-            _print_frames(console, watcher, count or 1)
+            _print_frames(console, watcher, view, count or 1)
         else:
-            _live(console, watcher)
+            _live(console, watcher, view)
 
 
 class Watcher:
@@ -123,8 +129,8 @@ class Watcher:
         return pid if isinstance(pid, int) else None
 
 
-def _print_frames(console: "Console", watcher: Watcher, count: int) -> None:
-    from tmem.cli.topview import View, draw
+def _print_frames(console: "Console", watcher: Watcher, view: "View", count: int) -> None:
+    from tmem.cli.topview import draw
 
     blocks = not console.options.ascii_only
     for number in range(count):
@@ -132,16 +138,15 @@ def _print_frames(console: "Console", watcher: Watcher, count: int) -> None:
         watcher.look()
         if number:
             console.print()
-        console.print(draw(watcher.frame(), View(), console.width, None, blocks))
+        console.print(draw(watcher.frame(), view, console.width, None, blocks))
 
 
-def _live(console: "Console", watcher: Watcher) -> None:
+def _live(console: "Console", watcher: Watcher, view: "View") -> None:
     """Draw until somebody presses q."""
     from rich.live import Live
 
-    from tmem.cli.topview import View, draw
+    from tmem.cli.topview import draw
 
-    view = View()
     blocks = not console.options.ascii_only
     with _keys() as read_keys, Live(console=console, screen=True, auto_refresh=False) as live:
         due = time.monotonic() + min(watcher.interval_s, 0.5)  # a first frame soon
@@ -166,7 +171,7 @@ def _live(console: "Console", watcher: Watcher) -> None:
 
 def _pressed(key: str, view: "View", watcher: Watcher) -> "View":
     """Return the view after a key was pressed."""
-    from tmem.cli.topview import COLUMNS
+    from tmem.cli.topview import TABLES, sorting_keys
 
     if view.help:
         return replace(view, help=False)
@@ -174,6 +179,8 @@ def _pressed(key: str, view: "View", watcher: Watcher) -> "View":
         return replace(view, help=True)
     if key == " ":
         return replace(view, paused=not view.paused)
+    if key == "\t":
+        return replace(view, table=(view.table + 1) % len(TABLES), sort=0, reverse=False, first=0)
     if key in ("+", "=", "-"):
         factor = 0.5 if key == "-" else 2
         watcher.interval_s = min(max(watcher.interval_s * factor, _LEAST_S), _MOST_S)
@@ -183,10 +190,11 @@ def _pressed(key: str, view: "View", watcher: Watcher) -> "View":
         return replace(view, first=min(max(view.first + (1 if key == "down" else -1), 0), last))
     if key in ("left", "right"):
         step = 1 if key == "right" else -1
-        return replace(view, sort=(view.sort + step) % len(COLUMNS), reverse=False, first=0)
-    for number, column in enumerate(COLUMNS):
-        if key == column.key:
-            return replace(view, sort=number, reverse=number == view.sort and not view.reverse, first=0)
+        return replace(view, sort=(view.sort + step) % len(sorting_keys(view)), reverse=False, first=0)
+    keys = sorting_keys(view)
+    if key in keys:
+        number = keys.index(key)
+        return replace(view, sort=number, reverse=number == view.sort and not view.reverse, first=0)
     return view
 
 

@@ -1,88 +1,25 @@
-"""Draws one frame of ``tmem top``: a heading, times of operations, a line for each pool.
+"""Draws one frame of ``tmem top``: a heading, times of operations, a line for each pool or client.
 
 Made for 80 columns; a wider terminal shows more. Pure: from numbers to what rich prints, so that tests need
 no terminal. Letters that are underlined in the headings are the keys that sort by that column.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tmem.cli.sampling import Look, Operation, Pressure, Row, operations, rows
+from tmem.cli.sampling import Look, Operation, Pressure, clients, operations, rows
+from tmem.cli.toptables import CLIENTS, POOLS, Column, L, amount, duration, short
 from tmem.types import PAGE_SIZE
 
 WIDE_COLUMNS = 96
 """From so many on the state has a column of its own."""
 
-_Key = Callable[[Row], float | str]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table of pools, and the key that sorts by it."""
-
-    key: str
-    heading: str
-    value: _Key
-    """What it sorts by; numbers sort the largest first."""
-    text: Callable[[Row], str]
-    numeric: bool = True
-
-
-def short(number: float | None) -> str:
-    """Return a rate in at most four characters: ``0``, ``7.5``, ``123``, ``1.2k``, ``34M``."""
-    if number is None:
-        return "-"
-    for unit in ("", "k", "M", "G"):
-        if number < 999.5:
-            whole = number >= 99.5 or number == int(number)
-            return f"{number:.0f}{unit}" if whole else f"{number:.1f}{unit}"
-        number /= 1000
-    return f"{number:.0f}T"
-
-
-def amount(size_bytes: float) -> str:
-    """Return a size in at most five characters: ``0``, ``512B``, ``9.8K``, ``64M``, ``1.5G``."""
-    for unit in ("B", "K", "M", "G"):
-        if size_bytes < 999.5:
-            plain = size_bytes >= 9.95 or size_bytes == int(size_bytes)
-            return f"{size_bytes:.0f}{unit}" if plain else f"{size_bytes:.1f}{unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f}T"
-
-
-def duration(ns: float | None) -> str:
-    """Return a time in at most five characters: ``850ns``, ``6.2us``, ``1.5s``; ``-`` for None."""
-    if ns is None:
-        return "-"
-    for unit in ("ns", "us", "ms"):
-        if ns < 999.5:
-            return f"{ns:.0f}{unit}" if ns >= 9.95 or unit == "ns" else f"{ns:.1f}{unit}"
-        ns /= 1000
-    return f"{ns:.0f}s" if ns >= 9.95 else f"{ns:.1f}s"
-
-
-COLUMNS = (
-    Column("c", "CLIENT", lambda row: row.client, lambda row: row.client, numeric=False),
-    Column("t", "TYPE", lambda row: row.kind, lambda row: row.kind, numeric=False),
-    Column("d", "DATA", lambda row: row.data_bytes, lambda row: amount(row.data_bytes)),
-    Column("m", "MEMORY", lambda row: row.memory_bytes, lambda row: amount(row.memory_bytes)),
-    Column("r", "RATIO", lambda row: row.ratio or 0, lambda row: f"{row.ratio:.2f}" if row.ratio else "-"),
-    Column("p", "PUT/s", lambda row: row.puts_per_s or 0, lambda row: short(row.puts_per_s)),
-    Column("g", "GET/s", lambda row: row.gets_per_s or 0, lambda row: short(row.gets_per_s)),
-    Column(
-        "h",
-        "HIT%",
-        lambda row: -1 if row.hit_share is None else row.hit_share,
-        lambda row: "-" if row.hit_share is None else f"{100 * row.hit_share:.1f}",
-    ),
-    Column("e", "EVICT/s", lambda row: row.evictions_per_s or 0, lambda row: short(row.evictions_per_s)),
-    Column("f", "REFUSED/s", lambda row: row.refused_per_s or 0, lambda row: short(row.refused_per_s)),
-)
-"""The last one has no room in 80 columns; a pool that is refused is red there instead."""
+TABLES = ("pools", "clients")
+"""What can be shown; Tab goes from one to the next."""
 
 _STATES = {"on": "green", "unserved": "dim", "frozen": "cyan", "off": "yellow"}
 _OPERATIONS = {
@@ -99,8 +36,10 @@ _OPERATIONS = {
 class View:
     """What somebody has chosen to see."""
 
+    table: int = 0
+    """Which of `TABLES`."""
     sort: int = 0
-    """Which of `COLUMNS`."""
+    """Which of its columns."""
     reverse: bool = False
     first: int = 0
     """The first line of the table that is shown."""
@@ -125,7 +64,6 @@ class Frame:
 
 def draw(frame: Frame, view: View, width: int, height: int | None, blocks: bool = True) -> RenderableType:
     """Return the frame; `height` None: as long as it is. `blocks`: the terminal knows block characters."""
-    found = rows(frame.before, frame.now)
     head: list[RenderableType] = [
         _title(frame, view, width),
         _memory(frame.now, width, blocks),
@@ -137,17 +75,27 @@ def draw(frame: Frame, view: View, width: int, height: int | None, blocks: bool 
     ]
     # Above are 14 lines, the table's heading and the keys take 3, and to say that there are more takes one.
     room = None if height is None else height - 17
-    if room is not None and len(found) > room:
-        room = max(room - 1, 1)
     foot: list[RenderableType] = [] if height is None else [_keys(view)]
     if view.help:
         return Group(*head, _help(), *foot)
-    return Group(*head, *_table(found, view, width, room), *foot)
+    if TABLES[view.table] == "clients":
+        lines = _table(clients(frame.before, frame.now), CLIENTS, CLIENTS, view, width, room)
+    else:
+        wide = POOLS if width >= WIDE_COLUMNS else POOLS[:-1]
+        lines = _table(rows(frame.before, frame.now), POOLS, wide, view, width, room)
+    return Group(*head, *lines, *foot)
 
 
-def ordered(found: Sequence[Row], view: View) -> list[Row]:
+def sorting_keys(view: View) -> list[str]:
+    """Return the keys that sort the table which is shown, in the order of its columns."""
+    if TABLES[view.table] == "clients":
+        return [column.key for column in CLIENTS]
+    return [column.key for column in POOLS]
+
+
+def ordered(found: Sequence[L], columns: Sequence[Column[L]], view: View) -> list[L]:
     """Return the rows as `view` sorts them: names from A, numbers from the largest; or reversed."""
-    column = COLUMNS[view.sort]
+    column = columns[view.sort]
     return sorted(found, key=column.value, reverse=column.numeric != view.reverse)
 
 
@@ -252,11 +200,20 @@ def _times(found: dict[str, Operation]) -> Table:
     return table
 
 
-def _table(found: list[Row], view: View, width: int, room: int | None) -> list[RenderableType]:
+def _table(
+    found: Sequence[L],
+    columns: Sequence[Column[L]],
+    drawn: Sequence[Column[L]],
+    view: View,
+    width: int,
+    room: int | None,
+) -> list[RenderableType]:
+    """Return the table and what is to be said below it; `drawn` are the `columns` that have room."""
     wide = width >= WIDE_COLUMNS
-    columns = COLUMNS if wide else COLUMNS[:-1]
+    if room is not None and len(found) > room:
+        room = max(room - 1, 1)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), width=min(width, 120))
-    for number, column in enumerate(columns):
+    for number, column in enumerate(drawn):
         table.add_column(
             _heading(column, number == view.sort, view.reverse),
             justify="right" if column.numeric else "left",
@@ -266,16 +223,16 @@ def _table(found: list[Row], view: View, width: int, room: int | None) -> list[R
         )
         if number == 0 and wide:
             table.add_column("STATE", no_wrap=True)
-    lines = ordered(found, view)
+    lines = ordered(found, columns, view)
     shown = lines if room is None else lines[view.first : view.first + room]
     for row in shown:
-        cells: list[RenderableType] = [column.text(row) for column in columns]
+        cells: list[RenderableType] = [column.text(row) for column in drawn]
         state = Text(row.state, style=_STATES.get(row.state, "bold red"))
         if wide:
             cells.insert(1, state)
         elif row.state != "on":
-            cells[0] = Text.assemble(row.client, " ", state)
-        table.add_row(*cells, style="red" if row.refused_per_s else "")
+            cells[0] = Text.assemble(row.name, " ", state)
+        table.add_row(*cells, style="red" if row.trouble else "")
     below: list[RenderableType] = [table]
     if not lines:
         below.append(Text("no clients yet: add one with 'tmem swap add' or 'tmem mount'", style="dim"))
@@ -285,7 +242,7 @@ def _table(found: list[Row], view: View, width: int, room: int | None) -> list[R
     return below
 
 
-def _heading(column: Column, chosen: bool, reverse: bool) -> Text:
+def _heading(column: Column[L], chosen: bool, reverse: bool) -> Text:
     at = column.heading.lower().index(column.key)
     text = Text(column.heading, style="bold reverse" if chosen else "bold")
     text.stylize("underline", at, at + 1)
@@ -296,7 +253,8 @@ def _keys(view: View) -> Text:
     line = Text("\n")
     for key, word in (
         ("q", "quit"),
-        ("letter", "sort by it"),
+        ("tab", TABLES[(view.table + 1) % len(TABLES)]),
+        ("letter", "sort"),
         ("space", "go on" if view.paused else "pause"),
         ("+ -", "interval"),
         ("?", "help"),
@@ -309,7 +267,8 @@ def _keys(view: View) -> Text:
 def _help() -> Text:
     return Text(
         "The letter that is underlined in a heading sorts by that column; again, the other way round.\n"
-        "Left and right go from column to column, up and down through the pools.\n"
+        "Left and right go from column to column, up and down through the lines.\n"
+        "Tab changes the table. PUT50: half of the puts took no longer, MISS99: of the misses.\n"
         "Times are those of every 64th operation; a quantile is right within a factor of two.\n"
         "Pressure: some and all of what runs waits for it, in the last ten seconds (PSI).\n"
         "DATA is without compression. Of a shared pool every sharer has a line.\n"
