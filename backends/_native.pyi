@@ -515,3 +515,37 @@ class Reader:
 
     def close(self) -> None:
         """End the helpers. No thread may be in `serve`."""
+
+class Headroom:
+    """Keeps memory free for others by lowering the limit of a segment, see native/headroom.c."""
+
+    def __init__(self, segment: Segment, meminfo: str, groups: list[tuple[str, str, str]], /) -> None:
+        """`groups`: the files with the limit, the usage and the statistics of each control group."""
+
+    def run(self) -> None:
+        """Make room until `end`, or until the segment ends. By a thread of its own, which it has scheduled
+        before others if it may."""
+
+    def end(self) -> None:
+        """Have `run` return. Any thread, as for those below."""
+
+    def give_back(self, keep_bytes: int, local: bool, /) -> None:
+        """Have `run` look now; `keep_bytes` stay backed, and this machine swaps to the segment or not."""
+
+    def look(self) -> tuple[int, int, int, int]:
+        """Return bytes: used by the segment, its limit, spare beyond the margin, and that margin. Not while
+        `run` runs."""
+
+    def decide(
+        self, now_s: float, used: int, limit: int, spare: int, margin: int, least: int, most: int, /
+    ) -> tuple[int, int, bool, float]:
+        """Return what `run` would do: limit, limit of persistent pages, whether pages that were hit go too,
+        and the seconds until the next look. For tests."""
+
+    @property
+    def lowered_s(self) -> float:
+        """When the limit was lowered last, on the monotonic clock; 0: never."""
+
+    def statistics(self) -> dict[str, int]:
+        """Return what the last look saw and what has been done, by the names of `resizing.ResizeStatistics`;
+        short: whether pages that were hit had to go since the last call."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 LIMIT_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}
 """The file with the limit of a group, by version."""
-_USAGE_FILES = ("memory.usage_in_bytes", "memory.current")
+USAGE_FILES = ("memory.usage_in_bytes", "memory.current")
+"""And that with what is charged to it."""
 
 # v1 shows "no limit" as the largest page-aligned long; anything near it is none.
 _UNLIMITED = 1 << 60
@@ -98,7 +99,7 @@ def limit_of(group: Path) -> int | None:
 
 def usage_of(group: Path) -> int | None:
     """Return what is charged to the group with this directory and its children, page cache included."""
-    for name in _USAGE_FILES:
+    for name in USAGE_FILES:
         with contextlib.suppress(OSError, ValueError):
             return int((group / name).read_text(encoding="ascii"))
     return None

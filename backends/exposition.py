@@ -68,7 +68,7 @@ _GAUGES = _words(
     ephemeral_pages_max compressed_bytes objects objects_max nodes nodes_max evictions_per_request_max
     chunks_total chunks_used chunks_used_max chunks_free cap_bytes floor_bytes weight ephemeral_bytes
     compressed_pages raw_pages held authorised_pools pools pages bytes spare_bytes margin_bytes
-    stalled_percent tier_pages
+    stalled_percent urgency tier_pages
     """
 )
 # What a row is rather than how much of something, and is told by labels.

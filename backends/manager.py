@@ -130,7 +130,7 @@ class _Manager:
         self._reserve = Reserve(segment.memory_bytes)
         self._settler = Settler(settings)
         self._compactor = Compactor(segment)
-        self._resizer = Resizer(segment, self._compactor, lambda: self._reserve.size_bytes, self._is_local)
+        self._resizer = Resizer(segment, lambda: self._reserve.size_bytes, self._is_local)
         self._condenser = Condenser(segment)
         self._metrics = metrics
         self._since_ns = time.monotonic_ns()

@@ -1,9 +1,8 @@
-"""Looks at how short memory is: of this machine, of the control groups that limit a process, and how long
-anybody waits for it.
+"""Looks at how much memory there is, and how long anybody waits for it.
 
-Not for deciding anything (`tmem.backends.sizing`). Files below ``/proc`` and ``/sys`` only; a look
-takes about 0.1 ms. Threading: an object belongs to one thread at a time; `Trigger.wait` blocks, so give it
-a thread.
+Not for deciding anything (`tmem.backends.sizing`), nor for whoever looks often (native/headroom.c). Files below
+``/proc`` and ``/sys`` only; a look takes about 0.1 ms, at memory a few times that. Threading: an object belongs to one thread at a time;
+`Trigger.wait` blocks, so give it a thread.
 """
 
 import os
@@ -28,39 +27,16 @@ class Room:
     available_bytes: int
 
 
-CACHE_LOOK_S = 0.1
-"""How long the page cache of a group is believed: memory.stat has to be summed up, which takes 0.4 ms."""
-
-
-class Rooms:
-    """The machine and every limited control group that process `pid` is charged to."""
-
-    def __init__(self, pid: int | str = "self", proc: Path = Path("/proc")) -> None:
-        self._proc = proc
-        self._groups = cgroup.groups_of(pid, proc)
-        self._caches: dict[Path, tuple[float, int]] = {}
-
-    def look(self, now_s: float) -> list[Room]:
-        """Return them as they are at `now_s`, of any clock that goes forward; the machine first."""
-        memory = meminfo.read(self._proc)
-        rooms = [Room(memory.total_bytes, memory.available_bytes)]
-        for group in self._groups:
-            limit = cgroup.limit_of(group)
-            if limit is not None and limit < memory.total_bytes:
-                rooms.append(Room(limit, self._available(group, limit, now_s)))
-        return rooms
-
-    def _available(self, group: Path, limit_bytes: int, now_s: float) -> int:
-        """Return what a group can still have: what is below its limit, and its page cache."""
-        used = cgroup.usage_of(group)
-        free = limit_bytes - (0 if used is None else used)
-        if free > limit_bytes // 4:
-            return free  # enough: the rest is not worth the time
-        at_s, cache = self._caches.get(group, (float("-inf"), 0))
-        if now_s - at_s > CACHE_LOOK_S:
-            cache = cgroup.cache_bytes(group)
-            self._caches[group] = now_s, cache
-        return free + cache
+def rooms(pid: int | str = "self", proc: Path = Path("/proc")) -> list[Room]:
+    """Return those of the machine and of every limited control group that a process is charged to."""
+    memory = meminfo.read(proc)
+    found = [Room(memory.total_bytes, memory.available_bytes)]
+    for group in cgroup.groups_of(pid, proc):
+        limit = cgroup.limit_of(group)
+        if limit is not None and limit < memory.total_bytes:
+            free = limit - (cgroup.usage_of(group) or 0)
+            found.append(Room(limit, free + cgroup.cache_bytes(group)))
+    return found
 
 
 class Stalls:

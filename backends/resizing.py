@@ -1,35 +1,36 @@
-"""Keeps a segment as large as the machine can spare: looks, lets `sizing` decide, and gives memory back.
+"""Keeps a segment as large as the machine can spare.
 
-A task of the manager. Looks and changes of the limit happen in the event loop, 0.2 ms each, as often as the
-decision says. Two threads wait beside it, both there from the start, since none can be started once memory is
-out: one gives back, in slices, so that a long one hears when it has become urgent; one waits for the kernel
-to report pressure. Not in the data path: without a manager the limits stay where they are.
+Two hands. A thread of the core (native/headroom.c) makes room for others: it looks every few milliseconds
+when memory is short, lowers the limit and gives back, without the interpreter. A task of the manager looks
+once a second, and as soon as the kernel reports that somebody waits for memory, lets `sizing` decide whether
+the segment may grow or pressure takes something away, and tells the thread. Both threads that this needs are
+there from the start, since none can be started once memory is out. Not in the data path: without a manager
+the limits stay where they are.
 """
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
-from tmem.backends import pressure, sizing
-from tmem.backends.compacting import Compactor
+from tmem.backends import cgroup, pressure, sizing
+from tmem.backends.segment import core
 from tmem.errors import TmemError
 from tmem.types import format_size
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-FIXED_LOOK_S = 1.0
-"""How often somebody may have given a segment of fixed size another one."""
+LOOK_S = 1.0
+PRESSED_LOOK_S = 0.05
+"""The soonest look after one that pressure has brought about."""
 _WATCH_S = 1.0
-SLICE_BYTES = 16 << 20
-"""How much is given back between two looks at how urgent it is."""
 _TROUBLES = (TmemError, OSError, ValueError, MemoryError)
 
 
@@ -44,13 +45,15 @@ class ResizeStatistics:
     margin_bytes: int = 0
     """What is left to others of it."""
     stalled_percent: int = 0
-    """Time spent waiting for memory between the last two looks."""
+    """Time spent waiting for memory between the last two looks of the manager."""
     given_back_bytes: int = 0
     """Memory that was given back because the limit fell."""
     raised: int = 0
     """Times that the limit was raised."""
     lowered: int = 0
     """Times that it was lowered."""
+    urgency: int = 0
+    """How what gives back is scheduled: 2 realtime, 1 before most programs, 0 as any other."""
 
 
 class Resizer:
@@ -59,127 +62,114 @@ class Resizer:
     def __init__(
         self,
         segment: "_native.Segment",
-        compactor: Compactor,
         reserve_bytes: Callable[[], int],
         local: Callable[[], bool],
-        look: Callable[[float], Sequence[pressure.Room]] | None = None,
+        proc: Path = Path("/proc"),
     ) -> None:
         """`reserve_bytes` says how much stays backed in any case while `local` says that this machine swaps
-        to the segment. `look` says what memory there is, if not this machine's."""
-        self.statistics = ResizeStatistics()
+        to the segment."""
+        self._counts = ResizeStatistics()
         self._segment = segment
-        self._compactor = compactor
         self._reserve_bytes = reserve_bytes
         self._local = local
-        self._rooms = look or pressure.Rooms(os.getpid()).look
-        self._stalls = pressure.Stalls(pressure.stall_files(os.getpid()))
+        self._headroom: _native.Headroom = core().Headroom(segment, str(proc / "meminfo"), _groups(proc))
+        self._stalls = pressure.Stalls(pressure.stall_files("self", proc))
         self._sizer: sizing.Sizer | None = None
-        self._excess = threading.Event()
-        self._keep_bytes = 0
-        self._hard = self._short = self._in_vain = self._ending = False
-        self._vain_s = sizing.LEAST_LOOK_S
-        self._complaints: dict[str, str] = {}
+        self._lowered = 0
+        self._short = self._news = False
+        self._complaint = ""
+
+    @property
+    def statistics(self) -> ResizeStatistics:
+        """What the core has seen and done up to now."""
+        self._see()
+        return self._counts
 
     async def run(self) -> None:
         """Look and decide until cancelled."""
         pressed = _Pressed()
-        giver = threading.Thread(target=self._give_back, name="tmem-shrink", daemon=True)
+        giver = threading.Thread(target=self._make_room, name="tmem-room", daemon=True)
         giver.start()
         try:
             while self._segment.alive:
-                next_look_s = FIXED_LOOK_S
                 try:
-                    next_look_s = self._look()
-                    self._complaints.pop("look", None)
+                    self._look()
+                    self._complaint = ""
                 except _TROUBLES as error:
-                    self._complain("look", "cannot see how much memory there is", error)
-                if self._sizer is not None and next_look_s > 2 * sizing.LEAST_LOOK_S:
-                    await pressed.wait(next_look_s)
-                    await trio.sleep(sizing.LEAST_LOOK_S)
-                else:
-                    await trio.sleep(next_look_s)
+                    if self._complaint != str(error):  # once
+                        _log.warning("cannot follow how much memory there is: %s", error)
+                    self._complaint = str(error)
+                await pressed.wait(LOOK_S)
+                await trio.sleep(PRESSED_LOOK_S)
         finally:
-            self._ending = True
-            self._excess.set()
-            giver.join()  # it ends with its slice, in less than half a second
+            self._headroom.end()
+            giver.join()  # it ends with its slice, in some ten milliseconds
 
-    def _look(self) -> float:
-        """Look once and move the limits; return the seconds until the next look."""
-        least, most = self._segment.size_range
-        self._keep_bytes = self._reserve_bytes() if self._local() else 0
-        if least == most:
-            self._sizer = None
-            self._move(most, most, hard=False)
-            return FIXED_LOOK_S
-        if self._sizer is None or self._sizer.range != (least, most):
-            self._sizer = sizing.Sizer(least, most)
-        now_s, counts = time.monotonic(), self.statistics
-        used, reserve, _ = self._segment.occupied
-        spare, margin = sizing.spare_of(self._rooms(now_s))
-        stalled = self._stalls.share(now_s)
-        sample = sizing.Sample(now_s, used + reserve, self._segment.limits[0], spare, margin, stalled)
-        decision = self._sizer.decide(sample, self._local())
-        counts.looks += 1
-        counts.spare_bytes, counts.margin_bytes, counts.stalled_percent = spare, margin, round(100 * stalled)
-        more = self._move(decision.limit_bytes, decision.persistent_bytes, decision.hard)
-        self._vain_s = sizing.LEAST_LOOK_S if more else min(2 * self._vain_s, sizing.MOST_LOOK_S)
-        return max(decision.next_look_s, self._vain_s)
+    def _see(self) -> dict[str, int]:
+        """Return the core's statistics."""
+        seen, counts = self._headroom.statistics(), self._counts
+        counts.looks, counts.given_back_bytes = seen["looks"], seen["given_back_bytes"]
+        counts.spare_bytes, counts.margin_bytes = seen["spare_bytes"], seen["margin_bytes"]
+        counts.urgency, counts.lowered = seen["urgency"], self._lowered + seen["lowered"]
+        self._news = self._news or bool(seen["short"])
+        return seen
 
-    def _move(self, limit_bytes: int, persistent_bytes: int, hard: bool) -> bool:
-        """Move the limits; have given back what exceeds them. False if there is no more to give: persistent
-        pages and floors hold the limit up, or giving back has just been in vain."""
-        segment, counts = self._segment, self.statistics
-        before = segment.limits
-        now = before[0]
-        if before != (limit_bytes, persistent_bytes):
-            now = segment.set_limits(limit_bytes, persistent_bytes)
-        counts.raised += now > before[0]
-        counts.lowered += now < before[0]
-        if now < before[0] and hard and not self._short:  # once, not a hundred times a second
-            _log.info("memory is short: %s of %s", format_size(now), format_size(segment.memory_bytes))
-        self._short = (self._short or (now < before[0] and hard)) and now <= before[0]
-        used, reserve, _ = segment.occupied
-        self._hard = hard
-        if used <= now and used + reserve <= now + self._keep_bytes:
-            self._in_vain = False
-            return now <= limit_bytes
-        if now < before[0]:
-            self._in_vain = False
-        self._excess.set()
-        return not self._in_vain
+    def _look(self) -> None:
+        """Look once; move the limit where it is not the core that does."""
+        segment, counts = self._segment, self._counts
+        local, seen = self._local(), self._see()
+        stalled = self._stalls.share(now_s := time.monotonic())
+        counts.stalled_percent = round(100 * stalled)
+        least, most = segment.size_range
+        if least < most and seen["looks"]:
+            if self._sizer is None or self._sizer.range != (least, most):
+                self._sizer = sizing.Sizer(least, most)
+            self._move(seen, stalled, now_s)
+        if self._news and not self._short:  # once, not at each look
+            _log.info(
+                "memory is short: %s of %s", format_size(segment.limits[0]), format_size(segment.memory_bytes)
+            )
+        self._short = bool(seen["short"]) or (
+            self._short and now_s < self._headroom.lowered_s + sizing.HOLD_S
+        )
+        self._headroom.give_back(self._reserve_bytes() if local else 0, local)
 
-    def _give_back(self) -> None:
+    def _move(self, seen: dict[str, int], stalled: float, now_s: float) -> None:
+        assert self._sizer is not None
+        limit, persistent = self._segment.limits
+        sample = sizing.Sample(
+            now_s,
+            seen["used_bytes"],
+            limit,
+            seen["spare_bytes"],
+            seen["margin_bytes"],
+            stalled,
+            self._headroom.lowered_s or float("-inf"),
+        )
+        wanted = self._sizer.decide(sample)
+        if wanted != limit:
+            # How far persistent pages may go is the core's: it knows what there is now.
+            now = self._segment.set_limits(wanted, persistent)
+            self._counts.raised += now > limit
+            self._lowered += now < limit
+
+    def _make_room(self) -> None:
         """The thread that does."""
-        while True:
-            self._excess.wait()
-            self._excess.clear()
-            if self._ending or not self._segment.alive:
-                return
-            try:
-                self._in_vain = not self._shrink()
-                self._complaints.pop("shrink", None)
-            except _TROUBLES as error:
-                self._in_vain = True
-                self._complain("shrink", "cannot give memory back", error)
+        try:
+            self._headroom.run()
+        except _TROUBLES as error:
+            _log.warning("memory is not given back: %s", error)
 
-    def _shrink(self) -> int:
-        """Give back what exceeds the limit; the bytes."""
-        total, counts = 0, self.statistics
-        while not self._ending:
-            some = self._segment.shrink(self._keep_bytes, self._hard, SLICE_BYTES)
-            total += some
-            counts.given_back_bytes += some
-            if not some and (
-                self._segment.occupied[0] <= self._segment.limits[0] or not self._compactor.step()
-            ):
-                break
-        return total
 
-    def _complain(self, what: str, words: str, error: Exception) -> None:
-        """Log what is wrong, once."""
-        if self._complaints.get(what) != str(error):
-            _log.warning("%s: %s", words, error)
-        self._complaints[what] = str(error)
+def _groups(proc: Path) -> list[tuple[str, str, str]]:
+    """Return the files of the control groups that this process is charged to."""
+    found = []
+    for group in cgroup.groups_of("self", proc):
+        for limit, usage in zip(cgroup.LIMIT_FILES.values(), cgroup.USAGE_FILES, strict=True):
+            files = group / limit, group / usage, group / "memory.stat"
+            if all(file.exists() for file in files):
+                found.append((str(files[0]), str(files[1]), str(files[2])))
+    return found
 
 
 class _Pressed:

@@ -28,7 +28,7 @@ typedef struct {
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType;
+    *ReaderType, *HeadroomType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -39,6 +39,7 @@ PyTypeObject *make_device_type(void);
 PyTypeObject *make_gate_type(void);
 PyTypeObject *make_buffer_type(void);
 PyTypeObject *make_reader_type(void);
+PyTypeObject *make_headroom_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
 struct tm_ctx *context_of(SegmentObject *owner);     /* NULL with an exception */

@@ -7,7 +7,7 @@
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType;
+    *ReaderType, *HeadroomType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -177,7 +177,8 @@ static int add_types(PyObject *module)
     GateType = DeviceType ? make_gate_type() : NULL;
     BufferType = GateType ? make_buffer_type() : NULL;
     ReaderType = BufferType ? make_reader_type() : NULL;
-    if (!ReaderType)
+    HeadroomType = ReaderType ? make_headroom_type() : NULL;
+    if (!HeadroomType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
            || PyModule_AddObjectRef(module, "Client", (PyObject *)ClientType)
@@ -187,6 +188,7 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "Gate", (PyObject *)GateType)
            || PyModule_AddObjectRef(module, "ReaderBuffer", (PyObject *)BufferType)
            || PyModule_AddObjectRef(module, "Reader", (PyObject *)ReaderType)
+           || PyModule_AddObjectRef(module, "Headroom", (PyObject *)HeadroomType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)
            || PyModule_AddIntConstant(module, "UUID_SIZE", TM_UUID)

@@ -1,18 +1,14 @@
-"""The task that keeps a segment as large as it should be: what goes wrong does not end it, and it is quiet
-when there is nothing it can do."""
+"""The task that keeps a segment as large as it should be, and the thread of the core beside it."""
 
 import logging
-import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from tmem.backends.compacting import Compactor
-from tmem.backends.pressure import Room
 from tmem.backends.resizing import Resizer
-from tmem.errors import SegmentError
 
 from .. import waiting
 from .pages import oid, pages
@@ -23,25 +19,34 @@ if TYPE_CHECKING:
 MIB, GIB = 1 << 20, 1 << 30
 
 
-class Failing:
-    """A segment that raises `errors` where memory is to be given back, one after the other."""
+class World:
+    """Files of a machine of 512 MiB, whose margin is 64 MiB."""
 
-    def __init__(self, segment: "_native.Segment", errors: list[Exception]) -> None:
-        self._segment = segment
-        self._errors = errors
+    def __init__(self, proc: Path) -> None:
+        self.proc = proc
+        for name in ("self", "pressure"):
+            (proc / name).mkdir()
+        (proc / "self" / "mountinfo").write_text("")
+        (proc / "self" / "cgroup").write_text("")
+        self.available(512 * MIB)
+        self.stalled(0)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._segment, name)
+    def available(self, size: int) -> None:
+        text = f"MemTotal: {512 << 10:12} kB\nMemAvailable: {size >> 10:12} kB\n"
+        fresh = not (self.proc / "meminfo").exists()
+        with (self.proc / "meminfo").open("w" if fresh else "r+") as file:
+            file.write(text)
 
-    def shrink(self, keep_bytes: int, hard: bool, most_bytes: int) -> int:
-        if self._errors:
-            raise self._errors.pop(0)
-        return self._segment.shrink(keep_bytes, hard, most_bytes)
+    def stalled(self, us: int) -> None:
+        (self.proc / "pressure" / "memory").write_text(f"some avg10=0.00 total={us}\n")
+
+    def resizer(self, segment: "_native.Segment") -> Resizer:
+        return Resizer(segment, lambda: 0, lambda: False, self.proc)
 
 
-def resizer(segment: "_native.Segment", available_bytes: int = 16 * GIB) -> Resizer:
-    rooms = [Room(16 * GIB, available_bytes)]
-    return Resizer(segment, Compactor(segment), lambda: 0, lambda: False, lambda now_s: rooms)
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
 def beside(task: Callable[[], Awaitable[None]], test: Callable[[], Awaitable[None]]) -> None:
@@ -57,59 +62,94 @@ def beside(task: Callable[[], Awaitable[None]], test: Callable[[], Awaitable[Non
     trio.run(main)
 
 
-def fill(segment: "_native.Segment", persistent: bool, npages: int) -> None:
-    pool = segment.client("one").new_pool(persistent, exclusive=False)
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await trio.sleep(0.005)
+
+
+def fill(segment: "_native.Segment", npages: int) -> None:
+    pool = segment.client("one").new_pool(persistent=False, exclusive=False)
     for first in range(0, npages, 500):
         pool.put(oid(1), first, b"".join(pages("random", first, min(500, npages - first))))
 
 
-@pytest.mark.parametrize("error", [SegmentError("no room for another thread"), MemoryError()])
-def test_goes_on_after_an_error(
-    segment: "_native.Segment", error: Exception, caplog: pytest.LogCaptureFixture
+def test_gives_way_and_says_so_once(
+    segment: "_native.Segment", world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fill(segment, False, 10000)
-    segment.size_within(16 * MIB, 16 * MIB)
-    failing = cast("_native.Segment", Failing(segment, [error, error]))
+    fill(segment, 14000)
+    segment.size_within(16 * MIB, 64 * MIB)
+    world.available(0)
+    resizing = world.resizer(segment)
 
-    async def given_back() -> None:
-        while sum(segment.occupied[:2]) > 16 * MIB:
-            await trio.sleep(0.005)
+    async def test() -> None:
+        await until(lambda: sum(segment.occupied[:2]) <= 17 * MIB)
+        await until(lambda: resizing.statistics.given_back_bytes > 30 * MIB)
+
+    with caplog.at_level(logging.INFO):
+        beside(resizing.run, test)
+    assert sum("memory is short" in record.getMessage() for record in caplog.records) == 1
+    counts = resizing.statistics
+    assert counts.lowered >= 1
+    assert counts.raised == 0
+    assert counts.spare_bytes < 0
+    assert counts.margin_bytes == 64 * MIB
+    segment.check()
+
+
+def test_grows_where_nobody_needs_it(segment: "_native.Segment", world: World) -> None:
+    segment.size_within(16 * MIB, 64 * MIB)
+    segment.set_limits(16 * MIB, 16 * MIB)
+    resizing = world.resizer(segment)
+
+    async def test() -> None:
+        await until(lambda: resizing.statistics.raised > 1)
+
+    beside(resizing.run, test)
+    assert 16 * MIB < segment.limits[0] <= 16 * MIB + 48 * MIB // 16 * 4
+
+
+def test_what_pressure_takes_away_goes_back(segment: "_native.Segment", world: World) -> None:
+    """There is a margin, and programs wait nevertheless."""
+    fill(segment, 14000)
+    segment.size_within(16 * MIB, 64 * MIB)
+    world.available(100 * MIB)
+    resizing = world.resizer(segment)
+    before = segment.limits[0]
+
+    async def test() -> None:
+        await until(lambda: resizing.statistics.margin_bytes > 0)
+        for waited_s in range(1, 100):
+            world.stalled(waited_s * 100_000_000)
+            await trio.sleep(0.05)
+            if sum(segment.occupied[:2]) < before - 20 * MIB:
+                return
+
+    beside(resizing.run, test)
+    assert sum(segment.occupied[:2]) < before - 20 * MIB
+    assert resizing.statistics.stalled_percent == 100
+
+
+def test_goes_on_after_an_error(
+    segment: "_native.Segment", world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that cannot be read now: it says so once, and the core makes room meanwhile."""
+    fill(segment, 10000)
+    failures = [OSError("no memory for that"), OSError("no memory for that")]
+
+    def reserve() -> int:
+        if failures:
+            raise failures.pop()
+        return 0
+
+    resizing = Resizer(segment, reserve, lambda: True, world.proc)
+    segment.size_within(16 * MIB, 16 * MIB)
+
+    async def test() -> None:
+        await until(lambda: not failures and sum(segment.occupied[:2]) <= 16 * MIB)
 
     with caplog.at_level(logging.WARNING):
-        beside(resizer(failing).run, given_back)
-    assert [record.getMessage() for record in caplog.records] == [f"cannot give memory back: {error}"]
+        beside(resizing.run, test)
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot follow how much memory there is: no memory for that"
+    ]
     caplog.clear()
-
-
-def test_looks_seldom_while_there_is_nothing_to_give(
-    segment: "_native.Segment", caplog: pytest.LogCaptureFixture
-) -> None:
-    """Persistent pages hold all that is used, and others need it."""
-    fill(segment, True, 8000)
-    segment.size_within(16 * MIB, 64 * MIB)
-    resizing = resizer(segment, available_bytes=0)
-
-    async def looks() -> None:
-        while resizing.statistics.looks < 10:
-            await trio.sleep(0.005)
-
-    began_s = time.monotonic()
-    with caplog.at_level(logging.INFO):
-        beside(resizing.run, looks)
-    assert time.monotonic() - began_s > 1  # not a hundred in that time
-    assert sum("memory is short" in record.getMessage() for record in caplog.records) <= 1
-    assert segment.limits[0] < 40 * MIB
-
-
-def test_an_urgent_slice_follows_one_that_was_not(segment: "_native.Segment") -> None:
-    """All that exceeds the limit goes, slice by slice."""
-    fill(segment, False, 15000)
-    segment.size_within(16 * MIB, 64 * MIB)
-    resizing = resizer(segment, available_bytes=0)
-
-    async def given_back() -> None:
-        while sum(segment.occupied[:2]) > 17 * MIB:
-            await trio.sleep(0.005)
-
-    beside(resizing.run, given_back)
-    assert resizing.statistics.given_back_bytes > 40 * MIB

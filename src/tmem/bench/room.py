@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from tmem.backends.pressure import Rooms
+from tmem.backends import pressure
 from tmem.bench.grounds import DISK, SHARED_MEMORY
 from tmem.bench.parts import Plan
 from tmem.errors import TmemError
@@ -42,7 +42,9 @@ def check(plans: Iterable[Plan], available_bytes: int | None = None, disk: Path 
 
 def _available() -> int:
     """Return what may be taken: of the machine, and of every control group that limits us."""
-    rooms = Rooms().look(0.0)
     return int(
-        min(room.available_bytes - max(_SPARE_BYTES, room.total_bytes * _SPARE_SHARE) for room in rooms)
+        min(
+            room.available_bytes - max(_SPARE_BYTES, room.total_bytes * _SPARE_SHARE)
+            for room in pressure.rooms()
+        )
     )
