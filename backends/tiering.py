@@ -10,7 +10,6 @@ Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). Thread
 
 import contextlib
 import os
-import re
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -138,7 +137,9 @@ def of(paths: SegmentPaths, client: "_native.Client") -> str | None:
 
 def shown(url: str) -> str:
     """Return the URL without a password."""
-    return re.sub(r"//([^:@/]*):[^@/]*@", r"//\1:...@", url)
+    from tmem.backends.tiers.redis_url import RedisAddress
+
+    return RedisAddress.shown(url)
 
 
 def withdraw(

@@ -64,6 +64,8 @@ class RedisAddress:
         rest, _, query = rest.partition("?")
         rest, _, database = rest.partition("/")
         login, at, places = rest.rpartition("@")
+        if "@" in database or ("@" in query and ":" in rest and not at):
+            raise TierError("write /, ? and @ in the password of a tier's URL as %2F, %3F and %40")
         user, colon, password = login.partition(":")
         if at and not colon:
             raise TierError(
@@ -109,6 +111,11 @@ class RedisAddress:
         if bool(self.tls_cert) != bool(self.tls_key):
             raise TierError("the tier's URL needs both of tls_cert= and tls_key=, or none")
         return self
+
+    @staticmethod
+    def shown(url: str) -> str:
+        """Return a URL, whatever it is, with nothing of what may be a password."""
+        return re.sub(r"://([^:@/?]*):.*@", r"://\1:...@", url)
 
     def __str__(self) -> str:
         """Where it is, to be shown to people: without password."""

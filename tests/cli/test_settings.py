@@ -106,3 +106,17 @@ def test_there_are_only_so_many(segment: "_native.Segment", capsys: pytest.Captu
     assert run(["authorise", "one", str(uuid.UUID(int=17))]) == 1
     assert capsys.readouterr().err.startswith("tmem: ")
     assert len(segment.client("one").authorised()) == 16
+
+
+def test_a_password_on_the_command_line_is_spoken_of_and_not_shown(
+    segment: "_native.Segment", capsys: pytest.CaptureFixture[str]
+) -> None:
+    segment.client("one")
+    run(["set", "one", "--tier", "redis://me:sesame@127.0.0.1:1/0?timeout=0.01"])  # nobody is there
+    said = capsys.readouterr()
+    assert "password_file=/PATH" in said.err.splitlines()[0]
+    assert "sesame" not in said.out + said.err
+    run(["set", "one", "--tier", "redis://127.0.0.1:1/0?timeout=0.01&user=me&password_file=/nowhere"])
+    assert "in 'ps'" not in capsys.readouterr().err
+    run(["list", "--json"])
+    assert "sesame" not in capsys.readouterr().out

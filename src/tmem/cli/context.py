@@ -38,6 +38,24 @@ def address_or_off(ctx: click.Context, param: click.Parameter, value: str | None
     return value
 
 
+def warn_of_password(url: str) -> str:
+    """Tell who writes a password on a command line that everybody can read it there; return `url`."""
+    from tmem.backends.tiers.redis_url import RedisAddress
+
+    if RedisAddress.shown(url) != url:
+        click.echo(
+            "tmem: everybody can read this password in 'ps': change it, and give the URL "
+            "password_file=/PATH instead",
+            err=True,
+        )
+    return url
+
+
+def tier_option(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Look at the value of ``--tier`` (a click callback)."""
+    return None if value is None else warn_of_password(value)
+
+
 def client_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Return the clients that a shell may complete a word to; none where there is no segment."""
     from tmem.backends import segment

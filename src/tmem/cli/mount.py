@@ -12,7 +12,7 @@ import click
 
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.configured import configuration
-from tmem.cli.context import segment_name
+from tmem.cli.context import segment_name, warn_of_password
 from tmem.errors import AttachError
 
 _OPTIONS_HELP = (
@@ -57,6 +57,9 @@ def mount(
     from tmem.fs import mount as life
     from tmem.fs.options import MountOptions
 
+    for word in ",".join(options).split(","):
+        if word.startswith("tier="):
+            warn_of_password(word)
     lower, mountpoint = places
     paths = SegmentPaths.of(segment_name(ctx))
     configured = configuration(ctx).section(paths.name, "mount").get("options", [])

@@ -12,7 +12,7 @@ from tmem.backends import tiering
 from tmem.backends.clients import change
 from tmem.backends.paths import SegmentPaths, check_name
 from tmem.cli.clients import attached, find_client
-from tmem.cli.context import client_names, segment_name, size_option
+from tmem.cli.context import client_names, segment_name, size_option, tier_option
 from tmem.errors import PoolError
 from tmem.types import CODECS, MOST_WEIGHT, format_size
 
@@ -35,6 +35,7 @@ _MOST_BYTES = 1 << 60
 @click.option("--compress", type=click.Choice(CODECS), help="How its pages are compressed from now on.")
 @click.option(
     "--tier",
+    callback=tier_option,
     metavar="URL",
     help="Where its cold pages go when memory is short: a file or directory; none: back to memory.",
 )

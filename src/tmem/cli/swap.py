@@ -16,7 +16,7 @@ import click
 
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.configured import ConfiguredCommand, explicit
-from tmem.cli.context import client_names, segment_name, size_option
+from tmem.cli.context import client_names, segment_name, size_option, tier_option
 from tmem.errors import TmemError
 from tmem.types import PAGE_SIZE, format_size, parse_host_port
 
@@ -39,7 +39,12 @@ def swap() -> None:
 @click.option("--unix", metavar="PATH", help="Serve on this socket (default: one of its own).")
 @click.option("--tcp", metavar="HOST:PORT", help="Serve on this address.")
 @click.option("--tls-psk", metavar="FILE", help="Encrypt TCP with the pre-shared keys in FILE.")
-@click.option("--tier", metavar="URL", help="Where cold pages go when memory is short: a file or directory.")
+@click.option(
+    "--tier",
+    metavar="URL",
+    callback=tier_option,
+    help="Where cold pages go: a file, a directory, servers.",
+)
 @click.option("--priority", type=click.IntRange(-1, 32767), help="Priority as swap; higher goes first.")
 @click.option("--discard/--no-discard", default=True, help="Hear of freed pages (default).")
 @click.option("--realtime", is_flag=True, help="Run the server under SCHED_RR.")

@@ -86,7 +86,33 @@ def test_no_refusal_shows_a_password() -> None:
         "redis://sesame@a",
         "redis://:sesame@a?colour=red",
         "redis://:sesame@a,b",
+        "redis://:open/sesame@a:1/0",
+        "redis://:open?sesame@a:1",
+        "redis+cluster://me:open?x=y&sesame@a:1",
     ):
         with pytest.raises(TierError) as refusal:
             RedisAddress.parse(url)
         assert "sesame" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:sesame@a:1/0",
+        "redis://:ses@sesame@a:1",
+        "redis+cluster://me:open/sesame@a:1,b:2?replicas=1",
+        "rediss://:open?sesame@a",
+        "tier=redis://me:sesame@a",
+    ],
+)
+def test_what_is_shown_of_a_url_has_no_password(url: str) -> None:
+    shown = RedisAddress.shown(url)
+    assert "ses" not in shown
+    assert "@a" in shown
+    for plain in (
+        "redis://a:1/0?password_file=/etc/secret",
+        "/var/spill?size=1G",
+        "file:/x@y",
+        "redis://[::1]:1",
+    ):
+        assert RedisAddress.shown(plain) == plain
