@@ -1,8 +1,8 @@
 """Looks at how much memory there is, and how long anybody waits for it.
 
-Not for deciding anything (`tmem.backends.sizing`), nor for whoever looks often (native/headroom.c). Files below
-``/proc`` and ``/sys`` only; a look takes about 0.1 ms, at memory a few times that. Threading: an object belongs to one thread at a time;
-`Trigger.wait` blocks, so give it a thread.
+Not for deciding anything (`tmem.backends.sizing`), nor for whoever looks often (native/headroom.c). Files
+below ``/proc`` and ``/sys`` only; a look takes about 0.1 ms, one at memory a few times that. Threading: an
+object belongs to one thread at a time; `Trigger.wait` blocks, so give it a thread.
 """
 
 import os
