@@ -49,7 +49,7 @@ def source(path: str, nonce: int, client: int, serial: int) -> Source:
     """Return how to read the records of a client of the segment at `path`: the path of a spill file, or a
     function. For the native core. Raises `TierError`."""
     url = _url(_state(Path(path)) / f"tier-{client}-{serial}")
-    file = _spill_path(url)
+    file = spill_path(url)
     if file is not None:
         return str(file)
     return open_tier(url, TierIdentity(nonce, client, serial), writer=False).read
@@ -57,7 +57,7 @@ def source(path: str, nonce: int, client: int, serial: int) -> Source:
 
 def open_tier(url: str, identity: TierIdentity, writer: bool) -> Tier:
     """Open the tier at `url`, which exists; `TierError` if that fails."""
-    file = _spill_path(url)
+    file = spill_path(url)
     if file is not None:
         return spill.SpillFile(file, identity, writer)
     if url.partition("://")[0] in _REDIS:
@@ -67,13 +67,13 @@ def open_tier(url: str, identity: TierIdentity, writer: bool) -> Tier:
 
         return RedisTier(RedisAddress.parse(url), identity, writer)
     raise TierError(
-        f"{url!r} is no tier: give the path of a file, such as /var/lib/tmem/swap.spill, or a redis:// URL"
+        f"{shown(url)!r} is no tier: give the path of a file, as /var/lib/tmem/swap.spill, or a redis:// URL"
     )
 
 
 def batch_bytes(url: str) -> int:
     """Return how much to write to the tier at `url` at a time: servers make every batch wait for replicas."""
-    return 1 << 20 if _spill_path(url) is not None else 4 << 20
+    return 1 << 20 if spill_path(url) is not None else 4 << 20
 
 
 def identity(segment: "_native.Segment", client: "_native.Client") -> TierIdentity:
@@ -100,7 +100,7 @@ def assign(
             f"{client.name} has the tier {shown(found)} already: take that away first, with --tier none"
         )
     _await_end(paths, segment, url)
-    file = _spill_path(url)
+    file = spill_path(url)
     if file is not None:
         _refuse_if_used(file, segment)
         orphans.remove(file.parent, _living(segment), orphans.started_s())
@@ -231,7 +231,7 @@ def _end(nonce: int, assigned: Assigned) -> None:
     except TierCorruptError:
         pass  # somebody else's by now
     except TierDownError:
-        file = _spill_path(assigned.url)
+        file = spill_path(assigned.url)
         if file is None or file.exists():
             raise
     assigned.link.unlink(missing_ok=True)
@@ -268,7 +268,7 @@ def _url(link: Path) -> str:
         raise TierDownError("the client's pages are in a tier that nobody knows of any more") from None
 
 
-def _spill_path(url: str) -> Path | None:
+def spill_path(url: str) -> Path | None:
     """Return the path of a spill file, None for another kind of tier."""
     return Path(urllib.parse.unquote(url.removeprefix("file:"))) if url.startswith("file:/") else None
 

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmem.backends import cgroup, scraping, segment, service
+from tmem.backends import cgroup, scraping, segment, service, tierchecks
 from tmem.backends.paths import SegmentPaths
 from tmem.config import reading
 from tmem.config.place import DEFAULT_PATH
@@ -34,7 +34,7 @@ class Finding:
     """One thing that was looked at."""
 
     group: str
-    """``program``, ``kernel``, ``privilege``, ``configuration``, ``segment``, ``guard`` (of devices
+    """``program``, ``kernel``, ``privilege``, ``configuration``, ``segment``, ``tier``, ``guard`` (of devices
     that this machine swaps to), or without such a device ``local swap``: what it would need."""
     name: str
     """What was looked at."""
@@ -208,6 +208,8 @@ def _segment(paths: SegmentPaths) -> Iterator[Finding]:
             running = ", ".join(f"{one['name']} ({one['state']})" for one in services) or "nothing"
             yield Finding("segment", "manager", OK, f"runs and supervises {running}")
             yield from _metrics(paths)
+        for client, well, detail, remedy in tierchecks.examine(paths, opened):
+            yield Finding("tier", client, OK if well else MISSING, detail, remedy)
         violations = opened.check()
         if not violations:
             detail = f"{format_size(opened.memory_bytes)}, every invariant holds"
