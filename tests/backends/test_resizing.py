@@ -84,10 +84,16 @@ def test_gives_way_and_says_so_once(
     async def test() -> None:
         await until(lambda: sum(segment.occupied[:2]) <= 17 * MIB)
         await until(lambda: resizing.statistics.given_back_bytes > 30 * MIB)
+        await until(lambda: bool(said()))
+        seen = resizing.statistics.looks
+        await until(lambda: resizing.statistics.looks > seen)
+
+    def said() -> list[str]:
+        return [text for record in caplog.records if "memory is short" in (text := record.getMessage())]
 
     with caplog.at_level(logging.INFO):
         beside(resizing.run, test)
-    assert sum("memory is short" in record.getMessage() for record in caplog.records) == 1
+    assert len(said()) == 1
     counts = resizing.statistics
     assert counts.lowered >= 1
     assert counts.raised == 0
