@@ -3,7 +3,7 @@
  * Each client's source is a spill file, which is read here with the GIL released, or a callable, which gets a list of
  * locations and returns a list of bytes or None. A client that has none yet is looked up once it is needed:
  * tmem.backends.tiering.source(path, nonce, id, serial) returns one of the two. What does not answer is tried
- * again for `patience_ms`, with nothing held but the thread's own window.
+ * again for `patience_ms`, with nothing held but the thread's own window; the slot is looked at between two tries.
  *
  * Everything here is under the GIL; a source that was replaced stays until the process ends, for somebody may be
  * reading from it. */
@@ -154,18 +154,26 @@ static int fetch_once(struct tm_segment *seg, uint32_t client, struct tm_window 
     return rc;
 }
 
+/* A try that fails is no error yet: with nothing held the caller looks at the slot again, which may hold another page by
+ * now, and comes back if not. */
 static int fetch(struct tm_ctx *ctx, uint32_t client)
 {
     struct tm_segment *seg = ctx->seg;
+    struct tm_window *w = &ctx->window;
     PyGILState_STATE state = PyGILState_Ensure(); /* the caller may hold the GIL, or not */
-    uint64_t until = timing_now() + (uint64_t)sources_of(seg)->patience_ms * 1000000u;
-    int rc = TM_OK;
-    for (;;) {
-        rc = fetch_once(seg, client, &ctx->window);
-        PyErr_Clear();
-        if (rc != TM_DOWN || timing_now() > until || !atomic_load(&seg->super->alive))
-            break;
-        nap();
+    uint64_t began = timing_now();
+    int rc = fetch_once(seg, client, w);
+    PyErr_Clear();
+    if (rc == TM_OK)
+        w->until_ns = 0;
+    else
+        w->nheld = 0;
+    if (rc == TM_DOWN && !w->until_ns)
+        w->until_ns = began + (uint64_t)sources_of(seg)->patience_ms * 1000000u;
+    if ((rc == TM_DOWN && timing_now() <= w->until_ns) || (rc == TM_CORRUPT && ++w->wrong < TM_WRONG_MOST)) {
+        if (rc == TM_DOWN)
+            nap();
+        rc = TM_OK;
     }
     PyGILState_Release(state);
     return rc;

@@ -22,8 +22,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { WRONG_MOST = 3 };
-
 uint32_t tier_stamp(const struct tm_segment *seg, uint64_t word)
 {
     uint64_t nonce = seg->super->nonce;
@@ -38,6 +36,7 @@ void tier_want(struct tm_ctx *ctx, uint64_t location)
         w->open = true;
         w->nheld = w->nwanted = 0;
         w->wrong = 0;
+        w->until_ns = 0;
         atomic_fetch_add(&ctx->rec->fetching, 1);
         KP(100);
     }
@@ -77,7 +76,7 @@ const struct tm_block *tier_record(struct tm_ctx *ctx, slot_t *slot, uint64_t wo
         }
         h->location = 0;
         *rc = TM_CORRUPT;
-        if (++ctx->window.wrong >= WRONG_MOST)
+        if (++ctx->window.wrong >= TM_WRONG_MOST)
             return NULL;
     }
     tier_want(ctx, word & SLOT_VALUE);

@@ -392,8 +392,10 @@ struct tm_segment {
 
 /* Records of a tier that a thread has read for the request that it serves. tier.c. */
 #define TM_FETCH 8u       /* locations at a time: what the kernel reads ahead in swap */
+#define TM_WRONG_MOST 3u  /* reads of a record that is not what it should be: then it is corrupt */
 #define TM_WINDOW 40960u  /* so many of average size in one piece, or four that do not compress */
 struct tm_window {
+    uint64_t until_ns;  /* when to give up on a tier that does not answer; 0: it does */
     bool open;         /* our record's `fetching` is odd: nothing that a slot has named since is used again */
     uint32_t wrong;    /* records that were not what they should be */
     uint32_t nwanted;  /* locations to fetch: the last operation ended in TM_AWAY */

@@ -15,6 +15,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.errors import CorruptPageError, PoolError, TierDownError, TierError
 from tmem.types import OID_SIZE, PAGE_SIZE
 
+from ..waiting import wait_until
 from .pages import page, pages
 from .tiers.faulty import Faults, FaultyTier
 from .tiers.memory import MemoryWorld
@@ -241,6 +242,19 @@ def test_what_stays_wrong_is_an_error_and_nothing_else_is(demoted: _native.Pool,
 def test_a_tier_that_is_down_is_waited_for(demoted: _native.Pool, faults: Faults) -> None:
     faults.down = 3
     assert got(demoted, 5, 1) == data()[5:6]
+
+
+def test_a_page_that_is_put_anew_is_not_waited_for(demoted: _native.Pool, faults: Faults) -> None:
+    """Its reader waits for a tier that is down; what is there now needs no tier."""
+    faults.down = 10**6
+    found: list[list[bytes]] = []
+    reader = threading.Thread(target=lambda: found.append(got(demoted, 5, 1)))
+    reader.start()
+    left = faults.down
+    wait_until(lambda: faults.down < left - 2, what="it tries")
+    assert demoted.put(OID, 5, page("text", 7)) == 1
+    reader.join(10)  # a third of the patience
+    assert found == [[page("text", 7)]]
 
 
 def test_a_tier_that_stays_down_is_an_error_until_it_is_back(
