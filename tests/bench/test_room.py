@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tmem.bench import room, running
+from tmem.bench import room, running, swap
+from tmem.bench.grounds import FIRST
 from tmem.bench.parts import Effort, Plan
 from tmem.errors import TmemError
+from tmem.nbd.swap import SwapEntry
 
 MIB = 1 << 20
 
@@ -36,3 +38,12 @@ def test_what_cannot_be_measured_does_not_stop_the_rest() -> None:
     assert [(one.what, one.reason) for one in report.failed] == [("swap", "needs root")]
     with pytest.raises(TmemError, match="needs root"):
         running.begin({"swap": plan(refused="needs root")}, Effort())
+
+
+def test_another_area_that_comes_first_is_refused(monkeypatch: pytest.MonkeyPatch, root: None) -> None:
+    """Areas of one priority share the pages: the figures would be of both."""
+    taken = SwapEntry("/dev/other", MIB, 0, FIRST)
+    monkeypatch.setattr("tmem.bench.swap.entries", lambda: [taken])
+    assert swap.plan(Effort()).refused == (
+        "/dev/other is swapped to first, and would take pages: swapoff /dev/other"
+    )

@@ -22,6 +22,9 @@ SHARED_MEMORY = Path("/dev/shm")
 DISK = Path("/var/tmp")
 """Where files are made that must not be in memory."""
 
+FIRST = 32767
+"""The highest priority of a swap area; areas of one priority share the pages."""
+
 _END_S = 30.0
 _READ_INTERVAL_S = 0.02
 _RETRY_S = 5.0
@@ -139,7 +142,7 @@ def swapping_to(device: str) -> Iterator[None]:
     pages of running programs. Killed meanwhile, we leave the device working.
     """
     try:
-        swap.on(device, priority=32767)
+        swap.on(device, priority=FIRST)
         yield
     finally:
         while swap.is_active(device):

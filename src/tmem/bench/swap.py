@@ -25,6 +25,7 @@ from tmem.backends.paths import SegmentPaths
 from tmem.bench import zram
 from tmem.bench.grounds import (
     DISK,
+    FIRST,
     memory_group,
     running,
     swapping_to,
@@ -38,6 +39,7 @@ from tmem.bench.rounds import take_turns
 from tmem.errors import TmemError
 from tmem.nbd import attach, server
 from tmem.nbd.export import Export, load
+from tmem.nbd.swap import entries
 
 ZRAM, ZSWAP, FILE = "zram lz4", "zswap", "swap file"
 SPEED_TARGETS = {ZRAM: 0.35, "nbdkit memory": 0.9}
@@ -247,6 +249,8 @@ def plan(effort: Effort) -> Plan:
 def _refused() -> str | None:
     if os.geteuid() != 0:
         return "swapping needs root: run this as root"
+    if first := next((entry for entry in entries() if entry.priority == FIRST), None):
+        return f"{first.device} is swapped to first, and would take pages: swapoff {first.device}"
     if shutil.which("nbdkit") is None:
         return f"nbdkit is not installed: {INSTALL}"
     if not attach.kernel_driver() and shutil.which("nbdfuse") is None:
