@@ -1,5 +1,6 @@
 """``tmem bench`` as a person runs it: one short run, what it refuses, and that it leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -131,11 +132,19 @@ def places(process: subprocess.Popen[str]) -> set[Path]:
     """Return the directories of a run, from the command lines of what it has started."""
     found = set()
     for child in psutil.Process(process.pid).children(recursive=True):
-        for word in child.cmdline():
-            _, mark, rest = word.partition("/dev/shm/tmem-bench.")
-            if mark:
-                found.add(Path(mark + rest.partition("/")[0]))
+        with contextlib.suppress(psutil.Error):  # it may end meanwhile
+            for word in child.cmdline():
+                _, mark, rest = word.partition("/dev/shm/tmem-bench.")
+                if mark:
+                    found.add(Path(mark + rest.partition("/")[0]))
     return found
+
+
+def runs(process: psutil.Process) -> bool:
+    """Say whether a process still runs; a zombie does not."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
@@ -149,7 +158,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     # Who was started to outlive us is nobody's child then, and init may be slow to bury it.
-    assert [one for one in children if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    assert [one for one in children if runs(one)] == []
     assert [place for place in made if place.exists()] == []
 
 
@@ -157,8 +166,10 @@ def test_ctrl_c_leaves_nothing_behind(runtime_dir: Path) -> None:
     with begun("--only", "nbd") as process:
 
         def measuring() -> bool:
-            running = psutil.Process(process.pid).children()
-            return bool(places(process)) and any(child.name() == "fio" for child in running)
+            with contextlib.suppress(psutil.Error):
+                running = psutil.Process(process.pid).children()
+                return bool(places(process)) and any(child.name() == "fio" for child in running)
+            return False
 
         wait_until(measuring, what="fio measures")
         interrupt(process)
