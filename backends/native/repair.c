@@ -299,7 +299,8 @@ static uint64_t commits(struct tm_segment *seg)
     uint32_t n = atomic_load(&seg->super->nthreads);
     for (uint32_t i = 0; i < n; i++)
         sum += atomic_load_explicit(&seg->threads[i].swaps, memory_order_relaxed);
-    return sum;
+    /* Another reaper's correction: what it has added, for a death since we looked, must not be taken back. */
+    return sum + !MUTANT(23) * atomic_load(&seg->super->recounts);
 }
 
 void recount(struct tm_ctx *ctx)
@@ -328,6 +329,7 @@ void recount(struct tm_ctx *ctx)
         tally_objects(seg, found);
         op_end(ctx);
         bool still = grace(ctx, 100);
+        KP(36);
         /* Two reapers that add the same difference would put the sums off again: one at a time, and each looks at what
          * they are then. */
         struct tm_lock *lock = control_lock(seg);
@@ -339,6 +341,7 @@ void recount(struct tm_ctx *ctx)
             atomic_store(&seg->super->recount, 1);
             continue;
         }
+        atomic_fetch_add(&seg->super->recounts, 1);
         for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
             struct tm_pool *pool = &seg->pools[p];
             if (!atomic_load(&pool->state))

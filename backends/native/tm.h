@@ -148,6 +148,7 @@ struct tm_super {
     _Atomic uint32_t look;     /* something else was emptied: a reaper should look */
     _Atomic uint32_t sweep;    /* chunk at which that look goes on */
     _Atomic uint64_t deaths;   /* threads repaired */
+    _Atomic uint64_t recounts; /* times that the sums were corrected, or that this was begun; under the control lock */
     struct tm_lock control;   /* clients and pools tables */
     struct tm_lock chunk_lock; /* chunk states, the lists below, queues */
     uint32_t fresh;           /* first chunk never used */

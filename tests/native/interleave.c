@@ -288,6 +288,19 @@ static void death_beside_recount(struct world *w)
     pid_t reaper = start(0, reap, 34, 0);
     at_point(0);
     die_uncounted();
+    finish(2, start(2, get_one, 0, 0)); /* has the dead one's record, and so has repaired it */
+    finish(0, reaper);
+    check(w);
+}
+
+/* The same, and another reaper has corrected the sums before: the first one must not take that back. */
+static void recount_beside_recount(struct world *w)
+{
+    atomic_store(&w->seg->super->recount, 1);
+    pid_t reaper = start(0, reap, 34, 0);
+    at_point(0);
+    die_uncounted();
+    tm_reap(ctx_get(w->seg));
     finish(0, reaper);
     check(w);
 }
@@ -306,10 +319,12 @@ static void death_in_recount(struct world *w)
 static void two_recounts(struct world *w)
 {
     die_uncounted();
+    pid_t second = start(2, reap, 36, 0);
+    at_point(2);
+    atomic_store(&w->seg->super->recount, 1); /* another death, so that two count */
     pid_t first = start(0, reap, 35, 0);
     at_point(0);
-    atomic_store(&w->seg->super->recount, 1); /* a second death, so that the other one counts, too */
-    pid_t second = start(2, reap, 0, 0);
+    atomic_store(&actors[2].go, 1);
     for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
         nap();
     finish(0, first);
@@ -340,7 +355,8 @@ static const struct scenario scenarios[] = {
     {"reader_and_punch", reader_and_punch},       {"export_and_flush", export_and_flush},
     {"export_and_put", export_and_put},           {"put_and_freeze", put_and_freeze},
     {"death_beside_recount", death_beside_recount}, {"death_in_recount", death_in_recount},
-    {"two_recounts", two_recounts},               {"recode_beside_recount", recode_beside_recount},
+    {"recount_beside_recount", recount_beside_recount}, {"two_recounts", two_recounts},
+    {"recode_beside_recount", recode_beside_recount},
 };
 
 int main(int argc, char **argv)
