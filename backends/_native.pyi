@@ -158,6 +158,14 @@ class Segment:
         CPU time spent. Releases the GIL.
         """
 
+    def dedup(self, first: int, most_ns: int, *, warm: bool = False) -> tuple[int, int]:
+        """Keep equal persistent pages of a client once, of clients that allow it (`Client.dedup`), from chunk
+        `first` on: those that were not put or got lately, or with `warm` all.
+
+        After the last chunk what no page needs any more is freed. Goes on for `most_ns` of CPU time; returns
+        the chunk to go on with, 0 after the last one, and the CPU time spent. Releases the GIL.
+        """
+
     def close(self) -> None:
         """Detach. Objects that came from this mapping raise SegmentError from then on."""
 
@@ -231,6 +239,12 @@ class Client:
         they are while half of the memory is free, and compresses those when it runs out. Settable."""
     @compress.setter
     def compress(self, value: str) -> None: ...
+    @property
+    def dedup(self) -> bool:
+        """Equal pages of its persistent pools may be kept once, see `Segment.dedup`; False to begin with.
+        Settable; turned off, what is kept once already stays so until it is put again."""
+    @dedup.setter
+    def dedup(self, value: bool) -> None: ...
     @property
     def mode(self) -> str:
         """What the client may do: "on", "frozen" or "off". Settable; the segment's mode may restrict it

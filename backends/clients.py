@@ -19,6 +19,7 @@ def has_settings(client: "Client") -> bool:
     return (
         (client.weight, client.cap_bytes, client.floor_bytes, client.compress) != (100, 0, 0, "auto")
         or client.mode != "on"
+        or client.dedup
         or bool(client.authorised())
     )
 

@@ -1,10 +1,11 @@
-"""When the manager stores cold pages smaller, and how much CPU time that may take.
+"""When the manager stores cold pages smaller, or equal ones once, and how much CPU time that may take.
 
 The core does it (`_native.Segment.condense`, native/dense.c): it goes over the chunks, and pages that were
 neither put nor got between two visits of their chunk are compressed again with zstd. This says how often: a
 round begins `ROUND_S` after the last one at the earliest, so a page is cold after that time, and takes no
 more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
-everything while the CPUs are wanted: what programs wait for comes first.
+everything while the CPUs are wanted: what programs wait for comes first. A round ends with the equal pages
+of clients that allow it (`_native.Segment.dedup`, native/twin.c), from the same share.
 
 Threading: `step` blocks while it works, the segment's share of two seconds at most; the manager calls it from
 a worker thread, one call at a time.
@@ -52,6 +53,8 @@ class Condenser:
         self._last = self._round = clock()
         self._chunk = 0
         self._waiting = True
+        self._pairing = False
+        """The second half of a round: equal pages."""
         self._budget_ns = 0
 
     def step(self) -> int:
@@ -71,12 +74,14 @@ class Condenser:
         spent = 0
         with _ordinary():
             while spent < self._budget_ns and not self._waiting:
-                self._chunk, ns = self._segment.condense(
-                    self._chunk, min(self._budget_ns - spent, _SLICE_NS), **self._what()
-                )
+                most_ns = min(self._budget_ns - spent, _SLICE_NS)
+                if self._pairing:
+                    self._chunk, ns = self._segment.dedup(self._chunk, most_ns)
+                else:
+                    self._chunk, ns = self._segment.condense(self._chunk, most_ns, **self._what())
                 spent += ns
                 if not self._chunk:
-                    self._waiting = True
+                    self._waiting, self._pairing = self._pairing, not self._pairing
                     self._segment.compact(_HOLES, _SLICE_NS)
         self._budget_ns -= spent
         return spent

@@ -58,7 +58,7 @@ _COUNTERS = _words(
     gets_taken flushes flushes_found object_flushes object_flushes_found evictions corrupt_pages
     pages_dropped reaped populated_bytes compacted_bytes compacting_ns looks given_back_bytes raised
     lowered shrinks squeezed_pages squeezed_bytes condensed_pages condensed_bytes restored_pages
-    condensing_ns pages_demoted pages_fetched demoted_pages unreachable_gets
+    condensing_ns pages_demoted pages_fetched demoted_pages unreachable_gets dedup_pages dedup_ns
     """
 )
 _GAUGES = _words(
@@ -68,7 +68,7 @@ _GAUGES = _words(
     ephemeral_pages_max compressed_bytes objects objects_max nodes nodes_max evictions_per_request_max
     chunks_total chunks_used chunks_used_max chunks_free cap_bytes floor_bytes weight ephemeral_bytes
     compressed_pages raw_pages held authorised_pools pools pages bytes spare_bytes margin_bytes
-    stalled_percent urgency tier_pages
+    stalled_percent urgency tier_pages twin_pages original_pages original_bytes dedup_bytes
     """
 )
 # What a row is rather than how much of something, and is told by labels.

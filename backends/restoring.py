@@ -223,6 +223,7 @@ class Restorer:
         client.weight = record.weight
         self._promise(staged, record)
         client.cap_bytes = record.cap_bytes
+        client.dedup = record.dedup
         client.mode = record.mode
         staged.complete = True
 

@@ -87,6 +87,9 @@ class Summary(_Document):
                 if pool.persistent:
                     counts.append(pool.statistics())
         pages, data, nodes = (sum(one[name] for one in counts) for name in ("pages", "bytes", "nodes"))
+        if twins := sum(one["twin_pages"] for one in counts):  # elsewhere each is a page of its own
+            whole = client.statistics()
+            data += twins * whole["original_bytes"] // max(whole["original_pages"], 1)
         return cls(client.name, pages, data, data + pages * _SLOT_BYTES + nodes * _NODE_BYTES)
 
 
@@ -179,6 +182,7 @@ class ClientRecord(_Document):
     cap_bytes: int
     floor_bytes: int
     compress: str
+    dedup: bool
     mode: str
     authorised: tuple[str, ...]
     """UUIDs of shared pools, 32 hexadecimal digits each."""
@@ -189,6 +193,7 @@ class ClientRecord(_Document):
         self._check("weight", int, most=65535)
         self._check("cap_bytes", int)
         self._check("floor_bytes", int)
+        self._check("dedup", bool)
         if self.compress not in ("auto", "lz4", "none") or self.mode not in ("on", "frozen", "off"):
             raise ValueError(f"compression {self.compress!r}, mode {self.mode!r}")
         if len(set(self.authorised)) != len(self.authorised) or len(self.authorised) > UUIDS_PER_CLIENT:
@@ -207,9 +212,14 @@ class ClientRecord(_Document):
         # A pool that is there now was authorised, whatever is revoked between the two looks.
         uuids = {uuid.hex() for uuid in client.authorised()} | {pool.uuid for pool in pools if pool.uuid}
         return cls(
-            *(client.name, client.weight, client.cap_bytes, client.floor_bytes, client.compress, client.mode),
-            *(tuple(sorted(uuids)), pools),
+            *(client.name, client.weight, client.cap_bytes, client.floor_bytes, client.compress),
+            *(client.dedup, client.mode, tuple(sorted(uuids)), pools),
         )
+
+    @classmethod
+    def parse(cls, document: Mapping[str, object]) -> Self:
+        """Build from a JSON object, or from one that was written before there was dedup."""
+        return super().parse({"dedup": False, **document})
 
     @classmethod
     def _converted(cls, values: dict[str, object]) -> dict[str, object]:

@@ -61,7 +61,11 @@ class SegmentStatistics(_Statistics):
     fill_pages: int
     """Pages among both that repeat one word and take no block."""
     tier_pages: int
-    """Persistent pages that are in tiers, and take no memory but their slots."""
+    """Persistent pages that are in tiers, originals among them, and take no memory but their slots."""
+    twin_pages: int
+    """Persistent pages that equal others of their client, and are kept once with those."""
+    original_pages: int
+    """What is kept for them: pages that nobody put as such, and that no other number counts."""
     pages_max: int
     """The most pages that there were; like the other maxima of the segment, looked at every 256 operations
     of a thread."""
@@ -113,6 +117,12 @@ class SegmentStatistics(_Statistics):
     """Of those, pages that were asked for again and stored as before."""
     condensing_ns: int
     """CPU time of all this, loose pages in the background included."""
+    dedup_pages: int
+    """Pages that were found to equal others, and are kept once with those from then on."""
+    dedup_bytes: int
+    """Memory that this saved at that time, the originals deducted."""
+    dedup_ns: int
+    """CPU time of looking for them."""
     chunks_total: int
     """Chunks that the segment is divided into."""
     chunks_used: int
@@ -139,7 +149,7 @@ class ClientStatistics(_Statistics):
     weight: int
     """Its share of the ephemeral memory under contention is in proportion to this."""
     used_bytes: int
-    """Memory that its pages occupy, those of shared pools that it owns among them."""
+    """Memory that its pages occupy, those of shared pools that it owns among them, and its originals."""
     ephemeral_bytes: int
     """Memory of the chunks that hold its ephemeral pages: what weights divide."""
     persistent_pages: int
@@ -155,7 +165,13 @@ class ClientStatistics(_Statistics):
     raw_pages: int
     """Pages stored as they are: compression did not pay, was not wanted, or there was memory in plenty."""
     tier_pages: int
-    """Persistent pages that are in its tier."""
+    """Persistent pages that are in its tier, originals among them."""
+    twin_pages: int
+    """Persistent pages that equal others of its, and are kept once with those."""
+    original_pages: int
+    """What is kept for them."""
+    original_bytes: int
+    """Memory of that, a part of `used_bytes`."""
     unreachable_gets: int
     """Gets that ended with an error because the tier did not answer, or had lost the page."""
     allocation_failures: int
@@ -210,6 +226,8 @@ class PoolStatistics(_Statistics):
     """Pages that repeat one word and take no block."""
     tier_pages: int
     """Pages that are in a tier, and not in memory."""
+    twin_pages: int
+    """Pages that equal others of the client, and are kept once with those."""
     puts: int
     """Pages that were offered."""
     puts_stored: int

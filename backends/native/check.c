@@ -1,4 +1,4 @@
-/* Check of all invariants (docs/design.md, I1..I11). Exact only while nobody else works on the segment. */
+/* Check of all invariants (docs/design.md, I1..I12). Exact only while nobody else works on the segment. */
 #include "tm.h"
 
 #include <stdarg.h>
@@ -41,7 +41,7 @@ static bool refer(struct report *r, uint32_t ref, uint32_t bin, const char *what
 }
 
 struct sums {
-    int64_t pages, fill, raw, tier, bytes, objects, nodes;
+    int64_t pages, fill, raw, tier, twin, bytes, objects, nodes;
 };
 
 struct visit {
@@ -105,7 +105,8 @@ static void check_block(struct report *r, uint64_t block)
 }
 
 
-/* I4: every slot's block is allocated; only persistent pages are in a tier; a pool's sums are those of its slots. */
+/* I4: every slot's block is allocated; only persistent pages are in a tier; a pool's sums are those of its slots. I12: a
+ * twin's original is stored. */
 static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
@@ -122,6 +123,13 @@ static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums 
             sums[pool].tier++;
             if (!(word & SLOT_VALUE) || !seg->pools[pool].persistent)
                 say(r, "I4: a slot of pool %u names location %llu", pool, (unsigned long long)(word & SLOT_VALUE));
+        } else if (slot_type(word) == SLOT_TWIN) {
+            const slot_t *original = seg->pools[pool].persistent ? twin_original(seg, pool, word) : NULL;
+            sums[pool].pages++;
+            sums[pool].twin++;
+            if (!original || !slot_stored(atomic_load(original)))
+                say(r, "I12: a slot of pool %u names original %llu, which is not there", pool,
+                    (unsigned long long)(word & SLOT_VALUE));
         } else if (slot_type(word) == SLOT_BLOCK) {
             if (!block_place(seg, word & SLOT_VALUE, &bc, &bb) || !bit_is_set(&seg->chunks[bc], bb)) {
                 say(r, "I4: a slot of pool %u refers to block %llu, which is not allocated", pool,
@@ -289,7 +297,7 @@ static void check_sums(struct report *r, const struct sums *sums)
         if (atomic_load(&pool->state) != LIVE)
             continue;
         if (pool->pages != sums[p].pages || pool->fill_pages != sums[p].fill || pool->raw_pages != sums[p].raw
-            || pool->tier_pages != sums[p].tier || pool->bytes != sums[p].bytes)
+            || pool->tier_pages != sums[p].tier || pool->twin_pages != sums[p].twin || pool->bytes != sums[p].bytes)
             say(r, "I7: pool %u counts %lld pages of %lld bytes and has %lld of %lld", p, (long long)pool->pages,
                 (long long)pool->bytes, (long long)sums[p].pages, (long long)sums[p].bytes);
         if (pool->objects != sums[p].objects || pool->nodes != sums[p].nodes)

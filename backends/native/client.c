@@ -37,6 +37,7 @@ static void client_make(struct tm_segment *seg, uint32_t id, const char *name, u
     atomic_store(&c->unreachable, 0);
     atomic_store(&c->weight, 100);
     atomic_store(&c->codec, CODEC_AUTO);
+    atomic_store(&c->dedup, 0);
     atomic_store(&c->mode, MODE_ON);
     atomic_store(&c->phase, PHASE_NONE);
     atomic_store(&c->copier, 0);
@@ -290,7 +291,7 @@ bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_va
     if (which == VALUE_CAP)
         atomic_store(&c->cap_bytes, value);
     else
-        atomic_store(which == VALUE_WEIGHT ? &c->weight : &c->codec, (uint32_t)value);
+        atomic_store(which == VALUE_WEIGHT ? &c->weight : which == VALUE_CODEC ? &c->codec : &c->dedup, (uint32_t)value);
     lock_drop(lock);
     return true;
 }

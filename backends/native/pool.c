@@ -99,6 +99,7 @@ static void pool_make(struct tm_segment *seg, uint32_t pool, const struct pool_w
     atomic_store(&p->fill_pages, 0);
     atomic_store(&p->raw_pages, 0);
     atomic_store(&p->tier_pages, 0);
+    atomic_store(&p->twin_pages, 0);
     atomic_store(&p->bytes, 0);
     atomic_store(&p->pages_most, 0);
     atomic_store(&p->objects, 0);
@@ -150,7 +151,7 @@ int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, const 
     if (!lock)
         return TM_NOPOOL;
     for (uint32_t i = 0; i < TM_CLIENT_POOLS && found == TM_MAX_POOLS; i++)
-        if (atomic_load(&seg->pools[first + i].state) == FREE && (wish->id < 0 || wish->id == (int)i))
+        if (atomic_load(&seg->pools[first + i].state) == FREE && (wish->id < 0 ? i < TM_USER_POOLS : wish->id == (int)i))
             found = first + i;
     if (found == TM_MAX_POOLS)
         rc = wish->id < 0 ? TM_FULL : TM_TAKEN;

@@ -172,6 +172,23 @@ static int set_weight(ClientObject *self, PyObject *value, void *unused)
     return store_value(self, VALUE_WEIGHT, weight);
 }
 
+static PyObject *get_dedup(ClientObject *self, void *unused)
+{
+    struct tm_client *c = client_of(self);
+    (void)unused;
+    return c ? PyBool_FromLong((long)atomic_load(&c->dedup)) : NULL;
+}
+
+static int set_dedup(ClientObject *self, PyObject *value, void *unused)
+{
+    struct tm_client *c = client_of(self);
+    int on = c && value ? PyObject_IsTrue(value) : 0;
+    (void)unused;
+    if (!c || on < 0)
+        return -1;
+    return store_value(self, VALUE_DEDUP, (uint64_t)on);
+}
+
 static const char *const codecs[3] = {[CODEC_LZ4] = "lz4", [CODEC_NONE] = "none", [CODEC_AUTO] = "auto"};
 
 static PyObject *get_compress(ClientObject *self, void *unused)
@@ -346,7 +363,7 @@ static PyObject *new_pool(ClientObject *self, PyObject *args, PyObject *kwargs)
         unsigned long number = PyLong_AsUnsignedLong(id);
         if (PyErr_Occurred())
             return NULL;
-        if (number >= TM_CLIENT_POOLS) {
+        if (number >= TM_USER_POOLS) {
             PyErr_SetString(PyExc_ValueError, "pools have numbers from 0 to 15");
             return NULL;
         }
@@ -369,7 +386,7 @@ static PyObject *pools(ClientObject *self, PyObject *unused)
 {
     PyObject *list = client_of(self) ? PyList_New(0) : NULL;
     (void)unused;
-    for (uint32_t i = 0; list && i < TM_CLIENT_POOLS; i++) {
+    for (uint32_t i = 0; list && i < TM_USER_POOLS; i++) {
         uint32_t pool = self->id * TM_CLIENT_POOLS + i;
         if (atomic_load(&self->owner->seg->pools[pool].state) != 1)
             continue;
@@ -387,7 +404,7 @@ static PyObject *one_pool(ClientObject *self, PyObject *arg)
     if (PyErr_Occurred() || !client_of(self))
         return NULL;
     uint32_t pool = self->id * TM_CLIENT_POOLS + (uint32_t)id;
-    if (id >= TM_CLIENT_POOLS || atomic_load(&self->owner->seg->pools[pool].state) != 1)
+    if (id >= TM_USER_POOLS || atomic_load(&self->owner->seg->pools[pool].state) != 1)
         return PyErr_Format(PoolError, "client %s has no pool %lu", self->owner->seg->clients[self->id].name, id);
     return pool_wrap(self->owner, pool, atomic_load(&self->owner->seg->pools[pool].serial));
 }
@@ -395,7 +412,7 @@ static PyObject *one_pool(ClientObject *self, PyObject *arg)
 static PyObject *client_statistics(ClientObject *self, PyObject *unused)
 {
     struct tm_client *c = client_of(self);
-    int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0, tier = 0;
+    int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0, tier = 0, twin = 0;
     const int64_t raw_bytes = TM_STRIDE_RAW;
     (void)unused;
     if (!c)
@@ -406,7 +423,7 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
     most_update(seg);
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         struct tm_pool *pool = &seg->pools[p];
-        if (atomic_load(&pool->state) != LIVE || payer_of(seg, p) != self->id)
+        if (atomic_load(&pool->state) != LIVE || payer_of(seg, p) != self->id || is_originals(p))
             continue;
         if (p < TM_FIRST_SHARED) {
             npools++;
@@ -416,11 +433,14 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         if (pool->link)
             continue; /* the shared pool itself is counted for its owner */
         persistent += pool->persistent ? atomic_load(&pool->pages) : 0;
-        compressed += pool->pages - pool->fill_pages - pool->raw_pages - pool->tier_pages;
+        compressed += pool->pages - pool->fill_pages - pool->raw_pages - pool->tier_pages - pool->twin_pages;
         tier += pool->tier_pages;
+        twin += pool->twin_pages;
         compressed_bytes += pool->bytes - pool->raw_pages * raw_bytes;
         raw += pool->raw_pages;
     }
+    const struct tm_pool *originals = &seg->pools[originals_of(self->id * TM_CLIENT_POOLS)];
+    bool shares = atomic_load(&originals->state) == LIVE;
     const struct { const char *name; int64_t value; } all[] = {
         {"id", self->id},
         {"cap_bytes", (int64_t)c->cap_bytes},
@@ -434,7 +454,10 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         {"compressed_pages", compressed},
         {"compressed_bytes", compressed_bytes},
         {"raw_pages", raw},
-        {"tier_pages", tier},
+        {"tier_pages", tier + (shares ? originals->tier_pages : 0)},
+        {"twin_pages", twin},
+        {"original_pages", shares ? originals->pages : 0},
+        {"original_bytes", shares ? originals->bytes : 0},
         {"unreachable_gets", (int64_t)c->unreachable},
         {"allocation_failures", (int64_t)c->no_memory},
         {"persistent_puts_stored", (int64_t)puts},
@@ -509,6 +532,7 @@ static PyGetSetDef client_getset[] = {
     {"floor_bytes", (getter)get_floor, (setter)set_floor, NULL, NULL},
     {"weight", (getter)get_weight, (setter)set_weight, NULL, NULL},
     {"compress", (getter)get_compress, (setter)set_compress, NULL, NULL},
+    {"dedup", (getter)get_dedup, (setter)set_dedup, NULL, NULL},
     {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {"usable", (getter)get_usable, NULL, NULL, NULL},
     {"phase", (getter)get_phase, NULL, NULL, NULL},

@@ -284,6 +284,7 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
 {
     struct tm_segment *seg = segment_of(self);
     int64_t persistent = 0, ephemeral = 0, fill = 0, tier = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
+    int64_t twin = 0, originals = 0;
     uint64_t evicted, operations;
     const int64_t raw = TM_STRIDE_RAW;
     (void)unused;
@@ -298,6 +299,12 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         struct tm_pool *pool = &seg->pools[p];
         if (!atomic_load(&pool->state) || pool->link)
             continue;
+        if (is_originals(p)) { /* nobody has put those */
+            originals += pool->pages;
+            tier += pool->tier_pages;
+            continue;
+        }
+        twin += pool->twin_pages;
         *(pool->persistent ? &persistent : &ephemeral) += pool->pages;
         tier += pool->tier_pages;
         fill += pool->fill_pages;
@@ -327,6 +334,8 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"ephemeral_pages", ephemeral},
         {"fill_pages", fill},
         {"tier_pages", tier},
+        {"twin_pages", twin},
+        {"original_pages", originals},
         {"pages_max", (int64_t)super->most[MOST_PAGES]},
         {"ephemeral_pages_max", (int64_t)super->most[MOST_EPHEMERAL]},
         {"compressed_bytes", compressed},
@@ -352,6 +361,9 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"condensed_bytes", (int64_t)super->condensed_bytes},
         {"restored_pages", (int64_t)super->restored},
         {"condensing_ns", (int64_t)super->condensing_ns},
+        {"dedup_pages", (int64_t)super->twins},
+        {"dedup_bytes", (int64_t)super->twin_bytes},
+        {"dedup_ns", (int64_t)super->twin_ns},
         {"chunks_total", seg->nchunks},
         {"chunks_used", nused},
         {"chunks_used_max", (int64_t)super->most[MOST_CHUNKS]},
@@ -451,6 +463,24 @@ static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
     return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
 }
 
+static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"first", "most_ns", "warm", NULL};
+    unsigned int first;
+    int warm = 0;
+    unsigned long long most_ns;
+    uint64_t spent_ns = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$p", names, &first, &most_ns, &warm))
+        return NULL;
+    struct tm_ctx *ctx = context_of(self);
+    if (!ctx)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    first = tm_dedup(ctx, first, most_ns, warm, &spent_ns);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+}
+
 static PyObject *get_condense_percent(SegmentObject *self, void *unused)
 {
     struct tm_segment *seg = segment_of(self);
@@ -483,6 +513,7 @@ static PyMethodDef segment_methods[] = {
     {"trim", (PyCFunction)trim, METH_O, NULL},
     {"evict", (PyCFunction)evict, METH_O, NULL},
     {"condense", (PyCFunction)(void (*)(void))condense, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"dedup", (PyCFunction)(void (*)(void))dedup, METH_VARARGS | METH_KEYWORDS, NULL},
     {"set_limits", (PyCFunction)segment_set_limits, METH_VARARGS, NULL},
     {"size_within", (PyCFunction)segment_size_within, METH_VARARGS, NULL},
     {"shrink", (PyCFunction)(void (*)(void))segment_shrink, METH_VARARGS | METH_KEYWORDS, NULL},

@@ -232,7 +232,7 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
 }
 
 struct tally {
-    int64_t pages, fill, raw, tier, bytes, objects, nodes;
+    int64_t pages, fill, raw, tier, twin, bytes, objects, nodes;
 };
 
 /* The linked objects of all pools, and their index. */
@@ -266,8 +266,9 @@ static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
             for (uint32_t i = 0; i < stride / 8; i++) {
                 uint64_t word = atomic_load_explicit(&slots[i], memory_order_relaxed);
                 unsigned type = slot_type(word);
-                t.pages += type == SLOT_BLOCK || type == SLOT_FILL || type == SLOT_TIER;
+                t.pages += slot_stored(word);
                 t.tier += type == SLOT_TIER;
+                t.twin += type == SLOT_TWIN;
                 t.fill += type == SLOT_FILL;
                 if (type == SLOT_BLOCK) {
                     uint32_t bc, bb;
@@ -346,7 +347,7 @@ void recount(struct tm_ctx *ctx)
             struct tm_pool *pool = &seg->pools[p];
             if (!atomic_load(&pool->state))
                 continue;
-            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages,
+            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages, pool->twin_pages,
                                   pool->bytes, pool->objects,    pool->nodes};
             KP(35);
             /* Add the difference: operations that began meanwhile keep their count. */
@@ -354,6 +355,7 @@ void recount(struct tm_ctx *ctx)
             pool->fill_pages += found[p].fill - held.fill;
             pool->raw_pages += found[p].raw - held.raw;
             pool->tier_pages += found[p].tier - held.tier;
+            pool->twin_pages += found[p].twin - held.twin;
             pool->bytes += found[p].bytes - held.bytes;
             pool->objects += found[p].objects - held.objects;
             pool->nodes += found[p].nodes - held.nodes;

@@ -104,6 +104,7 @@ static void initialise(struct tm_segment *seg)
 {
     lock_init(&seg->super->control);
     lock_init(&seg->super->chunk_lock);
+    lock_init(&seg->super->twin_lock);
     for (unsigned i = 0; i < TM_NSHARDS; i++)
         lock_init(&seg->super->shards[i]);
     for (unsigned i = 0; i < TM_MAX_THREADS; i++)
@@ -219,6 +220,7 @@ void tm_close(struct tm_segment *seg)
         close(seg->fd);
         free(seg->path);
         free(seg->vain);
+        twins_free(seg);
         free(seg);
     }
 }

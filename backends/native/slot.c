@@ -8,7 +8,8 @@ static uint64_t number_of(struct tm_segment *seg, const slot_t *slot) { return o
 
 bool slot_stored(uint64_t word)
 {
-    return slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_FILL || slot_type(word) == SLOT_TIER;
+    unsigned type = slot_type(word);
+    return type == SLOT_BLOCK || type == SLOT_FILL || type == SLOT_TIER || type == SLOT_TWIN;
 }
 
 static uint32_t stride_at(struct tm_segment *seg, uint64_t block)
@@ -30,7 +31,7 @@ static void raise_to(_Atomic int64_t *most, int64_t n)
 }
 
 struct change { /* of a pool's sums by one commit */
-    int64_t pages, fill, raw, tier, bytes;
+    int64_t pages, fill, raw, tier, twin, bytes;
 };
 
 static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change *sum)
@@ -42,6 +43,9 @@ static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change
     } else if (type == SLOT_TIER) {
         sum->pages += sign;
         sum->tier += sign;
+    } else if (type == SLOT_TWIN) {
+        sum->pages += sign;
+        sum->twin += sign;
     } else if (type == SLOT_BLOCK) {
         uint32_t size = stride_at(seg, word & SLOT_VALUE);
         sum->pages += sign;
@@ -60,6 +64,7 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
     add(&p->fill_pages, sum->fill);
     add(&p->raw_pages, sum->raw);
     add(&p->tier_pages, sum->tier);
+    add(&p->twin_pages, sum->twin);
     add(&p->bytes, sum->bytes);
     add(&who->used_bytes, sum->bytes);
 }
@@ -121,6 +126,8 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
                           memory_order_relaxed);
     if (block)
         block_free_old(ctx);
+    else if (slot_type(*old) == SLOT_TWIN && !atomic_load_explicit(&ctx->seg->super->orphans, memory_order_relaxed))
+        atomic_store_explicit(&ctx->seg->super->orphans, 1, memory_order_relaxed);
     KP(43);
     return true;
 }
@@ -235,6 +242,8 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
         return TM_AGAIN;
     if (!what->fill) {
         block = room(ctx, pool, slot, what->length);
+        if (!block && twin_rescue(ctx))
+            block = room(ctx, pool, slot, what->length);
         if (!block) {
             atomic_fetch_add_explicit(&seg->clients[ctx->payer].no_memory, 1, memory_order_relaxed);
             atomic_fetch_add_explicit(&seg->super->no_memory, 1, memory_order_relaxed);
@@ -365,6 +374,18 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
                 return TM_AWAY;
             good = rc == TM_OK;
             count(seg, pool, C_FETCHED, good);
+            word = now;
+        } else if (slot_type(word) == SLOT_TWIN) {
+            int rc = twin_get(ctx, pool, word, page);
+            atomic_thread_fence(memory_order_acquire);
+            uint64_t now = atomic_load(slot);
+            if (((now ^ word) & ~SLOT_FREQ) && !MUTANT(18)) {
+                ctx->window.nwanted = 0;
+                continue; /* else the original was ours to read all the time: it stays while a slot names it */
+            }
+            if (rc == TM_AWAY)
+                return TM_AWAY;
+            good = rc == TM_OK;
             word = now;
         } else {
             uint64_t block = word & SLOT_VALUE, began = ctx->began_ns ? timing_now() : 0;

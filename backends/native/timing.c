@@ -75,7 +75,7 @@ void most_update(struct tm_segment *seg)
     int64_t sums[4] = {0};
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         const struct tm_pool *pool = &seg->pools[p];
-        if (!atomic_load_explicit(&pool->state, memory_order_relaxed))
+        if (!atomic_load_explicit(&pool->state, memory_order_relaxed) || is_originals(p))
             continue;
         sums[MOST_PAGES] += pool->pages;
         sums[MOST_EPHEMERAL] += pool->persistent ? 0 : pool->pages;

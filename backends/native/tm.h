@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 5u
+#define TM_VERSION 6u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -41,7 +41,8 @@
 #define TM_BUCKETS 25u
 
 #define TM_MAX_CLIENTS 64u
-#define TM_CLIENT_POOLS 16u
+#define TM_USER_POOLS 16u   /* that a client may have */
+#define TM_CLIENT_POOLS 17u /* and one of the core's own, behind them: the originals of its twins (twin.c) */
 #define TM_MAX_SHARED 16u
 /* Shared pools are numbered behind the clients' own; a member's own pool only links to one. Who pays for memory is
  * an account: a client, or a shared pool, whose account is its owner's for as long as that owns it. */
@@ -79,9 +80,10 @@ enum {
 };
 
 /* ---- Slots ------------------------------------------------------------------------------------------------
- * bits 0..35 block reference, fill value, location in a tier or eviction time; 36..37 frequency; 38..40 type; 41..63
- * generation. A page that was evicted leaves the client's eviction clock in its empty slot: the ghost of S3-FIFO. */
-enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3, SLOT_TIER = 4 };
+ * bits 0..35 block reference, fill value, location in a tier, number of the slot of a twin's original, or eviction
+ * time; 36..37 frequency; 38..40 type; 41..63 generation. A page that was evicted leaves the client's eviction clock in
+ * its empty slot: the ghost of S3-FIFO. */
+enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3, SLOT_TIER = 4, SLOT_TWIN = 5 };
 #define SLOT_VALUE ((UINT64_C(1) << 36) - 1)
 #define SLOT_FREQ_ONE (UINT64_C(1) << 36)
 #define SLOT_FREQ (UINT64_C(3) << 36)
@@ -151,6 +153,7 @@ struct tm_super {
     _Atomic uint64_t recounts; /* times that the sums were corrected, or that this was begun; under the control lock */
     struct tm_lock control;   /* clients and pools tables */
     struct tm_lock chunk_lock; /* chunk states, the lists below, queues */
+    struct tm_lock twin_lock;  /* only tried: making a slot a twin, and removing originals that have none; twin.c */
     uint32_t fresh;           /* first chunk never used */
     uint32_t free_head;       /* punched chunks, 1-based, 0 none */
     uint32_t ret_head;        /* free but backed chunks */
@@ -182,6 +185,10 @@ struct tm_super {
     _Atomic uint64_t restored;          /* of those, pages that were hit again and stored as before */
     _Atomic uint64_t condensing_ns;     /* CPU time of the pass */
     _Atomic uint32_t condense_percent;  /* of one CPU that the manager may spend on it */
+    _Atomic uint32_t orphans;           /* a twin went: there may be originals without any */
+    _Atomic uint64_t twins;             /* pages that became twins */
+    _Atomic int64_t twin_bytes;         /* memory that this saved */
+    _Atomic uint64_t twin_ns;           /* CPU time of the pass that looks for them */
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing timing[T_KINDS];
 };
@@ -233,7 +240,8 @@ struct tm_client {
     _Atomic uint32_t tiered; /* it has a tier: uses of its persistent pages are noted */
     _Atomic uint32_t tier_epoch; /* how often it was given a tier: processes that read the one before notice */
     _Atomic uint64_t unreachable; /* gets that ended because its tier did not answer */
-    uint8_t spare[8];
+    _Atomic uint32_t dedup; /* its equal pages may be kept once */
+    uint8_t spare[4];
 };
 
 /* Counters of a pool, semantics section 6. */
@@ -256,10 +264,11 @@ struct tm_pool {
     _Atomic int64_t fill_pages;
     _Atomic int64_t raw_pages;
     _Atomic int64_t tier_pages; /* in a tier, not in memory */
+    _Atomic int64_t twin_pages; /* kept in their originals */
     _Atomic int64_t bytes;
     _Atomic uint64_t counters[C_NCOUNTERS];
     _Atomic uint64_t promoted; /* pages that came back from a tier by no put: the recount must see them */
-    uint8_t spare[320 - 136 - 8 * C_NCOUNTERS];
+    uint8_t spare[320 - 144 - 8 * C_NCOUNTERS];
 };
 
 /* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
@@ -379,6 +388,7 @@ struct tm_segment {
     struct tm_touched *touched; /* by chunk */
     struct tm_times *times;     /* by client */
     uint64_t *_Atomic vain;     /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
+    struct tm_twins *_Atomic twins; /* of this process: what its pass has seen; or NULL */
     uint64_t data_offset;
     uint32_t nchunks;
     uint32_t id;             /* unique in this process */
@@ -528,6 +538,18 @@ void codec_free(struct tm_ctx *ctx);
 /* dense.c: the background pass. One visit of chunks from `first` on, for most_ns of CPU time; where to go on. */
 enum { CONDENSE_PERSISTENT = 1, CONDENSE_EPHEMERAL = 2, CONDENSE_LOOSE = 4, CONDENSE_ALL = 8 };
 uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns);
+
+/* twin.c: equal pages of a client, kept once */
+bool is_originals(uint32_t pool);     /* the core's own pool of a client */
+uint32_t originals_of(uint32_t pool); /* of the client of that pool */
+/* The slot of a twin's original, from the twin's pool and word; NULL if the word is damaged. */
+slot_t *twin_original(struct tm_segment *seg, uint32_t pool, uint64_t word);
+int twin_get(struct tm_ctx *ctx, uint32_t pool, uint64_t word, uint8_t *page); /* as slot_get; the caller looks again */
+bool twin_rescue(struct tm_ctx *ctx); /* inside an operation, where memory is short: originals without twins go */
+/* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages
+ * that were used lately. */
+uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
+void twins_free(struct tm_segment *seg);
 
 /* index.c */
 struct cursor { /* where consecutive indexes of one object have their slots; {0} to begin with */
@@ -698,7 +720,7 @@ int segment_set_mode(struct tm_ctx *ctx, uint32_t mode);
 int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t bytes);
 int client_authorise(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid);
 int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid); /* TM_MISS: was not */
-enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC };
+enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC, VALUE_DEDUP };
 bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_value which, uint64_t value);
 int client_set_tiered(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool on); /* off: nothing is demoted any more */
 int client_hold(struct tm_ctx *ctx, uint32_t id, uint32_t serial);

@@ -29,17 +29,23 @@ static void emit(struct sink *to, const uint64_t oid[3], uint32_t index, unsigne
     to->left -= HEADER + length;
 }
 
+/* The page in ctx->page. */
+static void emit_page(struct tm_ctx *ctx, const struct tm_export *e, const uint64_t oid[3], struct sink *to)
+{
+    uint32_t length = codec_compress(ctx, ctx->page, ctx->scratch);
+    if (length < TM_PAGE)
+        emit(to, oid, (uint32_t)e->index, KIND_LZ4, ctx->scratch, length);
+    else
+        emit(to, oid, (uint32_t)e->index, KIND_RAW, ctx->page, TM_PAGE);
+}
+
 /* A condensed page leaves as any other: how it is kept is of this segment alone. False: it cannot be expanded. */
 static bool emit_condensed(struct tm_ctx *ctx, const struct tm_export *e, const struct tm_block *b, uint64_t number,
                            uint64_t most, const uint64_t oid[3], struct sink *to)
 {
     if (!block_read(ctx, b, number, most, ctx->page))
         return false;
-    uint32_t length = codec_compress(ctx, ctx->page, ctx->scratch);
-    if (length < TM_PAGE)
-        emit(to, oid, (uint32_t)e->index, KIND_LZ4, ctx->scratch, length);
-    else
-        emit(to, oid, (uint32_t)e->index, KIND_RAW, ctx->page, TM_PAGE);
+    emit_page(ctx, e, oid, to);
     return true;
 }
 
@@ -74,6 +80,16 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
                 good = emit_condensed(ctx, e, b, off(seg, slot) / 8, most, oid, to);
             else if (good)
                 emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1, length);
+        } else if (type == SLOT_TWIN && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
+            int rc = twin_get(ctx, ctx->pool, word, ctx->page);
+            if (rc == TM_AWAY) {
+                if (!((atomic_load(slot) ^ word) & ~SLOT_FREQ))
+                    return TM_AWAY;
+                ctx->window.nwanted = 0;
+                continue;
+            }
+            if ((good = rc == TM_OK))
+                emit_page(ctx, e, oid, to);
         } else if (type == SLOT_TIER && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
             int rc;
             const struct tm_block *b = tier_record(ctx, slot, word, &rc);

@@ -201,6 +201,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.put_pages(at, self.where(pool), o, 5000, pages(kind, seed, n), keep)
 
     @precondition(some_pool)
+    @rule(at=numbers, pool=numbers, first=starts, n=counts, kind=kinds, seed=numbers)
+    def put_twice(self, at: int, pool: int, first: int, n: int, kind: str, seed: int) -> None:
+        where, data = self.where(pool), pages(kind, seed, min(n, 2**32 - first))
+        self.put_pages(at, where, oid(0), first, data, True)
+        self.put_pages(at, where, oid(1), first, data, True)
+
+    @precondition(some_pool)
     @rule(at=numbers, pool=numbers, which=which, n=counts, kind=kinds, seed=numbers, keep=st.booleans())
     def put_over(self, at: int, pool: int, which: int, n: int, kind: str, seed: int, keep: bool) -> None:
         where = self.where(pool)
@@ -367,6 +374,15 @@ class StoreMachine(RuleBasedStateMachine):
         pages = self.segment.statistics()["ephemeral_pages"]
         demand(self.place(at).do(op.condense, warm, loose), "not every chunk was visited")
         demand(self.segment.statistics()["ephemeral_pages"] == pages, "a page was evicted to store others")
+
+    @precondition(some_client)
+    @rule(at=numbers, who=numbers, allow=st.booleans(), warm=st.booleans())
+    def dedup(self, at: int, who: int, allow: bool, warm: bool) -> None:
+        """Nobody is to notice, but in the memory that is used."""
+        self.place(at).do(op.set_dedup, self.name(who), allow)
+        demand(self.place(at).do(op.dedup, warm), "not every page was looked at")
+        s = self.segment.statistics()
+        demand(s["original_pages"] <= s["twin_pages"], f"originals that no page needs: {s}")
 
     @rule(at=numbers, holes=st.sampled_from((1, 4, 8, 16)))
     def compact(self, at: int, holes: int) -> None:

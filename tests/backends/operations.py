@@ -195,6 +195,15 @@ def condense(segment: Segment, warm: bool, loose: bool) -> bool:
     return after == 0
 
 
+def set_dedup(segment: Segment, name: str, dedup: bool) -> None:
+    segment.client(name, create=False).dedup = dedup
+
+
+def dedup(segment: Segment, warm: bool) -> bool:
+    """Look at all pages; whether they were all looked at."""
+    return segment.dedup(0, 10**9, warm=warm)[0] == 0
+
+
 def compact(segment: Segment, holes: int) -> int:
     return segment.compact(holes, 10**9)
 

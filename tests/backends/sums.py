@@ -19,7 +19,7 @@ SEGMENT_GROWS = frozenset(
     *("eviction_attempts", "evictions_per_request_max", "trims", "trimmed_bytes", "relocated_pages"),
     *("compacted_bytes", "shrinks"),
     *("squeezed_pages", "squeezed_bytes", "condensed_pages", "condensed_bytes", "restored_pages"),
-    "condensing_ns",
+    *("condensing_ns", "dedup_pages", "dedup_ns"),
     "dead_threads_repaired",
 }
 CLIENT_GROWS = frozenset({"ephemeral_pages_max", "allocation_failures", "persistent_puts_stored"}) | {
@@ -56,7 +56,9 @@ def check_sums(segment: Segment) -> None:
         persistent_pages=total(counters, "pages", True),
         ephemeral_pages=total(counters, "pages", False),
         fill_pages=total(counters, "fill_pages"),
-        tier_pages=total(counters, "tier_pages"),
+        tier_pages=sum(c["tier_pages"] for _, c in clients),
+        twin_pages=total(counters, "twin_pages"),
+        original_pages=sum(c["original_pages"] for _, c in clients),
         objects=total(counters, "objects"),
         nodes=total(counters, "nodes"),
         compressed_bytes=sum(c["compressed_bytes"] for _, c in clients),
@@ -83,12 +85,12 @@ def _check_client(client: Client, c: Counters, owned: Sequence[Counters]) -> Non
     _equal(
         f"client {client.name}",
         c,
-        used_bytes=total(owned, "bytes"),
+        used_bytes=total(owned, "bytes") + c["original_bytes"],
         persistent_pages=total(owned, "pages", True),
         ephemeral_pages=total(owned, "pages", False),
         compressed_pages=total(owned, "compressed_pages"),
         raw_pages=total(owned, "raw_pages"),
-        tier_pages=total(owned, "tier_pages"),
+        twin_pages=total(owned, "twin_pages"),
         pools=len(client.pools()),
         authorised_pools=len(client.authorised()),
         cap_bytes=client.cap_bytes,
@@ -96,6 +98,8 @@ def _check_client(client: Client, c: Counters, owned: Sequence[Counters]) -> Non
         weight=client.weight,
         held=client.held,
     )
+    originals = c["tier_pages"] - total(owned, "tier_pages")
+    demand(0 <= originals <= c["original_pages"], f"{client.name} has {originals} originals in its tier: {c}")
     stored = total(owned, "puts_stored", True)
     demand(c["persistent_puts_stored"] >= stored, f"{client.name} has put {stored} pages: {c}")
     hits = total(owned, "gets_hit", True)

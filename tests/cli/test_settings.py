@@ -30,6 +30,10 @@ def test_every_value(segment: "_native.Segment") -> None:
     assert values(client) == (0, 8 * MIB, 4 * MIB, "none")
     assert run(["set", "one", "--cap", "0", "--floor", "0", "--compress", "auto"]) == 0
     assert values(client) == (0, 0, 0, "auto")
+    assert run(["set", "one", "--dedup"]) == 0
+    assert client.dedup
+    assert run(["set", "one", "--weight", "1", "--no-dedup"]) == 0
+    assert not client.dedup
 
 
 def test_values_are_in_force(segment: "_native.Segment") -> None:

@@ -1,7 +1,7 @@
 /* Kill processes at random moments and at named points while they use one segment; a witness outside the segment
  * knows what was acknowledged.
  *
- *   crash PATH [kills=N] [memory=MIB] [keep=0|1] [trim=0|1] [points=0|1] [point=N] [seed=N] [workers=N] [threads=N]
+ *   crash PATH [kills=N] [memory=MIB] [keep=0|1] [trim=0|1] [points=0|1] [point=N] [seed=N] [workers=N] [threads=N] [twins=0|1]
  *
  * Each worker process runs several threads; each thread has keys of its own, whose exact state the witness knows
  * (before and after every operation), and works on contended keys as well, of which every value read must be one
@@ -47,6 +47,13 @@ static void do_condense(struct tm_segment *seg, uint64_t r)
     uint64_t spent_ns;
     unsigned what = CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | (r & 1 ? CONDENSE_LOOSE : 0) | (r & 6 ? 0 : CONDENSE_ALL);
     tm_condense(ctx_get(seg), (uint32_t)(r >> 8) % seg->nchunks, 300000, what, &spent_ns);
+}
+
+/* Keep equal pages once, and remove originals that no slot names. */
+static void do_dedup(struct tm_segment *seg, uint64_t r)
+{
+    uint64_t spent_ns;
+    tm_dedup(ctx_get(seg), r & 1 ? 0 : (uint32_t)(r >> 8) % seg->nchunks, r & 6 ? UINT64_MAX : 300000, r & 24, &spent_ns);
 }
 
 /* Give memory back, move the limits, and move pages together. */
@@ -109,6 +116,13 @@ static void *work(void *arg)
         case 4:
             do_condense(t->seg, r >> 24);
             break;
+        case 7:
+        case 8:
+            if (opt.twins)
+                do_dedup(t->seg, r >> 24);
+            else
+                do_contended(t->seg, &rng);
+            break;
         case 3:
             do_client(t->seg, t->slot, (unsigned)(r >> 40) % 10, &rng);
             break;
@@ -162,6 +176,7 @@ static void setup(struct tm_segment *seg)
         struct slot *s = &shared->slots[i];
         snprintf(name, sizeof name, "slot%u", i);
         client_open(ctx, name, true, &id, &serial);
+        client_set(ctx, id, serial, VALUE_DEDUP, opt.twins);
         for (uint32_t p = 0; p < NPOOLS; p++)
             pool_new(ctx, id, serial,
                      &(struct pool_wish){.persistent = p != EPHEMERAL, .exclusive = p == TAKEN, .id = -1}, &s->pools[p],
@@ -205,7 +220,8 @@ static void watch(const pid_t *pids, uint64_t *last, double *since)
 
 static const uint8_t points[] = {1,  2,  3,  4,  5,  6,  7,  10, 11, 12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 25,
                                  26, 27, 28, 29, 30, 31, 32, 33, 40, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 54, 55, 60,
-                                 61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91, 100, 101, 102, 103, 104};
+                                 61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91, 100, 101, 102, 103, 104, 110, 111, 112, 113, 114,
+                                 115};
 
 static unsigned run(uint64_t *rng)
 {
@@ -276,6 +292,8 @@ int main(int argc, char **argv)
             opt.workers = (unsigned)n;
         else if (!strcmp(name, "threads"))
             opt.threads = (unsigned)n;
+        else if (!strcmp(name, "twins"))
+            opt.twins = (unsigned)n;
         else if (!strcmp(name, "seed"))
             opt.seed = n;
     }
@@ -314,13 +332,14 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < POINTS; i++)
         hit += atomic_load(&shared->hits_of[i]);
     printf("kills %u (at points %u) in %.1f s, steps %llu, puts %llu, refused %llu, excused %llu, gets %llu (hits %llu), "
-           "flushes %llu, objects %llu, repaired threads %llu, relocated %llu, demoted %llu, tidied %llu\n",
+           "flushes %llu, objects %llu, repaired threads %llu, relocated %llu, demoted %llu, tidied %llu, "
+           "twins %llu\n",
            kills, hit, took, (unsigned long long)ops, (unsigned long long)shared->puts,
            (unsigned long long)shared->refused, (unsigned long long)shared->excused, (unsigned long long)shared->gets,
            (unsigned long long)shared->hits, (unsigned long long)shared->flushes, (unsigned long long)shared->objects,
            (unsigned long long)atomic_load(&seg->super->deaths),
            (unsigned long long)atomic_load(&seg->super->relocated), (unsigned long long)shelf->demoted,
-           (unsigned long long)shelf->tidied);
+           (unsigned long long)shelf->tidied, (unsigned long long)atomic_load(&seg->super->twins));
     printf("points not reached:");
     for (unsigned i = 0; opt.points && i < sizeof points; i++)
         if (!atomic_load(&shared->hits_of[points[i]]))

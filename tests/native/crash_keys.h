@@ -8,7 +8,7 @@
 #include <stdarg.h>
 #include <unistd.h>
 
-enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 105, TINY_OBJECTS = 24 };
+enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 116, TINY_OBJECTS = 24 };
 enum { NONE, PUT, FLUSH, TAKE, FLUSH_OBJECT };
 enum { PERSISTENT, TAKEN, EPHEMERAL, NPOOLS }; /* TAKEN: persistent with exclusive gets */
 
@@ -40,9 +40,9 @@ struct shared {
 static struct shared *shared;
 static struct options {
     const char *path;
-    unsigned kills, memory, keep, trim, points, point, workers, threads;
+    unsigned kills, memory, keep, trim, points, point, workers, threads, twins;
     uint64_t seed;
-} opt = {NULL, 500, 24, 1, 1, 1, 0, 3, 2, 1};
+} opt = {NULL, 500, 24, 1, 1, 1, 0, 3, 2, 0, 1};
 static uint32_t me; /* index of this worker process */
 
 void kill_point(int n)
@@ -77,6 +77,23 @@ static void place(uint32_t slot, uint32_t k, uint8_t oid[TM_OID], uint32_t *inde
 
 static uint64_t key_id(uint32_t slot, uint32_t pool, uint32_t k) { return 1 + ((slot * NPOOLS + pool) * KEYS + k); }
 
+/* What version of a key is. With twins it is one of a few pages, so that many keys have equal ones, and an old version is
+ * told from the new one nearly always. */
+static void content_make(uint8_t *page, uint64_t id, uint64_t version)
+{
+    if (opt.twins)
+        page_make(page, 1 + id % 7, version % 13);
+    else
+        page_make(page, id, version);
+}
+
+static bool content_is(const uint8_t *page, uint64_t id, uint64_t version)
+{
+    uint8_t want[TM_PAGE];
+    content_make(want, id, version);
+    return memcmp(page, want, TM_PAGE) == 0;
+}
+
 static struct tm_handle handle(struct tm_segment *seg, const struct slot *s, uint32_t pool)
 {
     return (struct tm_handle){seg, s->pools[pool], s->serials[pool]};
@@ -105,9 +122,9 @@ static int look(struct tm_segment *seg, uint32_t slot, uint32_t pool, uint32_t k
         fail("slot %u pool %u key %u: get says %lld", slot, pool, k, (long long)rc);
         return -1;
     }
-    if (atomic_load(&key->pending) && page_is(page, key_id(slot, pool, k), atomic_load(&key->pending)))
+    if (atomic_load(&key->pending) && content_is(page, key_id(slot, pool, k), atomic_load(&key->pending)))
         return 2;
-    if (atomic_load(&key->acked) && page_is(page, key_id(slot, pool, k), atomic_load(&key->acked)))
+    if (atomic_load(&key->acked) && content_is(page, key_id(slot, pool, k), atomic_load(&key->acked)))
         return 1;
     uint64_t words[2];
     memcpy(words, page, sizeof words);
@@ -157,7 +174,7 @@ static void do_put(struct tm_segment *seg, uint32_t slot, uint32_t pool, uint32_
     uint32_t index;
     uint64_t version = atomic_fetch_add(&s->version, 1) + 1;
     place(slot, k, oid, &index);
-    page_make(page, key_id(slot, pool, k), version);
+    content_make(page, key_id(slot, pool, k), version);
     atomic_store(&key->pending, version);
     atomic_store(&key->op, PUT);
     int64_t rc = tm_put(&h, oid, index, page, 1, opt.keep && pool != EPHEMERAL);

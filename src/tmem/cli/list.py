@@ -112,6 +112,7 @@ def _client(paths: SegmentPaths, client: "_native.Client") -> dict[str, object]:
         "mode": client.mode,
         "phase": client.phase,
         "compress": client.compress,
+        "dedup": client.dedup,
         "tier": None if (url := tiering.of(paths, client)) is None else tiering.shown(url),
         **counts,
         "authorised": [str(uuid.UUID(bytes=key)) for key in client.authorised()],

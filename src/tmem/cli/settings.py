@@ -33,6 +33,7 @@ _MOST_BYTES = 1 << 60
 @click.option("--cap", metavar="SIZE", callback=size_option, help="The most that its pages take; 0: no cap.")
 @click.option("--floor", metavar="SIZE", callback=size_option, help="What nobody else may take from it.")
 @click.option("--compress", type=click.Choice(CODECS), help="How its pages are compressed from now on.")
+@click.option("--dedup/--no-dedup", default=None, help="Keep equal persistent pages once, or not any more.")
 @click.option(
     "--tier",
     callback=tier_option,
@@ -48,14 +49,21 @@ def set_command(
     cap: int | None,
     floor: int | None,
     compress: str | None,
+    dedup: bool | None,
     tier: str | None,
     tier_size: int | None,
 ) -> None:
     """Set values of CLIENT: all that are given, or if one is refused none."""
-    given = {"weight": weight, "cap_bytes": cap, "floor_bytes": floor, "compress": compress}
+    given = {
+        "weight": weight,
+        "cap_bytes": cap,
+        "floor_bytes": floor,
+        "compress": compress,
+        "dedup": dedup,
+    }
     values = {name: value for name, value in given.items() if value is not None}
     if not values and tier is None:
-        raise click.UsageError("say what to set: --weight, --cap, --floor, --compress or --tier")
+        raise click.UsageError("say what to set: --weight, --cap, --floor, --compress, --dedup or --tier")
     if tier_size is not None and tier in (None, "none"):
         raise click.UsageError("--tier-size goes with --tier")
     for value in values.values():

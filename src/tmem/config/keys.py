@@ -178,6 +178,7 @@ KEYS = (
         '"256M"',
     ),
     Key("client.NAME", "compress", _one_of(CODECS), "How its pages are compressed from then on.", '"auto"'),
+    Key("client.NAME", "dedup", YES, "Keep equal pages of its swap device once.", "true"),
     Key("client.NAME.swap", "size", SIZE, "Size of its swap device.", '"4G"'),
     Key("client.NAME.swap", "attach", YES, "Attach it here as a block device, and swap to it.", "false"),
     Key("client.NAME.swap", "reserve", YES, "As in [swap], for this device.", "true"),
