@@ -104,8 +104,16 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
     return true;
 }
 
-/* Copy a page as it is out of a chunk that is to be freed, into one of the same bin. False: no room, or the page
- * changed. */
+/* May a page of the pool take so many bytes more? Whoever moves it does so for others: its client stays below its cap. */
+static bool has_cap_for(struct tm_segment *seg, uint32_t pool, uint32_t bytes)
+{
+    uint32_t payer = payer_of(seg, pool) % TM_MAX_CLIENTS;
+    uint64_t cap = atomic_load_explicit(&seg->clients[payer].cap_bytes, memory_order_relaxed);
+    return !cap || client_bytes(seg, payer) + bytes <= (int64_t)cap;
+}
+
+/* Copy a page as it is out of a chunk that is to be freed, into one of the same bin or into larger holes. False: no room,
+ * or the page changed. */
 static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin)
 {
     struct tm_segment *seg = ctx->seg;
@@ -119,7 +127,8 @@ static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t w
         return false;
     uint64_t block = block_alloc(ctx, bin, ALLOC_LISTED);
     for (uint32_t larger = bin + 1; !block && larger < TM_NCLASSES - 1; larger++)
-        if (atomic_load_explicit(&seg->bins[larger].room, memory_order_relaxed))
+        if (atomic_load_explicit(&seg->bins[larger].room, memory_order_relaxed)
+            && has_cap_for(seg, pool, bin_stride(larger) - bin_stride(bin)))
             block = block_alloc(ctx, larger, ALLOC_LISTED);
     if (!block)
         return false;

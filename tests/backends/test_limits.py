@@ -11,6 +11,7 @@ from tmem.backends import _native
 from tmem.errors import PoolError
 from tmem.types import PAGE_SIZE
 
+from .machine import StoreMachine
 from .pages import oid, page, pages
 
 MEMORY_BYTES = 64 << 20
@@ -195,3 +196,28 @@ def test_sizes_out_of_range_are_those_of_the_segment(segment: _native.Segment) -
     for bad in ((-1, 5), (5, -1), (1 << 70, 5)):
         with pytest.raises(OverflowError):
             segment.set_limits(*bad)
+
+
+def test_a_cap_holds_while_pages_are_moved_into_larger_holes(directory: Path) -> None:
+    """Whose put is refused makes room by moving pages, its own among them. One was once moved to where it
+    takes more, and its client was above its cap."""
+
+    class Machine(StoreMachine):
+        memory_bytes = SMALL_BYTES
+        parent = directory
+
+    machine = Machine()  # it was found by it, and looks for it after each put
+    try:
+        machine.begin(at=0, kind="mixed", kept=0, exclusive=0, persistent=1600)
+        machine.set_cap(at=0, cap=3 << 20, who=0)
+        machine.put(at=0, first=0, keep=True, kind="mixed", n=1, o=oid(0), pool=2, seed=23)
+        machine.put_over(at=0, keep=False, kind="mixed", n=1, pool=1, seed=27, which=22334)
+        machine.compact(at=0, holes=1)
+        machine.set_limits(at=0, beyond=0, chunks=0)
+        machine.flush(at=0, first=0, n=1, o=oid(0), pool=2)
+        machine.put(at=0, first=0, keep=False, kind="mixed", n=1, o=oid(0), pool=1, seed=0)
+        before = machine.segment.statistics()["relocated_pages"]
+        machine.put_many(at=0, keep=False, kind="mixed", n=915, o=oid(0), pool=0, seed=0)
+        assert machine.segment.statistics()["relocated_pages"] > before
+    finally:
+        machine.teardown()
