@@ -51,11 +51,8 @@ def one_after_the_other(mounter: Mounter, segment: "_native.Segment", options: s
     assert os.waitpid(place.pid, 0)[1] == 0
 
 
-@pytest.mark.parametrize("options", ["", "cache=kernel,loop=plain"])
-def test_a_few_restarts_under_load(mounter: Mounter, segment: "_native.Segment", options: str) -> None:
-    one_after_the_other(mounter, segment, options, 3)
-
-
-@pytest.mark.slow
-def test_twenty_restarts_under_load(mounter: Mounter, segment: "_native.Segment") -> None:
-    one_after_the_other(mounter, segment, "", 20)
+@pytest.mark.parametrize(("options", "restarts"), [("", 8), ("cache=kernel,loop=plain", 3)])
+def test_restarts_under_load(
+    mounter: Mounter, segment: "_native.Segment", options: str, restarts: int
+) -> None:
+    one_after_the_other(mounter, segment, options, restarts)

@@ -29,6 +29,8 @@ _libc.telldir.restype = ctypes.c_long
 _libc.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
 
 Story = Callable[[Path], object]
+LARGE = 4_000
+"""Names in a directory that a listing needs many requests for."""
 
 
 def told(story: Story, directory: Path) -> object:
@@ -326,7 +328,7 @@ def numbers(directory: Path) -> dict[bytes, int]:
 
 def test_a_large_directory_that_changes_while_it_is_listed(twins: Twins) -> None:
     def build(case: Path) -> None:
-        for number in range(20_000):
+        for number in range(LARGE):
             os.close(os.open(case / f"{number:05}", os.O_CREAT | os.O_WRONLY))
 
     case = f"large{twins.cases}"
@@ -334,13 +336,13 @@ def test_a_large_directory_that_changes_while_it_is_listed(twins: Twins) -> None
     directory.mkdir()
     build(directory)
     point = twins.point / case
-    stay = {f"{number:05}" for number in range(0, 20_000, 4)}
+    stay = {f"{number:05}" for number in range(0, LARGE, 4)}
     seen: list[str] = []
     with os.scandir(point) as listing:
         for number, entry in enumerate(listing):
             seen.append(entry.name)
             if number % 10 == 0:
-                gone = f"{(number * 7 + 1) % 20_000 // 4 * 4 + 1:05}"
+                gone = f"{(number * 7 + 1) % LARGE // 4 * 4 + 1:05}"
                 (point / gone).unlink(missing_ok=True)
                 (point / f"new{number}").touch()
     assert len(seen) == len(set(seen))
