@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
+from prometheus_client.registry import Collector
 
 from tmem.backends import guarded, segment
 from tmem.backends.exposition import SegmentCollector
@@ -38,20 +39,22 @@ DEADLINE_S = 5.0
 _LOOK_S = 0.25
 
 
-def text(paths: SegmentPaths) -> str:
-    """Return what one scrape would."""
+def text(paths: SegmentPaths, *others: Collector) -> str:
+    """Return what one scrape would; `others` are collected, too."""
     with closing(segment.attach(paths.name)) as opened:
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(SegmentCollector(paths, opened))
+        for one in (SegmentCollector(paths, opened), *others):
+            registry.register(one)
         return generate_latest(registry).decode()
 
 
-def serve(paths: SegmentPaths, host: str, port: int) -> None:
-    """Serve until the segment is destroyed. `ServiceError` if nobody can listen there."""
+def serve(paths: SegmentPaths, host: str, port: int, *others: Collector) -> None:
+    """Serve until the segment is destroyed, with what `others` collect. `ServiceError`: nobody can listen."""
     guarded.drop_guards()
     with closing(segment.attach(paths.name)) as opened, ThreadPoolExecutor(1, "collector") as collector:
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_OneThread(SegmentCollector(paths, opened), collector))
+        for one in (SegmentCollector(paths, opened), *others):
+            registry.register(_OneThread(one, collector))
         with _listen(host, port, opened) as server:
             server.set_app(make_wsgi_app(registry))
             server.serve_forever(_LOOK_S)
@@ -70,10 +73,10 @@ def _listen(host: str, port: int, opened: "Segment") -> "_Server":
         ) from None
 
 
-class _OneThread(SegmentCollector):
+class _OneThread(Collector):
     """A collector whose work is done by the one thread that is known to the segment."""
 
-    def __init__(self, inner: SegmentCollector, collector: ThreadPoolExecutor) -> None:
+    def __init__(self, inner: Collector, collector: ThreadPoolExecutor) -> None:
         self._inner, self._collector = inner, collector
 
     def collect(self) -> "Iterator[Metric]":

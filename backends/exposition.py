@@ -4,8 +4,9 @@
 with its docstring as its help; `_COUNTERS` says which of them only grow, and what is in neither set is
 exported without a type. Names follow Prometheus: ``tmem_`` and the statistic, seconds and bytes as units,
 ``_total`` for counters; of the segment ``tmem_segment_``, of a client ``tmem_client_``, of its pools nothing
-in between. A shared pool is exported once, under its owner, so that sums are right. Not for serving them:
-`exporter`. It brings prometheus_client, so only those who export import it.
+in between, of a mount ``tmem_mount_`` (collected by `tmem.cli.mountmetrics`). A shared pool is exported once,
+under its owner, so that sums are right. Not for serving them: `exporter`. It brings prometheus_client, so
+only those who export import it.
 """
 
 import ast
@@ -59,6 +60,10 @@ _COUNTERS = _words(
     pages_dropped reaped populated_bytes compacted_bytes compacting_ns looks given_back_bytes raised
     lowered shrinks squeezed_pages squeezed_bytes condensed_pages condensed_bytes restored_pages
     condensing_ns pages_demoted pages_fetched demoted_pages unreachable_gets dedup_pages dedup_ns
+    hit_reads miss_reads passthrough_reads hit_pages miss_pages hit_bytes lower_bytes lower_ns lower_errors
+    put_pages put_ns ahead_pages refused_pages overtaken_pages flushed_pages foreign_changes declined_opens
+    backed_opens noticed_changes lost_reports tier_hit_pages tier_miss_pages tier_sent_pages
+    tier_dropped_pages tier_wrong_values tier_failures
     """
 )
 _GAUGES = _words(
@@ -69,6 +74,7 @@ _GAUGES = _words(
     chunks_total chunks_used chunks_used_max chunks_free cap_bytes floor_bytes weight ephemeral_bytes
     compressed_pages raw_pages held authorised_pools pools pages bytes spare_bytes margin_bytes
     stalled_percent urgency tier_pages twin_pages original_pages original_bytes dedup_bytes
+    stepped_aside watching tier_up pool_active
     """
 )
 # What a row is rather than how much of something, and is told by labels.

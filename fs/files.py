@@ -12,6 +12,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+import pyfuse3
+
 from tmem.fs import lower
 from tmem.fs.base import errors
 from tmem.fs.buffers import Buffers
@@ -107,7 +109,9 @@ class Files(Opening):
                     count += await self.in_thread(
                         lower.read_fully, file.descriptor, off + count, wanted[count:]
                     )
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, pyfuse3.FUSEError):
+                self.precache.counters.lower_errors += 1
             self._loader.buffers.give(buffer)
             raise
         self.precache.counters.passthrough_reads += 1

@@ -142,6 +142,7 @@ class Loader:
             counters.put_pages += stored
             counters.refused_pages += whole - stored
         if failure is not None:  # not fewer bytes: in the kernel's cache that would mean zeros from there on
+            counters.lower_errors += 1
             raise failure
         return count, stored == whole == -(-count // PAGE_SIZE)
 

@@ -87,12 +87,17 @@ def detach(mountpoint: str) -> None:
 def statistics(mountpoint: str) -> MountStatistics:
     """Ask a mount's daemon for its statistics. AttachError if that is no mount of ours, or a dead one.
 
-    Of what a daemon of another version does not count, 0 is returned.
+    Waits as long as the daemon does not answer; `asking` does not.
     """
     try:
-        told = json.loads(os.getxattr(mountpoint, STATISTICS_ATTRIBUTE))
+        return parsed(os.getxattr(mountpoint, STATISTICS_ATTRIBUTE))
     except OSError as error:
         raise AttachError(f"{mountpoint} is no mount of tmem that answers: {error.strerror}") from None
+
+
+def parsed(attribute: bytes) -> MountStatistics:
+    """Return the statistics that a daemon told; 0 for what one of another version does not count."""
+    told = json.loads(attribute)
     return MountStatistics(**{name: told.get(name, 0) for name in MountStatistics.__dataclass_fields__})
 
 

@@ -27,6 +27,8 @@ class MountStatistics:
     """Bytes read from lower files."""
     lower_ns: int
     """Time spent reading lower files for the pool, all threads together."""
+    lower_errors: int
+    """Reads of lower files that failed, read ahead or because somebody asked."""
     put_pages: int
     """Pages that the pool accepted."""
     put_ns: int
@@ -123,6 +125,7 @@ class Counters:
     hit_bytes: int = 0
     lower_bytes: int = 0
     lower_ns: int = 0
+    lower_errors: int = 0
     put_pages: int = 0
     put_ns: int = 0
     ahead_pages: int = 0

@@ -67,6 +67,31 @@ def test_a_scrape_has_the_segment_the_manager_and_its_services(served: int) -> N
     assert "tmem_get_seconds_bucket" in text
 
 
+@pytest.mark.usefixtures("root")
+def test_a_scrape_has_mounts_and_a_stopped_one_keeps_no_exporter(
+    served: int, tmem: Tmem, tmp_path: Path, runtime_dir: Path, eventually: Eventually
+) -> None:
+    lower, point = tmp_path / "lower", tmp_path / "point"
+    lower.mkdir()
+    point.mkdir()
+    assert tmem("mount", str(lower), str(point), "-o", "client=files").status == 0
+    up = f'tmem_mount_up{{client="files",mount="{point}"}}'
+    daemon = json.loads((runtime_dir / "default.d" / "mount-files.json").read_text())["pid"]
+    try:
+        assert value(scrape(served), up) == 1
+        assert value(tmem("metrics", "--once").out, up) == 1
+        os.kill(daemon, signal.SIGSTOP)
+        text = scrape(served)
+        assert (value(text, up), value(text, "tmem_manager_up")) == (0, 1)
+        pid = exporter(runtime_dir)
+        assert tmem("stop").status == 0
+        assert tmem("start", "-d").status == 0  # without metrics
+        eventually(lambda: not Path(f"/proc/{pid}").exists())
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+        assert tmem("umount", str(point)).status == 0
+
+
 def test_it_is_nothing_that_swap_depends_on(served: int, runtime_dir: Path) -> None:
     process = Path(f"/proc/{exporter(runtime_dir)}")
     assert (process / "oom_score_adj").read_text().strip() == "0"

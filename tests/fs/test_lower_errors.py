@@ -125,7 +125,17 @@ def test_an_error_in_the_midst_of_a_read(place: Place, faulty: Faulty, page: int
         faulty.heal()
         assert read_all(file.fileno(), len(CONTENT)) == CONTENT
     comes_right(place)
-    assert place.statistics().put_pages >= 65
+    statistics = place.statistics()
+    assert statistics.put_pages >= 65
+    assert statistics.lower_errors >= 65 - page  # each of the reads by page that failed
+
+
+def test_errors_are_counted_without_a_pool(faulty: Faulty, mounter: Mounter) -> None:
+    place = mounter("timeout=0,cache=direct", lower=faulty.point)
+    faulty.fail("read", errno=errno.EIO, begin=0)
+    with (place.point / "file").open("rb", buffering=0) as file:
+        fails(errno.EIO, lambda: file.read(PAGE_SIZE))
+    assert place.statistics().lower_errors == 1
 
 
 def read_all(descriptor: int, size: int) -> bytes:

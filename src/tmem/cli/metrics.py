@@ -24,10 +24,11 @@ def metrics(ctx: click.Context, address: str | None, once: bool) -> None:
     if once == (address is not None):
         raise click.UsageError("give HOST:PORT, or --once")
     from tmem.backends import exporter  # it brings prometheus_client
+    from tmem.cli.mountmetrics import MountCollector
     from tmem.types import parse_host_port
 
     paths = SegmentPaths.of(segment_name(ctx))
     if address is None:
-        click.echo(exporter.text(paths), nl=False)
+        click.echo(exporter.text(paths, MountCollector(paths)), nl=False)
     else:
-        exporter.serve(paths, *parse_host_port(address))
+        exporter.serve(paths, *parse_host_port(address), MountCollector(paths))
