@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .backends.tiers.servers import Cluster, Server
 
 SEGMENT_BYTES = 64 << 20
+
+# Shells have what they start in the background ignore these, and so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from tmem.backends.processes import Process
 from tmem.backends.supervisor import Supervisor
 from tmem.errors import ServiceError
 
+from .supervised import supervised
+
 SLEEP = ["sleep", "300"]
 STUBBORN = ["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]
 
@@ -23,20 +24,6 @@ def paths(runtime_dir: Path) -> SegmentPaths:
     made = SegmentPaths.of("default")
     made.state.mkdir(mode=0o700)
     return made
-
-
-def supervised(paths: SegmentPaths, body: Callable[[Supervisor], Awaitable[None]]) -> None:
-    """Run `body` with a supervisor that adopts what is there, and ends when the body does."""
-
-    async def run() -> None:
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                supervisor = Supervisor(paths, nursery)
-                supervisor.adopt()
-                await body(supervisor)
-                nursery.cancel_scope.cancel()
-
-    trio.run(run)
 
 
 async def pid_other_than(supervisor: Supervisor, old: int | None) -> int:

@@ -9,32 +9,14 @@
 enum { PAGES = 60 };
 
 /* A page of few different letters: zstd makes two thirds of LZ4's of it. */
-static void letters(uint8_t *page, uint32_t index, uint64_t version)
+static void version_page(uint8_t *page, uint32_t index, uint64_t version)
 {
     uint64_t seed = mix(index * 1000 + version);
     for (unsigned i = 0; i < TM_PAGE; i++)
         page[i] = (uint8_t)("etaoin"[next_random(&seed) % 6]);
 }
 
-static int64_t put_letters(const struct tm_handle *h, uint32_t index, uint64_t version)
-{
-    uint8_t page[TM_PAGE];
-    letters(page, index, version);
-    return tm_put(h, oid, index, page, 1, KEEP_OLD);
-}
-
-static bool has(const uint8_t *page, uint32_t index, uint64_t version)
-{
-    uint8_t want[TM_PAGE];
-    letters(want, index, version);
-    return memcmp(page, want, TM_PAGE) == 0;
-}
-
-static bool keeps(const struct tm_handle *h, uint32_t index, uint64_t version)
-{
-    uint8_t page[TM_PAGE];
-    return tm_get(h, oid, index, page, 1) == 1 && has(page, index, version);
-}
+#include "versions.h"
 
 static int64_t condense(struct world *w, struct actor *a)
 {
@@ -49,12 +31,12 @@ static int64_t restore(struct world *w, struct actor *a)
     return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT, &spent_ns);
 }
 static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
-static int64_t put_first(struct world *w, struct actor *a) { (void)a; return put_letters(&w->pool, 0, 2); }
+static int64_t put_first(struct world *w, struct actor *a) { (void)a; return put_version(&w->pool, 0, 2); }
 
 static void fill(struct world *w)
 {
     for (uint32_t i = 0; i < PAGES; i++)
-        put_letters(&w->pool, i, 1);
+        put_version(&w->pool, i, 1);
 }
 
 static void rest_is_intact(struct world *w)
@@ -70,7 +52,7 @@ static void put_before_swap(struct world *w)
     fill(w);
     pid_t pass = start(0, condense, 54, 0);
     at_point(0);
-    put_letters(&w->pool, 0, 2);
+    put_version(&w->pool, 0, 2);
     finish(0, pass);
     expect(keeps(&w->pool, 0, 2), "the new version is lost");
     rest_is_intact(w);
@@ -128,7 +110,7 @@ static void reader_of_old_block(struct world *w)
     at_point(0);
     condense(w, &none);
     for (uint32_t i = PAGES; i < 3 * PAGES; i++)
-        put_letters(&w->pool, i, 1);
+        put_version(&w->pool, i, 1);
     finish(0, reader);
     expect(actors[0].result == 1 && has(actors[0].page, 0, 1), "the reader got another page");
     rest_is_intact(w);
@@ -143,9 +125,9 @@ static void reader_of_condensed_block(struct world *w)
     pid_t reader = start(0, get_first, 46, 0);
     at_point(0);
     for (uint32_t i = 0; i < PAGES; i++)
-        put_letters(&w->pool, i, i ? 1 : 2);
+        put_version(&w->pool, i, i ? 1 : 2);
     for (uint32_t i = PAGES; i < 3 * PAGES; i++)
-        put_letters(&w->pool, i, 1);
+        put_version(&w->pool, i, 1);
     condense(w, &none);
     finish(0, reader);
     expect(actors[0].result == 1 && (has(actors[0].page, 0, 1) || has(actors[0].page, 0, 2)),
@@ -168,7 +150,7 @@ static void put_before_restoring_swap(struct world *w)
     }
     pid_t pass = start(0, restore, 54, 0);
     at_point(0);
-    put_letters(&w->pool, 0, 2);
+    put_version(&w->pool, 0, 2);
     finish(0, pass);
     expect(atomic_load(&w->seg->super->restored) > PAGES / 2, "nothing was restored");
     expect(keeps(&w->pool, 0, 2), "the new version is lost");
@@ -187,7 +169,7 @@ static void chunk_of_others(struct world *w)
     for (uint32_t i = 0; i < 8 * PAGES; i++) {
         sized_page(small, i, 40);
         tm_put(&w->ephemeral, oid, i, small, 1, KEEP_OLD);
-        put_letters(&w->pool, PAGES + i, 1);
+        put_version(&w->pool, PAGES + i, 1);
     }
     finish(0, pass);
     for (uint32_t i = 0; i < 8 * PAGES; i++) {

@@ -9,30 +9,12 @@
 enum { PAGES = 60, KINDS = 20 };
 
 /* Page `index` is as page index % KINDS, of which there are three. */
-static void twin_page(uint8_t *page, uint32_t index, uint64_t version)
+static void version_page(uint8_t *page, uint32_t index, uint64_t version)
 {
     page_make(page, 5000 + index % KINDS, version * 2654435761u);
 }
 
-static int64_t put_twin(const struct tm_handle *h, uint32_t index, uint64_t version)
-{
-    uint8_t page[TM_PAGE];
-    twin_page(page, index, version);
-    return tm_put(h, oid, index, page, 1, KEEP_OLD);
-}
-
-static bool has(const uint8_t *page, uint32_t index, uint64_t version)
-{
-    uint8_t want[TM_PAGE];
-    twin_page(want, index, version);
-    return memcmp(page, want, TM_PAGE) == 0;
-}
-
-static bool keeps(const struct tm_handle *h, uint32_t index, uint64_t version)
-{
-    uint8_t page[TM_PAGE];
-    return tm_get(h, oid, index, page, 1) == 1 && has(page, index, version);
-}
+#include "versions.h"
 
 static int64_t dedup(struct world *w, struct actor *a)
 {
@@ -43,7 +25,7 @@ static int64_t dedup(struct world *w, struct actor *a)
 static int64_t dedup_twice(struct world *w, struct actor *a) { return dedup(w, a) + dedup(w, a); }
 static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
 static int64_t take_first(struct world *w, struct actor *a) { return tm_get(&w->taken, oid, 0, a->page, 1); }
-static int64_t put_first(struct world *w, struct actor *a) { (void)a; return put_twin(&w->pool, 0, 2); }
+static int64_t put_first(struct world *w, struct actor *a) { (void)a; return put_version(&w->pool, 0, 2); }
 static int64_t condense(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
@@ -61,7 +43,7 @@ static void fill(struct world *w)
 {
     allow(w);
     for (uint32_t i = 0; i < PAGES; i++)
-        put_twin(&w->pool, i, 1);
+        put_version(&w->pool, i, 1);
 }
 
 /* Fill, and keep all equal pages once. */
@@ -94,7 +76,7 @@ static void memory_is_saved(struct world *w)
 {
     uint8_t page[TM_PAGE];
     fill(w);
-    put_twin(&w->taken, 0, 1);
+    put_version(&w->taken, 0, 1);
     int64_t before = atomic_load(&w->seg->clients[client_of(w)].used_bytes);
     dedup_twice(w, NULL);
     int64_t after = atomic_load(&w->seg->clients[client_of(w)].used_bytes);
@@ -122,9 +104,9 @@ static void only_where_wanted(struct world *w)
     client_open(ctx, "other", true, &id, &serial);
     pool_new(ctx, id, serial, &(struct pool_wish){.persistent = true, .id = -1}, &other.pool, &other.serial);
     for (uint32_t i = 0; i < KINDS; i++) {
-        put_twin(&other, i, 1);
-        put_twin(&w->ephemeral, i, 1);
-        put_twin(&w->ephemeral, i + KINDS, 1);
+        put_version(&other, i, 1);
+        put_version(&w->ephemeral, i, 1);
+        put_version(&w->ephemeral, i + KINDS, 1);
     }
     tm_flush(&w->pool, oid, KINDS, PAGES);
     allow(w);
@@ -145,7 +127,7 @@ static void change_before_join(struct world *w, uint32_t point, bool flush)
             tm_flush(&w->pool, oid, i, 1);
     else
         for (uint32_t i = 0; i < PAGES; i += KINDS)
-            put_twin(&w->pool, i, 2 + i);
+            put_version(&w->pool, i, 2 + i);
     finish(0, pass);
     for (uint32_t i = 0; i < PAGES; i += KINDS)
         expect(flush ? tm_get(&w->pool, oid, i, page, 1) == 0 : keeps(&w->pool, i, 2 + i), "page %u", i);
@@ -229,7 +211,7 @@ static void join_while_sweeping(struct world *w)
     pid_t sweeper = start(0, dedup, 114, 0);
     at_point(0);
     for (uint32_t i = 0; i < 5; i++)
-        put_twin(&w->pool, i, 1); /* equal to originals that are about to go */
+        put_version(&w->pool, i, 1); /* equal to originals that are about to go */
     dedup(w, NULL);
     finish(0, sweeper);
     for (uint32_t i = 0; i < 5; i++)
@@ -248,7 +230,7 @@ static void reader_of_original(struct world *w)
     pid_t reader = start(0, get_first, 46, 0);
     at_point(0);
     for (uint32_t i = 0; i < PAGES; i += KINDS)
-        put_twin(&w->pool, i, 2);
+        put_version(&w->pool, i, 2);
     atomic_store(&w->seg->clients[client_of(w)].dedup, 0);
     dedup(w, NULL);
     expect(originals(w)->pages < KINDS, "the scenario did not come about");
@@ -265,11 +247,11 @@ static void reader_of_original(struct world *w)
 static void taker_of_original(struct world *w)
 {
     fill(w);
-    put_twin(&w->taken, 0, 1);
+    put_version(&w->taken, 0, 1);
     dedup_twice(w, NULL);
     pid_t taker = start(0, take_first, 46, 0);
     at_point(0);
-    put_twin(&w->taken, 0, 2);
+    put_version(&w->taken, 0, 2);
     finish(0, taker);
     expect(actors[0].result == 1 && has(actors[0].page, 0, 2), "not the page that was there");
     expect(!keeps(&w->taken, 0, 1) && !keeps(&w->taken, 0, 2), "the page is still there");
@@ -332,7 +314,7 @@ static void client_goes(struct world *w)
 {
     uint32_t client = client_of(w);
     pair_all(w);
-    put_twin(&w->pool, PAGES, 1);
+    put_version(&w->pool, PAGES, 1);
     pid_t reader = start(0, get_first, 46, 0);
     at_point(0);
     pid_t pass = start(1, dedup, 111, 0);

@@ -8,7 +8,6 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +19,7 @@ from tmem.nbd import server
 from tmem.nbd.export import Export
 from tmem.types import PAGE_SIZE
 
+from ..backends.supervised import supervised
 from ..waiting import DEADLINE_S
 from .conftest import Server, eventually, nbd
 
@@ -288,17 +288,3 @@ def kill(paths: SegmentPaths) -> None:
     process = server.running(paths, "guest1")
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
-
-
-def supervised(paths: SegmentPaths, body: Callable[[Supervisor], Awaitable[None]]) -> None:
-    """Run `body` with a supervisor that adopts what is there, and ends when the body does."""
-
-    async def run() -> None:
-        with trio.fail_after(60):
-            async with trio.open_nursery() as nursery:
-                supervisor = Supervisor(paths, nursery)
-                supervisor.adopt()
-                await body(supervisor)
-                nursery.cancel_scope.cancel()
-
-    trio.run(run)

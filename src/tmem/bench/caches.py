@@ -132,6 +132,17 @@ class _S3Fifo:
                 return
             self.main[page] = frequency - 1
 
+    def promoted(self) -> tuple[int, int] | None:
+        """Take the oldest page of the small queue, with its frequency, if it has earned a place in the main
+        one. Else it becomes a ghost: None, as when there is none left."""
+        if not self.small:
+            return None
+        page, frequency = self.small.popitem(last=False)
+        if frequency <= 1:
+            self.note_ghost(page)
+            return None
+        return page, frequency
+
 
 def s3fifo(pages: Iterable[int], room: int) -> int:
     """S3-FIFO as printed."""
@@ -145,12 +156,8 @@ def s3fifo(pages: Iterable[int], room: int) -> int:
             if len(cache.small) < cache.small_room and cache.main:
                 cache.evict_main()
                 continue
-            while cache.small:
-                oldest, frequency = cache.small.popitem(last=False)
-                if frequency <= 1:
-                    cache.note_ghost(oldest)
-                    break
-                cache.main[oldest] = 0
+            while found := cache.promoted():
+                cache.main[found[0]] = 0
                 if len(cache.main) > cache.main_room:
                     cache.evict_main()
         cache.insert(page, cache.forget_ghost(page))
@@ -170,12 +177,8 @@ def s3fifo_reference(pages: Iterable[int], room: int) -> int:
             if len(cache.main) > cache.main_room or not cache.small:
                 cache.evict_main()
                 continue
-            while cache.small:
-                oldest, frequency = cache.small.popitem(last=False)
-                if frequency <= 1:
-                    cache.note_ghost(oldest)
-                    break
-                cache.main[oldest] = frequency
+            while found := cache.promoted():
+                cache.main[found[0]] = found[1]
         cache.insert(page, was_ghost)
     return hits
 
