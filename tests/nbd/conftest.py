@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tmem.backends.paths import SegmentPaths
-from tmem.nbd import server
+from tmem.nbd import attach, server, swap
 from tmem.nbd.export import Export
 
 from ..waiting import DEADLINE_S, wait_until
@@ -130,6 +130,25 @@ def make_server(
 def swap_server(make_server: Callable[..., Server]) -> Server:
     """A server of 16 MiB for the client ``guest1``."""
     return make_server()
+
+
+@pytest.fixture
+def device_size() -> int:
+    """The segment has room for so much even uncompressed."""
+    return 56 << 20
+
+
+@pytest.fixture
+def device(swapping: None, make_server: Callable[..., Server], device_size: int) -> Iterator[str]:
+    """A swap device of `device_size` bytes, attached, not in use."""
+    needs_root()
+    server = make_server("guest1", device_size)
+    attached = attach.attach(server.paths, server.export)
+    assert attached.attachment is not None
+    assert attached.attachment.device is not None
+    yield attached.attachment.device
+    swap.off(attached.attachment.device)
+    attach.detach(server.paths, attached)
 
 
 @pytest.fixture

@@ -12,12 +12,10 @@ import pytest
 from tmem.nbd import swap
 from tmem.types import PAGE_SIZE
 
-from .test_swap import HOG, MIB, device
+from .test_swap import HOG, MIB
 
 if TYPE_CHECKING:
     from tmem.backends import _native
-
-__all__ = ["device"]
 
 
 @pytest.fixture

@@ -5,42 +5,23 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tmem.errors import AttachError
-from tmem.nbd import attach, swap
+from tmem.nbd import swap
 
 from ..groups import set_limit
-from .conftest import ROOT, Server, eventually, needs_root
+from .conftest import ROOT, eventually
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
 HOG = ROOT / "scripts" / "hog.py"
 MIB = 1 << 20
-
-
-@pytest.fixture
-def device_size() -> int:
-    """The segment has room for so much even uncompressed."""
-    return 56 * MIB
-
-
-@pytest.fixture
-def device(swapping: None, make_server: Callable[..., Server], device_size: int) -> Iterator[str]:
-    """A swap device of `device_size` bytes, attached, not in use."""
-    needs_root()
-    server = make_server("guest1", device_size)
-    attached = attach.attach(server.paths, server.export)
-    assert attached.attachment is not None
-    assert attached.attachment.device is not None
-    yield attached.attachment.device
-    swap.off(attached.attachment.device)
-    attach.detach(server.paths, attached)
 
 
 @pytest.mark.parametrize("discard", [True, False], ids=["discard", "no-discard"])

@@ -51,6 +51,7 @@ COMMANDS = {
     "handoff": Entry("tmem.cli.save", "handoff", "Move a working client to another segment."),
     "receive": Entry("tmem.cli.save", "receive", "Take such a client; run by handoff."),
     "contain": Entry("tmem.cli.contain", "contain", "Limit everything else, so that local swap cannot hang."),
+    "balloon": Entry("tmem.cli.balloon", "balloon", "Have a control group swap out what it does not use."),
     "watermarks": Entry("tmem.cli.contain", "watermarks", "Let the kernel keep more memory free."),
     "doctor": Entry("tmem.cli.doctor", "doctor", "Check the machine, the segment and the manager."),
     "bench": Entry("tmem.cli.bench", "bench", "Measure this machine, beside what one would use instead."),
