@@ -36,6 +36,10 @@ MOST_REST = 64
 SWAP_SHARE = 16
 """This part of swap is left for those who need it at once."""
 
+BATCH_BYTES = 512 << 10
+"""How far the kernel may go beyond what it was asked for: it takes whole batches, and gives back what each
+CPU has charged ahead (0.3 MiB seen with two CPUs, Linux 6.1)."""
+
 _ASK, _LIMITS = "memory.reclaim", ("memory.high", cgroup.LIMIT_FILES[1])
 
 
@@ -74,13 +78,14 @@ def decide(pace: Pace, seen: Look, rules: Rules) -> tuple[Pace, int, str]:
         return Pace(LEAST_RATIO, pace.patience, patience), 0, "somebody waits for memory"
     if pace.rest:
         return replace(pace, rest=pace.rest - 1), 0, "somebody waited for memory"
-    if seen.used_bytes <= rules.least_bytes:
+    above = seen.used_bytes - rules.least_bytes - BATCH_BYTES
+    if above < PAGE_SIZE:
         return pace, 0, "no more is used than the least"
     spare = seen.swap_free_bytes - seen.swap_bytes // SWAP_SHARE
     if spare < PAGE_SIZE:
         return pace, 0, "swap is nearly full" if seen.swap_bytes else "there is no swap"
     wanted = int(seen.used_bytes * pace.ratio * (1 - seen.stalled / rules.target))
-    amount = min(max(wanted, PAGE_SIZE), seen.used_bytes - rules.least_bytes, spare)
+    amount = min(max(wanted, PAGE_SIZE), above, spare)
     ratio = min(pace.ratio * GROWTH, MOST_RATIO)
     patience = max(pace.patience // 2, 1) if ratio == MOST_RATIO else pace.patience
     return Pace(ratio, 0, patience), amount // PAGE_SIZE * PAGE_SIZE, ""

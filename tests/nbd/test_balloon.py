@@ -36,11 +36,11 @@ def test_whatever_is_seen(seen: list[Look], least: int, target: float) -> None:
     pace = Pace()
     for one in seen:
         pace, amount, why = decide(pace, one, Rules(least, target))
-        assert bool(amount) != bool(why) or 0 < one.used_bytes - least < PAGE_SIZE
+        assert bool(amount) != bool(why)
         assert 0 <= amount <= max(one.used_bytes * MOST_RATIO, PAGE_SIZE)
         assert amount % PAGE_SIZE == 0
         if amount:
-            assert one.used_bytes - amount >= least
+            assert one.used_bytes - amount >= least + balloon.BATCH_BYTES
             assert one.swap_free_bytes - amount >= one.swap_bytes // balloon.SWAP_SHARE
         if one.stalled >= target:
             assert amount == 0
@@ -85,7 +85,7 @@ def test_a_program_that_faults_back(busy_mib: int, colder: float, least: float, 
         program.give(amount)
         lost += program.stalled if number >= 500 else 0.0
     floor = max(busy, rules.least_bytes)
-    assert program.used_bytes <= max(floor, min(started, rules.least_bytes)) + PAGE_SIZE
+    assert program.used_bytes <= max(floor, min(started, rules.least_bytes)) + balloon.BATCH_BYTES + PAGE_SIZE
     assert program.used_bytes >= min(started, floor)
     assert lost / 500 <= rules.target
 
@@ -179,5 +179,5 @@ def test_cold_pages_go_to_the_device(
     entry = swap.entry(device)
     assert entry is not None
     assert entry.used_bytes > 4 * MIB
-    assert used_bytes(group) > 20 * MIB - PAGE_SIZE * 64
+    assert used_bytes(group) >= 20 * MIB
     assert process.communicate("\n")[0] == before
