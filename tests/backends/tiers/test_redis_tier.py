@@ -85,7 +85,7 @@ def test_a_replica_must_have_it(tmp_path: Path) -> None:
         follow = ("--replicaof", f"127.0.0.1 {primary.port}")
         with single(tmp_path / "replica", *follow) as replica:
             wait_until(lambda: "'online'" in str(primary.info("replication").get("slave0")))
-            tier = opened(url_of(primary))
+            tier = opened(url_of(primary, ""))  # by default one replica must
             tier.check()
             tier.retain([])
             locations = tier.write(records(0, 40))
