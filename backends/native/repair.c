@@ -321,7 +321,8 @@ void recount(struct tm_ctx *ctx)
         int64_t used[TM_NACCOUNTS] = {0}, ephemeral[TM_NACCOUNTS] = {0};
         static _Thread_local struct tally found[TM_MAX_POOLS];
         memset(found, 0, sizeof found);
-        struct tally held;
+        static _Thread_local struct tally held[TM_MAX_POOLS];
+        int64_t held_used[TM_NACCOUNTS], held_ephemeral[TM_NACCOUNTS];
         for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
             if (atomic_load(&seg->pools[p].state))
                 found[p] = tally_pool(seg, p);
@@ -336,6 +337,16 @@ void recount(struct tm_ctx *ctx)
         struct tm_lock *lock = control_lock(seg);
         if (MUTANT(16))
             lock_drop(lock);
+        /* Before the last look at what was committed: an operation that ended after it must not be taken back. */
+        for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
+            struct tm_pool *pool = &seg->pools[p];
+            held[p] = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages, pool->twin_pages,
+                                     pool->bytes, pool->objects,    pool->nodes};
+        }
+        for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
+            held_used[a] = seg->clients[a].used_bytes;
+            held_ephemeral[a] = seg->clients[a].ephemeral;
+        }
         if (!still || commits(seg) != before) {
             if (!MUTANT(16))
                 lock_drop(lock);
@@ -347,18 +358,16 @@ void recount(struct tm_ctx *ctx)
             struct tm_pool *pool = &seg->pools[p];
             if (!atomic_load(&pool->state))
                 continue;
-            held = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages, pool->twin_pages,
-                                  pool->bytes, pool->objects,    pool->nodes};
             KP(35);
             /* Add the difference: operations that began meanwhile keep their count. */
-            pool->pages += found[p].pages - held.pages;
-            pool->fill_pages += found[p].fill - held.fill;
-            pool->raw_pages += found[p].raw - held.raw;
-            pool->tier_pages += found[p].tier - held.tier;
-            pool->twin_pages += found[p].twin - held.twin;
-            pool->bytes += found[p].bytes - held.bytes;
-            pool->objects += found[p].objects - held.objects;
-            pool->nodes += found[p].nodes - held.nodes;
+            pool->pages += found[p].pages - held[p].pages;
+            pool->fill_pages += found[p].fill - held[p].fill;
+            pool->raw_pages += found[p].raw - held[p].raw;
+            pool->tier_pages += found[p].tier - held[p].tier;
+            pool->twin_pages += found[p].twin - held[p].twin;
+            pool->bytes += found[p].bytes - held[p].bytes;
+            pool->objects += found[p].objects - held[p].objects;
+            pool->nodes += found[p].nodes - held[p].nodes;
             used[account_of(p)] += found[p].bytes;
             ephemeral[account_of(p)] += pool->persistent ? 0 : found[p].pages;
         }
@@ -366,8 +375,8 @@ void recount(struct tm_ctx *ctx)
             struct tm_client *c = &seg->clients[a];
             if (a < TM_MAX_CLIENTS && !atomic_load(&c->state))
                 continue;
-            c->used_bytes += used[a] - c->used_bytes;
-            c->ephemeral += ephemeral[a] - c->ephemeral;
+            c->used_bytes += used[a] - held_used[a];
+            c->ephemeral += ephemeral[a] - held_ephemeral[a];
         }
         if (MUTANT(15))
             atomic_store(&seg->super->recount, 0);
