@@ -288,10 +288,20 @@ bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_va
     struct tm_lock *lock = control_of(ctx->seg, id, serial);
     if (!lock)
         return false;
-    if (which == VALUE_CAP)
+    switch (which) {
+    case VALUE_CAP:
         atomic_store(&c->cap_bytes, value);
-    else
-        atomic_store(which == VALUE_WEIGHT ? &c->weight : which == VALUE_CODEC ? &c->codec : &c->dedup, (uint32_t)value);
+        break;
+    case VALUE_WEIGHT:
+        atomic_store(&c->weight, (uint32_t)value);
+        break;
+    case VALUE_CODEC:
+        atomic_store(&c->codec, (uint32_t)value);
+        break;
+    case VALUE_DEDUP:
+        atomic_store(&c->dedup, (uint32_t)value);
+        break;
+    }
     lock_drop(lock);
     return true;
 }

@@ -22,7 +22,7 @@
 /* Copy the page of `word` as a record to `to`; its length, or 0 if it is not sound or has changed meanwhile. */
 static uint32_t copy_record(struct tm_segment *seg, slot_t *slot, uint64_t word, uint8_t *to, uint32_t *stamp)
 {
-    uint64_t block = word & SLOT_VALUE, number = off(seg, slot) / 8;
+    uint64_t block = word & SLOT_VALUE, number = slot_number(seg, slot);
     if (!in_data(seg, block * 16))
         return 0;
     const struct tm_block *from = block_at(seg, block);
@@ -64,7 +64,7 @@ static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, 
     /* We found this leaf by its chunk, so it may be freed and its memory used again under our eyes. Bytes of a page may
      * look like a slot, but no block names them as its own. */
     if (!in_data(ctx->seg, (word & SLOT_VALUE) * 16)
-        || header_slot(atomic_load(&block_at(ctx->seg, word & SLOT_VALUE)->word)) != off(ctx->seg, slot) / 8)
+        || header_slot(atomic_load(&block_at(ctx->seg, word & SLOT_VALUE)->word)) != slot_number(ctx->seg, slot))
         return;
     if (word & SLOT_FREQ && !any) {
         atomic_compare_exchange_strong(slot, &word, word & ~SLOT_FREQ);
@@ -74,7 +74,7 @@ static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, 
     page->length = copy_record(ctx->seg, slot, word, c->buffer + c->used, &page->stamp);
     if (!page->length)
         return;
-    page->slot = off(ctx->seg, slot) / 8;
+    page->slot = slot_number(ctx->seg, slot);
     page->word = word;
     page->pool = pool;
     page->at = (uint32_t)c->used;

@@ -12,17 +12,9 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 /* Below this a condensed block could save a step or two at most, and never pays for itself. */
 enum { SMALLEST = 256 };
-
-static uint64_t cpu_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
 
 /* The bin in which the page of `old_bin` is kept once it has another length. */
 static uint32_t bin_for(struct tm_segment *seg, uint32_t old_bin, uint32_t length)
@@ -37,9 +29,7 @@ static uint64_t place_for(struct tm_ctx *ctx, uint32_t bin, uint32_t old_bin, bo
     struct tm_segment *seg = ctx->seg;
     uint32_t last = bin_is_ephemeral(bin) ? bin_ephemeral(bin_account(bin), bin_queue(bin), TM_NCLASSES - 1)
                                           : BIN_PERSISTENT + TM_NCLASSES - 1;
-    uint64_t block = block_alloc(ctx, bin, ALLOC_SPARE);
-    if (!block && compact(ctx)) /* the holes that we have made ourselves */
-        block = block_alloc(ctx, bin, ALLOC_SPARE);
+    uint64_t block = block_spare(ctx, bin);
     for (uint32_t more = bin + 1; !block && more < last && !(smaller && more >= old_bin); more++)
         if (atomic_load_explicit(&seg->bins[more].room, memory_order_relaxed))
             block = block_alloc(ctx, more, ALLOC_LISTED);
@@ -52,7 +42,7 @@ enum outcome { DONE, IN_VAIN, NO_ROOM };
 static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, enum block_kind kind)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t old = word & SLOT_VALUE, number = off(seg, slot) / 8;
+    uint64_t old = word & SLOT_VALUE, number = slot_number(seg, slot);
     enum block_kind before = block_kind(atomic_load(&block_at(seg, old)->word));
     uint32_t old_bin = seg->chunks[chunk_of(seg, old * 16)].bin;
     if (!block_read(ctx, block_at(seg, old), number, seg->size - old * 16, ctx->moved) || !bin_is_block(old_bin))
@@ -161,7 +151,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
 uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = cpu_ns(), now = began;
+    uint64_t began = timing_cpu(), now = began;
     uint32_t c = first;
     uint64_t *vain = vain_of(seg);
     *spent_ns = 0;
@@ -171,15 +161,15 @@ uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsig
     for (unsigned idle = 0; c < seg->nchunks && now - began < most_ns; c++) {
         if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED || !bin_is_block(seg->chunks[c].bin)) {
             if (++idle % 1024 == 0)
-                now = cpu_ns();
+                now = timing_cpu();
             continue;
         }
         op_begin(ctx);
         visit(ctx, c, what, &vain[c]);
         op_end(ctx);
-        now = cpu_ns();
+        now = timing_cpu();
     }
-    *spent_ns = cpu_ns() - began;
+    *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->condensing_ns, *spent_ns, memory_order_relaxed);
     return c < seg->nchunks ? c : 0;
 }

@@ -67,7 +67,7 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
-    uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
+    uint64_t number = slot_number(seg, slot), header = atomic_load(&from->word);
     uint32_t old_bin = seg->chunks[chunk_of(seg, (word & SLOT_VALUE) * 16)].bin, length = block_length(header);
     enum block_kind kind = block_kind(header);
     const uint8_t *payload = (const uint8_t *)(from + 1);
@@ -104,31 +104,24 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
     return true;
 }
 
-/* May a page of the pool take so many bytes more? Whoever moves it does so for others: its client stays below its cap. */
-static bool has_cap_for(struct tm_segment *seg, uint32_t pool, uint32_t bytes)
-{
-    uint32_t payer = payer_of(seg, pool) % TM_MAX_CLIENTS;
-    uint64_t cap = atomic_load_explicit(&seg->clients[payer].cap_bytes, memory_order_relaxed);
-    return !cap || client_bytes(seg, payer) + bytes <= (int64_t)cap;
-}
-
-/* Copy a page as it is out of a chunk that is to be freed, into one of the same bin or into larger holes. False: no room,
- * or the page changed. */
+/* Copy a page as it is out of a chunk that is to be freed, into one of the same bin or into larger holes, as far as its
+ * client's cap allows: whoever moves it does so for others. False: no room, or the page changed. */
 static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
-    uint64_t number = off(seg, slot) / 8, header = atomic_load(&from->word);
+    uint64_t number = slot_number(seg, slot), header = atomic_load(&from->word);
     uint32_t length = block_length(header);
     if (header_slot(header) != number || length + TM_HEADER > bin_stride(bin))
         return false; /* corrupt: leave it for whoever asks */
     bool sound = is_sound(from, header, number);
     if (!sound && bin_is_ephemeral(bin))
         return false;
+    uint32_t payer = payer_of(seg, pool) % TM_MAX_CLIENTS;
     uint64_t block = block_alloc(ctx, bin, ALLOC_LISTED);
     for (uint32_t larger = bin + 1; !block && larger < TM_NCLASSES - 1; larger++)
         if (atomic_load_explicit(&seg->bins[larger].room, memory_order_relaxed)
-            && has_cap_for(seg, pool, bin_stride(larger) - bin_stride(bin)))
+            && has_cap_for(seg, payer, bin_stride(larger) - bin_stride(bin)))
             block = block_alloc(ctx, larger, ALLOC_LISTED);
     if (!block)
         return false;
@@ -270,6 +263,12 @@ bool compact(struct tm_ctx *ctx)
     bool freed = empty_chunk(ctx, c - 1, bin, move_page, false);
     atomic_fetch_add_explicit(&seg->super->compacted, freed, memory_order_relaxed);
     return freed;
+}
+
+uint64_t block_spare(struct tm_ctx *ctx, uint32_t bin)
+{
+    uint64_t block = block_alloc(ctx, bin, ALLOC_SPARE);
+    return block || !compact(ctx) ? block : block_alloc(ctx, bin, ALLOC_SPARE);
 }
 
 /* Would moving the pages of chunk `c` into holes of its bin gain a chunk, and is it worth it? A guess. */

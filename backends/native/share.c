@@ -164,6 +164,12 @@ uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker)
     return sum.any ? promise_chunks(&sum) + slack(seg) : 0;
 }
 
+bool has_cap_for(struct tm_segment *seg, uint32_t client, int64_t bytes)
+{
+    uint64_t cap = atomic_load_explicit(&seg->clients[client].cap_bytes, memory_order_relaxed);
+    return !cap || client_bytes(seg, client) + bytes <= (int64_t)cap;
+}
+
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes)
 {
     if (bytes <= 0 || !atomic_load_explicit(&seg->super->nfloors, memory_order_relaxed))

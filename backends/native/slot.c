@@ -4,17 +4,10 @@
  * out of its slot owns that block. Before the swap the old block stands in our intent, with its stamp. */
 #include "tm.h"
 
-static uint64_t number_of(struct tm_segment *seg, const slot_t *slot) { return off(seg, slot) / 8; }
-
 bool slot_stored(uint64_t word)
 {
     unsigned type = slot_type(word);
     return type == SLOT_BLOCK || type == SLOT_FILL || type == SLOT_TIER || type == SLOT_TWIN;
-}
-
-static uint32_t stride_at(struct tm_segment *seg, uint64_t block)
-{
-    return bin_stride(seg->chunks[chunk_of(seg, block * 16)].bin);
 }
 
 static int64_t add(_Atomic int64_t *counter, int64_t n)
@@ -81,7 +74,7 @@ static uint64_t block_of(struct tm_segment *seg, const slot_t *slot, uint64_t wo
         return 0;
     uint64_t header = atomic_load_explicit(&block_at(seg, block)->word, memory_order_acquire);
     uint64_t number = header_slot(header);
-    if (number == number_of(seg, slot))
+    if (number == slot_number(seg, slot))
         return block;
     uint32_t c, bit;
     bool other = slot_pool(seg, number) >= 0 && slot_refers(atomic_load((slot_t *)at(seg, number * 8)), block);
@@ -164,10 +157,10 @@ static int64_t growth(struct tm_segment *seg, const slot_t *slot, int64_t size)
 }
 
 /* The block, unless it had to be so large that it goes beyond the cap: then 0, and it is freed. */
-static uint64_t within_cap(struct tm_ctx *ctx, const slot_t *slot, int64_t cap, uint64_t block)
+static uint64_t within_cap(struct tm_ctx *ctx, const slot_t *slot, bool capped, uint64_t block)
 {
     struct tm_segment *seg = ctx->seg;
-    if (!block || !cap || client_bytes(seg, ctx->payer) + growth(seg, slot, stride_at(seg, block)) <= cap)
+    if (!block || !capped || has_cap_for(seg, ctx->payer, growth(seg, slot, stride_at(seg, block))))
         return block;
     block_free_new(ctx);
     return 0;
@@ -194,17 +187,16 @@ static uint64_t room(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint
     uint32_t bin = persistent ? BIN_PERSISTENT + size_class(length)
                               : ephemeral_bin(seg, account_of(pool), queue, length);
     uint32_t client = ctx->payer;
-    struct tm_client *who = &seg->clients[client];
-    int64_t cap = (int64_t)atomic_load_explicit(&who->cap_bytes, memory_order_relaxed);
+    bool capped = atomic_load_explicit(&seg->clients[client].cap_bytes, memory_order_relaxed) != 0;
     int64_t size = bin_stride(bin);
-    if (cap)
-        for (unsigned tries = 0; client_bytes(seg, client) + growth(seg, slot, size) > cap; tries++)
+    if (capped)
+        for (unsigned tries = 0; !has_cap_for(seg, client, growth(seg, slot, size)); tries++)
             if (tries > 200 || !evict_chunk(ctx, (int)client, tries >= SOFT))
                 return 0;
     for (unsigned tries = 0; !may_grow(seg, client, growth(seg, slot, size)); tries++)
         if (tries > 200 || (!evict_chunk(ctx, -1, tries >= SOFT) && !compact(ctx)))
             return 0;
-    return within_cap(ctx, slot, cap, block_alloc(ctx, bin, ALLOC_NORMAL));
+    return within_cap(ctx, slot, capped, block_alloc(ctx, bin, ALLOC_NORMAL));
 }
 
 /* Not stored. Semantics D1: what was there must not be seen again, unless the caller asks for it. */
@@ -250,7 +242,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
             return refuse(ctx, pool, slot, keep);
         }
         KP(44);
-        block_write(block_at(seg, block), number_of(seg, slot), what->kind, what->length, what->payload);
+        block_write(block_at(seg, block), slot_number(seg, slot), what->kind, what->length, what->payload);
         KP(45);
         what->value = block;
         old = atomic_load_explicit(slot, memory_order_acquire);
@@ -390,7 +382,7 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
         } else {
             uint64_t block = word & SLOT_VALUE, began = ctx->began_ns ? timing_now() : 0;
             good = in_data(seg, block * 16)
-                   && block_read(ctx, block_at(seg, block), number_of(seg, slot), seg->size - block * 16, page);
+                   && block_read(ctx, block_at(seg, block), slot_number(seg, slot), seg->size - block * 16, page);
             if (began)
                 timing_add(seg, good && is_condensed(seg, block) ? T_EXPAND : T_DECOMPRESS, timing_now() - began);
             atomic_thread_fence(memory_order_acquire);

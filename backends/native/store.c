@@ -70,9 +70,7 @@ static void used_by(struct tm_ctx *ctx, uint32_t object, uint32_t client)
 /* Is the client of `ctx` at its cap, with nothing of its own to evict? */
 static bool at_cap(struct tm_ctx *ctx)
 {
-    uint64_t cap = atomic_load_explicit(&ctx->seg->clients[ctx->payer].cap_bytes, memory_order_relaxed);
-    return cap && client_bytes(ctx->seg, ctx->payer) + TM_STRIDE_MIN > (int64_t)cap
-           && !client_chunks(ctx->seg, ctx->payer);
+    return !has_cap_for(ctx->seg, ctx->payer, TM_STRIDE_MIN) && !client_chunks(ctx->seg, ctx->payer);
 }
 
 int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, const uint8_t *page, enum keep keep,

@@ -68,7 +68,7 @@ const struct tm_block *tier_record(struct tm_ctx *ctx, slot_t *slot, uint64_t wo
         uint32_t length = block_length(header), stamp = tier_stamp(ctx->seg, word);
         *rc = TM_OK;
         if (length && length <= TM_PAGE && length <= h->length - TM_HEADER
-            && header_slot(header) == off(ctx->seg, slot) / 8
+            && header_slot(header) == slot_number(ctx->seg, slot)
             && atomic_load_explicit(&b->stamp, memory_order_relaxed) == stamp
             && b->checksum == block_checksum(b, header, stamp)) {
             ctx->window.wrong = 0;
@@ -90,7 +90,7 @@ int tier_get(struct tm_ctx *ctx, slot_t *slot, uint64_t word, uint8_t *page)
     const struct tm_block *b = tier_record(ctx, slot, word, &rc);
     if (!b)
         return rc;
-    return block_read(ctx, b, off(ctx->seg, slot) / 8, TM_HEADER + TM_PAGE, page) ? TM_OK : TM_CORRUPT;
+    return block_read(ctx, b, slot_number(ctx->seg, slot), TM_HEADER + TM_PAGE, page) ? TM_OK : TM_CORRUPT;
 }
 
 /* After a page of the request was away: what else of it is, while there is room. */

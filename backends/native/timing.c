@@ -1,17 +1,22 @@
 /* How long operations take, sampled: every 64th of a thread is measured, and counted for the segment and for the
- * client that asked. And maxima that are looked at now and then. All of it is plain counters, so a death in between leaves them off by one sample, and nothing to repair. */
+ * client that asked. And maxima that are looked at now and then. All of it is plain counters, so a death in between
+ * leaves them off by one sample, and nothing to repair. */
 #include "tm.h"
 
 #include <time.h>
 
 enum { EVERY = 64 };
 
-uint64_t timing_now(void)
+static uint64_t clock_ns(clockid_t clock)
 {
     struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
+    clock_gettime(clock, &ts);
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
+
+uint64_t timing_now(void) { return clock_ns(CLOCK_MONOTONIC); }
+
+uint64_t timing_cpu(void) { return clock_ns(CLOCK_THREAD_CPUTIME_ID); }
 
 void timing_begin(struct tm_ctx *ctx) { ctx->began_ns = ctx->ticks % EVERY ? 0 : timing_now(); }
 

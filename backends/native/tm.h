@@ -671,6 +671,7 @@ enum { SOFT = 8 }; /* drains on somebody's behalf that spare pages which were hi
 bool evict_chunk(struct tm_ctx *ctx, int client, bool hard); /* client -1: whose turn it is; false: none left */
 uint32_t ephemeral_bin(struct tm_segment *seg, uint32_t account, unsigned queue, uint32_t length); /* of a page */
 uint64_t tm_evict(struct tm_ctx *ctx, int client, uint64_t bytes, bool hard);
+uint64_t block_spare(struct tm_ctx *ctx, uint32_t bin); /* as block_alloc for a pass in the background, in holes that it makes, too */
 bool compact(struct tm_ctx *ctx); /* free a chunk by moving persistent pages; false: there is nothing to gain */
 uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns);
 bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word); /* of an EMPTY slot; or it is GONE */
@@ -682,6 +683,7 @@ int64_t client_ephemeral(struct tm_segment *seg, uint32_t client); /* pages */
 int victim(struct tm_segment *seg, int asker);              /* the account to evict from for that client, -1 none */
 int fullest_account(struct tm_segment *seg, uint32_t client);
 uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker); /* to other clients than that one */
+bool has_cap_for(struct tm_segment *seg, uint32_t client, int64_t bytes); /* and may take so many more below its cap */
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes); /* no promise would be broken */
 bool memory_is_plentiful(struct tm_segment *seg, uint32_t client); /* for it: pages may stay as they are */
 bool floors_fit(struct tm_segment *seg, uint32_t limit); /* under the chunk lock: could all floors be claimed now? */
@@ -698,6 +700,7 @@ uint64_t tm_shrink(struct tm_ctx *ctx, uint64_t keep_bytes, bool hard, uint64_t 
 void timing_begin(struct tm_ctx *ctx);
 void timing_end(struct tm_ctx *ctx, unsigned kind, uint64_t n); /* n pages */
 uint64_t timing_now(void);
+uint64_t timing_cpu(void); /* of this thread, in ns */
 void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns);
 void timing_forget(struct tm_segment *seg, uint32_t client); /* the number is given to another one */
 void most_update(struct tm_segment *seg);
@@ -760,9 +763,16 @@ static inline struct tm_block *block_at(const struct tm_segment *seg, uint64_t b
     return at(seg, block * 16u);
 }
 static inline void *meta_at(const struct tm_segment *seg, uint32_t ref) { return at(seg, (uint64_t)ref * 128u); }
+/* As headers of blocks, and twins, name a slot. */
+static inline uint64_t slot_number(const struct tm_segment *seg, const slot_t *slot) { return off(seg, slot) / 8; }
 static inline uint32_t chunk_of(const struct tm_segment *seg, uint64_t offset)
 {
     return (uint32_t)((offset - seg->data_offset) / TM_CHUNK);
+}
+/* What a block takes. */
+static inline uint32_t stride_at(const struct tm_segment *seg, uint64_t block)
+{
+    return bin_stride(seg->chunks[chunk_of(seg, block * 16)].bin);
 }
 /* The bound of now, in chunks: what everybody may use, or what persistent pages may when nothing can be evicted. */
 static inline uint32_t chunk_limit(const struct tm_segment *seg, bool persistent)

@@ -73,11 +73,11 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
             good = most > TM_HEADER;
             uint64_t header = good ? atomic_load_explicit(&b->word, memory_order_acquire) : 0;
             uint32_t length = block_length(header);
-            good = good && header_slot(header) == off(seg, slot) / 8 && length && length <= TM_PAGE
+            good = good && header_slot(header) == slot_number(seg, slot) && length && length <= TM_PAGE
                    && TM_HEADER + length <= most
                    && b->checksum == block_checksum(b, header, atomic_load(&b->stamp));
             if (good && block_kind(header) == BLOCK_ZSTD)
-                good = emit_condensed(ctx, e, b, off(seg, slot) / 8, most, oid, to);
+                good = emit_condensed(ctx, e, b, slot_number(seg, slot), most, oid, to);
             else if (good)
                 emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1, length);
         } else if (type == SLOT_TWIN && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
@@ -102,7 +102,7 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
             good = b != NULL;
             uint64_t header = good ? atomic_load(&b->word) : 0;
             if (good && block_kind(header) == BLOCK_ZSTD)
-                good = emit_condensed(ctx, e, b, off(seg, slot) / 8, TM_HEADER + TM_PAGE, oid, to);
+                good = emit_condensed(ctx, e, b, slot_number(seg, slot), TM_HEADER + TM_PAGE, oid, to);
             else if (good)
                 emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1,
                      block_length(header));

@@ -21,7 +21,6 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum {
     WAYS = 4,           /* pages that are remembered for the same low bits of their checksums */
@@ -48,8 +47,6 @@ struct tm_twins {
 bool is_originals(uint32_t pool) { return pool < TM_FIRST_SHARED && pool % TM_CLIENT_POOLS == TM_USER_POOLS; }
 
 uint32_t originals_of(uint32_t pool) { return pool / TM_CLIENT_POOLS * TM_CLIENT_POOLS + TM_USER_POOLS; }
-
-static uint64_t number_of(struct tm_segment *seg, const slot_t *slot) { return off(seg, slot) / 8; }
 
 static bool changed(slot_t *slot, uint64_t word) { return ((atomic_load(slot) ^ word) & ~SLOT_FREQ) != 0; }
 
@@ -218,13 +215,6 @@ bool twin_rescue(struct tm_ctx *ctx)
 
 /* ---- The pass --------------------------------------------------------------------------------------------- */
 
-static uint64_t cpu_ns(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
 /* A page as it was seen: it is in `page` or `other` now. */
 struct view {
     uint32_t pool;
@@ -232,18 +222,13 @@ struct view {
     uint64_t word;
 };
 
-static uint32_t stride_of(struct tm_segment *seg, uint64_t word)
-{
-    return bin_stride(seg->chunks[chunk_of(seg, (word & SLOT_VALUE) * 16)].bin);
-}
-
 /* Read the page of a slot, if it is in memory, to `to`. */
 static bool look(struct tm_ctx *ctx, struct view *v, uint8_t *to)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t block = v->word & SLOT_VALUE;
     return slot_type(v->word) == SLOT_BLOCK && in_data(seg, block * 16)
-           && block_read(ctx, block_at(seg, block), number_of(seg, v->slot), seg->size - block * 16, to)
+           && block_read(ctx, block_at(seg, block), slot_number(seg, v->slot), seg->size - block * 16, to)
            && !changed(v->slot, v->word);
 }
 
@@ -262,7 +247,7 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t clien
             return false;
         v->slot = &cur.slots[*hand - cur.first];
         v->word = atomic_load(v->slot);
-        if (slot_type(v->word) == SLOT_EMPTY && number_of(seg, v->slot) <= SLOT_VALUE)
+        if (slot_type(v->word) == SLOT_EMPTY && slot_number(seg, v->slot) <= SLOT_VALUE)
             break;
     }
     const uint8_t *payload = t->packed;
@@ -273,12 +258,10 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t clien
         payload = t->page;
     }
     uint32_t bin = BIN_PERSISTENT + size_class(length);
-    uint64_t block = block_alloc(ctx, bin, ALLOC_SPARE);
-    if (!block && compact(ctx))
-        block = block_alloc(ctx, bin, ALLOC_SPARE);
+    uint64_t block = block_spare(ctx, bin);
     if (!block)
         return false;
-    block_write(block_at(seg, block), number_of(seg, v->slot), kind, length, payload);
+    block_write(block_at(seg, block), slot_number(seg, v->slot), kind, length, payload);
     uint64_t next = slot_next(v->word, SLOT_BLOCK, block);
     if (!slot_replace(ctx, v->pool, v->slot, &v->word, next)) {
         block_free_new(ctx);
@@ -293,13 +276,13 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t clien
 static bool join(struct tm_ctx *ctx, struct view *twin, const struct view *original)
 {
     struct tm_segment *seg = ctx->seg;
-    int64_t saved = stride_of(seg, twin->word);
+    int64_t saved = stride_at(seg, twin->word & SLOT_VALUE);
     if (!MUTANT(21) && !take(seg))
         return false;
     KP(111);
     bool joined = (!changed(original->slot, original->word) || MUTANT(19))
                   && slot_replace(ctx, twin->pool, twin->slot, &twin->word,
-                                  slot_next(twin->word, SLOT_TWIN, number_of(seg, original->slot)) | (twin->word & SLOT_FREQ));
+                                  slot_next(twin->word, SLOT_TWIN, slot_number(seg, original->slot)) | (twin->word & SLOT_FREQ));
     KP(112);
     if (!MUTANT(21))
         drop(seg);
@@ -346,13 +329,13 @@ static bool share(struct tm_ctx *ctx, struct tm_twins *t, struct view *one, uint
         enum block_kind kind = block_kind(atomic_load(&block_at(seg, one->word & SLOT_VALUE)->word));
         if (!make_original(ctx, t, client, kind, &original))
             return true; /* there is no room now */
-        atomic_fetch_sub_explicit(&seg->super->twin_bytes, stride_of(seg, original.word), memory_order_relaxed);
+        atomic_fetch_sub_explicit(&seg->super->twin_bytes, stride_at(seg, original.word & SLOT_VALUE), memory_order_relaxed);
         bool first = join(ctx, &other, &original);
         KP(113);
         if (!join(ctx, one, &original) && !first)
             atomic_store(&seg->super->orphans, 1); /* for the next look */
     }
-    *number = number_of(seg, original.slot);
+    *number = slot_number(seg, original.slot);
     return true;
 }
 
@@ -436,7 +419,7 @@ static bool visit(struct tm_ctx *ctx, struct tm_twins *t, uint32_t c, bool warm,
         for (uint32_t i = 0; i < stride / 8 && may_share(seg, pool) && slot_pool(seg, from) == (int)pool; i++)
             visit_slot(ctx, t, pool, from + i, warm);
         op_end(ctx);
-        if (c && cpu_ns() - began_ns > most_ns) /* of the first chunk 0 would say that all is done */
+        if (c && timing_cpu() - began_ns > most_ns) /* of the first chunk 0 would say that all is done */
             return false; /* what was seen is passed by quickly the next time */
     }
     return true;
@@ -498,7 +481,7 @@ static struct tm_twins *twins_of(struct tm_segment *seg)
 uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = cpu_ns();
+    uint64_t began = timing_cpu();
     uint32_t c = first;
     struct tm_twins *t = prepare(ctx) ? twins_of(seg) : NULL;
     for (; t && c < seg->nchunks; c++)
@@ -513,7 +496,7 @@ uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool war
             memset(t->marks, 0, (t->mask + 1) * sizeof *t->marks);
         atomic_store(&t->busy, 0);
     }
-    *spent_ns = cpu_ns() - began;
+    *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->twin_ns, *spent_ns, memory_order_relaxed);
     return c;
 }
