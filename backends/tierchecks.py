@@ -5,6 +5,7 @@ Yields states and words; `doctor` makes findings of them. Nothing is changed by 
 what it is, for `TIMEOUT_SECONDS` at most. Threading: plain functions.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def _of_file(file: Path, mounts: Path) -> tuple[str, str] | None:
 def file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple[str, str]:
     """Return type and source of the file system that `file` lies on; empty where that cannot be told."""
     device = file.stat().st_dev
-    wanted = f"{device >> 8 & 0xFFF}:{device & 0xFF | device >> 12 & 0xFFF00}"
+    wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
         before, _, after = line.partition(" - ")
         if before.split(" ")[2] == wanted:

@@ -103,9 +103,7 @@ class Exchange:
             if one.asked is not None:
                 commands.append(("ASKING",))
             commands.append(one.command.words)
-        if (
-            self._replica
-        ):  # or whoever has the connection next would be answered by a node that is none of his
+        if self._replica:  # whoever has the connection next asks a primary
             commands.append(("READWRITE",))
         if self._demanded:
             commands.append(("WAIT", self._demanded, self._wait_ms))
@@ -206,6 +204,10 @@ def _encoded(commands: Iterable[tuple[Word | Pieces, ...]]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
+_ALONE = 32
+"""Fewer commands are sent and answered before threads are started."""
+
+
 def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
     """Do them all, side by side: none of the nodes waits for another one."""
     if sum(map(len, exchanges)) < _ALONE:
@@ -236,10 +238,6 @@ def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
         thread.join()
     if errors:
         raise errors[0]
-
-
-_ALONE = 32
-"""Fewer commands are sent and answered before threads are started."""
 
 
 def talk(pool: redis.ConnectionPool, words: Sequence[Word]) -> Reply:

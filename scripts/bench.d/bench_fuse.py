@@ -18,6 +18,7 @@ from reader import Reader, rate
 
 from tmem.backends import _native
 from tmem.bench.files import real_file
+from tmem.bench.fuse import fill
 from tmem.bench.grounds import workplace
 from tmem.bench.mounts import SEGMENT, Mounted, Placement, drop, ext4, mounted, placements
 from tmem.fs.mounts import statistics as mount_statistics
@@ -74,14 +75,7 @@ class Bench:
     def fill(self) -> None:
         """Read until the pool has the whole file; then have the lower's page cache hold it, too."""
         for name in OURS:
-            point = str(self.mounts[name].point)
-            for _ in range(6):  # what proves itself by a second miss is kept by the second pass
-                before = mount_statistics(point).miss_pages
-                self._reader([self.hit_file(name)], "sequential", MEGABYTE)
-                if mount_statistics(point).miss_pages == before:
-                    break
-            else:
-                raise RuntimeError(f"{name} does not keep the whole file: the figures would not be of hits")
+            fill(self.hit_file(name), lambda path: self._reader([path], "sequential", MEGABYTE))
         self.warm()
 
     def warm(self) -> None:

@@ -91,7 +91,7 @@ def run(effort: Effort, step: Step) -> Outcome:
         stack.callback(segment.close)
         segment.populate(2 * size)  # as the manager keeps a reserve
         mounts = _mounts(stack, lower, directory, outcome)
-        _fill(mounts[OURS])
+        fill(mounts[OURS].point / "file", read)
         paths = {name: mount.point / "file" for name, mount in mounts.items()} | {PLAIN: lower / "file"}
         read(lower / "file")  # what the precache has read it leaves to the page cache no more
         for placement in _placements():
@@ -135,12 +135,14 @@ def _mounts(stack: ExitStack, lower: Path, directory: Path, outcome: Outcome) ->
     return found
 
 
-def _fill(mount: Mounted) -> None:
-    """Read through ours until the pool has the whole file: what is missed twice is kept for certain."""
+def fill(path: Path, reading: Callable[[Path], object]) -> None:
+    """Have a file in the root of a mount of ours read until the pool has all of it: what is missed twice is
+    kept for certain. TmemError if it never has."""
+    point = str(path.parent)
     for _ in range(_FILLS):
-        before = statistics(str(mount.point)).miss_pages
-        read(mount.point / "file")
-        if statistics(str(mount.point)).miss_pages == before:
+        before = statistics(point).miss_pages
+        reading(path)
+        if statistics(point).miss_pages == before:
             return
     raise TmemError("the precache does not keep the whole file: see 'tmem mount' for what it declines")
 

@@ -6,6 +6,7 @@ Threading: the main thread; rich draws the progress from one of its own.
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -171,11 +172,7 @@ def _progress(steps: int) -> Iterator[Callable[[str], None]]:
 
 
 def _print(report: "Report") -> None:
-    from rich.console import Console
-
     from tmem.bench.report import render
+    from tmem.cli.screen import console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=int(os.environ.get("COLUMNS", _PIPE_COLUMNS)))
-    console.print(render(report))
+    console(shutil.get_terminal_size((_PIPE_COLUMNS, 0)).columns).print(render(report))
