@@ -33,17 +33,17 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 SHARED_MEMORY = Path("/dev/shm")
 
 
-_OF_THE_MACHINE = ("nbd", "faults")
-"""The folders whose tests use the swap of this machine: never two of them at a time."""
+_OF_THE_MACHINE = ("nbd/", "faults/", "fs/test_lower_disk.py", "fs/test_sharing_places.py")
+"""Tests that use the swap or loop devices of this machine: never two of them at a time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say to several workers (scripts/test) what stays with one: what is of the machine, else each file."""
     tests = Path(__file__).parent
     for item in items:
-        path = item.path.relative_to(tests)
-        alone = path.parts[0] in _OF_THE_MACHINE or "swapping" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("machine" if alone else str(path)))
+        path = str(item.path.relative_to(tests))
+        alone = path.startswith(_OF_THE_MACHINE) or "swapping" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("machine" if alone else path))
 
 
 @pytest.fixture

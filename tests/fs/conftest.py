@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError
 from tmem.fs import mounts
@@ -32,6 +33,16 @@ class Place:
 
     def statistics(self) -> MountStatistics:
         return mounts.statistics(str(self.point))
+
+    def has_put(self, pages: int) -> MountStatistics:
+        """Return the statistics once so many pages were put; fail if more are, or not as many come.
+
+        What is read ahead is there, and may be read, before it is counted.
+        """
+        wait_until(lambda: self.statistics().put_pages >= pages, what=f"{pages} pages are put")
+        counted = self.statistics()
+        assert counted.put_pages == pages
+        return counted
 
     def umount(self) -> None:
         mounts.umount(str(self.point))

@@ -69,7 +69,7 @@ def test_primaries_killed_during_demotion(redis_cluster: Cluster, victims: tuple
         for victim in victims:
             redis_cluster.primaries()[victim % len(redis_cluster.primaries())].kill()
             # Reads go on: at first from the replica, before it is elected, and after that.
-            some = dict(list(demotion.stored.items())[::11])
+            some = dict(list(demotion.stored.copy().items())[::11])
             check(tier, list(some), list(some.values()))
             wait_until(lambda: len(redis_cluster.primaries()) == 3, what="the replica is elected")
             check(tier, list(some), list(some.values()))
