@@ -43,12 +43,12 @@ def one_after_the_other(mounter: Mounter, segment: "_native.Segment", options: s
             status = place.restart()
             assert (status.count, status.pid) == (number + 1, place.pid)
     assert min(counts.values()) > 0
-    assert segment.check() == []
     statistics = place.statistics()
     assert statistics.hit_pages > 0 or "cache=kernel" in options
     assert statistics.foreign_changes == 0
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
+    assert segment.check() == []  # exact only while nobody puts what he has read ahead
 
 
 @pytest.mark.parametrize(("options", "restarts"), [("", 8), ("cache=kernel,loop=plain", 3)])
