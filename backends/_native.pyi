@@ -524,8 +524,9 @@ class Reader:
         `believe`: and use the one that it has."""
 
     def counters(self) -> dict[str, int]:
-        """Return what was answered here, by the names of `fs.statistics`; forwarded: requests passed on;
-        given_up: those of programs that were killed; woken: how often a helper was."""
+        """Return what was answered here, by the names of `fs.statistics`; ahead_reads: hits that had been
+        fetched before they were asked for; forwarded: requests passed on; given_up: those of programs that
+        were killed; woken: how often a helper was."""
 
     def close(self) -> None:
         """End the helpers. No thread may be in `serve`."""

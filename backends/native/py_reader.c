@@ -396,6 +396,7 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
     } all[] = {{"hit_reads", c.hit_reads},
                {"hit_pages", c.hit_pages},
                {"hit_bytes", c.hit_bytes},
+               {"ahead_reads", c.ahead_reads},
                {"miss_reads", c.miss_reads},
                {"miss_pages", c.miss_pages},
                {"lower_ns", c.lower_ns},

@@ -1,6 +1,7 @@
 /* Who reads requests, and when: the event loop's thread, its helpers, and who stands in for it. See reader.h. */
 #include "reader.h"
 
+#include "reader_ahead.h"
 #include "reader_waiting.h"
 
 #include <errno.h>
@@ -42,6 +43,7 @@ struct reader {
     struct passing passing;
     struct waiting waiting;
     struct desk desk; /* of who calls reader_serve */
+    struct ahead ahead;
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
 
     pthread_mutex_t sleep_lock;
@@ -56,7 +58,7 @@ struct reader {
     unsigned away_ms; /* after which it takes the place of the event loop's thread */
     _Atomic bool rests; /* the stand-in sleeps until the event loop's thread goes away, or is needed otherwise */
     pthread_cond_t needed;
-    uint32_t looks, wakes;
+    uint32_t looks, asked; /* asked: whether there is one CPU only */
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
     _Atomic uint64_t woken;
@@ -90,15 +92,18 @@ static bool more_waits(const struct reader *r)
     return poll(&p, 1, 0) > 0;
 }
 
-static void wake_helper(struct reader *r)
+static bool has_one_cpu(struct reader *r)
 {
-    if (!atomic_load_explicit(&r->idle, memory_order_relaxed))
-        return;
-    if (r->wakes++ % POLL_EVERY == 0) { /* a process may be moved at any time */
+    if (r->asked++ % POLL_EVERY == 0) { /* a process may be moved at any time */
         cpu_set_t cpus;
         r->one_cpu = !sched_getaffinity(0, sizeof cpus, &cpus) && CPU_COUNT(&cpus) == 1;
     }
-    if (r->one_cpu)
+    return r->one_cpu;
+}
+
+static void wake_helper(struct reader *r)
+{
+    if (!atomic_load_explicit(&r->idle, memory_order_relaxed) || has_one_cpu(r))
         return;
     pthread_mutex_lock(&r->sleep_lock);
     if (atomic_load(&r->idle) > r->calls) {
@@ -152,9 +157,13 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
         if (leads && read_in->size >= LARGE_BYTES && more_waits(r))
             wake_helper(r);
         struct answer answer;
-        enum found found = hits_find(&r->hits, read_in, d->data->data, false, &answer);
+        enum found found = leads && ahead_has(&r->ahead, &r->hits, read_in, &answer)
+                               ? FOUND
+                               : hits_find(&r->hits, read_in, d->data->data, false, &answer);
         if (found == FOUND) {
             reply_bytes(r->device, in->unique, answer.bytes, answer.length);
+            if (leads && ahead_expects(&r->ahead, read_in) && !has_one_cpu(r) && !more_waits(r))
+                ahead_fetch(&r->ahead, &r->hits, r->buffers, read_in);
             return TAKEN_ANSWERED;
         }
         if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length)) {
@@ -409,6 +418,7 @@ void reader_free(struct reader *r)
     hits_free(&r->hits);
     passing_free(&r->passing);
     desk_clear(&r->desk);
+    ahead_clear(&r->ahead);
     buffers_free(r->buffers);
     pthread_mutex_destroy(&r->sleep_lock);
     pthread_cond_destroy(&r->awake);
@@ -471,6 +481,7 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->hit_reads = atomic_load(&r->hits.reads);
     out->hit_pages = atomic_load(&r->hits.pages);
     out->hit_bytes = atomic_load(&r->hits.bytes);
+    out->ahead_reads = atomic_load(&r->hits.ahead_reads);
     out->miss_reads = atomic_load(&r->hits.miss_reads);
     out->miss_pages = atomic_load(&r->hits.miss_pages);
     out->lower_ns = atomic_load(&r->hits.lower_ns);

@@ -36,6 +36,7 @@ void gate_drop(struct gate *g);
 
 struct reader_counters {
     uint64_t hit_reads, hit_pages, hit_bytes; /* answered from the pool alone; pages: by misses, too */
+    uint64_t ahead_reads;                     /* of those: with what was fetched before it was asked for */
     uint64_t miss_reads, miss_pages;          /* answered with the lower file's cached pages */
     uint64_t lower_ns, put_ns, put_pages, refused_pages, overtaken_pages;
     uint64_t forwarded;                       /* requests for libfuse */

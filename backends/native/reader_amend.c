@@ -8,6 +8,10 @@
 #define FOPEN_PASSTHROUGH (1 << 7)
 #endif
 
+#ifndef FOPEN_NOFLUSH /* Linux 5.18; older kernels ignore it */
+#define FOPEN_NOFLUSH (1 << 5)
+#endif
+
 struct amendment {
     struct amendment *next;
     uint64_t fh;
@@ -89,4 +93,15 @@ void amend(struct amendments *all, uint32_t opcode, uint8_t *reply, size_t lengt
     }
     memcpy(reply + at, &open, sizeof open);
     free(a);
+}
+
+void amend_no_flush(uint8_t *reply, size_t length)
+{
+    struct fuse_out_header out;
+    struct fuse_open_out open;
+    if (length < sizeof out + sizeof open)
+        return;
+    memcpy(&open, reply + sizeof out, sizeof open);
+    open.open_flags |= FOPEN_NOFLUSH;
+    memcpy(reply + sizeof out, &open, sizeof open);
 }

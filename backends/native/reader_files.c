@@ -232,24 +232,41 @@ bool files_follows(struct files *f, uint64_t fh, uint64_t offset)
     return found;
 }
 
+/* The lock is held. */
+static bool tell(struct file *one, struct target *out)
+{
+    struct gate *g = one->gate; /* stays as long as the file is in the table */
+    pthread_mutex_lock(&g->lock);
+    bool open = g->open;
+    memcpy(out->oid, g->oid, TM_OID);
+    out->size = g->size;
+    out->turn = g->turn;
+    out->takes = g->takes;
+    pthread_mutex_unlock(&g->lock);
+    out->fd = one->fd;
+    out->local = one->local;
+    out->unnoted = one->unnoted;
+    return open;
+}
+
 bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
 {
     bool found = false;
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one && end > one->mark) {
+    if (one && end > one->mark)
         one->mark = UINT64_MAX;
-    } else if (one) {
-        struct gate *g = one->gate; /* stays as long as the file is in the table */
-        pthread_mutex_lock(&g->lock);
-        found = g->open;
-        memcpy(out->oid, g->oid, TM_OID);
-        out->size = g->size;
-        pthread_mutex_unlock(&g->lock);
-        out->fd = one->fd;
-        out->local = one->local;
-        out->unnoted = one->unnoted;
-    }
+    else if (one)
+        found = tell(one, out);
+    pthread_mutex_unlock(&f->lock);
+    return found;
+}
+
+bool files_expect(struct files *f, uint64_t fh, uint64_t end, struct target *out)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    bool found = one && end <= one->mark && tell(one, out);
     pthread_mutex_unlock(&f->lock);
     return found;
 }
@@ -265,13 +282,7 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
         if (!noted)
             one->ends[one->nends++ % ENDS] = end;
         out->tries = one->cold < COLD_AFTER || one->cold % TRY_EVERY == 0;
-        pthread_mutex_lock(&g->lock);
-        may = may && g->open && g->takes;
-        memcpy(out->target.oid, g->oid, TM_OID);
-        out->target.size = g->size;
-        out->turn = g->turn;
-        pthread_mutex_unlock(&g->lock);
-        out->target.fd = one->fd;
+        may = tell(one, &out->target) && may && out->target.takes;
         out->gate = g;
         if (may)
             atomic_fetch_add(&g->refs, 1);

@@ -23,13 +23,14 @@ struct target {
     int fd;
     bool local;   /* to ask for its size takes no waiting */
     bool unnoted; /* its access time must be noted if the lower file is not read */
+    bool takes;   /* what is missed may be put without asking Python */
+    uint64_t turn; /* the gate's, of then */
 };
 
 /* What one READ needs that has missed. */
 struct missed {
     struct target target;
     struct gate *gate; /* a reference */
-    uint64_t turn;     /* of then */
     bool tries;        /* it is worth to ask the kernel first whether it has the pages */
 };
 
@@ -53,6 +54,8 @@ struct file *files_hold(struct files *f, uint64_t fh);
 void files_release(struct files *f, struct file *one);
 /* Whether a READ of [offset, end) may be answered, and from what. Takes the mark away that it reaches. */
 bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out);
+/* The same of a READ that may come: no mark is taken away. */
+bool files_expect(struct files *f, uint64_t fh, uint64_t end, struct target *out);
 /* Note that the bytes [start, end) of a file were missed (unless that was `noted` before). Whether they may be read and put
  * here: not if a miss before ended there (a stream may begin), nor in a file that has been read ahead of. */
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);

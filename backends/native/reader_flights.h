@@ -18,6 +18,7 @@ struct flight {
     bool held;              /* a thread of the reader has it */
     bool may_be_given_up;
     bool interrupted;       /* a signal has reached who waits */
+    bool reads_only;        /* an OPEN for reading alone */
     bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */
     struct buffer *payload; /* of a WRITE */
 };

@@ -88,7 +88,7 @@ static int64_t put_some(struct hits *h, const struct missed *m, uint32_t first, 
     int64_t stored = 0;
     bool overtaken = true;
     pthread_mutex_lock(&g->put_lock);
-    if (g->turn == m->turn || MUTANT(9)) {
+    if (g->turn == m->target.turn || MUTANT(9)) {
         KP(95);
         overtaken = false;
         if (first + npages > g->top && !MUTANT(10))
@@ -217,4 +217,29 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     add(&h->pages, (uint64_t)found);
     *out = (struct answer){data + offset % TM_PAGE, end - offset};
     return FOUND;
+}
+
+bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, uint8_t *data, uint64_t *turn)
+{
+    uint64_t end = offset + size, npages = size / TM_PAGE;
+    struct target t;
+    if (size > h->largest || end > (UINT64_C(1) << 32) * TM_PAGE || !files_expect(&h->files, fh, end, &t) || end > t.size)
+        return false;
+    *turn = t.turn;
+    return fetch(h, &t, (uint32_t)(offset / TM_PAGE), data, (uint32_t)npages) == (int64_t)npages;
+}
+
+bool hits_hold(struct hits *h, const struct fuse_read_in *read_in, uint64_t turn)
+{
+    struct target t;
+    /* A mark set since then stays: the READ that reaches it is for libfuse. */
+    if (!files_expect(&h->files, read_in->fh, read_in->offset + read_in->size, &t) || t.unnoted)
+        return false;
+    if (t.turn != turn && !MUTANT(24))
+        return false;
+    add(&h->ahead_reads, 1);
+    add(&h->reads, 1);
+    add(&h->pages, read_in->size / TM_PAGE);
+    add(&h->bytes, read_in->size);
+    return true;
 }

@@ -19,6 +19,7 @@ struct hits {
     bool has_pool;
     struct tm_handle pool;
     _Atomic uint64_t reads, pages, bytes; /* answered so far from the pool */
+    _Atomic uint64_t ahead_reads; /* of those with what was fetched ahead */
     _Atomic uint64_t miss_reads, miss_pages, lower_ns, put_ns, put_pages, refused_pages, overtaken_pages;
 };
 
@@ -35,5 +36,9 @@ void hits_use(struct hits *h, const struct tm_handle *pool);
 /* Find the answer to a READ by way of `data` (a buffer). FOUND_IF_WAITING: it takes waiting for the lower, so call again,
  * with the file held, and `waits` set. FOUND_NOT: it is for libfuse. */
 enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out);
+/* Fetch the pages of a READ that may come, all or none; `turn`: of the file's gate before. */
+bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, uint8_t *data, uint64_t *turn);
+/* Whether what was fetched in that turn answers this READ, which is then counted as a hit. */
+bool hits_hold(struct hits *h, const struct fuse_read_in *read_in, uint64_t turn);
 
 #endif

@@ -3,6 +3,7 @@
 #include "reader_interrupt.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
@@ -332,6 +333,13 @@ bool passing_interrupted(const struct passing *p) { return atomic_load(&p->inter
 
 /* ---- Requests --------------------------------------------------------------------------------------------- */
 
+static bool opens_to_read(const uint8_t *body)
+{
+    struct fuse_open_in open;
+    memcpy(&open, body, sizeof open);
+    return (open.flags & O_ACCMODE) == O_RDONLY;
+}
+
 static enum passed pass_request(struct passing *p, struct buffer **request, size_t length)
 {
     struct fuse_in_header *in = (void *)(*request)->data;
@@ -354,6 +362,8 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
     } else if (length <= MOST_MESSAGE - sizeof *in) {
         if (in->opcode == FUSE_READ)
             f->size = sized->size;
+        else if (in->opcode == FUSE_OPEN)
+            f->reads_only = opens_to_read(body);
         else if ((in->opcode == FUSE_READDIR || in->opcode == FUSE_READDIRPLUS) && sized->size > MOST_LISTING)
             sized->size = MOST_LISTING;
         result = passing_give(p, f, in, length);

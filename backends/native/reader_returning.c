@@ -105,6 +105,8 @@ static void pass_back(struct passing *p, size_t length)
     } else { /* a notice, if it has no number */
         if (f)
             amend(&p->amendments, f->opcode, p->reply, length);
+        if (f && f->reads_only)
+            amend_no_flush(p->reply, length);
         ssize_t ignored = write(p->device, p->reply, length);
         (void)ignored;
     }

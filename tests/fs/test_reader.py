@@ -15,7 +15,7 @@ from tmem.types import PAGE_SIZE
 
 from .reader_desk import CREATE, FH, GETATTR, OID, OPEN, OPENDIR, READ, Desk, make
 
-CACHE_DIR, KEEP_CACHE, DIRECT_IO, PASSTHROUGH = 1 << 3, 1 << 1, 1 << 0, 1 << 7
+CACHE_DIR, KEEP_CACHE, DIRECT_IO, NOFLUSH, PASSTHROUGH = 1 << 3, 1 << 1, 1 << 0, 1 << 5, 1 << 7
 
 
 @pytest.fixture
@@ -128,13 +128,55 @@ def test_a_mark_passes_one_read_on(desk: Desk) -> None:
     assert desk.serve() == NOTHING
 
 
+CHUNK = 8 * PAGE_SIZE
+
+
+def read_in_order(desk: Desk, chunks: range) -> None:
+    for number in chunks:
+        unique = desk.read(number * CHUNK, CHUNK)
+        assert desk.serve() == NOTHING
+        assert desk.answer() == (unique, 0, desk.content[number * CHUNK : (number + 1) * CHUNK])
+
+
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) == 1, reason="on one CPU nothing is gained, so it is not done"
+)
+def test_a_stream_is_fetched_ahead_of(desk: Desk) -> None:
+    read_in_order(desk, range(3))
+    assert desk.reader.counters()["ahead_reads"] == 1  # the first one begins it, the second one shows it
+    desk.pool.flush(OID, 3 * CHUNK // PAGE_SIZE, 8)
+    read_in_order(desk, range(3, 4))  # from what was fetched
+    assert desk.reader.counters()["ahead_reads"] == 2
+
+
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) == 1, reason="on one CPU nothing is gained, so it is not done"
+)
+def test_what_was_fetched_ahead_is_void_after_a_change(desk: Desk) -> None:
+    read_in_order(desk, range(3))
+    assert desk.reader.counters()["ahead_reads"] == 1
+    changed = random.Random(2).randbytes(CHUNK)
+    desk.gate.set(OID, len(desk.content), False)
+    desk.pool.put(OID, 3 * CHUNK // PAGE_SIZE, changed)
+    desk.gate.set(OID, len(desk.content), True)
+    unique = desk.read(3 * CHUNK, CHUNK)
+    assert desk.serve() == NOTHING
+    assert desk.answer() == (unique, 0, changed)
+
+
+def test_random_readers_are_not_read_ahead_of(desk: Desk) -> None:
+    for number in (3, 1, 0, 2, 4, 1):
+        read_in_order(desk, range(number, number + 1))
+    assert desk.reader.counters()["ahead_reads"] == 0
+
+
 def entry(fh: int, flags: int = 0) -> bytes:
     return struct.pack("=QIi", fh, flags, 0)
 
 
 def test_replies_are_amended(desk: Desk) -> None:
-    def amended(opcode: int, body: bytes) -> bytes:
-        unique = desk.request(opcode, bytes(8))
+    def amended(opcode: int, body: bytes, flags: int = os.O_RDWR) -> bytes:
+        unique = desk.request(opcode, struct.pack("=II", flags, 0))
         assert desk.serve() == REQUEST
         assert desk.forwarded() == (opcode, unique)
         desk.reply(unique, body)
@@ -158,6 +200,24 @@ def test_replies_are_amended(desk: Desk) -> None:
     )
     desk.reader.pass_through(9, 79)
     assert amended(GETATTR, entry(9, DIRECT_IO)) == entry(9, DIRECT_IO)  # the same bytes in another reply
+
+
+def test_who_only_reads_need_not_wait_at_close(desk: Desk) -> None:
+    for flags, expected in (
+        (os.O_RDONLY, NOFLUSH),
+        (os.O_RDWR, 0),
+        (os.O_WRONLY, 0),
+        (os.O_RDONLY | os.O_NOATIME, NOFLUSH),
+    ):
+        unique = desk.request(OPEN, struct.pack("=II", flags, 0))
+        assert desk.serve() == REQUEST
+        desk.forwarded()
+        desk.reply(unique, entry(3, DIRECT_IO))
+        assert desk.answer() == (unique, 0, entry(3, DIRECT_IO | expected))
+    unique = desk.request(OPEN, struct.pack("=II", os.O_RDONLY, 0))
+    assert desk.serve() == REQUEST
+    desk.reply(unique, error=-13)
+    assert desk.answer() == (unique, -13, b"")
 
 
 def test_notifications_go_to_the_kernel(desk: Desk) -> None:

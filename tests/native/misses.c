@@ -271,6 +271,34 @@ static void a_cold_file(struct world *w)
     expect(read_pages(w, AT + 20, 1, false) == FOUND, "the kernel has them again");
 }
 
+static bool holds(struct world *w, uint64_t turn)
+{
+    struct fuse_read_in read_in = {.fh = FH, .offset = AT * TM_PAGE, .size = npages(w) * TM_PAGE};
+    return hits_hold(&w->hits, &read_in, turn);
+}
+
+/* What was fetched before it was asked for answers nobody after a change, nor where Python wants to see the READ. */
+static void fetched_before_it_is_asked_for(struct world *w)
+{
+    uint64_t turn, size = npages(w) * TM_PAGE;
+    expect(!hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "a part of the pages");
+    expect(read_pages(w, AT, npages(w), w->waits) == FOUND, "a miss");
+    expect(hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "all pages are there");
+    expect(page_is(data, AT, w->version), "wrong bytes were fetched");
+    expect(holds(w, turn), "nothing has changed");
+    files_mark(&w->hits.files, FH, AT * TM_PAGE);
+    expect(!holds(w, turn), "a READ that reaches a mark is for Python");
+    expect(read_pages(w, AT, npages(w), w->waits) == FOUND_NOT, "the mark was taken away");
+    expect(holds(w, turn), "the mark is still there");
+    files_mark(&w->hits.files, FH, AT * TM_PAGE);
+    expect(!hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "beyond a mark");
+    files_mark(&w->hits.files, FH, UINT64_MAX);
+    expect(hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "all pages are there again");
+    own_change(w);
+    expect(!holds(w, turn), "old bytes after a change");
+    expect(!hits_expect(&w->hits, FH, (PAGES - 1) * TM_PAGE, 2 * TM_PAGE, data, &turn), "beyond the end");
+}
+
 static const struct {
     const char *name;
     void (*run)(struct world *w);
@@ -286,6 +314,7 @@ static const struct {
     {"what_is_for_whom", what_is_for_whom},
     {"not_at_once", not_at_once},
     {"a_cold_file", a_cold_file},
+    {"fetched_before_it_is_asked_for", fetched_before_it_is_asked_for},
 };
 
 static void run(struct tm_segment *seg, const char *path, unsigned n, bool waits)
