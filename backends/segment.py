@@ -6,18 +6,16 @@ carry. Not for pools and pages: those are methods of the native objects. Threadi
 from any thread; `prepare_runtime_dir` takes a lock, so two processes at once mount only one tmpfs.
 """
 
-import ctypes
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tmem.backends import cgroup, tiering
+from tmem.backends import cgroup
 from tmem.backends.paths import SegmentPaths, runtime_dir
 from tmem.errors import SegmentError
 from tmem.types import SizeRange, format_size
@@ -137,6 +135,10 @@ def destroy(name: str) -> None:
 
     Raises `SegmentError` if there is none. Safe to repeat after a failure half-way.
     """
+    import shutil  # with the next not above: every command imports this module
+
+    from tmem.backends import tiering
+
     paths = SegmentPaths.of(name)
     if not paths.segment.exists() and not paths.state.exists():
         raise SegmentError(f"there is no segment {name!r}: nothing to destroy")
@@ -248,6 +250,8 @@ def _mount_tmpfs(directory: Path) -> None:
 
 def _mount(directory: Path, options: str) -> int:
     """Mount a tmpfs and return 0, or the errno."""
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     result: int = libc.mount(b"tmem", os.fsencode(directory), b"tmpfs", flags, options.encode())

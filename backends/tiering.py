@@ -5,7 +5,8 @@ tier's URL: it takes no room on a full tmpfs, appears whole or not at all, and g
 the segment. ``file:/PATH`` is a spill file, ``redis://`` and its kin are Valkey or Redis. The native core
 asks `source` when it meets the first page in the tier of a client for which nothing was attached yet.
 
-Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). Threading: any thread.
+Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). A kind of tier is imported by who
+has one: every command imports this. Threading: any thread.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends.paths import SegmentPaths
-from tmem.backends.tiers import orphans, spill
 from tmem.backends.tiers.contract import Tier, TierIdentity
 from tmem.errors import TierCorruptError, TierDownError, TierError, TmemError
 from tmem.types import parse_size
@@ -59,9 +59,10 @@ def open_tier(url: str, identity: TierIdentity, writer: bool) -> Tier:
     """Open the tier at `url`, which exists; `TierError` if that fails."""
     file = spill_path(url)
     if file is not None:
+        from tmem.backends.tiers import spill
+
         return spill.SpillFile(file, identity, writer)
     if url.partition("://")[0] in _REDIS:
-        # Imported here: whoever has a spill file needs no client of a database.
         from tmem.backends.tiers.redis_tier import RedisTier
         from tmem.backends.tiers.redis_url import RedisAddress
 
@@ -102,6 +103,8 @@ def assign(
     _await_end(paths, segment, url)
     file = spill_path(url)
     if file is not None:
+        from tmem.backends.tiers import orphans, spill
+
         _refuse_if_used(file, segment)
         orphans.remove(file.parent, _living(segment), orphans.started_s())
         spill.create(file, identity(segment, client), size_bytes)
@@ -302,6 +305,8 @@ def _target(link: Path) -> str:
 
 def _refuse_if_used(file: Path, segment: "_native.Segment") -> None:
     """Raise if the spill file at the path is that of a client that lives, here or in another segment."""
+    from tmem.backends.tiers import spill
+
     if not file.exists() or not file.stat().st_size:
         return
     who = spill.identity_of(file)

@@ -6,6 +6,7 @@ historic statistics each of them is. Not for live views.
 """
 
 import json
+import textwrap
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -24,14 +25,12 @@ from tmem.backends.statistics import (
     Timing,
 )
 from tmem.cli.clients import attached, find_client, state_word
+from tmem.cli.columns import bold, columns_of, drawn, widths_of
 from tmem.cli.context import client_names, segment_name
 from tmem.errors import PoolError, ServiceError
 from tmem.types import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from tmem.backends import _native
 
 # Wide enough that a pipe sees every column in full.
@@ -153,28 +152,27 @@ def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int], dict[str,
 
 def _show(state: Mapping[str, object], long: bool) -> None:
     """Print `state` for a person."""
-    from tmem.cli.screen import console as wide_console
-
     memory, clients = state["memory"], state["clients"]
     assert isinstance(memory, dict)
     assert isinstance(clients, list)
-    console = wide_console(_PIPE_COLUMNS)
+    width = columns_of(_PIPE_COLUMNS)
     pid = state["manager_pid"]
     sizes = {name: format_size(value) for name, value in memory.items() if name.endswith("_bytes")}
     mode = "" if state["mode"] == "on" else f"{state['mode']}, "
     moves = ""
     if memory["size_least_bytes"] != memory["size_most_bytes"]:
         moves = f" (moves from {sizes['size_least_bytes']} to {sizes['size_most_bytes']})"
-    console.print(
+    first = (
         f"segment {state['name']}: {mode}{sizes['used_bytes']} of {sizes['limit_bytes']} used{moves} "
         f"({sizes['metadata_bytes']} for tables), {sizes['reserve_bytes']} in reserve, "
         f"{sizes['freeable_bytes']} freeable, {'no manager runs' if pid is None else f'manager pid {pid}'}"
     )
-    console.print(
-        _table(clients, str(state["mode"]), console.width)
-        if clients
-        else "no clients yet: add one with 'tmem swap add' or 'tmem mount'"
-    )
+    click.echo(textwrap.fill(first, width, break_long_words=False, break_on_hyphens=False))
+    if not clients:
+        click.echo("no clients yet: add one with 'tmem swap add' or 'tmem mount'")
+    else:
+        for line in _table(clients, str(state["mode"]), width):
+            click.echo(line)
     for client in clients:
         if client["tier"] is not None:
             pages, unreachable = client["tier_pages"], client["unreachable_gets"]
@@ -182,15 +180,13 @@ def _show(state: Mapping[str, object], long: bool) -> None:
             if problem := client["tier_problem"]:
                 trouble += f"; pages stay in memory: {problem}"
             there = f"{format_size(pages * PAGE_SIZE)} of pages in {client['tier']}"
-            console.print(f"{client['name']} has {there}{trouble}", soft_wrap=True)
+            click.echo(f"{client['name']} has {there}{trouble}")
     if long:
-        _show_counts(console, state)
+        _show_counts(state)
 
 
-def _table(clients: list[Mapping[str, object]], segment_mode: str, width: int) -> "Table":
+def _table(clients: list[Mapping[str, object]], segment_mode: str, width: int) -> Iterator[str]:
     """One line a pool, and one for a client without pools; the columns that matter most have room first."""
-    from rich.table import Table
-
     lines: list[dict[str, str]] = []
     for client in clients:
         pools = client["pools"]
@@ -200,35 +196,27 @@ def _table(clients: list[Mapping[str, object]], segment_mode: str, width: int) -
         )
         first = {"CLIENT": str(client["name"]), "STATE": state}
         lines += [first | _row(pool) for pool in pools] or [{**first, "POOL": "-"}]
-    headings = _fitting(lines, width)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(
-            heading,
-            justify="left" if heading in _TEXTS else "right",
-            no_wrap=True,
-            min_width=None if heading == "CLIENT" else _width(lines, heading),
-        )
-    for line in lines:
-        table.add_row(*(line.get(heading, "") for heading in headings))
-    return table
+    return drawn(lines, _fitting(lines, width), _TEXTS)
 
 
-def _fitting(lines: list[dict[str, str]], width: int) -> list[str]:
-    """Return the headings of the columns for which there is room; what tells of trouble stays."""
-    headings = [*_TEXTS, *_NUMBERS]
+def _fitting(lines: list[dict[str, str]], width: int) -> dict[str, int]:
+    """Return the columns for which there is room, with their widths; what tells of trouble stays.
+
+    A client's name has what the others leave.
+    """
+    widths = widths_of([*_TEXTS, *_NUMBERS], lines)
+    whole = widths["CLIENT"]
+
+    def others() -> int:
+        return sum(widths.values()) - widths["CLIENT"] + 2 * (len(widths) - 1)
+
     for least in _LEAST_FIRST:
-        wanted = {name: _width(lines, name) for name in headings}
-        wanted["CLIENT"] = min(wanted["CLIENT"], _CLIENT_COLUMNS)
-        if sum(wanted.values()) + 2 * (len(headings) - 1) <= width:
+        if min(whole, _CLIENT_COLUMNS) + others() <= width:
             break
         if least not in _TROUBLES or all(line.get(least, "0") == "0" for line in lines):
-            headings.remove(least)
-    return headings
-
-
-def _width(lines: list[dict[str, str]], heading: str) -> int:
-    return max(len(heading), *(len(line.get(heading, "")) for line in lines))
+            del widths[least]
+    widths["CLIENT"] = max(min(whole, width - others()), len("CLIENT"))
+    return widths
 
 
 def _row(pool: Mapping[str, int | str]) -> dict[str, str]:
@@ -250,53 +238,48 @@ def _row(pool: Mapping[str, int | str]) -> dict[str, str]:
     }
 
 
-def _show_counts(console: "Console", state: Mapping[str, object]) -> None:
+def _show_counts(state: Mapping[str, object]) -> None:
     """Print every value under the name that it has in the JSON form."""
     memory, timing, clients = state["memory"], state["timing"], state["clients"]
     assert isinstance(memory, dict)
     assert isinstance(timing, dict)
     assert isinstance(clients, list)
-    _show_values(console, "memory", memory)
+    _show_values("memory", memory)
     manager = state["manager"]
     assert isinstance(manager, dict)
     if manager:
-        _show_values(console, "manager", manager)
-    console.print()
-    console.print(_timing_table(timing))
+        _show_values("manager", manager)
+    click.echo()
+    _show_timing(timing)
     for client in clients:
-        _show_values(console, f"client {client['name']}", client)
-        console.print(_timing_table(client["timing"]))
+        _show_values(f"client {client['name']}", client)
+        _show_timing(client["timing"])
         for pool in client["pools"]:
-            _show_values(console, f"client {client['name']}, pool {pool['id']}", pool)
+            _show_values(f"client {client['name']}, pool {pool['id']}", pool)
 
 
-def _timing_table(timing: Mapping[str, Mapping[str, Any]]) -> "Table":
+def _show_timing(timing: Mapping[str, Mapping[str, Any]]) -> None:
     """One line for each kind of operation."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("timing", no_wrap=True)
     plain = [field.name for field in fields(Timing) if field.name != "buckets"]
-    for heading in (*plain, "mean_ns", "p50_ns", "p99_ns"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    lines = []
     for name, values in timing.items():
         one = Timing(**values)
-        quantiles = (one.quantile_ns(share) for share in (0.5, 0.99))
-        table.add_row(
-            name,
-            *(str(values[heading]) for heading in plain),
-            str(one.total_ns // max(one.samples, 1)),
-            *("-" if value is None else f"{value:.0f}" for value in quantiles),
-        )
-    return table
+        line = {"timing": name, **{heading: str(values[heading]) for heading in plain}}
+        line["mean_ns"] = str(one.total_ns // max(one.samples, 1))
+        for heading, share in (("p50_ns", 0.5), ("p99_ns", 0.99)):
+            value = one.quantile_ns(share)
+            line[heading] = "-" if value is None else f"{value:.0f}"
+        lines.append(line)
+    for text in drawn(lines, widths_of([*lines[0]], lines), ("timing",)):
+        click.echo(text)
 
 
-def _show_values(console: "Console", title: str, values: Mapping[str, object]) -> None:
-    console.print(f"\n{title}", style="bold")
+def _show_values(title: str, values: Mapping[str, object]) -> None:
+    click.echo(f"\n{bold(title)}")
     lines = list(_lines(values))
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
-        console.print(f"  {name:<{width}}  {text}", markup=False)
+        click.echo(f"  {name:<{width}}  {text}")
 
 
 def _lines(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
