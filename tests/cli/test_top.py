@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,9 +17,11 @@ from rich.console import Console
 from tmem.backends.statistics import Timing
 from tmem.cli import sampling
 from tmem.cli.main import run
+from tmem.cli.mountwatch import UNASKED, MountRow, MountsLook, MountWatcher, mount_rows, shown
 from tmem.cli.sampling import SHARES, ClientRow, Look, Pressure, Row, clients, operations, rows
-from tmem.cli.toptables import CLIENTS, POOLS, Column, L, amount, duration, short
+from tmem.cli.toptables import CLIENTS, MOUNTS, POOLS, Column, L, amount, duration, short
 from tmem.cli.topview import TABLES, Frame, View, draw, ordered
+from tmem.fs.statistics import Counters, MountStatistics
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -196,6 +199,95 @@ def test_so_does_every_column_of_clients() -> None:
     check_sorting([large, ClientRow("c", "on", None, None, nothing, nothing, nothing), small], CLIENTS)
 
 
+def test_and_every_column_of_mounts() -> None:
+    small = MountRow("a", "a", "on", 1.0, 0.1, 1.0, 1.0, 1.0, 1)
+    large = MountRow("b", "b", "on", 2.0, 0.2, 2.0, 2.0, 2.0, 2)
+    check_sorting([large, MountRow("c", "c", "no answer"), small], MOUNTS)
+
+
+def told(counts: dict[str, int], aside: bool = False, pool_active: bool = True) -> MountStatistics:
+    return Counters(**counts).snapshot(pool_active=pool_active, stepped_aside=aside)
+
+
+HITS = {"hit_pages": 100, "miss_pages": 50, "hit_bytes": 409_600, "hit_reads": 30}
+MORE = {"hit_pages": 170, "miss_pages": 80, "hit_bytes": 2_506_752, "hit_reads": 50}
+MORE |= {"miss_reads": 6, "passthrough_reads": 4, "lower_bytes": 122_880, "lower_errors": 3}
+MOUNTED = (
+    MountsLook(
+        5 * SECOND_NS,
+        {
+            "/mnt/data": ("data", told(HITS)),
+            "/mnt/again": ("again", told({"hit_pages": 900, "lower_errors": 7})),
+            "/mnt/stuck": ("stuck", told({})),
+        },
+    ),
+    MountsLook(
+        7 * SECOND_NS,
+        {
+            "/mnt/data": ("data", told(MORE)),
+            "/mnt/again": ("again", told({"hit_pages": 5, "lower_errors": 2}, aside=True)),
+            "/mnt/stuck": ("stuck", None),
+            "/mnt/[red]\n\udcff\x1b": ("odd", told({}, pool_active=False)),
+        },
+    ),
+)
+"""Two answers of mounts, two seconds apart."""
+
+
+def test_mounts_between_two_answers(looks: tuple[Look, Look]) -> None:
+    found = {row.client: row for row in mount_rows(MOUNTED)}
+    data = found["data"]
+    assert (data.reads_per_s, data.hit_share, data.misses_per_s) == (15, 0.7, 15)
+    assert (data.hit_bytes_per_s, data.lower_bytes_per_s) == (1 << 20, 61_440)
+    assert (data.state, data.errors, data.trouble) == ("on", 3, True)
+    again = found["again"]  # another one, that was mounted there meanwhile
+    assert (again.state, again.hit_share, again.errors, again.trouble) == ("aside", None, 2, False)
+    assert (found["stuck"].state, found["stuck"].trouble) == ("no answer", True)
+    assert found["odd"].state == "no pool"
+    first = mount_rows((None, MOUNTED[0]))
+    assert {row.reads_per_s for row in first} == {None}
+    lines = drawn(frame(looks, mounts=MOUNTED), View(table=2), 80, 24)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 24
+    assert re.search(r"/mnt/data +15 +70\.0 +1M +60K +15 +3$", text, re.MULTILINE)
+    assert re.search(r"/mnt/stuck no answer +- +- +- +- +- +-$", text, re.MULTILINE)
+    assert r"/mnt/[red]\n\xff\x1b no pool" in text
+    assert "\x1b" not in text
+    assert "CLIENT" in "\n".join(drawn(frame(looks, mounts=MOUNTED), View(table=2), 120, 24))
+    assert "asking the mounts" in "\n".join(drawn(frame(looks), View(table=2), 80, 24))
+    none = frame(looks, mounts=(None, MountsLook(0)))
+    assert "no mounts" in "\n".join(drawn(none, View(table=2), 80, 24))
+    assert shown("/mnt/plain") == "/mnt/plain"
+
+
+def test_nobody_waits_for_mounts(eventually: Callable[..., None]) -> None:
+    answered = threading.Event()
+    rounds: list[None] = []
+
+    def ask() -> MountsLook:
+        rounds.append(None)
+        if len(rounds) == 1:
+            answered.wait(30)
+        elif len(rounds) == 2:
+            raise OSError("no process can be had")
+        return MountsLook(len(rounds))
+
+    watcher = MountWatcher(ask)
+    for _ in range(3):
+        watcher.begin()
+    eventually(lambda: len(rounds) == 1)
+    known = [watcher.looks]
+    answered.set()
+    watcher.wait()
+    known.append(watcher.looks)
+    for _ in range(2):
+        watcher.begin()
+        watcher.wait()
+    assert known == [UNASKED, (None, MountsLook(1))]
+    assert watcher.looks == (MountsLook(1), MountsLook(3))
+
+
 def check_sorting(found: list[L], columns: tuple[Column[L], ...]) -> None:
     large, unknown, small = found
     for number, column in enumerate(columns):
@@ -284,6 +376,8 @@ def test_in_a_terminal_with_keys(
     eventually(lambda: "PUT99" in terminal.screen(), what="the table of clients")
     terminal.press("p")
     eventually(lambda: order() == ["aaa", "bbb"])
+    terminal.press("Tab")
+    eventually(lambda: "no mounts" in terminal.screen(), what="the table of mounts")
     terminal.press("Tab")
     eventually(lambda: "RATIO" in terminal.screen(), what="the table of pools again")
     terminal.press("Space")

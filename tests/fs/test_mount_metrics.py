@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.waiting import wait_until
 from tmem.backends import exporter
 from tmem.backends.paths import SegmentPaths
+from tmem.cli.main import run
 from tmem.cli.mountmetrics import MountCollector, label
 from tmem.fs import asking, mounts
 from tmem.fs.statistics import MountStatistics
@@ -133,6 +134,27 @@ def test_a_daemon_that_is_stopped_delays_nobody(
         os.kill(stuck.pid, signal.SIGCONT)
     wait_until(lambda: all(one.poll() is not None for one in started))
     wait_until(lambda: of(scrape(collector), stuck)["tmem_mount_up"] == 1)
+
+
+def test_top_shows_who_answers_and_waits_for_nobody(
+    mounter: Mounter, runtime_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = mounter("timeout=0,client=a", point=runtime_dir / "a")  # paths that have room in a line
+    well = mounter("timeout=0,cache=direct,client=b", point=runtime_dir / "b")
+    (well.lower / "file").write_bytes(CONTENT)
+    read(well)
+    monkeypatch.setenv("COLUMNS", "120")
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        assert run(["top", "--count", "2", "-d", "0.1", "--table", "mounts"]) == 0
+        assert time.monotonic() - begun < 2 * (asking.DEADLINE_S + STARTING_S)
+    finally:
+        os.kill(stuck.pid, signal.SIGCONT)
+    out = capsys.readouterr().out
+    assert out.count(f"{stuck.point} ") == out.count("no answer") == 2
+    quiet = re.compile(rf"{re.escape(str(well.point))} +on +0 +- +0B +0B +0 +0 +b *$", re.MULTILINE)
+    assert len(quiet.findall(out)) == 2, out
 
 
 def test_who_can_be_killed_does_not_wait_on(mounter: Mounter, collector: MountCollector) -> None:

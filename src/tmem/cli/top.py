@@ -1,8 +1,8 @@
 """The command ``top``: a live view of a segment in a terminal, or frames of it for a script.
 
-It reads the segment itself, so it works while no manager runs, and disturbs nobody. Not for what a frame
-looks like (`topview`) nor for its numbers (`sampling`). Threading: the main thread only; it waits for a key
-or the next frame, whichever comes first.
+It reads the segment itself, so it works while no manager runs, and disturbs nobody. Mounts are asked while
+their table is shown. Not for what a frame looks like (`topview`) nor for its numbers (`sampling`,
+`mountwatch`). Threading: the main thread; it waits for a key or the next frame, whichever comes first.
 """
 
 import os
@@ -21,7 +21,7 @@ import click
 
 from tmem.backends import segment, service
 from tmem.backends.paths import SegmentPaths
-from tmem.cli import sampling
+from tmem.cli import mountwatch, sampling
 from tmem.cli.context import segment_name
 from tmem.errors import ServiceError, TmemError
 
@@ -53,15 +53,20 @@ _ARROWS = {b"[A": "up", b"[B": "down", b"[C": "right", b"[D": "left"}
 @click.option("--once", is_flag=True, help="Print one frame, after one interval.")
 @click.option("--count", "-n", type=click.IntRange(1), help="Print so many frames.")
 @click.option(
-    "--table", "-t", type=click.Choice(["pools", "clients"]), default="pools", help="What to begin with."
+    "--table",
+    "-t",
+    type=click.Choice(["pools", "clients", "mounts"]),
+    default="pools",
+    show_default=True,
+    help="What to begin with.",
 )
 @click.pass_context
 def top(ctx: click.Context, interval: float, once: bool, count: int | None, table: str) -> None:
     """Show live what happens in the segment: pools, rates, hit ratios, times, memory, pressure.
 
-    Keys: q ends it; Tab changes the table: pools, or clients with the times of their operations; the letter
-    that is underlined in a heading sorts by that column, and again the other way round; space pauses; + and -
-    change the interval; ? helps. Without a terminal it prints one frame.
+    Keys: q ends it; Tab changes the table: pools, clients with the times of their operations, or mounts; the
+    letter that is underlined in a heading sorts by that column, and again the other way round; space pauses;
+    + and - change the interval; ? helps. Without a terminal it prints one frame.
     """
     from tmem.cli.screen import console as wide_console
     from tmem.cli.topview import TABLES, View
@@ -95,6 +100,7 @@ class Watcher:
         self._pid = self._ping()
         self._before = self._now = sampling.take(opened, clock_ns)
         self._pressure_before = self._pressure = sampling.pressure()
+        self._mounts: mountwatch.MountWatcher | None = None
 
     def look(self) -> None:
         """Take another look; `TmemError` once the segment is gone."""
@@ -104,6 +110,18 @@ class Watcher:
         self._now, self._pressure = sampling.take(self._opened, self._clock_ns), sampling.pressure()
         if self._now.at_ns - self._pinged_ns > _PING_EVERY_S * 1e9:
             self._pid = self._ping()
+
+    def ask_mounts(self) -> mountwatch.MountWatcher:
+        """Have the mounts asked, which does not wait for them."""
+        if self._mounts is None:
+            self._mounts = mountwatch.MountWatcher(mountwatch.asked_by(self._paths))
+        self._mounts.begin()
+        return self._mounts
+
+    @property
+    def mounts(self) -> mountwatch.Looks:
+        """What the mounts have told by now."""
+        return mountwatch.UNASKED if self._mounts is None else self._mounts.looks
 
     def frame(self) -> "Frame":
         """Return what is to be drawn."""
@@ -118,6 +136,7 @@ class Watcher:
             self._now,
             self._pressure_before,
             self._pressure,
+            self.mounts,
         )
 
     def _ping(self) -> int | None:
@@ -133,8 +152,12 @@ def _print_frames(console: "Console", watcher: Watcher, view: "View", count: int
     from tmem.cli.topview import draw
 
     blocks = not console.options.ascii_only
+    if view.of_mounts:
+        watcher.ask_mounts().wait()  # from which the first frame counts
     for number in range(count):
         time.sleep(watcher.interval_s)
+        if view.of_mounts:
+            watcher.ask_mounts().wait()
         watcher.look()
         if number:
             console.print()
@@ -150,15 +173,19 @@ def _live(console: "Console", watcher: Watcher, view: "View") -> None:
     blocks = not console.options.ascii_only
     with _keys() as read_keys, Live(console=console, screen=True, auto_refresh=False) as live:
         due = time.monotonic() + min(watcher.interval_s, 0.5)  # a first frame soon
-        size = None
+        size, mounts = None, watcher.mounts
+        if view.of_mounts:
+            watcher.ask_mounts()
         while True:
             if time.monotonic() >= due:
                 due = time.monotonic() + watcher.interval_s
                 if not view.paused:
                     watcher.look()
+                    if view.of_mounts:
+                        watcher.ask_mounts()
                 size = None
-            if size != console.size:
-                size = console.size
+            if size != console.size or mounts is not watcher.mounts:
+                size, mounts = console.size, watcher.mounts
                 live.update(draw(watcher.frame(), view, size.width, size.height, blocks), refresh=True)
             for key in read_keys(min(max(due - time.monotonic(), 0), _LOOK_S)):
                 if key in ("q", "\x03", "\x04"):
@@ -171,7 +198,7 @@ def _live(console: "Console", watcher: Watcher, view: "View") -> None:
 
 def _pressed(key: str, view: "View", watcher: Watcher) -> "View":
     """Return the view after a key was pressed."""
-    from tmem.cli.topview import TABLES, sorting_keys
+    from tmem.cli.topview import TABLES, lines_of, sorting_keys
 
     if view.help:
         return replace(view, help=False)
@@ -180,13 +207,16 @@ def _pressed(key: str, view: "View", watcher: Watcher) -> "View":
     if key == " ":
         return replace(view, paused=not view.paused)
     if key == "\t":
-        return replace(view, table=(view.table + 1) % len(TABLES), sort=0, reverse=False, first=0)
+        view = replace(view, table=(view.table + 1) % len(TABLES), sort=0, reverse=False, first=0)
+        if view.of_mounts:
+            watcher.ask_mounts()
+        return view
     if key in ("+", "=", "-"):
         factor = 0.5 if key == "-" else 2
         watcher.interval_s = min(max(watcher.interval_s * factor, _LEAST_S), _MOST_S)
         return view
     if key in ("up", "down"):
-        last = max(len(watcher.frame().now.pools) - 1, 0)
+        last = max(lines_of(watcher.frame(), view) - 1, 0)
         return replace(view, first=min(max(view.first + (1 if key == "down" else -1), 0), last))
     if key in ("left", "right"):
         step = 1 if key == "right" else -1

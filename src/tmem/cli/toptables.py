@@ -1,13 +1,14 @@
 """The tables of ``tmem top``: their columns, the keys that sort by them, and numbers in few characters.
 
-A row is a dataclass of `sampling`; a table is a tuple of columns over one kind of row. The key of a column
-is underlined in its heading, so it occurs there. Not for how a table is drawn (`topview`).
+A row is a dataclass of `sampling` or `mountwatch`; a table is a tuple of columns over one kind of row. The
+key of a column is underlined in its heading, so it occurs there. Not for how a table is drawn (`topview`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from tmem.cli.mountwatch import MountRow
 from tmem.cli.sampling import ClientRow, Row
 
 
@@ -64,6 +65,11 @@ def amount(size_bytes: float) -> str:
     return f"{size_bytes:.1f}T"
 
 
+def percent(share: float | None) -> str:
+    """Return a share in percent: ``0.0`` to ``100.0``, ``-`` for None."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
 def duration(ns: float | None) -> str:
     """Return a time in at most five characters: ``850ns``, ``6.2us``, ``1.5s``; ``-`` for None."""
     if ns is None:
@@ -87,7 +93,7 @@ POOLS: tuple[Column[Row], ...] = (
         "h",
         "HIT%",
         lambda row: -1 if row.hit_share is None else row.hit_share,
-        lambda row: "-" if row.hit_share is None else f"{100 * row.hit_share:.1f}",
+        lambda row: percent(row.hit_share),
     ),
     Column("e", "EVICT/s", lambda row: row.evictions_per_s or 0, lambda row: short(row.evictions_per_s)),
     Column("f", "REFUSED/s", lambda row: row.refused_per_s or 0, lambda row: short(row.refused_per_s)),
@@ -110,3 +116,30 @@ CLIENTS: tuple[Column[ClientRow], ...] = (
     _time("m", "MISS99", lambda row: row.missed_ns[1]),
 )
 """Times that half of the pages, or 99 of 100, did not exceed: stored, got, and not there."""
+
+
+def _bytes(key: str, heading: str, value: Callable[[MountRow], float | None]) -> Column[MountRow]:
+    def text(row: MountRow) -> str:
+        found = value(row)
+        return "-" if found is None else amount(found)
+
+    return Column(key, heading, lambda row: value(row) or 0, text)
+
+
+MOUNTS: tuple[Column[MountRow], ...] = (
+    Column("m", "MOUNT", lambda row: row.name, lambda row: row.name, numeric=False),
+    Column("r", "READ/s", lambda row: row.reads_per_s or 0, lambda row: short(row.reads_per_s)),
+    Column(
+        "h",
+        "HIT%",
+        lambda row: -1 if row.hit_share is None else row.hit_share,
+        lambda row: percent(row.hit_share),
+    ),
+    _bytes("p", "POOL/s", lambda row: row.hit_bytes_per_s),
+    _bytes("l", "LOWER/s", lambda row: row.lower_bytes_per_s),
+    Column("i", "MISS/s", lambda row: row.misses_per_s or 0, lambda row: short(row.misses_per_s)),
+    Column("e", "ERRORS", lambda row: row.errors or 0, lambda row: short(row.errors)),
+    Column("c", "CLIENT", lambda row: row.client, lambda row: row.client, numeric=False),
+)
+"""Read requests, bytes from the pool and from the lower, pages that the pool did not have, and reads of the
+lower that failed since it was mounted. The last one has no room in 80 columns."""

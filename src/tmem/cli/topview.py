@@ -1,4 +1,4 @@
-"""Draws one frame of ``tmem top``: a heading, times of operations, a line for each pool or client.
+"""Draws one frame of ``tmem top``: a heading, times of operations, a line for each pool, client or mount.
 
 Made for 80 columns; a wider terminal shows more. Pure: from numbers to what rich prints, so that tests need
 no terminal. Letters that are underlined in the headings are the keys that sort by that column.
@@ -11,17 +11,25 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tmem.cli.mountwatch import UNASKED, Looks, mount_rows
 from tmem.cli.sampling import Look, Operation, Pressure, clients, operations, rows
-from tmem.cli.toptables import CLIENTS, POOLS, Column, L, amount, duration, short
+from tmem.cli.toptables import CLIENTS, MOUNTS, POOLS, Column, L, amount, duration, short
 from tmem.types import PAGE_SIZE
 
 WIDE_COLUMNS = 96
 """From so many on the state has a column of its own."""
 
-TABLES = ("pools", "clients")
+TABLES = ("pools", "clients", "mounts")
 """What can be shown; Tab goes from one to the next."""
 
-_STATES = {"on": "green", "unserved": "dim", "frozen": "cyan", "off": "yellow"}
+_STATES = {
+    "on": "green",
+    "unserved": "dim",
+    "frozen": "cyan",
+    "off": "yellow",
+    "aside": "yellow",
+    "no pool": "dim",
+}
 _OPERATIONS = {
     "put_stored": "put",
     "put_refused": "put, refused",
@@ -46,6 +54,11 @@ class View:
     paused: bool = False
     help: bool = False
 
+    @property
+    def of_mounts(self) -> bool:
+        """Whether mounts are shown, which have to be asked."""
+        return TABLES[self.table] == "mounts"
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -60,6 +73,8 @@ class Frame:
     now: Look
     pressure_before: Pressure
     pressure: Pressure
+    mounts: Looks = UNASKED
+    """What mounts have told, if anybody asked."""
 
 
 def draw(frame: Frame, view: View, width: int, height: int | None, blocks: bool = True) -> RenderableType:
@@ -78,19 +93,34 @@ def draw(frame: Frame, view: View, width: int, height: int | None, blocks: bool 
     foot: list[RenderableType] = [] if height is None else [_keys(view)]
     if view.help:
         return Group(*head, _help(), *foot)
+    wide = width >= WIDE_COLUMNS
     if TABLES[view.table] == "clients":
         lines = _table(clients(frame.before, frame.now), CLIENTS, CLIENTS, view, width, room)
+    elif TABLES[view.table] == "mounts":
+        found = mount_rows(frame.mounts)
+        nothing = "no mounts: make one with 'tmem mount'" if frame.mounts[1] else "asking the mounts"
+        lines = _table(found, MOUNTS, MOUNTS if wide else MOUNTS[:-1], view, width, room, nothing)
     else:
-        wide = POOLS if width >= WIDE_COLUMNS else POOLS[:-1]
-        lines = _table(rows(frame.before, frame.now), POOLS, wide, view, width, room)
+        drawn = POOLS if wide else POOLS[:-1]
+        lines = _table(rows(frame.before, frame.now), POOLS, drawn, view, width, room)
     return Group(*head, *lines, *foot)
 
 
 def sorting_keys(view: View) -> list[str]:
     """Return the keys that sort the table which is shown, in the order of its columns."""
-    if TABLES[view.table] == "clients":
-        return [column.key for column in CLIENTS]
-    return [column.key for column in POOLS]
+    keys = {
+        "pools": [column.key for column in POOLS],
+        "clients": [column.key for column in CLIENTS],
+        "mounts": [column.key for column in MOUNTS],
+    }
+    return keys[TABLES[view.table]]
+
+
+def lines_of(frame: Frame, view: View) -> int:
+    """Return how many lines the table has that is shown, those included that have no room."""
+    if TABLES[view.table] == "mounts":
+        return len(mount_rows(frame.mounts))
+    return len(frame.now.times if TABLES[view.table] == "clients" else frame.now.pools)
 
 
 def ordered(found: Sequence[L], columns: Sequence[Column[L]], view: View) -> list[L]:
@@ -207,6 +237,7 @@ def _table(
     view: View,
     width: int,
     room: int | None,
+    nothing: str = "no clients yet: add one with 'tmem swap add' or 'tmem mount'",
 ) -> list[RenderableType]:
     """Return the table and what is to be said below it; `drawn` are the `columns` that have room."""
     wide = width >= WIDE_COLUMNS
@@ -226,7 +257,7 @@ def _table(
     lines = ordered(found, columns, view)
     shown = lines if room is None else lines[view.first : view.first + room]
     for row in shown:
-        cells: list[RenderableType] = [column.text(row) for column in drawn]
+        cells: list[RenderableType] = [Text(column.text(row)) for column in drawn]  # a path may have brackets
         state = Text(row.state, style=_STATES.get(row.state, "bold red"))
         if wide:
             cells.insert(1, state)
@@ -235,7 +266,7 @@ def _table(
         table.add_row(*cells, style="red" if row.trouble else "")
     below: list[RenderableType] = [table]
     if not lines:
-        below.append(Text("no clients yet: add one with 'tmem swap add' or 'tmem mount'", style="dim"))
+        below.append(Text(nothing, style="dim"))
     elif len(shown) < len(lines):
         last = view.first + len(shown)
         below.append(Text(f"{view.first + 1} to {last} of {len(lines)}", style="dim"))
@@ -265,12 +296,12 @@ def _keys(view: View) -> Text:
 
 
 def _help() -> Text:
-    return Text(
-        "The letter that is underlined in a heading sorts by that column; again, the other way round.\n"
-        "Left and right go from column to column, up and down through the lines.\n"
-        "Tab changes the table. PUT50: half of the puts took no longer, MISS99: of the misses.\n"
-        "Times are those of every 64th operation; a quantile is right within a factor of two.\n"
-        "Pressure: some and all of what runs waits for it, in the last ten seconds (PSI).\n"
-        "DATA is without compression. Of a shared pool every sharer has a line.\n"
+    return Text(  # more than seven lines have no room in a terminal of 24
+        "An underlined letter sorts by that column; again, the other way round. Left and\n"
+        "right go from column to column, up and down through the lines; Tab to the next\n"
+        "table. PUT50: half of the puts took no longer; times are of every 64th operation,\n"
+        "within a factor of two. DATA is without compression; every sharer of a pool has a\n"
+        "line. POOL/s and LOWER/s are bytes, MISS/s pages, ERRORS reads of the lower that\n"
+        "failed. Pressure: some and all wait for it, in the last ten seconds (PSI).\n"
         "Any key goes back."
     )
