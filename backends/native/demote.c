@@ -226,7 +226,6 @@ static int promote_one(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const sl
     struct content what = {.kind = block_kind(header), .length = block_length(header), .payload = (const uint8_t *)(b + 1)};
     rc = slot_store(ctx, pool, slot, &what, KEEP_OLD, &word);
     if (rc == TM_OK) { /* nobody put anything */
-        atomic_fetch_add_explicit(&ctx->seg->pools[pool].promoted, 1, memory_order_relaxed);
         count(ctx->seg, pool, C_FETCHED, 1);
         count(ctx->seg, pool, C_STORED, UINT64_MAX);
         count(ctx->seg, pool, C_REPLACED, UINT64_MAX);

@@ -43,9 +43,10 @@ uint32_t object_find(struct tm_segment *seg, uint32_t pool, const uint64_t oid[3
     return find_in(seg, bucket_of(seg, object_hash(pool, oid)), pool, oid);
 }
 
-static void one_more(_Atomic int64_t *now, _Atomic int64_t *most)
+static void one_more(struct tm_ctx *ctx, _Atomic int64_t *now, _Atomic int64_t *most)
 {
     int64_t n = atomic_fetch_add(now, 1) + 1;
+    note_change(ctx);
     if (n > atomic_load_explicit(most, memory_order_relaxed))
         atomic_store_explicit(most, n, memory_order_relaxed);
 }
@@ -67,7 +68,7 @@ static int link_unit(struct tm_ctx *ctx, struct tm_object *o, _Atomic uint32_t *
         atomic_store_explicit(parent, atomic_load(&rec->meta_new), memory_order_release);
         KP(21);
         atomic_store(&rec->meta_new, 0);
-        one_more(&ctx->seg->pools[o->pool].nodes, &ctx->seg->pools[o->pool].nodes_most);
+        one_more(ctx, &ctx->seg->pools[o->pool].nodes, &ctx->seg->pools[o->pool].nodes_most);
     }
     lock_drop(shard);
     if (rc != TM_OK)
@@ -109,7 +110,7 @@ static int object_create(struct tm_ctx *ctx, uint32_t pool, const uint64_t oid[3
         atomic_store_explicit(bucket, ref, memory_order_release);
         KP(23);
         atomic_store(&ctx->rec->meta_new, 0);
-        one_more(&seg->pools[pool].objects, &seg->pools[pool].objects_most);
+        one_more(ctx, &seg->pools[pool].objects, &seg->pools[pool].objects_most);
     }
     lock_drop(shard_of(seg, hash));
     if (other)

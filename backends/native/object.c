@@ -177,6 +177,9 @@ static bool kill_dying(struct tm_ctx *ctx)
             unlink_locked(seg, ref);
             atomic_fetch_sub(&seg->pools[o->pool].objects, 1);
             atomic_fetch_sub(&seg->pools[o->pool].nodes, object_units(seg, o));
+            if (!MUTANT(26))
+                note_change(ctx);
+            KP(24);
         }
         atomic_store(&o->state, killed ? 3 : 1);
         lock_drop(shard);
@@ -207,8 +210,7 @@ static bool object_kill(struct tm_ctx *ctx, uint32_t ref)
     return mine && kill_dying(ctx);
 }
 
-/* Free the doomed objects, after everybody who could still look at them has gone. False: not yet. */
-static bool object_finish(struct tm_ctx *ctx)
+bool object_finish(struct tm_ctx *ctx)
 {
     uint32_t ref;
     if (!atomic_load(&ctx->rec->doomed))
@@ -229,19 +231,16 @@ static bool object_finish(struct tm_ctx *ctx)
     return true;
 }
 
-bool object_repair(struct tm_ctx *ctx)
+void object_repair(struct tm_ctx *ctx)
 {
     uint32_t ref = atomic_load(&ctx->rec->dying);
-    if (ref) {
-        struct tm_object *o = meta_at(ctx->seg, ref);
-        if (atomic_load(&o->state) >= 2 && o->owner == ctx->index + 1) {
-            op_begin(ctx);
-            kill_dying(ctx);
-            op_end(ctx);
-        }
-        atomic_store(&ctx->rec->dying, 0);
-    }
-    return object_finish(ctx);
+    if (!ref)
+        return;
+    struct tm_object *o = meta_at(ctx->seg, ref);
+    KP(38);
+    if (atomic_load(&o->state) >= 2 && o->owner == ctx->index + 1)
+        kill_dying(ctx);
+    atomic_store(&ctx->rec->dying, 0);
 }
 
 uint32_t object_at(struct tm_segment *seg, uint32_t pool, uint32_t c, uint32_t bit)

@@ -108,7 +108,6 @@ static void pool_make(struct tm_segment *seg, uint32_t pool, const struct pool_w
     atomic_store(&p->nodes_most, 0);
     for (unsigned k = 0; k < C_NCOUNTERS; k++)
         atomic_store(&p->counters[k], 0);
-    atomic_store(&p->promoted, 0);
     atomic_fetch_add(&p->serial, 1);
 }
 

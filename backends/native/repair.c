@@ -219,13 +219,17 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
             chunk_requeue(ctx, c);
         atomic_store(intent, 0);
     }
-    /* What is left waits for grace periods: the dead thread's operation ends first, or two repairers would each
+    /* What is left then waits for grace periods: the dead thread's operation ends first, or two repairers would each
      * wait for the record that the other one holds. */
+    if (done && !MUTANT(27))
+        object_repair(ctx); /* may take off the sums again what was taken off: who recounts waits for that */
     if (done && (atomic_load(&rec->op) & 1))
         atomic_fetch_add(&rec->op, 1);
+    if (done && MUTANT(27))
+        object_repair(ctx);
     if (atomic_load(&rec->fetching) & 1)
         atomic_fetch_add(&rec->fetching, 1);
-    done = done && chunk_free_busy(ctx, index) && object_repair(ctx);
+    done = done && chunk_free_busy(ctx, index) && object_finish(ctx);
     ctx->rec = saved;
     ctx->index = saved_index;
     return done;
@@ -284,103 +288,134 @@ static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
     return t;
 }
 
-/* Everything that a commit counts, once each. Equal before and after means that no page came or went. */
+/* Grows with every change of what the sums sum up. Equal before and after means that nobody who lives has counted one,
+ * that no pool or client came in the place of another, and that nobody corrected the sums. No part of it ever shrinks. */
 static uint64_t commits(struct tm_segment *seg)
 {
-    uint64_t sum = 0;
+    uint64_t sum = !MUTANT(23) * atomic_load(&seg->super->recounts);
+    uint32_t n = atomic_load(&seg->super->nthreads);
+    for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
+        sum += atomic_load(&seg->pools[p].serial);
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        sum += atomic_load(&seg->clients[i].serial);
+    for (uint32_t i = 0; i < n; i++)
+        sum += atomic_load_explicit(&seg->threads[i].changes, memory_order_acquire);
+    return sum;
+}
+
+struct sums {
+    struct tally pools[TM_MAX_POOLS];
+    int64_t used[TM_NACCOUNTS], ephemeral[TM_NACCOUNTS];
+};
+
+/* What is there. */
+static void find(struct tm_ctx *ctx, struct sums *found)
+{
+    struct tm_segment *seg = ctx->seg;
+    memset(found, 0, sizeof *found);
+    for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
+        if (atomic_load(&seg->pools[p].state))
+            found->pools[p] = tally_pool(seg, p);
+    KP(34);
+    op_begin(ctx); /* what is walked cannot be freed */
+    tally_objects(seg, found->pools);
+    op_end(ctx);
+    for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
+        found->used[account_of(p)] += found->pools[p].bytes;
+        found->ephemeral[account_of(p)] += seg->pools[p].persistent ? 0 : found->pools[p].pages;
+    }
+}
+
+/* From what was found to what the sums lack of it. */
+static void subtract_locked(struct tm_segment *seg, struct sums *lack)
+{
+    for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
+        const struct tm_pool *pool = &seg->pools[p];
+        struct tally *t = &lack->pools[p];
+        t->pages -= pool->pages;
+        t->fill -= pool->fill_pages;
+        t->raw -= pool->raw_pages;
+        t->tier -= pool->tier_pages;
+        t->twin -= pool->twin_pages;
+        t->bytes -= pool->bytes;
+        t->objects -= pool->objects;
+        t->nodes -= pool->nodes;
+    }
+    for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
+        lack->used[a] -= seg->clients[a].used_bytes;
+        lack->ephemeral[a] -= seg->clients[a].ephemeral;
+    }
+}
+
+/* Operations that began meanwhile keep their count: the difference is added. */
+static void add_locked(struct tm_segment *seg, const struct sums *lack)
+{
+    atomic_fetch_add(&seg->super->recounts, 1); /* first: who read the sums before, or dies here, is found out */
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         struct tm_pool *pool = &seg->pools[p];
+        const struct tally *t = &lack->pools[p];
         if (!atomic_load(&pool->state))
             continue;
-        sum += pool->counters[C_STORED] + pool->counters[C_PUT_FLUSHED] + pool->counters[C_FLUSHED]
-               + pool->counters[C_EVICTIONS] + pool->counters[C_TAKEN] + pool->counters[C_CORRUPT]
-               + pool->counters[C_DROPPED] + pool->counters[C_DEMOTED] + pool->promoted;
+        KP(35);
+        pool->pages += t->pages;
+        pool->fill_pages += t->fill;
+        pool->raw_pages += t->raw;
+        pool->tier_pages += t->tier;
+        pool->twin_pages += t->twin;
+        pool->bytes += t->bytes;
+        pool->objects += t->objects;
+        pool->nodes += t->nodes;
     }
-    /* Pages that are moved, or stored in another form, are counted by no pool, and change its bytes. */
-    uint32_t n = atomic_load(&seg->super->nthreads);
-    for (uint32_t i = 0; i < n; i++)
-        sum += atomic_load_explicit(&seg->threads[i].swaps, memory_order_relaxed);
-    /* Another reaper's correction: what it has added, for a death since we looked, must not be taken back. */
-    return sum + !MUTANT(23) * atomic_load(&seg->super->recounts);
+    for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
+        struct tm_client *c = &seg->clients[a];
+        if (a < TM_MAX_CLIENTS && !atomic_load(&c->state))
+            continue;
+        c->used_bytes += lack->used[a];
+        c->ephemeral += lack->ephemeral[a];
+    }
+}
+
+/* Compare what is there with the sums, and correct those. False: somebody changed something meanwhile. Each step is
+ * where it is for a reason: docs/concurrency.md, "The sums". */
+static bool try_recount(struct tm_ctx *ctx)
+{
+    static _Thread_local struct sums lack;
+    struct tm_segment *seg = ctx->seg;
+    uint64_t before = commits(seg);
+    if (!grace(ctx, 100) || commits(seg) != before)
+        return false;
+    find(ctx, &lack);
+    KP(37);
+    struct tm_lock *lock = MUTANT(25) ? NULL : control_lock(seg);
+    if (!MUTANT(24))
+        subtract_locked(seg, &lack);
+    if (lock)
+        lock_drop(lock);
+    bool still = grace(ctx, 100);
+    KP(36);
+    lock = control_lock(seg);
+    if (MUTANT(16))
+        lock_drop(lock);
+    still = still && commits(seg) == before;
+    if (MUTANT(24))
+        subtract_locked(seg, &lack);
+    if (still)
+        add_locked(seg, &lack);
+    if (!MUTANT(16))
+        lock_drop(lock);
+    return still;
 }
 
 void recount(struct tm_ctx *ctx)
 {
     struct tm_segment *seg = ctx->seg;
-    static const unsigned tries = 3;
+    static const unsigned tries = 3; /* under load they fail, and the next reaper tries again */
     for (unsigned i = 0; i < tries && atomic_load(&seg->super->recount); i++) {
-        /* A thread may have committed and not yet counted, so an operation that was running must end on either
-         * side of the scan; under load this fails and the next reaper tries again. */
         if (!MUTANT(15))
             atomic_store(&seg->super->recount, 0); /* first: a death from here on is seen by the next one */
-        uint64_t before = commits(seg);
-        if (!grace(ctx, 100) || commits(seg) != before) {
+        if (!try_recount(ctx))
             atomic_store(&seg->super->recount, 1);
-            continue;
-        }
-        int64_t used[TM_NACCOUNTS] = {0}, ephemeral[TM_NACCOUNTS] = {0};
-        static _Thread_local struct tally found[TM_MAX_POOLS];
-        memset(found, 0, sizeof found);
-        static _Thread_local struct tally held[TM_MAX_POOLS];
-        int64_t held_used[TM_NACCOUNTS], held_ephemeral[TM_NACCOUNTS];
-        for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
-            if (atomic_load(&seg->pools[p].state))
-                found[p] = tally_pool(seg, p);
-        KP(34);
-        op_begin(ctx); /* what is walked cannot be freed */
-        tally_objects(seg, found);
-        op_end(ctx);
-        bool still = grace(ctx, 100);
-        KP(36);
-        /* Two reapers that add the same difference would put the sums off again: one at a time, and each looks at what
-         * they are then. */
-        struct tm_lock *lock = control_lock(seg);
-        if (MUTANT(16))
-            lock_drop(lock);
-        /* Before the last look at what was committed: an operation that ended after it must not be taken back. */
-        for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
-            struct tm_pool *pool = &seg->pools[p];
-            held[p] = (struct tally){pool->pages, pool->fill_pages, pool->raw_pages, pool->tier_pages, pool->twin_pages,
-                                     pool->bytes, pool->objects,    pool->nodes};
-        }
-        for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
-            held_used[a] = seg->clients[a].used_bytes;
-            held_ephemeral[a] = seg->clients[a].ephemeral;
-        }
-        if (!still || commits(seg) != before) {
-            if (!MUTANT(16))
-                lock_drop(lock);
-            atomic_store(&seg->super->recount, 1);
-            continue;
-        }
-        atomic_fetch_add(&seg->super->recounts, 1);
-        for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
-            struct tm_pool *pool = &seg->pools[p];
-            if (!atomic_load(&pool->state))
-                continue;
-            KP(35);
-            /* Add the difference: operations that began meanwhile keep their count. */
-            pool->pages += found[p].pages - held[p].pages;
-            pool->fill_pages += found[p].fill - held[p].fill;
-            pool->raw_pages += found[p].raw - held[p].raw;
-            pool->tier_pages += found[p].tier - held[p].tier;
-            pool->twin_pages += found[p].twin - held[p].twin;
-            pool->bytes += found[p].bytes - held[p].bytes;
-            pool->objects += found[p].objects - held[p].objects;
-            pool->nodes += found[p].nodes - held[p].nodes;
-            used[account_of(p)] += found[p].bytes;
-            ephemeral[account_of(p)] += pool->persistent ? 0 : found[p].pages;
-        }
-        for (uint32_t a = 0; a < TM_NACCOUNTS; a++) {
-            struct tm_client *c = &seg->clients[a];
-            if (a < TM_MAX_CLIENTS && !atomic_load(&c->state))
-                continue;
-            c->used_bytes += used[a] - held_used[a];
-            c->ephemeral += ephemeral[a] - held_ephemeral[a];
-        }
-        if (MUTANT(15))
+        else if (MUTANT(15))
             atomic_store(&seg->super->recount, 0);
-        if (!MUTANT(16))
-            lock_drop(lock);
     }
 }

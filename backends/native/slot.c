@@ -115,8 +115,9 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
         atomic_store(&ctx->seg->super->recount, 1);
     }
     account(ctx->seg, pool, &sum);
-    atomic_store_explicit(&ctx->rec->swaps, atomic_load_explicit(&ctx->rec->swaps, memory_order_relaxed) + !MUTANT(17),
-                          memory_order_relaxed);
+    KP(47);
+    if (!MUTANT(17))
+        note_change(ctx);
     if (block)
         block_free_old(ctx);
     else if (slot_type(*old) == SLOT_TWIN && !atomic_load_explicit(&ctx->seg->super->orphans, memory_order_relaxed))

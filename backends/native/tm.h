@@ -267,8 +267,7 @@ struct tm_pool {
     _Atomic int64_t twin_pages; /* kept in their originals */
     _Atomic int64_t bytes;
     _Atomic uint64_t counters[C_NCOUNTERS];
-    _Atomic uint64_t promoted; /* pages that came back from a tier by no put: the recount must see them */
-    uint8_t spare[320 - 144 - 8 * C_NCOUNTERS];
+    uint8_t spare[320 - 136 - 8 * C_NCOUNTERS];
 };
 
 /* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
@@ -292,7 +291,7 @@ struct tm_thread {
     _Atomic uint32_t meta_old;  /* unlinked, perhaps not yet freed */
     _Atomic uint32_t dying;     /* object whose slots we are killing */
     _Atomic uint32_t doomed;    /* list of unlinked objects that wait for a grace period to be freed */
-    _Atomic uint64_t swaps;     /* slots that it has replaced, ever: the recount must see them */
+    _Atomic uint64_t changes;   /* of the sums that it has made, ever: the recount must see them; counted behind those */
 };
 
 struct tm_bin {
@@ -574,7 +573,8 @@ int64_t object_units(struct tm_segment *seg, struct tm_object *o); /* leaves and
 uint32_t object_at(struct tm_segment *seg, uint32_t pool, uint32_t c, uint32_t bit); /* inside an operation; 0: none */
 void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t user); /* flush its objects; `user` 0: of everybody */
 void pool_unmark(struct tm_ctx *ctx, uint32_t pool); /* nothing has been exported */
-bool object_repair(struct tm_ctx *ctx); /* finish what a dead thread was destroying; false: not yet */
+void object_repair(struct tm_ctx *ctx); /* go on with the object that a dead thread was destroying, in its operation */
+bool object_finish(struct tm_ctx *ctx); /* free the doomed objects, when nobody can look at them any more; false: not yet */
 unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most); /* outside operations */
 bool pool_sweep(struct tm_ctx *ctx, uint32_t pool); /* outside operations: destroy all objects of a dying pool */
 static inline uint32_t unit_slots(unsigned kind) { return kind == UNIT_TINY ? 16 : kind == UNIT_SMALL ? 64 : 512; }
@@ -844,6 +844,13 @@ static inline void look_for_empty(struct tm_segment *seg)
 static inline void count(struct tm_segment *seg, uint32_t pool, unsigned counter, uint64_t n)
 {
     atomic_fetch_add_explicit(&seg->pools[pool].counters[counter], n, memory_order_relaxed);
+}
+
+/* Behind a change of the sums, inside the operation that made it. */
+static inline void note_change(struct tm_ctx *ctx)
+{
+    _Atomic uint64_t *changes = &ctx->rec->changes;
+    atomic_store_explicit(changes, atomic_load_explicit(changes, memory_order_relaxed) + 1, memory_order_release);
 }
 
 /* Kill points: named instants between stores that matter. Nothing in the product's build. */

@@ -12,15 +12,31 @@ static int64_t put_two(struct world *w, struct actor *a) { (void)a; return put(&
 static int64_t put_three(struct world *w, struct actor *a) { (void)a; return put(&w->pool, 1, 3); }
 static int64_t flush_one(struct world *w, struct actor *a) { (void)a; return tm_flush(&w->pool, oid, 1, 1); }
 
-/* Register as a thread, wait at point 99, then put page 1's first version as page 2: a block of the same size. */
-static int64_t put_twin(struct world *w, struct actor *a)
+/* Register as a thread, wait at point 99, and stop at that point then. */
+static void wait_first(struct world *w, struct actor *a, uint32_t point)
 {
     uint8_t page[TM_PAGE];
     tm_get(&w->pool, oid, 9, page, 1);
     kill_point(99);
-    atomic_store(&a->point, 44);
+    atomic_store(&a->point, point);
     atomic_store(&a->reached, 0);
     atomic_store(&a->go, 0);
+}
+
+/* Let an actor that is in wait_first go on to its next point. */
+static void go_on(int i)
+{
+    atomic_store(&actors[i].go, 1);
+    while (atomic_load(&actors[i].go))
+        nap();
+    at_point(i);
+}
+
+/* Put page 1's first version as page 2, when it is told to: a block of the same size. */
+static int64_t put_twin(struct world *w, struct actor *a)
+{
+    uint8_t page[TM_PAGE];
+    wait_first(w, a, 44);
     page_make(page, 5001, 2654435761u);
     return tm_put(&w->pool, oid, 2, page, 1, KEEP_OLD);
 }
@@ -83,10 +99,7 @@ static void freed_and_reused(struct world *w)
     pid_t a = start(0, flush_one, 6, 0);
     at_point(0);
     die(a);
-    atomic_store(&actors[1].go, 1);
-    while (atomic_load(&actors[1].go))
-        nap();
-    at_point(1); /* it took the lock over from the dead, and has B */
+    go_on(1); /* it took the lock over from the dead, and has B */
     uint64_t dead = 0, living = 0;
     for (uint32_t i = 0; i < TM_MAX_THREADS; i++) {
         dead = w->seg->threads[i].old_block ? w->seg->threads[i].old_block : dead;
@@ -284,6 +297,7 @@ static void die_uncounted(void)
  * is not in the sums that the reaper found, so somebody must count again. */
 static void death_beside_recount(struct world *w)
 {
+    put(&w->pool, 2, 1); /* the leaf exists: it would be counted */
     atomic_store(&w->seg->super->recount, 1);
     pid_t reaper = start(0, reap, 34, 0);
     at_point(0);
@@ -296,6 +310,7 @@ static void death_beside_recount(struct world *w)
 /* The same, and another reaper has corrected the sums before: the first one must not take that back. */
 static void recount_beside_recount(struct world *w)
 {
+    put(&w->pool, 2, 1);
     atomic_store(&w->seg->super->recount, 1);
     pid_t reaper = start(0, reap, 34, 0);
     at_point(0);
@@ -332,6 +347,80 @@ static void two_recounts(struct world *w)
     check(w);
 }
 
+/* A flush is between its change of the sums and its count of it when a reaper, which has waited for all who were in an
+ * operation, comes to correct the sums: nothing of the flush may be taken back. */
+static void uncounted_beside_recount(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    atomic_store(&w->seg->super->recount, 1);
+    pid_t reaper = start(0, reap, 36, 0);
+    at_point(0);
+    pid_t flusher = start(1, flush_one, 47, 0);
+    at_point(1);
+    finish(0, reaper);
+    finish(1, flusher);
+    check(w);
+}
+
+/* A reaper has looked at objects and not yet at the sums when an empty object goes, which no page's change shows. */
+static void object_beside_recount(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    tm_flush_object(&w->pool, oid);
+    atomic_store(&w->seg->super->emptied, 0); /* so that the reaper itself does not look for it */
+    atomic_store(&w->seg->super->look, 0);
+    atomic_store(&w->seg->super->recount, 1);
+    pid_t reaper = start(0, reap, 37, 0);
+    at_point(0);
+    expect(object_reap_empty(ctx_get(w->seg), 100) == 1, "the object did not go");
+    finish(0, reaper);
+    check(w);
+}
+
+/* Count again, when told to, and stop at `point` of that. */
+static int64_t reap_later(struct world *w, struct actor *a, uint32_t point)
+{
+    wait_first(w, a, point);
+    return reap(w, a);
+}
+static int64_t reap_to_37(struct world *w, struct actor *a) { return reap_later(w, a, 37); }
+static int64_t reap_to_38(struct world *w, struct actor *a) { return reap_later(w, a, 38); }
+
+/* A reaper has begun to correct the sums when another one looks at them: that one must see them corrected. */
+static void recount_in_recount(struct world *w)
+{
+    pid_t second = start(2, reap_to_37, 99, 0);
+    at_point(2);
+    die_uncounted();
+    pid_t first = start(0, reap, 35, 0);
+    at_point(0);
+    atomic_store(&w->seg->super->recount, 1); /* another death, so that two count */
+    go_on(2);
+    atomic_store(&actors[2].go, 1);
+    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
+        nap();
+    finish(0, first);
+    finish(2, second);
+    check(w);
+}
+
+/* A thread dies when it has taken an object off the sums and not noted that; whoever repairs it does so again. A reaper
+ * that counts in between must not be the last one. */
+static void recount_beside_repair(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    tm_flush_object(&w->pool, oid);
+    pid_t repairer = start(1, reap_to_38, 99, 0);
+    at_point(1);
+    pid_t killer = start(0, reap_empty, 24, 0);
+    at_point(0);
+    die(killer);
+    go_on(1);
+    tm_reap(ctx_get(w->seg));
+    finish(1, repairer);
+    check(w);
+}
+
 /* Pages are stored smaller after a reaper has looked at them. */
 static void recode_beside_recount(struct world *w)
 {
@@ -356,7 +445,9 @@ static const struct scenario scenarios[] = {
     {"export_and_put", export_and_put},           {"put_and_freeze", put_and_freeze},
     {"death_beside_recount", death_beside_recount}, {"death_in_recount", death_in_recount},
     {"recount_beside_recount", recount_beside_recount}, {"two_recounts", two_recounts},
-    {"recode_beside_recount", recode_beside_recount},
+    {"recode_beside_recount", recode_beside_recount}, {"uncounted_beside_recount", uncounted_beside_recount},
+    {"object_beside_recount", object_beside_recount}, {"recount_in_recount", recount_in_recount},
+    {"recount_beside_repair", recount_beside_repair},
 };
 
 int main(int argc, char **argv)
