@@ -18,11 +18,12 @@ import trio
 from tmem.backends.processes import start_ticks
 from tmem.errors import TmemError
 from tmem.fs import device, memory, mounts, restart
+from tmem.fs.caching import CacheRule
 from tmem.fs.device import Device
 from tmem.fs.fanotify import Events
 from tmem.fs.lastresort import LastResort
 from tmem.fs.loop import Readers
-from tmem.fs.options import Cache, Loop, Passthrough, Watching
+from tmem.fs.options import Loop, Passthrough, Watching
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.plan import Plan
 from tmem.fs.precache import Precache
@@ -31,30 +32,6 @@ from tmem.fs.restart import Restarter
 from tmem.fs.state import SavedRestarts
 
 log = logging.getLogger(__name__)
-
-
-class CacheRule:
-    """Which files the kernel caches itself; settled once the kernel's abilities are known.
-
-    direct_io is the default wherever such files can be mapped shared (kernel 6.6+): pages are then kept once,
-    in the pool. On older kernels mmap would fail with ENODEV on direct_io files, so there the kernel caches
-    unless told otherwise. Reads of 1 MiB, sequential, client and daemon on one CPU, kernel 6.18, relative to
-    bindfs in the same run: direct 1.1 to 1.4 from the pool; kernel 0.6 from the pool and 4 from its own copy.
-    Opening and reading small files: direct 0.4, kernel 0.55. So cache=kernel suits small hot sets and spare
-    RAM.
-    """
-
-    def __init__(self, wanted: Cache) -> None:
-        self._wanted = wanted
-        self._cached = wanted is not Cache.DIRECT
-
-    def settle(self, direct_mmap: bool) -> None:
-        """Decide, knowing whether files with direct_io can be mapped shared."""
-        self._cached = self._wanted is Cache.KERNEL or (self._wanted is Cache.AUTO and not direct_mmap)
-
-    def __call__(self, status: os.stat_result) -> bool:
-        """Say whether the kernel caches the file with this status."""
-        return self._cached
 
 
 class Server:

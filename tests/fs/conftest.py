@@ -90,6 +90,8 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
         lower.mkdir(exist_ok=True)
         if mounts.top_mount(str(point)) is None:
             point.mkdir(exist_ok=True)
+        if "cache=" not in options:  # that reads come to the daemon does not hang on this machine's memory
+            options = f"{options},cache=direct".removeprefix(",")
         parsed = MountOptions.parse([options], str(point))
         pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of(segment), successor)
         places.append(Place(lower, point, pid))
