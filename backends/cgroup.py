@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmem.backends import procfiles
+
 LIMIT_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}
 """The file with the limit of a group, by version."""
 USAGE_FILES = ("memory.usage_in_bytes", "memory.current")
@@ -158,7 +160,7 @@ def memory_limit(proc: Path = Path("/proc"), pid: int | str = "self") -> MemoryL
 def _groups(proc: Path, pid: int | str) -> list[tuple[str, str]]:
     """Return (controllers, group path) per hierarchy; controllers is empty for v2."""
     try:
-        lines = (proc / str(pid) / "cgroup").read_text().splitlines()
+        lines = procfiles.lines(proc / str(pid) / "cgroup")
     except OSError:
         return []
     return [(fields[1], fields[2]) for line in lines if len(fields := line.split(":", 2)) == 3]
@@ -168,12 +170,12 @@ def _hierarchies(proc: Path) -> dict[str, _Hierarchy]:
     """Return the mounted hierarchies that can limit memory: "memory" for v1, "" for v2."""
     found: dict[str, _Hierarchy] = {}
     try:
-        lines = (proc / "self" / "mountinfo").read_text().splitlines()
+        lines = procfiles.lines(proc / "self" / "mountinfo")
     except OSError:
         return found
     for line in lines:
         before, separator, after = line.partition(" - ")
-        fields, source = before.split(), after.split()
+        fields, source = before.split(" "), after.split(" ")
         if not separator or len(fields) < 5 or len(source) < 3:
             continue
         if source[0] == "cgroup2":

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmem.backends import procfiles
+
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
 MLOCK_ONFAULT = 1
 _UNUSED_BSS_BYTES = 64 << 20
@@ -90,7 +92,7 @@ def lock_process(
     Never raises for what the kernel refuses: the report says it. OSError if there is no file `segment`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    mappings = parse_maps(Path("/proc/self/maps").read_text(encoding="utf-8"))
+    mappings = parse_maps("\n".join(procfiles.lines(Path("/proc/self/maps"))))
     refused: list[str] = []
 
     def lock(mapping: Mapping, flags: int) -> int:
@@ -124,12 +126,12 @@ def _file(path: Path) -> tuple[int, int, int]:
 def swappable(path: Path, mountinfo: str | None = None) -> bool:
     """Return whether the kernel may swap out the pages of the file at `path`: on tmpfs without ``noswap``."""
     if mountinfo is None:
-        mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
+        mountinfo = os.fsdecode(procfiles.MOUNTS.read_bytes())
     best = (-1, False)
-    for line in mountinfo.splitlines():
+    for line in procfiles.lines_of(mountinfo):
         left, _, right = line.partition(" - ")
-        mount_point = Path(_unescape(left.split()[4]))
-        file_system, _source, *options = right.split()
+        mount_point = Path(_unescape(left.split(" ")[4]))
+        file_system, _source, *options = right.split(" ")
         with contextlib.suppress(ValueError):
             depth = len(path.relative_to(mount_point).parts)
             on_tmpfs = file_system == "tmpfs" and "noswap" not in (options[0] if options else "").split(",")

@@ -49,7 +49,7 @@ class Process:
 def start_ticks(pid: int) -> int | None:
     """Return the start time of the running process `pid`, or None if there is none or it is a zombie."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = os.fsdecode(Path(f"/proc/{pid}/stat").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # the command before it may contain anything

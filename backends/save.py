@@ -194,7 +194,7 @@ def _check_target(path: Path, force: bool) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise SaveFileError(f"{path} cannot be written: {error.strerror}") from error
+        raise SaveFileError(f"{path} cannot be written ({error.strerror}): give another name") from error
     if not stat.S_ISREG(status.st_mode):
         raise SaveFileError(f"{path} is no ordinary file: give another name, or - for standard output")
     if not force:
@@ -207,8 +207,14 @@ def _open_partial(partial: Path) -> int:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(partial, flags, 0o600)
+        except FileNotFoundError:
+            raise SaveFileError(
+                f"there is no directory {partial.parent}: make it, or give another name"
+            ) from None
         except OSError as error:
-            raise SaveFileError(f"{partial} cannot be written: {error.strerror}") from error
+            raise SaveFileError(
+                f"{partial} cannot be written ({error.strerror}): give another name"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = os.fstat(descriptor)

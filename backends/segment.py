@@ -9,13 +9,14 @@ from any thread; `prepare_runtime_dir` takes a lock, so two processes at once mo
 import errno
 import fcntl
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tmem.backends import cgroup
+from tmem.backends import cgroup, procfiles
 from tmem.backends.paths import SegmentPaths, runtime_dir
 from tmem.errors import SegmentError
 from tmem.types import SizeRange, format_size
@@ -113,13 +114,20 @@ def attach(name: str) -> "_native.Segment":
     """Attach the segment called `name`. Raises `SegmentError` if it is missing, not ours or damaged."""
     paths = SegmentPaths.of(name)
     try:
-        status = paths.segment.stat()
+        status = paths.segment.lstat()
     except FileNotFoundError:
         raise SegmentError(
             f"there is no segment {name!r}: create it with 'tmem --name {name} start -d'"
         ) from None
     except OSError as error:
-        raise SegmentError(f"cannot reach {paths.segment}: {error.strerror}") from error
+        raise SegmentError(
+            f"cannot reach {paths.segment}: {error.strerror}; run this as the user of the segment, or look "
+            "at TMEM_RUNTIME_DIR"
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise SegmentError(
+            f"{paths.segment} is no file, and so no segment: move it away, or use another --name"
+        )
     if not os.access(paths.segment, os.R_OK | os.W_OK):
         raise SegmentError(
             f"segment {name!r} belongs to user {status.st_uid}: run this as that user or as root"
@@ -142,12 +150,16 @@ def destroy(name: str) -> None:
     paths = SegmentPaths.of(name)
     if not paths.segment.exists() and not paths.state.exists():
         raise SegmentError(f"there is no segment {name!r}: nothing to destroy")
+    if paths.segment.exists() and not stat.S_ISREG(paths.segment.lstat().st_mode):
+        raise SegmentError(f"{paths.segment} is no file, and so no segment: move it away")
     nonce = _nonce(paths.segment)
     if paths.segment.exists():
         try:
             _remove(paths.segment)
         except OSError as error:
-            raise SegmentError(f"cannot remove {paths.segment}: {error.strerror or error}") from error
+            raise SegmentError(
+                f"cannot remove {paths.segment} ({error.strerror or error}): run this as its user or as root"
+            ) from error
     if nonce is not None:
         tiering.end_all(paths, nonce)
     shutil.rmtree(paths.state, ignore_errors=True)
@@ -188,7 +200,10 @@ def prepare_state_dir(paths: SegmentPaths) -> None:
     try:
         paths.state.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise SegmentError(f"cannot make {paths.state}: {error.strerror}") from error
+        raise SegmentError(
+            f"cannot make {paths.state}: {error.strerror}; "
+            "set TMEM_RUNTIME_DIR to a directory on a tmpfs that you can write"
+        ) from error
 
 
 def prepare_runtime_dir() -> Path:
@@ -212,11 +227,11 @@ def prepare_runtime_dir() -> Path:
 def mount_options(directory: Path) -> tuple[str, frozenset[str]] | None:
     """Return (file system type, super-block options) of what is mounted on `directory` itself, or None."""
     found = None
-    wanted = str(directory)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    wanted = re.sub(r"[ \t\n\\]", lambda found: f"\\{ord(found[0]):03o}", str(directory))
+    for line in procfiles.lines(procfiles.MOUNTS):
         before, _, after = line.partition(" - ")
-        if before.split()[4].encode().decode("unicode_escape") == wanted:
-            fields = after.split()
+        if before.split(" ")[4] == wanted:
+            fields = after.split(" ")
             found = (fields[0], frozenset(fields[2].split(",")))  # the last mount is the one on top
     return found
 

@@ -54,17 +54,39 @@ def request(
         line = b""
     except OSError as error:
         raise ServiceError(
-            f"cannot reach the manager of segment {paths.name!r}: {error.strerror or error}"
+            f"cannot reach the manager of segment {paths.name!r} ({error.strerror or error}): run this as "
+            "the segment's user or as root"
         ) from error
     return _checked(line, paths.name)
 
 
+def ping(paths: SegmentPaths, timeout_s: float | None = None) -> tuple[int, dict[str, object]]:
+    """Return the manager's process id, and all that it answers. `ServiceError` as in `request`."""
+    answer = request(paths, {"op": "ping"}, timeout_s)
+    if not isinstance(pid := answer.get("pid"), int):
+        raise _not_understood(paths.name)
+    return pid, answer
+
+
+def _not_understood(name: str) -> ServiceError:
+    return ServiceError(
+        f"the manager of segment {name!r} sent no answer that this version understands: end it, and start it "
+        f"again with 'tmem --name {name} start -d'"
+    )
+
+
 def _checked(line: bytes, name: str) -> dict[str, object]:
     if not line.endswith(b"\n"):
-        raise ServiceError(f"the manager of segment {name!r} ended before it answered: start it again")
-    answer = json.loads(line)
+        raise ServiceError(
+            f"the manager of segment {name!r} ended before it answered: start it again with "
+            f"'tmem --name {name} start -d'"
+        )
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
     if not isinstance(answer, dict):
-        raise ServiceError(f"the manager of segment {name!r} sent no answer that this version understands")
+        raise _not_understood(name)
     if "error" in answer:
         raise ServiceError(str(answer["error"]))
     return answer

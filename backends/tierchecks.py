@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmem.backends import service, tiering
+from tmem.backends import procfiles, service, tiering
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import ServiceError, TmemError
 
@@ -83,7 +83,7 @@ def file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tupl
     """Return type and source of the file system that `file` lies on; empty where that cannot be told."""
     device = file.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in procfiles.lines(mounts):
         before, _, after = line.partition(" - ")
         if before.split(" ")[2] == wanted:
             kind, source, *_ = after.split(" ")

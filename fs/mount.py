@@ -64,8 +64,8 @@ def daemonise(
         os.close(reading)
         _run_daemon(lower, mountpoint, options, paths, successor, writing)
     os.close(writing)
-    with os.fdopen(reading, encoding="utf-8", errors="replace") as pipe:
-        message = pipe.read()
+    with os.fdopen(reading, "rb") as pipe:
+        message = os.fsdecode(pipe.read())
     if message != _READY:
         os.waitpid(pid, 0)
         raise AttachError(message or f"the daemon of {mountpoint} ended before it had mounted it")
@@ -95,7 +95,7 @@ def _run_daemon(
         nonlocal told
         if not told:
             told = True
-            os.write(writing, message.encode())
+            os.write(writing, os.fsencode(message))  # paths need not be UTF-8
             os.close(writing)
 
     def ready() -> None:
@@ -127,7 +127,9 @@ def check_places(lower: str, mountpoint: str) -> tuple[str, str]:
     try:
         lower = str(Path(lower).resolve(strict=True))
     except OSError as error:
-        raise AttachError(f"cannot use {lower}: {error.strerror}") from None
+        raise AttachError(
+            f"cannot use {lower}: {error.strerror}; name the directory whose files are to be cached"
+        ) from None
     mountpoint = mounts.resolve(mountpoint)
     if not Path(lower).is_dir():
         raise AttachError(f"{lower} is not a directory: name the directory whose files are to be cached")

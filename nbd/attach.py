@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tmem.backends import guarded, processes
+from tmem.backends import guarded, processes, procfiles
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.processes import Process
 from tmem.errors import AttachError
@@ -176,15 +176,14 @@ def _loops(attachment: Attachment) -> list[str]:
     names = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if backing.read_text(encoding="utf-8").rstrip("\n") == wanted:
+            if os.fsdecode(backing.read_bytes()).rstrip("\n") == wanted:
                 names.append(backing.parents[1].name)
     return names
 
 
 def _mounted(directory: Path) -> bool:
     """Return whether something is mounted there; unlike stat this does not ask a FUSE daemon that is gone."""
-    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
-    return any(line.split()[4] == str(directory) for line in text.splitlines())
+    return any(line.split(" ")[4] == str(directory) for line in procfiles.lines(procfiles.MOUNTS))
 
 
 def _warm(device: str, size_bytes: int) -> None:

@@ -14,12 +14,13 @@ nothing; `proc` is a parameter so that tests can show a machine made of files. A
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tmem.backends import cgroup, locking, meminfo, segment
+from tmem.backends import cgroup, locking, meminfo, procfiles, segment
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, SegmentError
 from tmem.nbd import contain, containment, family, server, watermarks
@@ -259,7 +260,7 @@ def oom_guard(members: Sequence[Member], proc: Path) -> Guard:
 def segment_guard(file: Path, members: Sequence[Member], proc: Path) -> Guard:
     """Say whether the kernel can swap out the pages of the segment."""
     name = "segment"
-    mounts = (proc / "self/mountinfo").read_text(encoding="utf-8")
+    mounts = os.fsdecode((proc / "self/mountinfo").read_bytes())
     if not locking.swappable(file, mounts):
         return Guard(name, State.ON, "its file system is never swapped out")
     advice = "use a kernel from 6.4 on and the run-time directory /run/tmem, or run 'tmem contain' before "
@@ -327,7 +328,7 @@ def attachment_guard(kind: str, members: Sequence[Member]) -> Guard:
 def locked_bytes(pid: int, proc: Path = Path("/proc")) -> int:
     """Return how much memory process `pid` has locked (VmLck)."""
     with contextlib.suppress(OSError):
-        for line in (proc / str(pid) / "status").read_text(encoding="utf-8").splitlines():
+        for line in procfiles.lines(proc / str(pid) / "status"):
             if line.startswith("VmLck:"):
                 return int(line.split()[1]) << 10
     return 0

@@ -61,6 +61,8 @@ def add(
     with exclusive(paths, wanted.client), attached(paths) as store, contextlib.ExitStack() as undo:
         made = _recorded(paths, wanted)
         if made is None:
+            if wanted.unix is not None:
+                server.check_socket(Path(wanted.unix))
             undo.callback(forget, paths, wanted.client)
             made = wanted
             made.save(paths)
@@ -249,9 +251,14 @@ def exclusive(paths: SegmentPaths, client: str) -> Iterator[None]:
     path = paths.state / f"swap-{client}.lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
+    except PermissionError:
         raise TmemError(
-            f"there is no segment {paths.name!r}: create it with 'tmem --name {paths.name} start -d'"
+            f"segment {paths.name!r} belongs to another user: run this as that user or as root"
+        ) from None
+    except FileNotFoundError:
+        segment.attach(paths.name).close()  # says what is wrong with it, mostly that there is none
+        raise TmemError(
+            f"{paths.state} is gone: 'tmem --name {paths.name} start -d' makes it again"
         ) from None
     try:
         try:

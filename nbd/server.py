@@ -13,6 +13,8 @@ Not for supervision (`tmem.backends.manager`). Single-threaded until the exec.
 import json
 import os
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -143,9 +145,11 @@ def serve(paths: SegmentPaths, export: Export, role: Role = "swap") -> NoReturn:
             f"the server of {export.client} runs already: stop it first, or leave it to the manager"
         )
     _check_client(paths, export.client)
-    if (socket := as_served(paths, export, role).unix) is not None:
+    if (place := as_served(paths, export, role).unix) is not None:
         # A killed server leaves its socket, and nbdkit does not bind to a name that exists.
-        Path(socket).unlink(missing_ok=True)
+        if Path(place).exists() and not Path(place).is_socket():
+            raise AttachError(f"{place} is there, and no socket: move it away")
+        Path(place).unlink(missing_ok=True)
     if export.tls_psk is not None and not os.access(export.tls_psk, os.R_OK):
         raise AttachError(f"the file of pre-shared keys {export.tls_psk} cannot be read: see --tls-psk")
     argv = arguments(paths, export, role=role)
@@ -169,6 +173,34 @@ def _check_client(paths: SegmentPaths, client: str) -> None:
             )
     finally:
         store.close()
+
+
+def check_socket(path: Path) -> None:
+    """Raise `AttachError` if a server cannot make its socket there: nothing but a dead one may be in its way.
+
+    Whoever names a file by mistake must not lose it, and who listens there must not lose their clients.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise AttachError(
+                f"there is no directory {path.parent} for the socket: make it, or give another --unix"
+            ) from None
+        return
+    except OSError as error:
+        raise AttachError(f"{path} cannot be a socket ({error.strerror}): give another --unix") from None
+    if not stat.S_ISSOCK(status.st_mode):
+        raise AttachError(f"{path} is there, and no socket: give another --unix")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except OSError:
+            pass  # somebody who is too busy, or whom we may not speak to
+    raise AttachError(f"another program listens on {path}: end it, or give another --unix")
 
 
 def running(paths: SegmentPaths, client: str, role: Role = "swap") -> Process | None:

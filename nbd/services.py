@@ -47,7 +47,10 @@ def wait_server(paths: SegmentPaths, made: Export, role: Role = "swap") -> None:
                 and _starts(paths, service_name(role, made.client)) < _HOPELESS_STARTS
             ):
                 continue
-            raise AttachError(f"{error}; the server said: {_said(paths, role, made.client)}") from None
+            remedy = "" if made.tcp is None else ". Give another --tcp if it cannot be had"
+            raise AttachError(
+                f"{error}; the server said: {_said(paths, role, made.client)}{remedy}"
+            ) from None
         return
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmem.backends import procfiles
 from tmem.errors import AttachError
 
 _PROGRESS_INTERVAL_S = 0.1
@@ -31,7 +32,7 @@ class SwapEntry:
 def entries(proc: Path = Path("/proc")) -> list[SwapEntry]:
     """Return the swap areas in use."""
     found = []
-    for line in (proc / "swaps").read_text(encoding="utf-8").splitlines()[1:]:
+    for line in procfiles.lines(proc / "swaps")[1:]:
         device, _kind, size_kb, used_kb, priority = line.rsplit(maxsplit=4)
         found.append(SwapEntry(device, int(size_kb) << 10, int(used_kb) << 10, int(priority)))
     return found

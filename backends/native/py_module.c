@@ -43,7 +43,7 @@ static PyObject *raise_open(int rc, PyObject *path)
         break;
     case -ENOSPC:
     case -ENOMEM:
-        why = "does not fit: its file system or the machine has too little memory";
+        why = "does not fit: its file system or the machine has too little memory; free some, or make it smaller";
         break;
     default:
         errno = -rc;

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmem.backends import cgroup, scraping, segment, service, tierchecks
+from tmem.backends import cgroup, procfiles, scraping, segment, service, tierchecks
 from tmem.backends.paths import SegmentPaths
 from tmem.config import reading
 from tmem.config.place import DEFAULT_PATH
@@ -267,7 +267,7 @@ def _has_nbd_driver() -> bool:
 
 
 def _effective_capabilities() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in procfiles.lines(Path("/proc/self/status")):
         if line.startswith("CapEff:"):
             return int(line.split()[1], 16)
     return 0

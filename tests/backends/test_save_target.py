@@ -73,7 +73,7 @@ def test_two_saves_to_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("", "no ordinary file"), ("none/file", "No such file"), ("fifo", "no ordinary file")],
+    [("", "no ordinary file"), ("none/file", "there is no directory"), ("fifo", "no ordinary file")],
     ids=["a directory", "nowhere", "a FIFO"],
 )
 def test_places_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -> None:

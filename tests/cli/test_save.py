@@ -96,8 +96,8 @@ def test_choosing_and_renaming(tmem: Tmem, segment: "_native.Segment", tmp_path:
     ("arguments", "reason"),
     [
         (["save", "FILE", "--client", "none"], "has no client 'none'"),
-        (["save", "/none/such"], "cannot be written"),
-        (["restore", "/none/such"], "/none/such cannot be read: No such file"),
+        (["save", "/none/such"], "there is no directory /none: make it"),
+        (["restore", "/none/such"], "/none/such cannot be read (No such file"),
         (["restore", "/"], "is a directory"),
         (["restore", "/dev/null"], "/dev/null is empty"),
         (["restore", "FILE", "--as", "a/b"], "is no client name"),

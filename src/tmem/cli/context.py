@@ -27,15 +27,19 @@ def range_option(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(str(error), ctx, param) from None
 
 
-def address_or_off(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Check the value of an option such as ``--metrics HOST:PORT``; ``off`` is none (a click callback)."""
+def address_option(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check the value of an option such as ``--tcp HOST:PORT`` (a click callback)."""
     try:
-        if value is None or value == "off":
-            return None
-        parse_host_port(value)
+        if value is not None:
+            parse_host_port(value)
     except TmemError as error:
         raise click.BadParameter(str(error), ctx, param) from None
     return value
+
+
+def address_or_off(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check the value of an option such as ``--metrics HOST:PORT``; ``off`` is none (a click callback)."""
+    return address_option(ctx, param, None if value == "off" else value)
 
 
 def warn_of_password(url: str) -> str:

@@ -138,11 +138,10 @@ def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int], dict[str,
     """Return the manager's process, what it has done (`manager.ManagerStatistics`, `ResizeStatistics`), and
     why pages of clients stay in memory that have a tier."""
     try:
-        answer = service.request(paths, {"op": "ping"}, timeout_s=2)
+        pid, answer = service.ping(paths, timeout_s=2)
     except ServiceError:
         return None, {}, {}
-    pid, statistics, problems = answer["pid"], answer.get("statistics"), answer.get("tier_problems")
-    assert isinstance(pid, int)
+    statistics, problems = answer.get("statistics"), answer.get("tier_problems")
     return (
         pid,
         statistics if isinstance(statistics, dict) else {},

@@ -2,10 +2,12 @@
 
 A command's module is imported only when that command runs (a swap server should not pay for FUSE), so the
 table carries the one-line helps. Not for any command itself. Exit status: 0 done, 1 failed (one line on
-stderr that says what to do), 2 wrong usage, 130 interrupted. ``TMEM_DEBUG=1`` shows the traceback as well.
+stderr that says what to do), 2 wrong usage, 130 interrupted. ``TMEM_DEBUG=1`` shows the traceback instead.
 """
 
+import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +79,17 @@ class LazyGroup(click.Group):
         command.short_help = entry.help
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that `args` begin with; a usage error with one like it if there is none."""
+        name = args[0]
+        if not ctx.resilient_parsing and not name.startswith("-") and name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean {close[0]!r}?" if close else "'tmem --help' lists them"
+            ctx.fail(f"there is no command {name!r}: {hint}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the overview from the table, without importing anything."""
         with formatter.section("Commands"):
@@ -108,16 +121,32 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of our output has left; keep the interpreter from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (TmemError, OSError) as error:
+    except Exception as error:
         if os.environ.get("TMEM_DEBUG"):
             raise
-        click.echo(f"tmem: {error}", err=True)
+        click.echo(f"tmem: {_told(error)}", err=True)
         return 1
     return status if isinstance(status, int) else 0
 
 
+def _told(error: Exception) -> str:
+    """Return in one line what went wrong, and what to do where the error itself does not say it."""
+    if isinstance(error, TmemError):
+        return str(error)
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        if error.filename is None:
+            return what
+        remedy = "; run this as root" if isinstance(error, PermissionError) and os.geteuid() else ""
+        return f"{os.fsdecode(error.filename)!r}: {what}{remedy}"
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"this is a fault of tmem ({said}): TMEM_DEBUG=1 shows where; please report that"
+
+
 def main() -> None:
     """Run the command line of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
     enter_group()
     sys.exit(run(sys.argv[1:]))
 

@@ -61,17 +61,17 @@ def _try_out(paths: SegmentPaths) -> None:
     argv = [sys.executable, "-P", "-m", "tmem", "--name", paths.name, "list", "--json"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2] or f"status {done.returncode}"
+        said = done.stderr.strip().rpartition("\n")[2].removeprefix("tmem: ") or f"status {done.returncode}"
         raise ServiceError(f"nothing was restarted, for what is installed cannot use the segment: {said}")
 
 
 def _restart_manager(paths: SegmentPaths) -> None:
-    before = service.request(paths, {"op": "ping"})
+    _, before = service.ping(paths)
     service.request(paths, {"op": "renew"})
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(ServiceError):
-            if service.request(paths, {"op": "ping"})["since_ns"] != before["since_ns"]:
+            if service.ping(paths)[1].get("since_ns") != before.get("since_ns"):
                 return
         time.sleep(0.02)
     raise ServiceError(

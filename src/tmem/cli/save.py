@@ -103,6 +103,7 @@ def handoff(ctx: click.Context, client: str, target: str | None, through: str | 
     """
     from tmem.backends import handoff as handing
     from tmem.backends import interrupts
+    from tmem.backends import save as saving
     from tmem.nbd import moving
 
     paths = SegmentPaths.of(segment_name(ctx))
@@ -115,10 +116,14 @@ def handoff(ctx: click.Context, client: str, target: str | None, through: str | 
         argv = [sys.executable, "-P", "-m", "tmem", "--name", there.name, "receive"]
     else:
         there = None
-        argv = shlex.split(through or "")
+        try:
+            argv = shlex.split(through or "")
+        except ValueError as error:
+            raise click.UsageError(f"the command for --through is no command line: {error}") from None
         if not argv:
             raise click.UsageError("the command for --through is empty")
     with closing(segment.attach(paths.name)) as store, moving.device_of(paths, client, there) as device:
+        saving.choose(store, paths.name, [client])  # before there is a receiver, which would complain as well
         with (
             interrupts.as_interrupt(),
             _progress("handoff") as watch,
@@ -165,7 +170,9 @@ def _source(file: str) -> Iterator[tuple[int, str]]:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise SaveFileError(f"{file} cannot be read: {error.strerror}") from error
+        raise SaveFileError(
+            f"{file} cannot be read ({error.strerror}): give a file that 'tmem save' has written"
+        ) from error
     try:
         if Path(file).is_dir():
             raise SaveFileError(f"{file} is a directory: give the save file in it")

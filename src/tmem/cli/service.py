@@ -129,7 +129,7 @@ def destroy(ctx: click.Context, client: str | None, everything: bool, force: boo
         for one in opened.clients():
             _refuse_if_held(opened, one)
     with suppress(ServiceError):  # no manager runs
-        service.request(paths, {"op": "ping"})
+        service.ping(paths)
         _stop_manager(paths)
     segment.destroy(paths.name)
 
@@ -195,7 +195,7 @@ def _start_detached(paths: SegmentPaths, memory: SizeRange | None, realtime: boo
         with closing(_open_segment(paths, memory)) as opened:  # what is wrong with it is said here
             _say_other_range(paths, memory, opened.size_range)
     try:
-        pid, state = _ping(paths), "runs already"
+        pid, state = service.ping(paths)[0], "runs already"
     except ServiceError:
         pid, state = _launch(paths, argv), "runs"
     if realtime and not _realtime(pid):
@@ -229,13 +229,19 @@ def _launch(paths: SegmentPaths, argv: list[str]) -> int:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(ServiceError):
-            return _ping(paths)
+            return service.ping(paths)[0]
         if processes.reap(child) is not None:
             break
         time.sleep(0.02)
     said = processes.last_line(output).partition("tmem: ")[2]
     if not segment.exists(paths.name):
         shutil.rmtree(paths.state, ignore_errors=True)
+        # Its log went with the directory, or could not be written: the disk may be full.
+        raise ServiceError(
+            said
+            or "the manager ended before it had made the segment, and could not say why (is there room in "
+            f"{paths.directory}?): 'tmem --name {paths.name} start' shows it"
+        )
     raise ServiceError(said or f"the manager failed: see {output}")
 
 
@@ -283,15 +289,9 @@ def _realtime(pid: int) -> bool:
     return os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK in (os.SCHED_RR, os.SCHED_FIFO)
 
 
-def _ping(paths: SegmentPaths) -> int:
-    pid = service.request(paths, {"op": "ping"})["pid"]
-    assert isinstance(pid, int)
-    return pid
-
-
 def _stop_manager(paths: SegmentPaths) -> None:
     """Stop the manager and wait until it has ended."""
-    running = processes.Process.of(_ping(paths))
+    running = processes.Process.of(service.ping(paths)[0])
     descriptor = running.open_pidfd() if running else None
     if descriptor is None:
         return

@@ -16,7 +16,7 @@ import click
 
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.configured import ConfiguredCommand, explicit
-from tmem.cli.context import client_names, segment_name, size_option, tier_option
+from tmem.cli.context import address_option, client_names, segment_name, size_option, tier_option
 from tmem.errors import TmemError
 from tmem.types import PAGE_SIZE, format_size, parse_host_port
 
@@ -37,7 +37,7 @@ def swap() -> None:
 @click.option("--attach", "local", is_flag=True, help="Attach it here as a block device, and swap to it.")
 @click.option("--reserve", is_flag=True, help="Promise it room for all of its pages, even uncompressed.")
 @click.option("--unix", metavar="PATH", help="Serve on this socket (default: one of its own).")
-@click.option("--tcp", metavar="HOST:PORT", help="Serve on this address.")
+@click.option("--tcp", metavar="HOST:PORT", callback=address_option, help="Serve on this address.")
 @click.option("--tls-psk", metavar="FILE", help="Encrypt TCP with the pre-shared keys in FILE.")
 @click.option(
     "--tier",
@@ -200,13 +200,16 @@ def _show_guards(guards: "Sequence[Guard]") -> None:
             click.echo(f"{'':<7}  {'':<{width}}  -> {guard.remedy}", err=True)
 
 
-def _first_user(path: Path) -> str | None:
+def _first_user(path: Path) -> str:
     """Return the first user in a file of pre-shared keys (lines ``user:key``): the URI names one."""
     try:
         line = path.read_text(encoding="utf-8").split("\n", 1)[0]
     except (OSError, UnicodeDecodeError):
         raise TmemError(f"the file of pre-shared keys {path} cannot be read: make one with psktool") from None
-    return line.partition(":")[0] or None
+    user, colon, key = line.partition(":")
+    if not (user and colon and key):
+        raise TmemError(f"{path} does not begin with a line USER:KEY: make one with psktool")
+    return user
 
 
 @contextmanager

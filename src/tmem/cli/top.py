@@ -142,10 +142,9 @@ class Watcher:
     def _ping(self) -> int | None:
         self._pinged_ns = self._clock_ns()
         try:
-            pid = service.request(self._paths, {"op": "ping"}, _PING_TIMEOUT_S)["pid"]
+            return service.ping(self._paths, _PING_TIMEOUT_S)[0]
         except ServiceError:
             return None
-        return pid if isinstance(pid, int) else None
 
 
 def _print_frames(console: "Console", watcher: Watcher, view: "View", count: int) -> None:

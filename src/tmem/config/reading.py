@@ -56,12 +56,16 @@ def files(chosen: Path | None = None) -> list[Path]:
     `chosen` is in place of ``/etc/tmem.toml``. It must be there then; `ConfigError` if it is not.
     """
     first = DEFAULT_PATH if chosen is None else chosen
-    if chosen is not None and not chosen.exists():
+    try:
+        there = first.exists()
+        dropins = sorted(first.with_suffix(".d").glob("*.toml"))
+    except OSError as error:
+        raise ConfigError(f"{first} cannot be read ({error.strerror}): run this as its user") from None
+    if chosen is not None and not there:
         raise ConfigError(
             f"there is no configuration {chosen}: make it, or leave out --config and {VARIABLE}"
         )
-    dropins = sorted(first.with_suffix(".d").glob("*.toml"))
-    return [*([first] if first.exists() else []), *dropins]
+    return [*([first] if there else []), *dropins]
 
 
 def load(chosen: Path | None = None) -> Config:
