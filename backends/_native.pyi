@@ -18,6 +18,12 @@ OID_SIZE: int
 UUID_SIZE: int
 VERSION: int  # of the segment's layout
 
+def names(directory: int, /) -> tuple[list[bytes], int]:
+    """Return the names in the directory open at `directory`, and the errno that ended them, or 0.
+
+    Without "." and "..".
+    """
+
 def linked_handle(descriptor: int, /) -> bytes | None:
     """Return an open file's handle as `syscalls.file_handle` does; None also if the file has no name now."""
 
@@ -416,6 +422,55 @@ class Device:
     def trim(self, h: object, count: int, offset: int, flags: int) -> None: ...
     def extents(self, h: object, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]: ...
 
+class Nodes:
+    """Which files a `Reader` may tell the attributes of: node id -> descriptor. For any thread."""
+
+    def __init__(self) -> None: ...
+    def believe(
+        self,
+        device: int,
+        name: float,
+        name_elsewhere: float,
+        young: float,
+        old: float,
+        age: float,
+        /,
+    ) -> None:
+        """Say how long the kernel is to believe things (`fs.lifetimes.Rule`)."""
+
+    def set(self, node: int, descriptor: int, /) -> None:
+        """Let attributes of a file be asked for by `descriptor`, which must be open until `remove`."""
+
+    def remove(self, node: int, /) -> None:
+        """Take it away; returns when nobody uses the descriptor any more."""
+
+class ListingPage:
+    """A reply to one READDIRPLUS of a `Reader`. In turns: `look_up`, `identify`; at last `Reader.list`."""
+
+    start: int
+    """Number of the first entry that is wanted."""
+    next: int
+    """Number of the first name that was not looked up."""
+    full: bool
+    """Whether there is no room for that one."""
+    length: int
+    """Bytes of the entries so far."""
+    short_lived: int
+    """Entries whose attributes are believed less long than names of the directory."""
+    shortest: float
+    """For how many seconds those are at least."""
+
+    def look_up(self, directory: int, names: list[bytes], /) -> list[tuple[tuple[int, int], int, int]]:
+        """Look up the next names of the directory open at `directory`, a few at a time.
+
+        Returns for each file (st_dev, st_ino), the S_IFMT bits and an O_PATH descriptor, the caller's from
+        now on. Names that are gone get no entry; "." and ".." and what cannot be looked up get one without a
+        file. OSError: of "." or "..". `names` must not be changed meanwhile.
+        """
+
+    def identify(self, inodes: list[tuple[int, int, bool]], /) -> None:
+        """Say for each of those files its node id, generation, and whether not to believe its attributes."""
+
 class Gate:
     """Where the pages of one file are, for a `Reader`: closed when new, and while the file changes."""
 
@@ -500,6 +555,19 @@ class Reader:
 
     def set_pool(self, pool: Pool | None, /) -> None:
         """Use this pool from now on; returns when no thread uses the one before. One thread at a time."""
+
+    def set_nodes(self, nodes: Nodes, answers: bool, /) -> None:
+        """Use these from now on, once. `answers`: GETATTRs are answered from them."""
+
+    def page(self, number: int, name: float, /) -> ListingPage:
+        """Begin the reply to a READDIRPLUS, given the offset that libfuse has got of it.
+
+        `name`: for how many seconds names of that directory are believed. ValueError if there is no such
+        request.
+        """
+
+    def list(self, page: ListingPage, /) -> None:
+        """Have the kernel get this page once libfuse has replied with nothing. ValueError as for `page`."""
 
     def open(self, fh: int, descriptor: int, gate: Gate, local: bool = False, /) -> None:
         """Serve the open file `fh` by `descriptor` until `close_file`; `local`: its size is known at once."""

@@ -4,7 +4,8 @@ An inode is never reached by its path again, so renames underneath the mount do 
 descriptor is open its number cannot be recycled. Descriptors are limited: beyond a quota the oldest are
 closed, if the file can be opened again by its handle (root only); files that are open or unlinked keep
 theirs. Node ids are the lower inode numbers on the root's device and numbers of our own elsewhere. Threading:
-the event loop's thread only; worker threads get descriptors, never inodes.
+the event loop's thread only; worker threads get descriptors, never inodes, and threads of the native reader
+what `nodes` has.
 """
 
 import contextlib
@@ -50,7 +51,8 @@ class Inode:
     backing: int = 0
     """The kernel's number of its backing file, if it is passed through while it is open (`backing`)."""
     stored_to: bool = False
-    """Whether programs may write to it through the mount without our knowledge, also after its last close."""
+    """Whether programs may write to it through the mount without our knowledge, also after its last close;
+    set by `InodeTable.store_to`."""
     listed: tuple[Version | None, float] = (None, 0.0)
     """Which version of a directory the kernel has a listing of, and until when to believe it (monotonic)."""
     state: FileState | None = field(default=None, repr=False)
@@ -60,6 +62,10 @@ class Inode:
 def proc_path(descriptor: int) -> str:
     """Return a path that leads to what `descriptor` is open on, also for O_PATH and unlinked files."""
     return f"/proc/self/fd/{descriptor}"
+
+
+Found = tuple[tuple[int, int], int, int]
+"""(st_dev, st_ino), S_IFMT bits and an O_PATH descriptor of a file that was looked up."""
 
 
 class InodeTable:
@@ -85,6 +91,9 @@ class InodeTable:
         node = Inode(pyfuse3.ROOT_INODE, key, stat.S_IFDIR, root, lookups=1)
         self._by_id: dict[int, Inode] = {node.nodeid: node}
         self._by_key: dict[tuple[int, int], Inode] = {key: node}
+        self.nodes = _native.Nodes()
+        """For threads of the native reader: open descriptors of files on the root's device, without the root
+        and files whose attributes may not be believed."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -146,17 +155,20 @@ class InodeTable:
         descriptor = os.open(name, _PATH_FLAGS, dir_fd=self.descriptor(parent))
         try:
             status = os.fstat(descriptor)
-            inode = self._match(status, descriptor)
-            if inode is None:
-                inode = self._add(status, descriptor)
-                descriptor = -1
-            elif inode.descriptor < 0:
-                inode.descriptor, descriptor = descriptor, -1
-                self._keep(inode)
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-        return inode, status
+        except BaseException:
+            os.close(descriptor)
+            raise
+        key = (status.st_dev, status.st_ino)
+        return self._meet(key, stat.S_IFMT(status.st_mode), descriptor), status
+
+    def admit(self, found: Iterable[Found]) -> list[Inode]:
+        """Return the inodes of files that were looked up, and count the lookups; owns their descriptors."""
+        inodes = []
+        for key, kind, descriptor in found:
+            inode = self._meet(key, kind, descriptor)
+            inode.lookups += 1
+            inodes.append(inode)
+        return inodes
 
     def remember(self, inode: Inode) -> None:
         """Count one lookup that the kernel will forget one day."""
@@ -177,16 +189,17 @@ class InodeTable:
         if self._by_key.get(inode.key) is inode:
             del self._by_key[inode.key]
         self._open.pop(inode.nodeid, None)
-        if inode.descriptor >= 0:
-            os.close(inode.descriptor)
-            inode.descriptor = -1
+        self._close(inode)
+
+    def store_to(self, inode: Inode, stored_to: bool) -> None:
+        """Note whether programs may write to a file without our knowledge."""
+        inode.stored_to = stored_to
+        self._show(inode)
 
     def close(self) -> None:
         """Close every descriptor."""
         for inode in self._by_id.values():
-            if inode.descriptor >= 0:
-                os.close(inode.descriptor)
-                inode.descriptor = -1
+            self._close(inode)
         self._by_id.clear()
         self._by_key.clear()
         self._open.clear()
@@ -226,6 +239,7 @@ class InodeTable:
                 self._by_key[inode.key] = inode
             if descriptor >= 0 and nodeid != pyfuse3.ROOT_INODE:
                 self._open[nodeid] = inode
+                self._show(inode)
             inodes.append(inode)
         return inodes
 
@@ -245,36 +259,58 @@ class InodeTable:
             inode.stored_to,
         )
 
-    def _match(self, status: os.stat_result, descriptor: int) -> Inode | None:
-        """Return the inode that `descriptor` shows, unless its number was recycled while it was closed."""
-        inode = self.known(status)
-        if inode is None or inode.descriptor >= 0 or inode.handle == handle_of(descriptor):
+    def _meet(self, key: tuple[int, int], kind: int, descriptor: int) -> Inode:
+        """Return the inode of a file, made if it is not known; `descriptor` is its own from now on."""
+        inode = self._by_key.get(key)
+        if inode is not None and inode.descriptor >= 0:
+            os.close(descriptor)
             return inode
-        del self._by_key[inode.key]  # the old file is gone; its node id answers ESTALE until it is forgotten
-        return None
+        if inode is not None and inode.handle == handle_of(descriptor):
+            inode.descriptor = descriptor
+        else:  # if its number was known, it was recycled: that node id answers ESTALE until it is forgotten
+            inode = self._made(key, kind, descriptor)
+        self._keep(inode)
+        return inode
 
-    def _add(self, status: os.stat_result, descriptor: int) -> Inode:
-        nodeid = status.st_ino
-        if status.st_dev != self.device or nodeid in self._by_id or not 1 < nodeid < _FOREIGN_IDS:
+    def _made(self, key: tuple[int, int], kind: int, descriptor: int) -> Inode:
+        device, nodeid = key
+        if device != self.device or nodeid in self._by_id or not 1 < nodeid < _FOREIGN_IDS:
             nodeid = self._next_foreign
             self._next_foreign += 1
-        key = (status.st_dev, status.st_ino)
         self._last_generation = self._last_generation % _MAX_GENERATION + 1
-        kind = stat.S_IFMT(status.st_mode)
         inode = Inode(nodeid, key, kind, descriptor, generation=self._last_generation)
         self._by_id[nodeid] = inode
         self._by_key[key] = inode
-        self._keep(inode)
         return inode
+
+    def _show(self, inode: Inode) -> None:
+        """Have its attributes asked for natively if they may be."""
+        nodeid = inode.nodeid
+        if inode.descriptor < 0 or inode.stored_to:
+            self.nodes.remove(nodeid)
+        # The number of an inode that the kernel has forgotten may be another's already; the root's is not
+        # what stat shows of it.
+        elif (
+            nodeid != pyfuse3.ROOT_INODE and inode.key[0] == self.device and self._by_id.get(nodeid) is inode
+        ):
+            self.nodes.set(nodeid, inode.descriptor)
+
+    def _close(self, inode: Inode) -> None:
+        if inode.descriptor >= 0:
+            self.nodes.remove(inode.nodeid)  # waits for who uses it
+            os.close(inode.descriptor)
+            inode.descriptor = -1
 
     def _keep(self, inode: Inode) -> None:
         """Note an open descriptor, and close old ones beyond the quota."""
         self._open[inode.nodeid] = inode
-        for _ in range(min(len(self._open) - self._quota, 1) * 64):  # a few tries, so the cost stays bounded
+        self._show(inode)
+        if len(self._open) <= self._quota:
+            return
+        for _ in range(64):  # a few tries, so the cost stays bounded
             nodeid, oldest = self._open.popitem(last=False)
             if oldest is not inode and self._can_close(oldest):
-                os.close(oldest.descriptor)
-                oldest.descriptor = -1
+                self._close(oldest)
                 return
             self._open[nodeid] = oldest
 

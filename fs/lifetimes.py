@@ -11,9 +11,25 @@ A `wanted` number of seconds stands for all of these. Threading: plain functions
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 USUAL_SECONDS = 1.0
 WATCHED_SECONDS = 60.0
+
+
+class Rule(NamedTuple):
+    """All of it in seconds, for what is told below Python (backends/native/reader_nodes.h)."""
+
+    device: int
+    """The st_dev that it is about."""
+    name: float
+    """For names of files on `device`."""
+    name_elsewhere: float
+    young: float
+    """For attributes."""
+    old: float
+    """For those on `device` that were changed longer than `age` ago."""
+    age: float
 
 
 class Lifetimes:
@@ -48,3 +64,10 @@ class Lifetimes:
             return USUAL_SECONDS
         settled = status.st_ctime_ns < self._now_ns() - WATCHED_SECONDS * 1e9
         return WATCHED_SECONDS if settled else USUAL_SECONDS
+
+    def rule(self) -> Rule:
+        """Return the rule as it is now."""
+        device = self._device
+        young = USUAL_SECONDS if self._wanted is None else self._wanted
+        old = WATCHED_SECONDS if self._wanted is None and self.attributes_told else young
+        return Rule(device, self.of_name(device), self.of_name(-1), young, old, WATCHED_SECONDS)

@@ -198,7 +198,8 @@ class Opening(Namespace):
         self.reading.reader.pass_through(number, inode.backing)
         self.precache.counters.backed_opens += 1
         if flags & os.O_ACCMODE != os.O_RDONLY and not inode.stored_to:
-            inode.stored_to = True  # a store to a mapped page changes times, and the kernel does not notice
+            # A store to a mapped page changes times, and the kernel does not notice.
+            self.table.store_to(inode, True)
             self.kernel.forget_attributes(inode.nodeid)
 
     def _unback(self, inode: Inode, descriptor: int) -> None:
@@ -207,7 +208,7 @@ class Opening(Namespace):
             self.reading.backing.close(inode.backing)
         inode.backing = 0
         # A mapping lives longer than the open file that it was made from.
-        inode.stored_to = inode.stored_to and is_quiet(descriptor) is not True
+        self.table.store_to(inode, inode.stored_to and is_quiet(descriptor) is not True)
 
     def _account(self) -> Account:
         """Tell how caching stands."""
@@ -248,6 +249,8 @@ class Opening(Namespace):
         self.reading = reading
         self.precache.on_pool = reading.use_pool if reading is not None else ignore_pool
         if reading is not None:
+            self.table.nodes.believe(*self.lifetimes.rule())
+            reading.reader.set_nodes(self.table.nodes, self._is_local)
             reading.use_pool(self.precache.current)
             for file in self._files.values():
                 if not file.inode.declined:

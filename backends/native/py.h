@@ -28,7 +28,7 @@ typedef struct {
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *HeadroomType;
+    *ReaderType, *HeadroomType, *NodesType, *PageType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -40,6 +40,8 @@ PyTypeObject *make_gate_type(void);
 PyTypeObject *make_buffer_type(void);
 PyTypeObject *make_reader_type(void);
 PyTypeObject *make_headroom_type(void);
+PyTypeObject *make_nodes_type(void);
+PyTypeObject *make_page_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
 struct tm_ctx *context_of(SegmentObject *owner);     /* NULL with an exception */
@@ -80,6 +82,14 @@ PyObject *client_collect(ClientObject *self, PyObject *args);
 PyObject *client_demote(ClientObject *self, PyObject *args);
 PyObject *client_promote(ClientObject *self, PyObject *args);
 PyObject *client_live(ClientObject *self, PyObject *arg);
+
+/* py_listing.c */
+struct nodes;
+struct reader;
+struct nodes *nodes_of(PyObject *nodes);
+PyObject *page_new(struct reader *r, PyObject *args);
+PyObject *page_list(struct reader *r, PyObject *page);
+PyObject *names(PyObject *module, PyObject *directory); /* a function of the module */
 
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 

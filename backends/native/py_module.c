@@ -7,7 +7,7 @@
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *HeadroomType;
+    *ReaderType, *HeadroomType, *NodesType, *PageType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -145,6 +145,7 @@ static PyObject *linked_handle(PyObject *module, PyObject *arg)
 static PyMethodDef functions[] = {
     {"linked_handle", linked_handle, METH_O,
      "linked_handle(descriptor)\n--\n\nThe handle of an open file (type and bytes); None if it has none, or no name."},
+    {"names", names, METH_O, "names(directory)\n--\n\nThe names in a directory, and the errno that ended them (0)."},
     {"checksum", checksum, METH_O, "checksum(data)\n--\n\nXXH3 of some bytes."},
     {"create", (PyCFunction)(void (*)(void))create, METH_VARARGS | METH_KEYWORDS,
      "create(path, memory_bytes)\n--\n\nCreate a segment file and attach it."},
@@ -178,7 +179,9 @@ static int add_types(PyObject *module)
     BufferType = GateType ? make_buffer_type() : NULL;
     ReaderType = BufferType ? make_reader_type() : NULL;
     HeadroomType = ReaderType ? make_headroom_type() : NULL;
-    if (!HeadroomType)
+    NodesType = HeadroomType ? make_nodes_type() : NULL;
+    PageType = NodesType ? make_page_type() : NULL;
+    if (!PageType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
            || PyModule_AddObjectRef(module, "Client", (PyObject *)ClientType)
@@ -189,6 +192,8 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "ReaderBuffer", (PyObject *)BufferType)
            || PyModule_AddObjectRef(module, "Reader", (PyObject *)ReaderType)
            || PyModule_AddObjectRef(module, "Headroom", (PyObject *)HeadroomType)
+           || PyModule_AddObjectRef(module, "Nodes", (PyObject *)NodesType)
+           || PyModule_AddObjectRef(module, "ListingPage", (PyObject *)PageType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)
            || PyModule_AddIntConstant(module, "UUID_SIZE", TM_UUID)

@@ -313,6 +313,29 @@ static PyObject *set_pool(ReaderObject *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *set_nodes(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    PyObject *nodes;
+    int answers;
+    if (!r || !PyArg_ParseTuple(args, "O!p:set_nodes", NodesType, &nodes, &answers))
+        return NULL;
+    reader_set_nodes(r, nodes_of(nodes), answers);
+    Py_RETURN_NONE;
+}
+
+static PyObject *new_page(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    return r ? page_new(r, args) : NULL;
+}
+
+static PyObject *list(ReaderObject *self, PyObject *page)
+{
+    struct reader *r = reader_of(self);
+    return r ? page_list(r, page) : NULL;
+}
+
 static PyObject *open_file(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
@@ -406,6 +429,7 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"overtaken_pages", c.overtaken_pages},
                {"forwarded", c.forwarded},
                {"given_up", c.given_up},
+               {"attributes", c.attributes},
                {"woken", c.woken}};
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
@@ -421,6 +445,9 @@ PyTypeObject *make_reader_type(void)
         {"drain", (PyCFunction)drain, METH_NOARGS, NULL},
         {"pause", (PyCFunction)pause_reader, METH_O, NULL},
         {"set_pool", (PyCFunction)set_pool, METH_O, NULL},
+        {"set_nodes", (PyCFunction)set_nodes, METH_VARARGS, NULL},
+        {"page", (PyCFunction)new_page, METH_VARARGS, NULL},
+        {"list", (PyCFunction)list, METH_O, NULL},
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
         {"close_file", (PyCFunction)close_file, METH_O, NULL},
         {"mark", (PyCFunction)mark, METH_VARARGS, NULL},

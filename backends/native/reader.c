@@ -2,6 +2,7 @@
 #include "reader.h"
 
 #include "reader_ahead.h"
+#include "reader_listing.h"
 #include "reader_waiting.h"
 
 #include <errno.h>
@@ -42,6 +43,7 @@ struct reader {
     struct buffers *buffers;
     struct passing passing;
     struct waiting waiting;
+    _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
@@ -61,7 +63,7 @@ struct reader {
     uint32_t looks, asked; /* asked: whether there is one CPU only */
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
-    _Atomic uint64_t woken;
+    _Atomic uint64_t woken, attributes;
 };
 
 /* ---- Buffers ---------------------------------------------------------------------------------------------- */
@@ -133,6 +135,17 @@ static void look_after_interrupts(struct reader *r)
         wake_standin(r);
 }
 
+static bool answer_attributes(struct reader *r, const struct fuse_in_header *in)
+{
+    struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
+    struct fuse_attr_out out;
+    if (!nodes || !nodes_attributes(nodes, in->nodeid, &out))
+        return false;
+    reply_bytes(r->device, in->unique, (const uint8_t *)&out, sizeof out);
+    atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
+    return true;
+}
+
 /* `leads`: for the event loop's thread, which wakes helpers. */
 static enum taken take(struct reader *r, struct desk *d, bool leads)
 {
@@ -171,6 +184,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
             return TAKEN_NONE;
         }
     }
+    if (in->opcode == FUSE_GETATTR && answer_attributes(r, in))
+        return TAKEN_ANSWERED;
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
     enum passed passed = pass_on(&r->passing, &d->request, length);
@@ -417,6 +432,8 @@ void reader_free(struct reader *r)
         close(r->others);
     hits_free(&r->hits);
     passing_free(&r->passing);
+    if (atomic_load(&r->nodes))
+        nodes_drop(atomic_load(&r->nodes));
     desk_clear(&r->desk);
     ahead_clear(&r->ahead);
     buffers_free(r->buffers);
@@ -440,6 +457,35 @@ uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t le
 struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length)
 {
     return passing_payload(&r->passing, number, start, length);
+}
+
+void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers)
+{
+    if (atomic_load(&r->nodes))
+        return;
+    nodes_hold(nodes);
+    atomic_store(&r->nodes, nodes);
+    atomic_store_explicit(&r->answering, answers ? nodes : NULL, memory_order_release);
+}
+
+int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset)
+{
+    struct nodes *nodes = atomic_load(&r->nodes);
+    struct lifetimes lifetimes;
+    uint32_t size;
+    if (!nodes || !passing_asks_for(&r->passing, number, offset, &size))
+        return EINVAL;
+    struct buffer *b = buffer_take(r->buffers, sizeof(struct fuse_out_header) + size);
+    if (!b)
+        return ENOMEM;
+    nodes_lifetimes(nodes, &lifetimes);
+    page_begin(p, b, size, &lifetimes, name);
+    return 0;
+}
+
+bool reader_list(struct reader *r, uint64_t number, const struct page *p)
+{
+    return passing_list(&r->passing, number, p->buffer, p->length);
 }
 
 void reader_pause(struct reader *r, bool paused) { atomic_store(&r->paused, paused); }
@@ -491,5 +537,6 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->overtaken_pages = atomic_load(&r->hits.overtaken_pages);
     out->forwarded = atomic_load(&r->passing.passed);
     out->given_up = atomic_load(&r->passing.given_up);
+    out->attributes = atomic_load(&r->attributes);
     out->woken = atomic_load(&r->woken);
 }

@@ -41,6 +41,7 @@ struct reader_counters {
     uint64_t lower_ns, put_ns, put_pages, refused_pages, overtaken_pages;
     uint64_t forwarded;                       /* requests for libfuse */
     uint64_t given_up;                        /* requests of programs that were killed, answered before libfuse did */
+    uint64_t attributes;                      /* GETATTRs answered */
     uint64_t woken;                           /* times that a helper was woken */
 };
 
@@ -71,6 +72,16 @@ uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t le
 /* What the WRITE brings that libfuse was given with the 8 bytes of this number as its data; with a reference. NULL: there
  * is no such request. */
 struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length);
+struct nodes;
+struct page;
+/* What is known of files beyond their pages; once, for as long as the reader lives. `answers`: GETATTRs are answered from
+ * it, else it is only asked for lifetimes. */
+void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers);
+/* Begin the reply to the READDIRPLUS of this number, of a directory whose names are believed `name` seconds. The page has
+ * a buffer then, with a reference. EINVAL: there is no such request; ENOMEM. */
+int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset);
+/* Reply with it once libfuse has replied with nothing. False: there is no such request, or it has its reply. */
+bool reader_list(struct reader *r, uint64_t number, const struct page *p);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void reader_set_pool(struct reader *r, const struct tm_handle *pool);
 /* A file was opened: its handle, and a descriptor, which stays the caller's until reader_close. `local`: to ask for its

@@ -12,7 +12,8 @@ struct flight {
     uint64_t unique;        /* the request's number */
     uint32_t opcode;
     uint32_t room;          /* bytes of the socket that are kept free for its reply */
-    uint32_t size;          /* of a READ or WRITE: bytes that it may bring, or has brought */
+    uint32_t size;          /* of a READ, WRITE or READDIRPLUS: bytes that it may bring, or has brought */
+    uint64_t offset;        /* of a READDIRPLUS */
     uint32_t thread;        /* who waits for it, 0 unknown */
     bool given;             /* libfuse has it */
     bool held;              /* a thread of the reader has it */
@@ -20,7 +21,8 @@ struct flight {
     bool interrupted;       /* a signal has reached who waits */
     bool reads_only;        /* an OPEN for reading alone */
     bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */
-    struct buffer *payload; /* of a WRITE */
+    struct buffer *payload; /* of a WRITE; a READDIRPLUS's reply, with a header in front */
+    size_t length;          /* of that reply, without it */
 };
 
 struct flights {

@@ -340,6 +340,16 @@ static bool opens_to_read(const uint8_t *body)
     return (open.flags & O_ACCMODE) == O_RDONLY;
 }
 
+static void note_listing(struct flight *f, struct fuse_read_in *in)
+{
+    if (in->size > MOST_LISTING)
+        in->size = MOST_LISTING;
+    f->size = in->size;
+    f->offset = in->offset;
+    if (f->opcode == FUSE_READDIRPLUS)
+        in->offset = f->unique;
+}
+
 static enum passed pass_request(struct passing *p, struct buffer **request, size_t length)
 {
     struct fuse_in_header *in = (void *)(*request)->data;
@@ -364,8 +374,8 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
             f->size = sized->size;
         else if (in->opcode == FUSE_OPEN)
             f->reads_only = opens_to_read(body);
-        else if ((in->opcode == FUSE_READDIR || in->opcode == FUSE_READDIRPLUS) && sized->size > MOST_LISTING)
-            sized->size = MOST_LISTING;
+        else if (in->opcode == FUSE_READDIR || in->opcode == FUSE_READDIRPLUS)
+            note_listing(f, sized);
         result = passing_give(p, f, in, length);
     }
     if (result == PASSED_NOT)
@@ -462,12 +472,39 @@ bool passing_quiet(struct passing *p)
     return quiet;
 }
 
+bool passing_asks_for(struct passing *p, uint64_t unique, uint64_t *offset, uint32_t *size)
+{
+    pthread_mutex_lock(&p->lock);
+    const struct flight *f = flights_find(&p->flights, unique);
+    bool found = f && f->opcode == FUSE_READDIRPLUS && !f->payload;
+    if (found) {
+        *offset = f->offset;
+        *size = f->size;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return found;
+}
+
+bool passing_list(struct passing *p, uint64_t unique, struct buffer *b, size_t length)
+{
+    pthread_mutex_lock(&p->lock);
+    struct flight *f = flights_find(&p->flights, unique);
+    bool found = f && f->opcode == FUSE_READDIRPLUS && !f->payload && length <= f->size;
+    if (found) {
+        buffer_hold(b);
+        f->payload = b;
+        f->length = length;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return found;
+}
+
 struct buffer *passing_payload(struct passing *p, uint64_t unique, size_t *start, size_t *length)
 {
     struct buffer *b = NULL;
     pthread_mutex_lock(&p->lock);
     struct flight *f = flights_find(&p->flights, unique);
-    if (f && (b = f->payload)) {
+    if (f && f->opcode == FUSE_WRITE && (b = f->payload)) {
         buffer_hold(b);
         *start = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in);
         *length = f->size;

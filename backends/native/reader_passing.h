@@ -3,8 +3,10 @@
  * A message in a unix socket is one piece of kernel memory for everything beyond some 84 KiB, which a machine whose
  * memory is fragmented may not have. So the bytes of READ and WRITE stay where they are, libfuse being in this process:
  *
- *   READ    the handler's reply is the number of a buffer (`buffers_send`); what the kernel gets is the buffer
- *   WRITE   what libfuse gets is the request's number; the handler asks for the payload with `passing_payload`
+ *   READ         the handler's reply is the number of a buffer (`buffers_send`); what the kernel gets is the buffer
+ *   WRITE        what libfuse gets is the request's number; the handler asks for the payload with `passing_payload`
+ *   READDIRPLUS  libfuse gets the request's number as its offset; the handler asks what it means (`passing_asks_for`),
+ *                says what the kernel gets (`passing_list`), and has libfuse reply with nothing
  *
  * READDIR may bring 64 KiB at most, a BATCH_FORGET is split, and so no message is larger than a SETXATTR: 64 KiB
  * and a name. Nobody ever waits for room in the socket:
@@ -86,6 +88,11 @@ bool passing_expects(const struct passing *p);
 bool passing_quiet(struct passing *p);
 /* The bytes of the WRITE whose number libfuse was given; the buffer is held. NULL: there is no such request. */
 struct buffer *passing_payload(struct passing *p, uint64_t unique, size_t *start, size_t *length);
+/* What a READDIRPLUS asks for, whose number libfuse was given. False: there is no such request, or it has its reply. */
+bool passing_asks_for(struct passing *p, uint64_t unique, uint64_t *offset, uint32_t *size);
+/* Have it answered from `b`, which is held until then: a header and `length` bytes. If it is given up, the lookups of
+ * these are taken back. Only an error that libfuse replies with prevents that. */
+bool passing_list(struct passing *p, uint64_t unique, struct buffer *b, size_t length);
 
 /* A READ that is waited for here (`reader_waiting`) is a flight until one of the others: so it can be given up. False: no
  * memory. */

@@ -70,12 +70,17 @@ static struct flight *landed(struct passing *p, uint64_t unique)
 static void drop_late(struct passing *p, const struct flight *f, size_t length)
 {
     struct buffer *b = f->opcode == FUSE_READ ? named_buffer(p, length) : NULL;
+    const uint8_t *reply = p->reply;
     bool answered;
     if (b)
         buffer_drop(b);
     amend(&p->amendments, f->opcode, p->reply, length); /* so that none is left */
+    if (f->opcode == FUSE_READDIRPLUS && f->payload) {
+        reply = f->payload->data;
+        length = sizeof(struct fuse_out_header) + f->length;
+    }
     uint8_t *request = malloc(length + 64);
-    size_t n = request ? undo(f->opcode, p->reply, length, request, &answered) : 0;
+    size_t n = request ? undo(f->opcode, reply, length, request, &answered) : 0;
     if (n) {
         struct fuse_in_header *in = (void *)request;
         struct flight *own = NULL;
@@ -102,6 +107,8 @@ static void pass_back(struct passing *p, size_t length)
         reply_error(p->device, out->unique, -EIO);
     } else if (f && f->opcode == FUSE_READ && !out->error && length > sizeof *out) {
         reply_by_number(p, f, length);
+    } else if (f && f->opcode == FUSE_READDIRPLUS && f->payload && !out->error) {
+        reply_bytes(p->device, f->unique, f->payload->data + sizeof *out, f->length);
     } else { /* a notice, if it has no number */
         if (f)
             amend(&p->amendments, f->opcode, p->reply, length);

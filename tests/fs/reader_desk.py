@@ -73,7 +73,14 @@ class Desk:
 
     def answer(self) -> tuple[int, int, bytes]:
         """Return number, error and data of the next reply that the kernel gets."""
-        reply = self.kernel.recv(1 << 21)
+        return self._parsed(self.kernel.recv(1 << 21))
+
+    def answer_now(self) -> tuple[int, int, bytes]:
+        """Return the next reply that the kernel has got. BlockingIOError."""
+        return self._parsed(self.kernel.recv(1 << 21, socket.MSG_DONTWAIT))
+
+    @staticmethod
+    def _parsed(reply: bytes) -> tuple[int, int, bytes]:
         length, error, unique = struct.unpack_from("=IiQ", reply)
         assert length == len(reply)
         return unique, error, reply[16:]

@@ -22,7 +22,7 @@ from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
 
 MODES = ["loop=native,cache=direct", "loop=plain,cache=kernel", "loop=fast,cache=direct"]
-"""Of the table the last one tries what concerns contents only: all else is the same code as in the first."""
+"""Of the table the last one tries what concerns contents only: all else is the same code as in the others."""
 PASSING = "loop=native,skip_files=*"
 """All files are passed through: their reads and writes are the kernel's, so only files are tried."""
 

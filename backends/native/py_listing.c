@@ -1,0 +1,326 @@
+/* Nodes (reader_nodes.h), ListingPage (reader_listing.h) and the names in a directory. */
+#include "py.h"
+#include "reader.h"
+#include "reader_listing.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <unistd.h>
+
+enum {
+    MOST_NAMES = 256,        /* looked at in one step */
+    NAMES_BYTES = 64 << 10,  /* of a call for names */
+};
+
+typedef struct {
+    PyObject_HEAD
+    struct nodes *nodes;
+} NodesObject;
+
+typedef struct {
+    PyObject_HEAD
+    struct page page;
+    uint64_t number; /* of the request */
+    uint64_t start;  /* the first entry that it wants */
+    uint64_t next;   /* the one after those that were looked up */
+    bool full;
+} PageObject;
+
+/* ---- Nodes ------------------------------------------------------------------------------------------------ */
+
+struct nodes *nodes_of(PyObject *nodes) { return ((NodesObject *)nodes)->nodes; }
+
+static int init(NodesObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *keywords[] = {NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Nodes", keywords))
+        return -1;
+    if (!self->nodes && !(self->nodes = nodes_new())) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return 0;
+}
+
+static void nodes_dealloc(NodesObject *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    if (self->nodes)
+        nodes_drop(self->nodes);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *believe(NodesObject *self, PyObject *args)
+{
+    struct lifetimes l;
+    unsigned long long device;
+    if (!PyArg_ParseTuple(args, "Kddddd:believe", &device, &l.name, &l.name_elsewhere, &l.young, &l.old, &l.age))
+        return NULL;
+    l.device = device;
+    nodes_believe(self->nodes, &l);
+    Py_RETURN_NONE;
+}
+
+static PyObject *set(NodesObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected (node, descriptor)");
+        return NULL;
+    }
+    uint64_t nodeid = PyLong_AsUnsignedLongLong(args[0]);
+    long fd = PyErr_Occurred() ? -1 : PyLong_AsLong(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    nodes_set(self->nodes, nodeid, (int)fd);
+    Py_RETURN_NONE;
+}
+
+static PyObject *remove_node(NodesObject *self, PyObject *arg)
+{
+    uint64_t nodeid = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    nodes_remove(self->nodes, nodeid);
+    Py_RETURN_NONE;
+}
+
+PyTypeObject *make_nodes_type(void)
+{
+    static PyMethodDef methods[] = {{"believe", (PyCFunction)believe, METH_VARARGS, NULL},
+                                    {"set", (PyCFunction)(void (*)(void))set, METH_FASTCALL, NULL},
+                                    {"remove", (PyCFunction)remove_node, METH_O, NULL},
+                                    {NULL, NULL, 0, NULL}};
+    static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
+                                  {Py_tp_dealloc, (void *)nodes_dealloc},
+                                  {Py_tp_methods, methods},
+                                  {0, NULL}};
+    static PyType_Spec spec = {"tmem.backends._native.Nodes", sizeof(NodesObject), 0, Py_TPFLAGS_DEFAULT, slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
+}
+
+/* ---- Page ------------------------------------------------------------------------------------------------- */
+
+PyObject *page_new(struct reader *r, PyObject *args)
+{
+    unsigned long long number;
+    double name;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(PageType, Py_tp_alloc);
+    if (!PyArg_ParseTuple(args, "Kd:page", &number, &name))
+        return NULL;
+    PageObject *self = (PageObject *)allocate(PageType, 0);
+    int rc = self ? reader_page(r, number, name, &self->page, &self->start) : 0;
+    if (!self || !rc) {
+        if (self) {
+            self->number = number;
+            self->next = self->start;
+        }
+        return (PyObject *)self;
+    }
+    Py_DECREF((PyObject *)self);
+    if (rc == ENOMEM)
+        return PyErr_NoMemory();
+    PyErr_SetString(PyExc_ValueError, "no listing of this number is under way");
+    return NULL;
+}
+
+PyObject *page_list(struct reader *r, PyObject *page)
+{
+    const PageObject *self = (const PageObject *)page;
+    if (Py_TYPE(page) != PageType) {
+        PyErr_SetString(PyExc_TypeError, "expected a page");
+        return NULL;
+    }
+    if (!reader_list(r, self->number, &self->page)) {
+        PyErr_SetString(PyExc_ValueError, "no listing of this number is under way");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static void page_dealloc(PageObject *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    if (self->page.buffer)
+        buffer_drop(self->page.buffer);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF((PyObject *)type);
+}
+
+/* ((device, number), kind, descriptor) */
+static PyObject *row_of(const struct listed *f)
+{
+    PyObject *device = PyLong_FromUnsignedLongLong(f->device), *number = PyLong_FromUnsignedLongLong(f->number);
+    PyObject *kind = PyLong_FromUnsignedLong(f->kind), *fd = PyLong_FromLong(f->fd);
+    PyObject *key = device && number ? PyTuple_Pack(2, device, number) : NULL;
+    PyObject *row = key && kind && fd ? PyTuple_Pack(3, key, kind, fd) : NULL;
+    Py_XDECREF(device);
+    Py_XDECREF(number);
+    Py_XDECREF(kind);
+    Py_XDECREF(fd);
+    Py_XDECREF(key);
+    return row;
+}
+
+/* The descriptors are the caller's with the list. */
+static PyObject *rows_of(const struct page *p)
+{
+    PyObject *rows = PyList_New((Py_ssize_t)p->nfound);
+    for (unsigned i = 0; rows && i < p->nfound; i++) {
+        PyObject *row = row_of(&p->found[i]);
+        if (!row || PyList_SetItem(rows, (Py_ssize_t)i, row))
+            Py_CLEAR(rows);
+    }
+    for (unsigned i = 0; !rows && i < p->nfound; i++)
+        close(p->found[i].fd);
+    return rows;
+}
+
+static PyObject *look_up(PageObject *self, PyObject *args)
+{
+    struct name taken[MOST_NAMES];
+    PyObject *list;
+    int directory, done;
+    bool full;
+    if (!PyArg_ParseTuple(args, "iO!:look_up", &directory, &PyList_Type, &list))
+        return NULL;
+    uint64_t all = (uint64_t)PyList_Size(list), left = all > self->next ? all - self->next : 0;
+    unsigned n = left < MOST_NAMES ? (unsigned)left : MOST_NAMES;
+    for (unsigned i = 0; i < n; i++) {
+        char *bytes;
+        Py_ssize_t length;
+        if (PyBytes_AsStringAndSize(PyList_GetItem(list, (Py_ssize_t)(self->next + i)), &bytes, &length))
+            return NULL;
+        taken[i] = (struct name){bytes, (size_t)length};
+    }
+    Py_BEGIN_ALLOW_THREADS /* the list keeps them, and the caller keeps the list as it is */
+    done = page_step(&self->page, directory, taken, n, self->next, &full);
+    Py_END_ALLOW_THREADS
+    if (done < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    self->next += (unsigned)done;
+    self->full = full;
+    return rows_of(&self->page);
+}
+
+static PyObject *identify(PageObject *self, PyObject *list)
+{
+    if (!PyList_Check(list) || PyList_Size(list) != (Py_ssize_t)self->page.nfound) {
+        PyErr_SetString(PyExc_ValueError, "expected an inode for each row");
+        return NULL;
+    }
+    for (unsigned i = 0; i < self->page.nfound; i++) {
+        unsigned long long nodeid, generation;
+        int stored_to;
+        if (!PyArg_ParseTuple(PyList_GetItem(list, (Py_ssize_t)i), "KKp", &nodeid, &generation, &stored_to))
+            return NULL;
+        page_identify(&self->page, i, nodeid, generation, stored_to);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_start(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(self->start);
+}
+
+static PyObject *get_next(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(self->next);
+}
+
+static PyObject *get_full(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->full);
+}
+
+static PyObject *get_length(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromSize_t(self->page.length);
+}
+
+static PyObject *get_short_lived(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLong(self->page.short_lived);
+}
+
+static PyObject *get_shortest(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyFloat_FromDouble(self->page.shortest);
+}
+
+PyTypeObject *make_page_type(void)
+{
+    static PyMethodDef methods[] = {{"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
+                                    {"identify", (PyCFunction)identify, METH_O, NULL},
+                                    {NULL, NULL, 0, NULL}};
+    static PyGetSetDef getset[] = {{"start", (getter)get_start, NULL, NULL, NULL},
+                                   {"next", (getter)get_next, NULL, NULL, NULL},
+                                   {"full", (getter)get_full, NULL, NULL, NULL},
+                                   {"length", (getter)get_length, NULL, NULL, NULL},
+                                   {"short_lived", (getter)get_short_lived, NULL, NULL, NULL},
+                                   {"shortest", (getter)get_shortest, NULL, NULL, NULL},
+                                   {NULL, NULL, NULL, NULL, NULL}};
+    static PyType_Slot slots[] = {{Py_tp_dealloc, (void *)page_dealloc},
+                                  {Py_tp_methods, methods},
+                                  {Py_tp_getset, getset},
+                                  {0, NULL}};
+    static PyType_Spec spec = {"tmem.backends._native.ListingPage", sizeof(PageObject), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
+}
+
+/* ---- Names ------------------------------------------------------------------------------------------------ */
+
+/* Add the names of one piece of a directory, but "." and "..". */
+static int add_names(PyObject *list, const char *piece, ssize_t length)
+{
+    for (ssize_t at = 0; at < length;) {
+        const struct dirent64 *entry = (const void *)(piece + at);
+        const char *name = entry->d_name;
+        at += entry->d_reclen;
+        if (name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])))
+            continue;
+        PyObject *bytes = PyBytes_FromString(name);
+        int rc = bytes ? PyList_Append(list, bytes) : -1;
+        Py_XDECREF(bytes);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+PyObject *names(PyObject *module, PyObject *directory)
+{
+    PyObject *list = PyList_New(0), *result = NULL;
+    char *piece = PyMem_Malloc(NAMES_BYTES);
+    int fd = (int)PyLong_AsLong(directory);
+    ssize_t n = 0;
+    (void)module;
+    if (!list || !piece || PyErr_Occurred())
+        goto end;
+    bool first = true;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        n = first ? lseek(fd, 0, SEEK_SET) : 0;
+        if (n >= 0)
+            n = getdents64(fd, piece, NAMES_BYTES);
+        Py_END_ALLOW_THREADS
+        first = false;
+        if (n > 0 && add_names(list, piece, n))
+            goto end;
+    } while (n > 0 || (n < 0 && errno == EINTR));
+    result = Py_BuildValue("Oi", list, n < 0 ? errno : 0);
+end:
+    PyMem_Free(piece);
+    Py_XDECREF(list);
+    return result;
+}

@@ -1,0 +1,126 @@
+#include "reader_listing.h"
+
+#include "tm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+/* What libfuse's binding says of an entry that gets no attributes, and of "." and "..": kernels look at neither. */
+#define NO_NODE (UINT64_C(1) << 63) /* beyond all node ids in use; the kernel sends it back to be forgotten */
+#define UNSAID_SECONDS 300
+
+static struct fuse_direntplus *entry_at(const struct page *p, size_t at)
+{
+    return (void *)(p->buffer->data + sizeof(struct fuse_out_header) + at);
+}
+
+void page_begin(struct page *p, struct buffer *buffer, size_t size, const struct lifetimes *l, double name)
+{
+    memset(buffer->data, 0, sizeof(struct fuse_out_header));
+    *p = (struct page){.buffer = buffer, .size = size, .lifetimes = *l, .name = name, .shortest = name};
+}
+
+static bool is_dots(const struct name *name)
+{
+    return name->length && name->length <= 2 && name->bytes[0] == '.' && name->bytes[name->length - 1] == '.';
+}
+
+/* Append an entry of which nothing but the name is known. */
+static struct fuse_direntplus *append(struct page *p, const struct name *name, size_t length, uint64_t number)
+{
+    struct fuse_direntplus *entry = entry_at(p, p->length);
+    memset(entry, 0, length);
+    entry->dirent.off = number + 1;
+    entry->dirent.namelen = (uint32_t)name->length;
+    memcpy(entry->dirent.name, name->bytes, name->length);
+    p->length += length;
+    return entry;
+}
+
+static void put_entry(struct fuse_direntplus *entry, uint64_t nodeid, uint32_t mode)
+{
+    entry->entry_out.nodeid = entry->entry_out.attr.ino = entry->dirent.ino = nodeid;
+    entry->entry_out.attr.mode = mode;
+    entry->dirent.type = (mode & S_IFMT) >> 12;
+}
+
+static void put_unsaid(struct fuse_direntplus *entry, uint64_t nodeid, const struct stat *st)
+{
+    entry->entry_out.entry_valid = entry->entry_out.attr_valid = UNSAID_SECONDS;
+    entry->entry_out.attr.nlink = 1;
+    entry->entry_out.attr.blksize = TM_PAGE;
+    put_entry(entry, nodeid, st ? st->st_mode : 0);
+}
+
+static void count_seconds(struct page *p, double seconds)
+{
+    p->short_lived += seconds < p->name;
+    p->shortest = seconds < p->shortest ? seconds : p->shortest;
+}
+
+static void put_found(struct page *p, struct fuse_direntplus *entry, const struct stat *st, int fd)
+{
+    struct fuse_entry_out *out = &entry->entry_out;
+    double name = st->st_dev == p->lifetimes.device ? p->lifetimes.name : p->lifetimes.name_elsewhere;
+    double seconds = attributes_seconds(&p->lifetimes, st);
+    put_seconds(name, &out->entry_valid, &out->entry_valid_nsec);
+    put_seconds(seconds, &out->attr_valid, &out->attr_valid_nsec);
+    put_attributes(st, 0, &out->attr);
+    put_entry(entry, 0, st->st_mode);
+    count_seconds(p, seconds);
+    p->found[p->nfound++] = (struct listed){
+        .device = st->st_dev,
+        .number = st->st_ino,
+        .kind = st->st_mode & S_IFMT,
+        .fd = fd,
+        .seconds = seconds,
+        .at = (size_t)((uint8_t *)entry - p->buffer->data) - sizeof(struct fuse_out_header),
+    };
+}
+
+int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full)
+{
+    struct stat st;
+    unsigned i;
+    p->nfound = 0;
+    *full = false;
+    for (i = 0; i < n && p->nfound < MOST_FOUND; i++) {
+        size_t length = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + names[i].length);
+        if ((*full = length > p->size - p->length))
+            break;
+        if (is_dots(&names[i])) { /* the kernel counts no lookup of these */
+            if (fstatat(directory, names[i].bytes, &st, 0))
+                return -1;
+            put_unsaid(append(p, &names[i], length, number + i), st.st_ino, &st);
+            continue;
+        }
+        int fd;
+        do
+            fd = openat(directory, names[i].bytes, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+        while (fd < 0 && errno == EINTR);
+        if (fd >= 0 && !fstat(fd, &st)) {
+            put_found(p, append(p, &names[i], length, number + i), &st, fd);
+            continue;
+        }
+        int error = errno;
+        if (fd >= 0)
+            close(fd);
+        if (error != ENOENT) /* it has a name all the same */
+            put_unsaid(append(p, &names[i], length, number + i), NO_NODE, NULL);
+    }
+    return (int)i;
+}
+
+void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to)
+{
+    struct fuse_direntplus *entry = entry_at(p, p->found[i].at);
+    entry->entry_out.nodeid = entry->entry_out.attr.ino = entry->dirent.ino = nodeid;
+    entry->entry_out.generation = generation;
+    if (!stored_to)
+        return;
+    p->short_lived -= p->found[i].seconds < p->name;
+    count_seconds(p, 0);
+    entry->entry_out.attr_valid = entry->entry_out.attr_valid_nsec = 0;
+}

@@ -1,0 +1,49 @@
+/* A page of a directory's entries with their attributes: the reply to one READDIRPLUS.
+ *
+ * What looking up a name takes of system calls, and what the kernel gets to read, is done here for many names at a time;
+ * Python says in between which inode each file is (`fs/listing.py`). A name is looked up only if there is room for its
+ * entry. Threading: a page is its maker's. */
+#ifndef READER_LISTING_H
+#define READER_LISTING_H
+
+#include "reader_buffers.h"
+#include "reader_nodes.h"
+
+enum { MOST_FOUND = 64 }; /* files of one step: so many descriptors may be open beyond the table's quota */
+
+struct name {
+    const char *bytes; /* ends with a zero */
+    size_t length;
+};
+
+/* A file that was looked up. */
+struct listed {
+    uint64_t device, number;
+    uint32_t kind; /* S_IFMT bits */
+    int fd;        /* O_PATH */
+    double seconds; /* for which its attributes are believed */
+    size_t at;     /* of its entry */
+};
+
+struct page {
+    struct buffer *buffer; /* begins with the header of a reply, as `undo` wants it */
+    size_t length, size;   /* of the entries, so far and at most */
+    struct lifetimes lifetimes;
+    struct listed found[MOST_FOUND];
+    unsigned nfound;       /* by the last step */
+    double name;           /* seconds for which names of the directory are believed */
+    unsigned short_lived;  /* entries whose attributes are believed for less */
+    double shortest;       /* seconds, of those; `name` if there are none */
+};
+
+/* A page of at most `size` bytes in `buffer`, which stays the caller's, of a directory whose names are believed `name`
+ * seconds. */
+void page_begin(struct page *p, struct buffer *buffer, size_t size, const struct lifetimes *l, double name);
+/* Look up names[0] and so on, whose entries get the numbers from `number` on; how many are dealt with. *full: the next one
+ * does not fit. Those that are gone get no entry, those that cannot be looked up one without attributes; -1: errno of
+ * "." or "..". */
+int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full);
+/* Say which inode found[i] is. `stored_to`: its attributes are not to be believed. */
+void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to);
+
+#endif

@@ -1,0 +1,40 @@
+/* Attributes of files that the kernel knows, below Python: node id -> O_PATH descriptor of the lower file.
+ *
+ * `fs/inodes.py` has the truth and tells of descriptors that come and go; here are only those whose attributes are known
+ * at once (a local lower) and are believed by the common rule. What is not here is for Python. An entry goes before its
+ * descriptor is closed, and whoever takes it away waits for who is asking: a number that is used again would show
+ * another file. For any thread; one lock, held for an fstat. */
+#ifndef READER_NODES_H
+#define READER_NODES_H
+
+#include <linux/fuse.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+/* How long the kernel may believe what it is told, in seconds: the rule of `fs/lifetimes.py`. */
+struct lifetimes {
+    uint64_t device;   /* the st_dev that the rule is about */
+    double name, name_elsewhere;
+    double young, old; /* attributes; old ones are on `device`, and were changed longer than `age` ago */
+    double age;
+};
+
+struct nodes;
+struct nodes *nodes_new(void); /* one reference; NULL: no memory */
+void nodes_hold(struct nodes *n);
+void nodes_drop(struct nodes *n);
+void nodes_believe(struct nodes *n, const struct lifetimes *l);
+void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
+/* `fd` stays the caller's, who must call `nodes_remove` before he closes it. No memory: the node stays unknown here. */
+void nodes_set(struct nodes *n, uint64_t nodeid, int fd);
+void nodes_remove(struct nodes *n, uint64_t nodeid);
+/* The reply to a GETATTR; false: it is for libfuse. */
+bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out);
+
+/* What the kernel is told of a file, as libfuse puts it. */
+void put_attributes(const struct stat *st, uint64_t nodeid, struct fuse_attr *out);
+void put_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds);
+double attributes_seconds(const struct lifetimes *l, const struct stat *st);
+
+#endif
