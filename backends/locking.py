@@ -54,7 +54,7 @@ class LockReport:
 def parse_maps(text: str) -> list[Mapping]:
     """Parse the text of /proc/PID/maps."""
     mappings = []
-    for line in text.splitlines():
+    for line in procfiles.lines_of(text):
         addresses, permissions, _offset, device, inode, *name = line.split(maxsplit=5)
         start, end = (int(address, 16) for address in addresses.split("-"))
         major, minor = (int(number, 16) for number in device.split(":"))

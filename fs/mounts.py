@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmem.backends import procfiles
 from tmem.backends.processes import Process
 from tmem.errors import AttachError
 from tmem.fs import syscalls
@@ -43,7 +44,7 @@ class Mounted:
 def mounts() -> list[Mounted]:
     """Return every mount that this process sees, the one on top of a mount point last."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in procfiles.MOUNTS.read_bytes().removesuffix(b"\n").split(b"\n"):  # not at a name's \r
         before, _, after = line.partition(b" - ")
         kind, source = after.split(b" ")[:2]
         found.append(Mounted(_decode(before.split(b" ")[4]), kind.decode(), _decode(source)))

@@ -357,7 +357,7 @@ def test_names_that_are_no_plain_text(tmem: Tmem, tmp_path: Path) -> None:
     lower = tmp_path / "lower"
     lower.mkdir()
     (lower / "file").write_text("text")
-    for name in (b"m\xff\xfe", "line\nend \u0085\u2003 back\\slash".encode()):
+    for name in (b"m\xff\xfe", b"return\rof the carriage", "line\nend \u0085\u2003 back\\slash".encode()):
         place = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
         Path(place).mkdir()
         mounted = tmem("mount", str(lower), place, "-o", "client=odd")
