@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from tmem.cli import pages
+from tmem.cli.main import cli
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -42,6 +45,27 @@ def test_clients(segment: "_native.Segment") -> None:
     assert completed("freeze", "") == ["db", "web1", "web2"]
     assert completed("swap", "remove", "d") == ["db"]
     assert completed("--name", "other", "list", "") == []
+
+
+def test_each_command_and_option_is_in_its_man_page() -> None:
+    texts = {path.name: text.replace("\\", "") for path, text in pages.manual().items()}
+    seen = []
+
+    def look(name: str, command: click.Command, context: click.Context) -> None:
+        seen.append(f"{name}.1")
+        for option in command.params:
+            if isinstance(option, click.Option) and not option.hidden:
+                for word in (*option.opts, *option.secondary_opts):
+                    assert word in texts[f"{name}.1"], (name, word)
+        if isinstance(command, click.Group):
+            for inner in command.list_commands(context):
+                found = command.get_command(context, inner)
+                assert found is not None
+                look(f"{name}-{inner}", found, context)
+
+    with click.Context(cli) as context:
+        look("tmem", cli, context)
+    assert sorted(seen) == sorted(texts)
 
 
 def test_shells_accept_the_completions(tmp_path: Path) -> None:
