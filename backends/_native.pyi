@@ -495,6 +495,18 @@ class ReaderBuffer:
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class Rings:
+    """An io_uring for each CPU, by which a FUSE connection's requests of at most `payload_bytes` may come.
+
+    OSError: this process may not have them. See backends/native/reader_rings.h.
+    """
+
+    def __init__(self, payload_bytes: int) -> None: ...
+    @property
+    def descriptors(self) -> list[int]:
+        """Theirs, none once a reader has them. Who has them lead elsewhere ends the rings when their threads
+        end."""
+
 class Reader:
     """Answers READ requests of a FUSE connection that hit, below Python; passes all others on to libfuse.
 
@@ -551,6 +563,12 @@ class Reader:
         """Return what a WRITE brings, given the data that libfuse has got of it. ValueError if there is none.
 
         To be called before it is answered.
+        """
+
+    def use_rings(self, rings: Rings, /) -> None:
+        """Take requests by these rings, now that the reply to INIT has asked for them; once.
+
+        OSError: the kernel takes none, or not all; requests then come by the device.
         """
 
     def set_pool(self, pool: Pool | None, /) -> None:

@@ -74,7 +74,7 @@ _GAUGES = _words(
     chunks_total chunks_used chunks_used_max chunks_free cap_bytes floor_bytes weight ephemeral_bytes
     compressed_pages raw_pages held authorised_pools pools pages bytes spare_bytes margin_bytes
     stalled_percent urgency tier_pages twin_pages original_pages original_bytes dedup_bytes
-    stepped_aside watching tier_up pool_active
+    stepped_aside watching tier_up io_uring pool_active
     """
 )
 # What a row is rather than how much of something, and is told by labels.

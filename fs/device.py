@@ -5,26 +5,35 @@ the kernel's INIT request is handed through it, pyfuse3 answers, the answer is a
 kernel, and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and
 the kernel; or, with a native reader (`reading`), the pair stays and the reader is in between. Amended: mmap
 with MAP_SHARED on direct_io files (ENODEV without it), that the umask is ours to apply, since a default
-access control list takes its place, and that files may be passed through (`backing`).
+access control list takes its place, that files may be passed through (`backing`), and that requests come over
+io_uring (`uring`).
 
 Request and answer are kept. New code that takes over a device whose connection is open (`restart`) hands
 the same request to its own libfuse: if that answers as the old one did, it will understand what the kernel
 goes on sending. Not for anything after INIT.
 """
 
+import logging
 import os
 import shutil
 import socket
 import struct
 import subprocess
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
 
 from tmem.errors import AttachError
-from tmem.fs import syscalls
+from tmem.fs import syscalls, uring
 from tmem.fs.options import MountOptions
+from tmem.types import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Rings
+
+log = logging.getLogger(__name__)
 
 _SO_SNDBUFFORCE = 32  # socket(7); Python has no name for it
 _CHANNEL_BYTES = 32 << 20
@@ -39,6 +48,10 @@ _INIT_EXT = 1 << 30
 _DONT_MASK = 1 << 6
 _DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
 _PASSTHROUGH = 1 << (37 - 32)
+_OVER_IO_URING = 1 << (41 - 32)
+_MAX_PAGES = 1 << 22
+_OUT_MAX_WRITE, _OUT_MAX_PAGES = _OUT_HEADER + 20, _OUT_HEADER + 28
+_USUAL_PAGES = 32
 _OUT_MAX_STACK_DEPTH = _OUT_FLAGS2 + 4
 _STACK_DEPTH = 1
 """How many file systems lie on top of each other with this one on top: the lower may not be such a one. With
@@ -76,6 +89,12 @@ class Device:
     passthrough: bool = False
     """Whether files can be passed through; known after `negotiate`."""
 
+    wants_rings: bool = False
+    """Whether requests are to come over io_uring, if the kernel lets them."""
+    rings: "Rings | None" = None
+    """What they then come by, to be served at once; known after `negotiate`."""
+    ring_descriptors: tuple[int, ...] = ()
+
     @property
     def fuse(self) -> int:
         """The descriptor of /dev/fuse."""
@@ -104,13 +123,15 @@ class Device:
         meanwhile, a lower file perhaps. The kernel ends the mount's connection as after `close`.
         """
         nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        for descriptor in (self.descriptor, self.session, self.channel.fileno()):
+        rings, self.ring_descriptors = self.ring_descriptors, ()  # they keep the connection open, too
+        for descriptor in (self.descriptor, self.session, self.channel.fileno(), *rings):
             if descriptor >= 0:
                 os.dup2(nowhere, descriptor, inheritable=False)
         os.close(nowhere)
 
     def close(self) -> None:
         """Close all ends. The kernel then ends the mount's connection."""
+        self.ring_descriptors = ()  # the reader has closed them
         for descriptor in (self.descriptor, self.session):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -190,7 +211,33 @@ async def agree(device: Device) -> None:
             device.passthrough = True
     if offered & _DONT_MASK:
         _set_bits(reply, _OUT_FLAGS, _DONT_MASK)
+    if device.wants_rings:
+        _ask_for_rings(device, more if offered & _INIT_EXT else 0, reply)
     device.reply = bytes(reply)
+
+
+def _ask_for_rings(device: Device, offered: int, reply: bytearray) -> None:
+    """Have requests come over io_uring; where they cannot, say why, and do without."""
+    rings: Rings | str = uring.lacking()
+    if not rings and not (offered & _OVER_IO_URING and len(reply) >= _OUT_FLAGS2 + 4):
+        rings = "this kernel does not offer it"
+    if not rings:
+        rings = uring.make(_payload_bytes(reply))
+    if isinstance(rings, str):
+        log.warning("requests do not come over io_uring: %s", rings)
+        return
+    device.rings, device.ring_descriptors = rings, tuple(rings.descriptors)
+    _set_bits(reply, _OUT_FLAGS, _INIT_EXT)
+    _set_bits(reply, _OUT_FLAGS2, _OVER_IO_URING)
+
+
+def _payload_bytes(reply: bytes | bytearray) -> int:
+    """Return what the largest request or reply carries, as the kernel reckons it."""
+    most_written: int = struct.unpack_from("=I", reply, _OUT_MAX_WRITE)[0]
+    pages: int = struct.unpack_from("=H", reply, _OUT_MAX_PAGES)[0]
+    if not struct.unpack_from("=I", reply, _OUT_FLAGS)[0] & _MAX_PAGES:
+        pages = _USUAL_PAGES
+    return max(2 * PAGE_SIZE, most_written, pages * PAGE_SIZE)
 
 
 def _connect(device: Device) -> None:

@@ -55,6 +55,13 @@ class Passthrough(enum.StrEnum):
     OFF = "off"
 
 
+class Uring(enum.StrEnum):
+    """Whether requests come over io_uring, where that can be had; see `uring`."""
+
+    OFF = "off"
+    ON = "on"
+
+
 class Watching(enum.StrEnum):
     """Whether changes underneath are watched for, where the kernel reports them; see `watch`."""
 
@@ -99,6 +106,8 @@ class MountOptions:
     """The URL of the servers that all hosts with this `shared` ask before the lower (`beyond`)."""
     settled_seconds: float = 60.0
     """How old a version of a file must be before its pages go to other hosts."""
+    io_uring: Uring = Uring.OFF
+    """Settled with the kernel when it is mounted: a restart knows nothing of it."""
 
     @classmethod
     def parse(cls, texts: tuple[str, ...] | list[str], mountpoint: str) -> "MountOptions":
@@ -106,6 +115,8 @@ class MountOptions:
         options = cls(default_client(mountpoint))
         for word in _words(",".join(texts)):
             options = options._with(word)
+        if options.io_uring is Uring.ON and options.loop not in (Loop.AUTO, Loop.NATIVE):
+            raise TmemError("io_uring=on needs the native reader: use loop=native")
         if options.tier is not None and options.shared is None:
             raise TmemError("tier= needs shared=UUID, the same on every host that mounts this file system")
         return options
@@ -132,6 +143,8 @@ class MountOptions:
                 return replace(self, watch=Watching(value))
             if name == "passthrough" and equals:
                 return replace(self, passthrough=Passthrough(value))
+            if name == "io_uring" and equals:
+                return replace(self, io_uring=Uring(value))
             if name in _POLICY and equals:
                 return replace(self, policy=_POLICY[name](self.policy, value))
         except ValueError:
@@ -148,7 +161,8 @@ class MountOptions:
             return replace(self, ignored=(*self.ignored, word))
         raise TmemError(
             f"{word!r} is no mount option: use client=NAME, shared=UUID, tier=URL, settled=SECONDS, "
-            "cache=auto|direct|kernel, loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, "
+            "cache=auto|direct|kernel, loop=auto|native|fast|plain, io_uring=off|on, timeout=SECONDS, "
+            "watch=auto|off, "
             "cache_files=PATTERN:..., skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, "
             "passthrough=auto|off, read_ahead=SIZE, step_aside=auto|never, allow_other, "
             "default_permissions, ro, noexec, noatime, sync, dev or suid"
@@ -161,6 +175,7 @@ _CHOICES = {
     "shared": "use shared=UUID, neither all zeros nor all ones",
     "watch": "use watch=auto or watch=off",
     "passthrough": "use passthrough=auto or passthrough=off",
+    "io_uring": "use io_uring=off or io_uring=on",
     "timeout": "use timeout=SECONDS with a number from 0 on",
     "settled": "use settled=SECONDS with a number from 0 on, more than the clocks of hosts differ",
     "cache_files": "use cache_files=PATTERN, or several with ':' between them, such as *.db:data/*",

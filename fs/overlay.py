@@ -54,7 +54,11 @@ class Overlay(Files, Directories):
         self.count_native_hits()
         beyond = BeyondStatistics() if self.beyond is None else self.beyond.statistics()
         return self.precache.counters.snapshot(
-            self.precache.pool() is not None, self._worth.resting, self.watch is not None, beyond
+            self.precache.pool() is not None,
+            self._worth.resting,
+            self.watch is not None,
+            beyond,
+            io_uring=self.reading is not None and self.reading.rings is not None,
         )
 
     def ask_beyond(self, beyond: "Beyond") -> None:

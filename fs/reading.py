@@ -5,6 +5,7 @@ here: which pool, which files are open, and by each file's gate (`coherence.File
 may be served. Threading: the event loop's thread, except `use_pool`.
 """
 
+import logging
 import os
 import select
 import threading
@@ -19,6 +20,8 @@ from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
     from tmem.backends._native import Pool, Reader, ReaderBuffer
+
+log = logging.getLogger(__name__)
 
 MOST_HELPERS = 3
 
@@ -69,12 +72,23 @@ class Reading:
         self._counted: dict[str, int] = {}  # of its counters, what the mount's have already
         self.backing = Backing(device.descriptor) if device.passthrough else None
         """Where files that are not cached can be passed through."""
+        self.rings = device.rings
+        """What requests come by, None: the device."""
         self._session = device.session
         self._switch = threading.Lock()
         # Readable when there is something to do: a request, a reply, or a request that a helper has read.
         self._anything = select.epoll()
         for end in ends:
             self._anything.register(end, select.EPOLLIN)
+
+    def begin(self) -> None:
+        """Take requests by the rings, if there are any; when memory is locked, or all of theirs would be."""
+        if self.rings is None:
+            return
+        try:
+            self.reader.use_rings(self.rings)
+        except OSError as error:
+            log.warning("requests do not come over io_uring: %s", error.strerror)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when there is something to do."""

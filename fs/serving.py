@@ -23,7 +23,7 @@ from tmem.fs.device import Device
 from tmem.fs.fanotify import Events
 from tmem.fs.lastresort import LastResort
 from tmem.fs.loop import Readers
-from tmem.fs.options import Loop, Passthrough, Watching
+from tmem.fs.options import Loop, Passthrough, Uring, Watching
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.plan import Plan
 from tmem.fs.precache import Precache
@@ -70,6 +70,7 @@ class Server:
         if not mounted.request:  # else the kernel was told by the code before
             wanted = self.plan.options.passthrough is Passthrough.AUTO and os.geteuid() == 0
             mounted.wants_passthrough = wanted and mounted.read_natively
+            mounted.wants_rings = self.plan.options.io_uring is Uring.ON and mounted.read_natively
 
     @property
     def can_restart(self) -> bool:
@@ -145,6 +146,8 @@ class Server:
         reading: Reading | None,
     ) -> None:
         memory.lock(self.plan.paths.segment)
+        if reading is not None:
+            reading.begin()
         # trio hands signals that nobody has looked at to the handler of before, which would end the process.
         signal.signal(restart.SIGNAL, _too_late)
         assert self._last_resort is not None
@@ -199,6 +202,9 @@ class Server:
         task_status.started()
         if not self.can_restart:
             restarter.failed("this pyfuse3 differs from what a restart needs: unmount and mount again")
+            return
+        if self.overlay.reading is not None and self.overlay.reading.rings is not None:
+            restarter.failed("what comes over io_uring cannot be handed over: unmount and mount again")
             return
         if not await restarter.check() or self._ending:
             return

@@ -69,6 +69,8 @@ class MountStatistics:
     """Values of the tier that were not what their names say."""
     tier_failures: int
     """How often the tier was found slow or not there, and stepped around."""
+    io_uring: bool
+    """Whether requests come over io_uring."""
     pool_active: bool
     """Whether a pool is in use right now: it is there, and neither the client nor the segment is off."""
 
@@ -144,9 +146,15 @@ class Counters:
         stepped_aside: bool,
         watching: bool = False,
         tier: BeyondStatistics = BeyondStatistics(),
+        io_uring: bool = False,
     ) -> MountStatistics:
         """Return the counters as they are now."""
         beyond = {f"tier_{name}": value for name, value in vars(tier).items()}
         return MountStatistics(
-            pool_active=pool_active, stepped_aside=stepped_aside, watching=watching, **beyond, **vars(self)
+            pool_active=pool_active,
+            stepped_aside=stepped_aside,
+            watching=watching,
+            io_uring=io_uring,
+            **beyond,
+            **vars(self),
         )

@@ -28,7 +28,7 @@ typedef struct {
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *HeadroomType, *NodesType, *PageType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -39,6 +39,7 @@ PyTypeObject *make_device_type(void);
 PyTypeObject *make_gate_type(void);
 PyTypeObject *make_buffer_type(void);
 PyTypeObject *make_reader_type(void);
+PyTypeObject *make_rings_type(void);
 PyTypeObject *make_headroom_type(void);
 PyTypeObject *make_nodes_type(void);
 PyTypeObject *make_page_type(void);
@@ -55,6 +56,8 @@ const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
 int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */
 int set_number(PyObject *dict, const char *key, int64_t value);
 
+struct rings;
+struct rings *rings_taken(PyObject *from); /* the caller's from now on; NULL with an exception */
 struct tm_client *client_of(ClientObject *self); /* NULL with an exception */
 
 /* py_timing.c: methods of a segment and of a client */

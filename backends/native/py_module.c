@@ -7,7 +7,7 @@
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *HeadroomType, *NodesType, *PageType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -178,7 +178,8 @@ static int add_types(PyObject *module)
     GateType = DeviceType ? make_gate_type() : NULL;
     BufferType = GateType ? make_buffer_type() : NULL;
     ReaderType = BufferType ? make_reader_type() : NULL;
-    HeadroomType = ReaderType ? make_headroom_type() : NULL;
+    RingsType = ReaderType ? make_rings_type() : NULL;
+    HeadroomType = RingsType ? make_headroom_type() : NULL;
     NodesType = HeadroomType ? make_nodes_type() : NULL;
     PageType = NodesType ? make_page_type() : NULL;
     if (!PageType)
@@ -191,6 +192,7 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "Gate", (PyObject *)GateType)
            || PyModule_AddObjectRef(module, "ReaderBuffer", (PyObject *)BufferType)
            || PyModule_AddObjectRef(module, "Reader", (PyObject *)ReaderType)
+           || PyModule_AddObjectRef(module, "Rings", (PyObject *)RingsType)
            || PyModule_AddObjectRef(module, "Headroom", (PyObject *)HeadroomType)
            || PyModule_AddObjectRef(module, "Nodes", (PyObject *)NodesType)
            || PyModule_AddObjectRef(module, "ListingPage", (PyObject *)PageType)

@@ -228,6 +228,21 @@ static PyObject *pause_reader(ReaderObject *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *use_rings(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    struct rings *rings = r ? rings_taken(arg) : NULL;
+    int rc;
+    if (!rings)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    rc = reader_use_rings(r, rings);
+    Py_END_ALLOW_THREADS
+    if (rc)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
 static PyObject *get_quiet(ReaderObject *self, void *unused)
 {
     struct reader *r = reader_of(self);
@@ -444,6 +459,7 @@ PyTypeObject *make_reader_type(void)
         {"serve", (PyCFunction)(void (*)(void))serve, METH_FASTCALL, NULL},
         {"drain", (PyCFunction)drain, METH_NOARGS, NULL},
         {"pause", (PyCFunction)pause_reader, METH_O, NULL},
+        {"use_rings", (PyCFunction)use_rings, METH_O, NULL},
         {"set_pool", (PyCFunction)set_pool, METH_O, NULL},
         {"set_nodes", (PyCFunction)set_nodes, METH_VARARGS, NULL},
         {"page", (PyCFunction)new_page, METH_VARARGS, NULL},

@@ -3,6 +3,7 @@
 
 #include "reader_ahead.h"
 #include "reader_listing.h"
+#include "reader_rings.h"
 #include "reader_waiting.h"
 
 #include <errno.h>
@@ -46,6 +47,8 @@ struct reader {
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
+    struct rings *rings; /* NULL: all requests come by the device */
+    struct desk *ring_desks;
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
 
     pthread_mutex_t sleep_lock;
@@ -135,13 +138,11 @@ static void look_after_interrupts(struct reader *r)
         wake_standin(r);
 }
 
-static bool answer_attributes(struct reader *r, const struct fuse_in_header *in)
+static bool find_attributes(struct reader *r, const struct fuse_in_header *in, struct fuse_attr_out *out)
 {
     struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
-    struct fuse_attr_out out;
-    if (!nodes || !nodes_attributes(nodes, in->nodeid, &out))
+    if (!nodes || !nodes_attributes(nodes, in->nodeid, out))
         return false;
-    reply_bytes(r->device, in->unique, (const uint8_t *)&out, sizeof out);
     atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
     return true;
 }
@@ -174,23 +175,59 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
                                ? FOUND
                                : hits_find(&r->hits, read_in, d->data->data, false, &answer);
         if (found == FOUND) {
-            reply_bytes(r->device, in->unique, answer.bytes, answer.length);
+            reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
             if (leads && ahead_expects(&r->ahead, read_in) && !has_one_cpu(r) && !more_waits(r))
                 ahead_fetch(&r->ahead, &r->hits, r->buffers, read_in);
             return TAKEN_ANSWERED;
         }
-        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length)) {
+        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL)) {
             look_after_interrupts(r);
             return TAKEN_NONE;
         }
     }
-    if (in->opcode == FUSE_GETATTR && answer_attributes(r, in))
+    struct fuse_attr_out attributes;
+    if (in->opcode == FUSE_GETATTR && find_attributes(r, in, &attributes)) {
+        reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&attributes, sizeof attributes);
         return TAKEN_ANSWERED;
+    }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
-    enum passed passed = pass_on(&r->passing, &d->request, length);
+    enum passed passed = pass_on(&r->passing, &d->request, length, NULL);
     look_after_interrupts(r);
     return passed == PASSED ? TAKEN_PASSED_ON : TAKEN_NONE;
+}
+
+/* The same for what a ring has brought. */
+static bool take_from_ring(void *with, unsigned ring, struct entry *e)
+{
+    struct reader *r = with;
+    struct desk *d = &r->ring_desks[ring];
+    const struct fuse_in_header *in = entry_request(e);
+    enum found found = FOUND_NOT;
+    if (in->len >= sizeof *in + sizeof(struct fuse_read_in) && in->opcode == FUSE_READ) {
+        const struct fuse_read_in *read_in = entry_argument(e);
+        struct answer answer;
+        if (read_in->size <= entry_most(e))
+            found = hits_find(&r->hits, read_in, entry_payload(e, read_in->size), false, &answer);
+        if (found == FOUND) {
+            entry_fill(e, 0, answer.bytes, answer.length);
+            return true;
+        }
+    }
+    struct fuse_attr_out attributes;
+    if (in->opcode == FUSE_GETATTR && find_attributes(r, in, &attributes)) {
+        entry_fill(e, 0, (const uint8_t *)&attributes, sizeof attributes);
+        return true;
+    }
+    size_t length = desk_fill(r, d) ? entry_copy(e, d->request->data, d->request->size) : 0;
+    if (!length) {
+        entry_fill(e, d->request && d->data ? -EIO : -ENOMEM, NULL, 0);
+        return true;
+    }
+    if (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e))
+        (void)pass_on(&r->passing, &d->request, length, e);
+    look_after_interrupts(r);
+    return false;
 }
 
 static int64_t now_ms(void)
@@ -415,6 +452,13 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     return r;
 }
 
+int reader_use_rings(struct reader *r, struct rings *rings)
+{
+    r->rings = rings;
+    r->ring_desks = calloc(rings_count(rings), sizeof *r->ring_desks);
+    return rings_start(rings, r->device, r->ring_desks ? take_from_ring : NULL, r);
+}
+
 void reader_free(struct reader *r)
 {
     pthread_mutex_lock(&r->sleep_lock);
@@ -427,7 +471,14 @@ void reader_free(struct reader *r)
         pthread_join(r->helpers[i].thread, NULL);
     if (r->has_standin)
         pthread_join(r->standin.thread, NULL);
+    waiting_end(&r->waiting);
+    if (r->rings) /* only now: they commit what those have answered */
+        rings_stop(r->rings);
     waiting_free(&r->waiting);
+    for (unsigned i = 0; r->ring_desks && i < rings_count(r->rings); i++)
+        desk_clear(&r->ring_desks[i]);
+    free(r->ring_desks);
+    rings_free(r->rings);
     if (r->others >= 0)
         close(r->others);
     hits_free(&r->hits);

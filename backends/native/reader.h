@@ -15,6 +15,9 @@
  * loop's thread stays away (a handler of its own waits for the lower), a stand-in reads instead: hits go on, and requests
  * of programs that were killed are given up (`reader_interrupt`).
  *
+ * Or requests come over io_uring, by a thread for each CPU (`reader_rings`), which does the same with them; what is left to
+ * the device, and replies, stay with the threads above. A hit then takes one system call.
+ *
  * A READ is answered here only while the file's gate is open: who changes a file's pages, size or object closes it
  * before, and opens it after. What is in the pool is right at any time (pages are flushed before a change is
  * acknowledged); the gate is about what is not: the size, and which object. */
@@ -52,6 +55,10 @@ struct reader;
  * libfuse reads and writes; all stay the caller's. `largest` is the most bytes of a request or a reply. The stand-in
  * reads when nobody has been in reader_serve for `away_ms`; 0: there is none. NULL: errno. */
 struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms);
+/* Take requests by these rings, which are the reader's from now on, as soon as the reply to INIT has asked for them; at most
+ * once. -1: errno; requests then come by the device. */
+struct rings;
+int reader_use_rings(struct reader *r, struct rings *rings);
 /* No thread may be in reader_serve. Ends the helpers. */
 void reader_free(struct reader *r);
 /* Serve until a request for libfuse lies in the socket (READER_REQUEST), the connection is over (READER_GONE), or

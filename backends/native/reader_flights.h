@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 
+struct entry;
 struct flight {
     struct flight *next;    /* in its bucket */
     uint64_t unique;        /* the request's number */
@@ -23,6 +24,7 @@ struct flight {
     bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */
     struct buffer *payload; /* of a WRITE; a READDIRPLUS's reply, with a header in front */
     size_t length;          /* of that reply, without it */
+    struct entry *entry;    /* of a ring, which brought it and takes the answer; NULL: the device does */
 };
 
 struct flights {

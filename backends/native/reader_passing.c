@@ -266,7 +266,8 @@ static void give_up(struct passing *p, struct flight *f)
         return;
     atomic_fetch_sub(&p->interrupted, 1);
     atomic_fetch_add_explicit(&p->given_up, 1, memory_order_relaxed);
-    reply_error(p->device, f->unique, -EINTR);
+    reply_error(p, f->entry, f->unique, -EINTR);
+    f->entry = NULL; /* which brings others now */
     f->given_up = true;
     if (f->given || f->held)
         return;
@@ -350,7 +351,7 @@ static void note_listing(struct flight *f, struct fuse_read_in *in)
         in->offset = f->unique;
 }
 
-static enum passed pass_request(struct passing *p, struct buffer **request, size_t length)
+static enum passed pass_request(struct passing *p, struct buffer **request, size_t length, struct entry *entry)
 {
     struct fuse_in_header *in = (void *)(*request)->data;
     uint8_t *body = (*request)->data + sizeof *in;
@@ -361,6 +362,7 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
     enum passed result = PASSED_NOT;
     if (!f)
         return result;
+    f->entry = entry;
     f->opcode = in->opcode;
     f->room = room_of(in->opcode, body);
     f->thread = in->pid;
@@ -385,7 +387,7 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
     return result;
 }
 
-enum passed pass_on(struct passing *p, struct buffer **request, size_t length)
+enum passed pass_on(struct passing *p, struct buffer **request, size_t length, struct entry *entry)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
     uint64_t unique = in->unique;
@@ -395,24 +397,25 @@ enum passed pass_on(struct passing *p, struct buffer **request, size_t length)
     if (in->opcode == FUSE_INTERRUPT)
         answered = (interrupt(p, in), false);
     else if (answered)
-        result = pass_request(p, request, length);
+        result = pass_request(p, request, length, entry);
     else if (length > MOST_MESSAGE)
         forget_split(p, *request, length);
     else
         result = passing_give(p, NULL, in, length);
     pthread_mutex_unlock(&p->lock);
     if (answered && result == PASSED_NOT)
-        reply_error(p->device, unique, -EIO); /* nobody else will */
+        reply_error(p, entry, unique, -EIO); /* nobody else will */
     return result;
 }
 
 /* ---- Requests that are waited for here --------------------------------------------------------------------- */
 
-bool passing_hold(struct passing *p, const struct fuse_in_header *in)
+bool passing_hold(struct passing *p, const struct fuse_in_header *in, struct entry *entry)
 {
     pthread_mutex_lock(&p->lock);
     struct flight *f = flights_add(&p->flights, in->unique);
     if (f) {
+        f->entry = entry;
         f->opcode = in->opcode;
         f->thread = in->pid;
         f->held = f->may_be_given_up = true;
@@ -424,10 +427,11 @@ bool passing_hold(struct passing *p, const struct fuse_in_header *in)
 }
 
 /* Take one that is held out; false: it was given up. `interrupted`: by a signal that was not fatal yet. */
-static bool take_held(struct passing *p, uint64_t unique, bool *interrupted)
+static bool take_held(struct passing *p, uint64_t unique, bool *interrupted, struct entry **entry)
 {
     struct flight *f = flights_take(&p->flights, unique);
     bool given_up = f->given_up;
+    *entry = f->entry;
     *interrupted = f->interrupted && !given_up;
     if (*interrupted)
         atomic_fetch_sub(&p->interrupted, 1);
@@ -435,11 +439,11 @@ static bool take_held(struct passing *p, uint64_t unique, bool *interrupted)
     return !given_up;
 }
 
-bool passing_end_held(struct passing *p, uint64_t unique)
+bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry)
 {
     bool interrupted;
     pthread_mutex_lock(&p->lock);
-    bool wanted = take_held(p, unique, &interrupted);
+    bool wanted = take_held(p, unique, &interrupted, entry);
     pthread_mutex_unlock(&p->lock);
     return wanted;
 }
@@ -447,13 +451,14 @@ bool passing_end_held(struct passing *p, uint64_t unique)
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
+    struct entry *entry;
     bool interrupted;
     pthread_mutex_lock(&p->lock);
-    if (take_held(p, in->unique, &interrupted)) {
+    if (take_held(p, in->unique, &interrupted, &entry)) {
         if (interrupted)
             p->early[p->nearly++ % (sizeof p->early / sizeof *p->early)] = in->unique;
-        if (pass_request(p, request, length) == PASSED_NOT)
-            reply_error(p->device, in->unique, -EIO);
+        if (pass_request(p, request, length, entry) == PASSED_NOT)
+            reply_error(p, entry, in->unique, -EIO);
     }
     pthread_mutex_unlock(&p->lock);
 }

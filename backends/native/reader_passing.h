@@ -54,7 +54,7 @@ struct passing {
     _Atomic uint32_t expected; /* replies that are to come */
     _Atomic uint64_t passed;   /* requests so far */
 
-    uint64_t early[16];             /* interrupted requests that were not known yet when that was told */
+    uint64_t early[64];             /* interrupted requests that were not known yet when that was told */
     unsigned nearly;
     _Atomic uint32_t interrupted;   /* requests that were, and are not given up */
     _Atomic uint64_t given_up;      /* so far */
@@ -71,9 +71,9 @@ enum passed { PASSED, PASSED_LATER, PASSED_NOT };
 
 int passing_init(struct passing *p, int device, int ours, int theirs, struct buffers *buffers); /* -1: errno */
 void passing_free(struct passing *p);
-/* Pass the request in `*request` on. Its buffer may be kept, and another one be put in its place. PASSED_NOT: it was
- * refused, or needs no answer. */
-enum passed pass_on(struct passing *p, struct buffer **request, size_t length);
+/* Pass the request in `*request` on, which `entry` brought (NULL: the device). Its buffer may be kept, and another one be
+ * put in its place. PASSED_NOT: it was refused, or needs no answer. */
+enum passed pass_on(struct passing *p, struct buffer **request, size_t length, struct entry *entry);
 /* Pass on to the kernel what libfuse has replied, and to libfuse what has waited for room. */
 void passing_drain(struct passing *p);
 /* Whether who waits for a request has had a signal, and may have a fatal one later. */
@@ -96,8 +96,9 @@ bool passing_list(struct passing *p, uint64_t unique, struct buffer *b, size_t l
 
 /* A READ that is waited for here (`reader_waiting`) is a flight until one of the others: so it can be given up. False: no
  * memory. */
-bool passing_hold(struct passing *p, const struct fuse_in_header *in);
-bool passing_end_held(struct passing *p, uint64_t unique); /* whether it is still to be answered */
+bool passing_hold(struct passing *p, const struct fuse_in_header *in, struct entry *entry);
+/* Whether it is still to be answered, and where. */
+bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry);
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */
 
 /* For the half that passes replies back (`reader_returning.c`), with the lock held. */
@@ -106,8 +107,8 @@ enum passed passing_give(struct passing *p, struct flight *f, const void *bytes,
 void passing_give_kept(struct passing *p);
 void passing_forsake(struct passing *p, struct flight *f);
 
-/* Reply to a request: an error (negative errno), or bytes. */
-void reply_error(int device, uint64_t unique, int error);
-void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length);
+/* Reply to a request, there where it came from: an error (negative errno), or bytes. */
+void reply_error(const struct passing *p, struct entry *entry, uint64_t unique, int error);
+void reply_bytes(const struct passing *p, struct entry *entry, uint64_t unique, const uint8_t *data, size_t length);
 
 #endif

@@ -1,6 +1,7 @@
 /* From libfuse to the kernel: the other half of reader_passing.h. */
 #include "reader_interrupt.h"
 #include "reader_passing.h"
+#include "reader_rings.h"
 
 #include <errno.h>
 #include <linux/fuse.h>
@@ -12,18 +13,26 @@
 
 #define OWN_NUMBERS (UINT64_C(1) << 62) /* the kernel does not come so far */
 
-void reply_bytes(int device, uint64_t unique, const uint8_t *data, size_t length)
+void reply_bytes(const struct passing *p, struct entry *entry, uint64_t unique, const uint8_t *data, size_t length)
 {
+    if (entry) {
+        entry_answer(entry, 0, data, length);
+        return;
+    }
     struct fuse_out_header out = {.len = (uint32_t)(sizeof out + length), .unique = unique};
     struct iovec parts[2] = {{&out, sizeof out}, {(void *)data, length}};
-    ssize_t ignored = writev(device, parts, length ? 2 : 1); /* ENOENT: whoever asked is gone */
+    ssize_t ignored = writev(p->device, parts, length ? 2 : 1); /* ENOENT: whoever asked is gone */
     (void)ignored;
 }
 
-void reply_error(int device, uint64_t unique, int error)
+void reply_error(const struct passing *p, struct entry *entry, uint64_t unique, int error)
 {
+    if (entry) {
+        entry_answer(entry, error, NULL, 0);
+        return;
+    }
     struct fuse_out_header out = {.len = sizeof out, .error = error, .unique = unique};
-    ssize_t ignored = write(device, &out, sizeof out);
+    ssize_t ignored = write(p->device, &out, sizeof out);
     (void)ignored;
 }
 
@@ -41,9 +50,9 @@ static void reply_by_number(struct passing *p, const struct flight *f, size_t le
 {
     struct buffer *b = named_buffer(p, length);
     if (b && b->length <= f->size)
-        reply_bytes(p->device, f->unique, b->data + b->start, b->length);
+        reply_bytes(p, f->entry, f->unique, b->data + b->start, b->length);
     else
-        reply_error(p->device, f->unique, -EIO);
+        reply_error(p, f->entry, f->unique, -EIO);
     if (b)
         buffer_drop(b);
 }
@@ -97,6 +106,18 @@ static void drop_late(struct passing *p, const struct flight *f, size_t length)
     free(request);
 }
 
+/* The reply as it came. */
+static void reply_whole(struct passing *p, const struct flight *f, size_t length)
+{
+    const struct fuse_out_header *out = (const void *)p->reply;
+    if (f && f->entry) {
+        entry_answer(f->entry, out->error, p->reply + sizeof *out, length - sizeof *out);
+        return;
+    }
+    ssize_t ignored = write(p->device, p->reply, length);
+    (void)ignored;
+}
+
 static void pass_back(struct passing *p, size_t length)
 {
     const struct fuse_out_header *out = (const void *)p->reply;
@@ -104,18 +125,17 @@ static void pass_back(struct passing *p, size_t length)
     if (f && f->given_up) {
         drop_late(p, f, length);
     } else if (out->len != length) { /* cut off: larger than anything that was asked for */
-        reply_error(p->device, out->unique, -EIO);
+        reply_error(p, f ? f->entry : NULL, out->unique, -EIO);
     } else if (f && f->opcode == FUSE_READ && !out->error && length > sizeof *out) {
         reply_by_number(p, f, length);
     } else if (f && f->opcode == FUSE_READDIRPLUS && f->payload && !out->error) {
-        reply_bytes(p->device, f->unique, f->payload->data + sizeof *out, f->length);
+        reply_bytes(p, f->entry, f->unique, f->payload->data + sizeof *out, f->length);
     } else { /* a notice, if it has no number */
         if (f)
             amend(&p->amendments, f->opcode, p->reply, length);
         if (f && f->reads_only)
             amend_no_flush(p->reply, length);
-        ssize_t ignored = write(p->device, p->reply, length);
-        (void)ignored;
+        reply_whole(p, f, length);
     }
     if (f && f->payload)
         buffer_drop(f->payload);

@@ -29,11 +29,12 @@ static void run_errand(struct waiting *w, struct errand *e)
 {
     const struct fuse_in_header *in = (const void *)e->request->data;
     struct answer answer;
+    struct entry *entry;
     enum found found = hits_find(w->hits, (const void *)(in + 1), e->data->data, true, &answer);
     if (found != FOUND)
         passing_pass_held(w->passing, &e->request, e->length);
-    else if (passing_end_held(w->passing, in->unique))
-        reply_bytes(w->passing->device, in->unique, answer.bytes, answer.length);
+    else if (passing_end_held(w->passing, in->unique, &entry))
+        reply_bytes(w->passing, entry, in->unique, answer.bytes, answer.length);
     files_release(&w->hits->files, e->file);
     buffer_drop(e->request);
     buffer_drop(e->data);
@@ -63,16 +64,20 @@ void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing)
     pthread_mutex_init(&w->lock, NULL);
 }
 
-void waiting_free(struct waiting *w)
+void waiting_end(struct waiting *w)
 {
+    pthread_mutex_lock(&w->lock);
+    w->ending = true;
+    pthread_mutex_unlock(&w->lock);
     for (unsigned i = 0; i < w->nthreads; i++) {
         struct waiter *one = &w->waiters[i];
         sem_post(&one->called); /* for nothing: it comes to that when it has done what it has in hand */
         pthread_join(one->thread, NULL);
         sem_destroy(&one->called);
     }
-    pthread_mutex_destroy(&w->lock);
 }
+
+void waiting_free(struct waiting *w) { pthread_mutex_destroy(&w->lock); }
 
 /* A thread that does nothing; NULL: all are at work. The lock is held. */
 static struct waiter *find_idle(struct waiting *w)
@@ -92,7 +97,7 @@ static struct waiter *find_idle(struct waiting *w)
     return one;
 }
 
-bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length)
+bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
     const struct fuse_read_in *read_in = (const void *)(in + 1);
@@ -106,17 +111,18 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
         return false;
     }
     pthread_mutex_lock(&w->lock);
-    waiter = find_idle(w);
-    if (waiter && !passing_hold(w->passing, in)) {
+    waiter = w->ending ? NULL : find_idle(w);
+    if (waiter && !passing_hold(w->passing, in, entry)) {
         w->idle[w->nidle++] = waiter;
         waiter = NULL;
     }
-    pthread_mutex_unlock(&w->lock);
     if (waiter) {
         *request = *data = NULL;
-        waiter->errand = e;
+        waiter->errand = e; /* before it may be told to end */
         sem_post(&waiter->called);
-    } else {
+    }
+    pthread_mutex_unlock(&w->lock);
+    if (!waiter) {
         files_release(&w->hits->files, e->file);
         free(e);
     }

@@ -20,6 +20,7 @@ struct waiting {
     struct passing *passing;
     pthread_mutex_t lock;
     unsigned nthreads, nidle;
+    bool ending;
     struct waiter *idle[WAITERS_MOST]; /* the last used is called first */
     struct waiter {
         struct waiting *waiting;
@@ -30,11 +31,12 @@ struct waiting {
 };
 
 void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing);
-/* Waits for the threads, and so for the lower. */
-void waiting_free(struct waiting *w);
+/* Take no more READs, and wait for those that there are, and so for the lower. */
+void waiting_end(struct waiting *w);
+void waiting_free(struct waiting *w); /* once nobody calls `waiting_give` any more */
 /* Have the READ in `*request` found by way of `*data`: buffers that are not the caller's any more, and NULL, if it
- * comes back true. */
-bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length);
+ * comes back true. `entry` brought it (NULL: the device). */
+bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry);
 
 /* Start a thread of the reader: with a small stack, and no signals: those are for the threads that Python knows. */
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg);

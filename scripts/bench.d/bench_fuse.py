@@ -20,14 +20,25 @@ from tmem.backends import _native
 from tmem.bench.files import real_file
 from tmem.bench.fuse import fill
 from tmem.bench.grounds import workplace
-from tmem.bench.mounts import SEGMENT, Mounted, Placement, drop, ext4, mounted, placements
+from tmem.bench.mounts import (
+    SEGMENT,
+    Mounted,
+    Placement,
+    drop,
+    ext4,
+    mounted,
+    placements,
+    rings_permitted,
+)
 from tmem.fs.mounts import statistics as mount_statistics
 
 PAGE = 4096
 MEGABYTE = 1 << 20
 PEERS = ("bindfs", "bindfs -mt", "mergerfs")
-OURS = ("tmem", "tmem plain")
-"""As it comes, and with the event loop alone: the second has no targets."""
+OURS = ("tmem", "tmem io_uring", "tmem plain")
+"""As it comes, with requests over io_uring, and with the event loop alone, which has no targets."""
+UNJUDGED = OURS[2]
+SUFFIXES = {OURS[0]: "", OURS[1]: ", io_uring", UNJUDGED: ", plain path"}
 
 TARGETS = {
     ("4k random, 1 client", "bindfs"): 1.0,
@@ -103,12 +114,12 @@ class Bench:
         self.daemon_us.setdefault(case, []).append(used * 1e6 / (count + count // 10))
         return rate(figures)
 
-    def sequential(self, name: str, placement: Placement) -> float:
-        """Return the reads a second of 1 MiB, one after the other."""
+    def sequential(self, name: str, size: int, placement: Placement) -> float:
+        """Return the reads a second of `size`, one after the other."""
         peer, _, direct = name.partition(" O_DIRECT")
         path = self.hit_file(peer + direct)
         drop([path])
-        return rate(self._reader([path], "sequential", MEGABYTE, direct=name != peer, cpus=placement.clients))
+        return rate(self._reader([path], "sequential", size, direct=name != peer, cpus=placement.clients))
 
     def miss_times(self, placement: Placement, cold: bool) -> dict[str, float]:
         """Return the mean us of reading the same pages, new to the overlay, at each place."""
@@ -150,14 +161,15 @@ def bench(sizes: Sizes) -> Iterator[Bench]:
         misses = (sizes.rounds + 1) * 6 * sizes.misses * PAGE
         real_file(lower / "hit", sizes.file)
         real_file(lower / "miss", min(max(misses, 4 * MEGABYTE), 2 * sizes.file))
-        memory = 5 * sizes.file + (64 << 20)
+        memory = 7 * sizes.file + (64 << 20)
         segment = _native.create(str(directory / SEGMENT), memory)
         stack.callback(segment.close)
         segment.populate(memory // 2)  # as the manager keeps a reserve
-        mounts = {
-            name: stack.enter_context(mounted(name, lower, directory / name.replace(" ", "")))
-            for name in (*OURS, *PEERS)
-        }
+        with rings_permitted():
+            mounts = {
+                name: stack.enter_context(mounted(name, lower, directory / name.replace(" ", "")))
+                for name in (*OURS, *PEERS)
+            }
         made = Bench(lower, mounts, Reader(directory), sizes)
         made.fill()
         yield made
@@ -181,8 +193,12 @@ def _hits(made: Bench, placement: Placement) -> list[dict[str, object]]:
         "4k random, 4 clients": {
             name: partial(made.random, name, four, placement) for name in (*OURS, *PEERS)
         },
+        "128K sequential": {
+            name: partial(made.sequential, name, MEGABYTE // 8, placement)
+            for name in (*OURS, "bindfs", "bindfs O_DIRECT")
+        },
         "1M sequential": {
-            name: partial(made.sequential, name, placement)
+            name: partial(made.sequential, name, MEGABYTE, placement)
             for name in (*OURS, "bindfs", "bindfs O_DIRECT", "mergerfs")
         },
     }
@@ -190,12 +206,12 @@ def _hits(made: Bench, placement: Placement) -> list[dict[str, object]]:
         taken = take_turns(peers, made.sizes.rounds)
         for ours in OURS:
             for peer in (peer for peer in peers if peer not in OURS):
-                target = TARGETS.get((case, peer)) if ours == OURS[0] else None
-                if ours != OURS[0] and (case, peer) not in TARGETS:
-                    continue  # of the plain path only what the other is judged by
+                target = TARGETS.get((case, peer)) if ours != UNJUDGED else None
+                if ours == UNJUDGED and (case, peer) not in TARGETS:
+                    continue  # of the plain path only what the others are judged by
                 rows.append(
                     judged(
-                        case if ours == OURS[0] else f"{case}, plain path",
+                        case + SUFFIXES[ours],
                         placement.name,
                         paired_ratio(taken[ours], taken[peer]),
                         peer,
@@ -215,10 +231,9 @@ def _misses(made: Bench, placement: Placement, cold: bool) -> list[dict[str, obj
     case = f"4k miss, lower {'cold' if cold else 'in page cache'}"
     allowed = [1.5 * peer + lower for peer, lower in zip(rounds["bindfs"], rounds["lower"], strict=True)]
     for ours in OURS:
-        target = MISS_TARGET if ours == OURS[0] and placement.name != "any CPU" else None
-        name = case if ours == OURS[0] else f"{case}, plain path"
+        target = MISS_TARGET if ours != UNJUDGED and placement.name != "any CPU" else None
         ratio = paired_ratio(allowed, rounds[ours])
-        rows.append(judged(name, placement.name, ratio, "the time allowed", target))
+        rows.append(judged(case + SUFFIXES[ours], placement.name, ratio, "the time allowed", target))
     rows.append({"case": case, "placement": placement.name, "mean_us": medians(rounds), "rounds": rounds})
     return rows
 

@@ -21,6 +21,8 @@ from tmem.fs.options import MountOptions
 from tmem.fs.plan import Successor
 from tmem.fs.statistics import MountStatistics, RestartStatus
 
+from .rings import permitted
+
 
 @dataclass
 class Place:
@@ -93,7 +95,8 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
         if "cache=" not in options:  # that reads come to the daemon does not hang on this machine's memory
             options = f"{options},cache=direct".removeprefix(",")
         parsed = MountOptions.parse([options], str(point))
-        pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of(segment), successor)
+        with permitted(options):
+            pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of(segment), successor)
         places.append(Place(lower, point, pid))
         return places[-1]
 

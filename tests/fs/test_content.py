@@ -13,11 +13,12 @@ from tests.waiting import wait_until
 from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
+from .rings import BY_RINGS
 
 MIB = 1 << 20
 
 
-@pytest.fixture(params=["loop=plain", "loop=fast", "loop=native", "cache=kernel"])
+@pytest.fixture(params=["loop=plain", "loop=fast", "loop=native", BY_RINGS, "cache=kernel"])
 def any_place(request: pytest.FixtureRequest, mounter: Mounter) -> Place:
     """The same mount with each way to wait for requests, and with the kernel's cache."""
     place = mounter(f"timeout=0,{request.param}")

@@ -21,6 +21,7 @@ from tmem.types import PAGE_SIZE
 from .conftest import Mounter, Place
 from .faulty import Faulty, ends
 from .hanging import CONTENT, READ, program, two_files
+from .rings import BY_RINGS
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -36,12 +37,12 @@ def faulty(tmp_path: Path) -> Iterator[Faulty]:
         yield lower
 
 
-@pytest.fixture(params=["native", "fast"])
+@pytest.fixture(params=["loop=native", BY_RINGS, "loop=fast"])
 def place(
     request: pytest.FixtureRequest, faulty: Faulty, segment: "_native.Segment", mounter: Mounter
 ) -> Iterator[Place]:
     """A mount of it whose daemon, told to end, is patient for half a second."""
-    options = f"timeout=0,cache=direct,loop={request.param}"
+    options = f"timeout=0,cache=direct,{request.param}"
     made = mounter(options, lower=faulty.point, successor=Successor(SUCCESSOR.code, PATIENCE_S))
     assert (made.point / "other").read_bytes() == CONTENT
     yield made

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .conftest import Mounter, Place
+from .rings import BY_RINGS
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -21,7 +22,7 @@ CLIENTS = 200
 FILE_BYTES = 24 * MIB
 
 
-@pytest.fixture(params=["loop=native", "loop=fast"])
+@pytest.fixture(params=["loop=native", BY_RINGS, "loop=fast"])
 def place(request: pytest.FixtureRequest, mounter: Mounter) -> Place:
     return mounter(f"timeout=0,{request.param},cache=direct")
 

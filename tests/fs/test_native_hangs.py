@@ -16,6 +16,7 @@ from tmem.types import PAGE_SIZE
 from .conftest import Mounter, Place
 from .faulty import Faulty
 from .hanging import CONTENT, LIST, READ, program, two_files
+from .rings import BY_RINGS
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -27,9 +28,11 @@ def faulty(tmp_path: Path) -> Iterator[Faulty]:
         yield lower
 
 
-@pytest.fixture
-def place(faulty: Faulty, segment: "_native.Segment", mounter: Mounter) -> Iterator[Place]:
-    made = mounter("timeout=0,cache=direct,loop=native", lower=faulty.point)
+@pytest.fixture(params=["loop=native", BY_RINGS])
+def place(
+    request: pytest.FixtureRequest, faulty: Faulty, segment: "_native.Segment", mounter: Mounter
+) -> Iterator[Place]:
+    made = mounter(f"timeout=0,cache=direct,{request.param}", lower=faulty.point)
     assert (made.point / "other").read_bytes() == CONTENT
     yield made
     with contextlib.suppress(OSError):

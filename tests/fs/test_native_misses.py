@@ -10,9 +10,12 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
+from .rings import BY_RINGS
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -29,8 +32,9 @@ def far_pages(place: Place, seed: int) -> bytes:
     return content
 
 
-def test_bytes_counters_and_hits(segment: "_native.Segment", mounter: Mounter) -> None:
-    place = mounter("timeout=0,client=web,loop=native")
+@pytest.mark.parametrize("options", ["loop=native", BY_RINGS])
+def test_bytes_counters_and_hits(segment: "_native.Segment", mounter: Mounter, options: str) -> None:
+    place = mounter(f"timeout=0,client=web,{options}")
     content = far_pages(place, 1)
     with (place.point / "file").open("rb", buffering=0) as file:
         before = place.statistics()

@@ -5,6 +5,7 @@ file system of the scripts is an `ext4` on a loop device over an image in memory
 or dropped as that of any disk, and no disk of the machine decides the figures. Only that needs root.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tmem.backends.processes import last_line
 from tmem.bench.grounds import running, wait_until
+from tmem.fs.uring import SWITCH
 
 SEGMENT = "bench"
 
@@ -28,6 +30,7 @@ _COMMANDS = {
     "tmem declined": [*_TMEM, "client=declined,loop=native,skip_files=*"],
     "tmem declined, off": [*_TMEM, "client=off,loop=native,skip_files=*,passthrough=off"],
     "tmem plain": [*_TMEM, "client=plain,loop=fast"],
+    "tmem io_uring": [*_TMEM, "client=rings,loop=native,io_uring=on"],
 }
 
 PACKAGES = {"bindfs": "bindfs", "mergerfs": "mergerfs"}
@@ -106,6 +109,27 @@ def mounted(
             yield Mounted(name, point, process.pid)
         finally:
             unmount(point)
+
+
+@contextmanager
+def rings_permitted() -> Iterator[None]:
+    """Have mounts that are made in this block get an io_uring, whose switch is of the whole machine.
+
+    It is then put back: a mount keeps what it has. One process at a time. OSError: only root may, or this
+    kernel has none.
+    """
+    descriptor = os.open(SWITCH, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        before = os.pread(descriptor, 8, 0).strip()
+        os.pwrite(descriptor, b"Y", 0)
+        try:
+            yield
+        finally:
+            os.pwrite(descriptor, before, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a daemon that was forked meanwhile has it, too
+    finally:
+        os.close(descriptor)
 
 
 def unmount(point: Path) -> None:

@@ -17,9 +17,9 @@ from tmem.errors import AttachError
 
 _OPTIONS_HELP = (
     "Mount options, comma-separated: client=NAME, shared=UUID, cache=auto|direct|kernel, "
-    "loop=auto|native|fast|plain, timeout=SECONDS, watch=auto|off, cache_files=PATTERN:..., "
-    "skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, read_ahead=SIZE, step_aside=auto|never, "
-    "allow_other, ro, noexec and others of mount(8)."
+    "loop=auto|native|fast|plain, io_uring=off|on, timeout=SECONDS, watch=auto|off, "
+    "cache_files=PATTERN:..., skip_files=PATTERN:..., least_size=SIZE, most_size=SIZE, read_ahead=SIZE, "
+    "step_aside=auto|never, allow_other, ro, noexec and others of mount(8)."
 )
 
 
@@ -55,7 +55,8 @@ def mount(
     if everything or len(places) != 2:
         raise click.UsageError("name two directories: LOWER and MOUNTPOINT")
     from tmem.fs import mount as life
-    from tmem.fs.options import MountOptions
+    from tmem.fs import uring
+    from tmem.fs.options import MountOptions, Uring
 
     for word in ",".join(options).split(","):
         if word.startswith("tier="):
@@ -65,6 +66,8 @@ def mount(
     configured = configuration(ctx).section(paths.name, "mount").get("options", [])
     assert isinstance(configured, list)
     parsed = MountOptions.parse([*configured, *options], mountpoint)
+    if not foreground and parsed.io_uring is Uring.ON and (why := uring.lacking()):
+        click.echo(f"tmem: requests do not come over io_uring: {why}", err=True)
     if foreground:
         life.run(lower, mountpoint, parsed, paths)
     else:

@@ -18,10 +18,13 @@ from tmem.fs import mounts
 from tmem.fs.mount import daemonise
 from tmem.fs.options import MountOptions
 
+from ..rings import BY_RINGS, permitted
 from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
 
 MODES = ["loop=native,cache=direct", "loop=plain,cache=kernel", "loop=fast,cache=direct"]
+if os.environ.get("TMEM_LONG") == "1":
+    MODES.insert(0, f"{BY_RINGS},cache=direct")
 """Of the table the last one tries what concerns contents only: all else is the same code as in the others."""
 PASSING = "loop=native,skip_files=*"
 """All files are passed through: their reads and writes are the kernel's, so only files are tried."""
@@ -80,7 +83,8 @@ def mounted(base: Path, options: str) -> Iterator[Twins]:
         pid = -1
         try:
             parsed = MountOptions.parse([f"client=web,allow_other,dev,suid,{options}"], str(place.point))
-            pid = daemonise(str(place.lower), str(place.point), parsed, SegmentPaths.of("default"))
+            with permitted(options):
+                pid = daemonise(str(place.lower), str(place.point), parsed, SegmentPaths.of("default"))
             yield place
             assert segment.check() == []
         finally:
