@@ -22,7 +22,7 @@ SERIES = ("6.1", "6.12")
 
 MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "virtio_rng", "ext4", "overlay"),
-    *("fuse", "nbd", "loop", "zram", "brd"),
+    *("fuse", "nbd", "loop", "lz4", "zram", "brd"),
 )
 """What every guest loads, in this order; what is built in counts as loaded."""
 
