@@ -92,7 +92,7 @@ class Directories(Handlers):
     def _report_page(self, reading: Reading, listing: _Listing, request: int) -> None:
         """Have the reader reply to a request with as many entries as it has room for.
 
-        Some 5 us of CPU a name, where `_report` takes 25.
+        At best 12 us of CPU a name, the kernel's work among it (9,000 files in 10 directories, load 4).
         """
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         page = reading.reader.page(request, lifetime)

@@ -235,7 +235,7 @@ bool hits_hold(struct hits *h, const struct fuse_read_in *read_in, uint64_t turn
     /* A mark set since then stays: the READ that reaches it is for libfuse. */
     if (!files_expect(&h->files, read_in->fh, read_in->offset + read_in->size, &t) || t.unnoted)
         return false;
-    if (t.turn != turn && !MUTANT(24))
+    if (t.turn != turn && !MUTANT(28))
         return false;
     add(&h->ahead_reads, 1);
     add(&h->reads, 1);
