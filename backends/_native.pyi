@@ -587,6 +587,12 @@ class Reader:
     def list(self, page: ListingPage, /) -> None:
         """Have the kernel get this page once libfuse has replied with nothing. ValueError as for `page`."""
 
+    def ends(self, fh: int, number: int, /) -> None:
+        """Say that the listing `fh` has no entry from `number` on: a request for it takes no Python then.
+
+        0: it begins anew, and may end elsewhere. Handles must not be used twice.
+        """
+
     def open(self, fh: int, descriptor: int, gate: Gate, local: bool = False, /) -> None:
         """Serve the open file `fh` by `descriptor` until `close_file`; `local`: its size is known at once."""
 

@@ -351,6 +351,16 @@ static PyObject *list(ReaderObject *self, PyObject *page)
     return r ? page_list(r, page) : NULL;
 }
 
+static PyObject *ends(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh, number;
+    if (!r || !PyArg_ParseTuple(args, "KK:ends", &fh, &number))
+        return NULL;
+    reader_ends(r, fh, number);
+    Py_RETURN_NONE;
+}
+
 static PyObject *open_file(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
@@ -445,6 +455,7 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"forwarded", c.forwarded},
                {"given_up", c.given_up},
                {"attributes", c.attributes},
+               {"ends", c.ends},
                {"woken", c.woken}};
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
@@ -464,6 +475,7 @@ PyTypeObject *make_reader_type(void)
         {"set_nodes", (PyCFunction)set_nodes, METH_VARARGS, NULL},
         {"page", (PyCFunction)new_page, METH_VARARGS, NULL},
         {"list", (PyCFunction)list, METH_O, NULL},
+        {"ends", (PyCFunction)ends, METH_VARARGS, NULL},
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
         {"close_file", (PyCFunction)close_file, METH_O, NULL},
         {"mark", (PyCFunction)mark, METH_VARARGS, NULL},

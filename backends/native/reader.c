@@ -45,6 +45,7 @@ struct reader {
     struct passing passing;
     struct waiting waiting;
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
+    struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
     struct rings *rings; /* NULL: all requests come by the device */
@@ -66,7 +67,7 @@ struct reader {
     uint32_t looks, asked; /* asked: whether there is one CPU only */
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
-    _Atomic uint64_t woken, attributes;
+    _Atomic uint64_t woken, attributes, ended;
 };
 
 /* ---- Buffers ---------------------------------------------------------------------------------------------- */
@@ -147,6 +148,14 @@ static bool find_attributes(struct reader *r, const struct fuse_in_header *in, s
     return true;
 }
 
+static bool is_end(struct reader *r, const struct fuse_read_in *listing)
+{
+    if (!ends_at(&r->ends, listing->fh, listing->offset))
+        return false;
+    atomic_fetch_add_explicit(&r->ended, 1, memory_order_relaxed);
+    return true;
+}
+
 /* `leads`: for the event loop's thread, which wakes helpers. */
 static enum taken take(struct reader *r, struct desk *d, bool leads)
 {
@@ -190,6 +199,11 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
         reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&attributes, sizeof attributes);
         return TAKEN_ANSWERED;
     }
+    if (in->opcode == FUSE_READDIRPLUS && length >= sizeof *in + sizeof(struct fuse_read_in)
+        && is_end(r, (const void *)(in + 1))) {
+        reply_bytes(&r->passing, NULL, in->unique, NULL, 0);
+        return TAKEN_ANSWERED;
+    }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
     enum passed passed = pass_on(&r->passing, &d->request, length, NULL);
@@ -217,6 +231,11 @@ static bool take_from_ring(void *with, unsigned ring, struct entry *e)
     struct fuse_attr_out attributes;
     if (in->opcode == FUSE_GETATTR && find_attributes(r, in, &attributes)) {
         entry_fill(e, 0, (const uint8_t *)&attributes, sizeof attributes);
+        return true;
+    }
+    if (in->opcode == FUSE_READDIRPLUS && in->len >= sizeof *in + sizeof(struct fuse_read_in)
+        && is_end(r, entry_argument(e))) {
+        entry_fill(e, 0, NULL, 0);
         return true;
     }
     size_t length = desk_fill(r, d) ? entry_copy(e, d->request->data, d->request->size) : 0;
@@ -428,6 +447,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     waiting_init(&r->waiting, &r->hits, &r->passing);
+    ends_init(&r->ends);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
         reader_free(r);
         errno = ENOMEM;
@@ -485,6 +505,7 @@ void reader_free(struct reader *r)
     passing_free(&r->passing);
     if (atomic_load(&r->nodes))
         nodes_drop(atomic_load(&r->nodes));
+    ends_free(&r->ends);
     desk_clear(&r->desk);
     ahead_clear(&r->ahead);
     buffers_free(r->buffers);
@@ -539,6 +560,8 @@ bool reader_list(struct reader *r, uint64_t number, const struct page *p)
     return passing_list(&r->passing, number, p->buffer, p->length);
 }
 
+void reader_ends(struct reader *r, uint64_t fh, uint64_t number) { ends_note(&r->ends, fh, number); }
+
 void reader_pause(struct reader *r, bool paused) { atomic_store(&r->paused, paused); }
 
 bool reader_quiet(struct reader *r)
@@ -589,5 +612,6 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->forwarded = atomic_load(&r->passing.passed);
     out->given_up = atomic_load(&r->passing.given_up);
     out->attributes = atomic_load(&r->attributes);
+    out->ends = atomic_load(&r->ended);
     out->woken = atomic_load(&r->woken);
 }

@@ -44,7 +44,7 @@ struct reader_counters {
     uint64_t lower_ns, put_ns, put_pages, refused_pages, overtaken_pages;
     uint64_t forwarded;                       /* requests for libfuse */
     uint64_t given_up;                        /* requests of programs that were killed, answered before libfuse did */
-    uint64_t attributes;                      /* GETATTRs answered */
+    uint64_t attributes, ends;                /* GETATTRs, and ends of listings, answered */
     uint64_t woken;                           /* times that a helper was woken */
 };
 
@@ -89,6 +89,9 @@ void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers);
 int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset);
 /* Reply with it once libfuse has replied with nothing. False: there is no such request, or it has its reply. */
 bool reader_list(struct reader *r, uint64_t number, const struct page *p);
+/* The listing of handle `fh` ends before the entry `number`, which may be asked for: it has nothing there. 0: it may end
+ * elsewhere from now on. */
+void reader_ends(struct reader *r, uint64_t fh, uint64_t number);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void reader_set_pool(struct reader *r, const struct tm_handle *pool);
 /* A file was opened: its handle, and a descriptor, which stays the caller's until reader_close. `local`: to ask for its

@@ -124,3 +124,27 @@ void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generat
     count_seconds(p, 0);
     entry->entry_out.attr_valid = entry->entry_out.attr_valid_nsec = 0;
 }
+
+void ends_init(struct ends *e) { pthread_mutex_init(&e->lock, NULL); }
+
+void ends_free(struct ends *e) { pthread_mutex_destroy(&e->lock); }
+
+enum { PLACES = sizeof((struct ends *)0)->last / sizeof((struct ends *)0)->last[0] };
+
+void ends_note(struct ends *e, uint64_t fh, uint64_t number)
+{
+    pthread_mutex_lock(&e->lock);
+    if (number || e->last[fh % PLACES].fh == fh) {
+        e->last[fh % PLACES].fh = fh;
+        e->last[fh % PLACES].number = number;
+    }
+    pthread_mutex_unlock(&e->lock);
+}
+
+bool ends_at(struct ends *e, uint64_t fh, uint64_t number)
+{
+    pthread_mutex_lock(&e->lock);
+    bool found = number && e->last[fh % PLACES].fh == fh && e->last[fh % PLACES].number == number;
+    pthread_mutex_unlock(&e->lock);
+    return found;
+}

@@ -9,6 +9,8 @@
 #include "reader_buffers.h"
 #include "reader_nodes.h"
 
+#include <pthread.h>
+
 enum { MOST_FOUND = 64 }; /* files of one step: so many descriptors may be open beyond the table's quota */
 
 struct name {
@@ -45,5 +47,20 @@ void page_begin(struct page *p, struct buffer *buffer, size_t size, const struct
 int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full);
 /* Say which inode found[i] is. `stored_to`: its attributes are not to be believed. */
 void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to);
+
+/* Where listings end whose ends were reported: programs ask once more, which need not be Python's. One place for many
+ * handles, the last one has it: a listing that lost it is asked in Python. For any thread. */
+struct ends {
+    pthread_mutex_t lock;
+    struct {
+        uint64_t fh, number; /* handles are never given out twice */
+    } last[64];
+};
+
+void ends_init(struct ends *e);
+void ends_free(struct ends *e);
+/* The listing `fh` has no entry from `number` on; 0: it is not known where it ends, for it begins anew. */
+void ends_note(struct ends *e, uint64_t fh, uint64_t number);
+bool ends_at(struct ends *e, uint64_t fh, uint64_t number);
 
 #endif

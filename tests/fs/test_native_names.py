@@ -370,6 +370,47 @@ def test_pages_follow_each_other(desk: Desk, table: InodeTable, place: Path) -> 
         assert shown[1].node == place.parent.stat().st_ino
 
 
+def test_an_end_is_told_below_python(desk: Desk) -> None:
+    def told_end(fh: int, start: int) -> bool:
+        unique = desk.request(READDIRPLUS, struct.pack("=QQIIQII", fh, start, 4096, 0, 0, 0, 0))
+        natively = desk.serve() == NOTHING
+        if not natively:
+            desk.forwarded()
+            desk.reply(unique, error=-errno.EIO)
+        return desk.answer() == (unique, 0, b"") and natively
+
+    assert not told_end(5, 10)
+    desk.reader.ends(5, 10)
+    assert told_end(5, 10)
+    assert not any(told_end(fh, start) for fh, start in [(5, 9), (5, 11), (5, 0), (6, 10), (5 + 64, 10)])
+    desk.reader.ends(5 + 64, 0)  # in the same place
+    assert told_end(5, 10)
+    desk.reader.ends(5, 0)  # it begins anew
+    assert not told_end(5, 10)
+    desk.reader.ends(5 + 64, 3)
+    assert told_end(5 + 64, 3)
+    assert not told_end(5, 0)
+    assert desk.reader.counters()["ends"] == 3
+
+
+def test_a_directory_that_grows_is_listed_anew(mounter: Mounter) -> None:
+    """Where a listing has ended, a longer one of the same open directory goes on."""
+    place = mounter("loop=native,timeout=0,watch=off")
+    directory = place.lower / "d"
+    directory.mkdir()
+    sizes = [1, 50, 51, 400, 7, 0, 300]
+    opened = os.open(place.point / "d", os.O_RDONLY)
+    try:
+        for size in sizes:
+            present = {path.name for path in directory.iterdir()}
+            for name in {f"{number:03d}" for number in range(size)} ^ present:
+                (directory / name).unlink() if name in present else (directory / name).touch()
+            names = os.listdir(opened)  # noqa: PTH208 - begins anew
+            assert sorted(names) == [f"{number:03d}" for number in range(size)]
+    finally:
+        os.close(opened)
+
+
 def test_what_is_gone_is_left_out_and_what_fails_has_a_name(
     desk: Desk, table: InodeTable, place: Path
 ) -> None:
