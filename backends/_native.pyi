@@ -147,6 +147,12 @@ class Segment:
         """How much of one CPU the manager may spend on storing cold pages smaller; 0: none. Settable."""
     @condense_percent.setter
     def condense_percent(self, value: int) -> None: ...
+    @property
+    def tier_cold_s(self) -> int:
+        """After how long without use the manager moves persistent pages to their client's tier although
+        there is memory; 0: never. Settable."""
+    @tier_cold_s.setter
+    def tier_cold_s(self, value: int) -> None: ...
     def condense(
         self,
         first: int,

@@ -6,6 +6,9 @@ marks, so that it does not begin and stop with each page. Pages that were not us
 (a clock, `native/demote.c`); only when even that is not enough, any. The order is always: copy, write, have
 it acknowledged, then let go of the memory, so a failure costs nothing but another try.
 
+With `tier_cold_s` set, pages that nobody has used for so long go although there is memory: by laps of the
+same clock that are so far apart, a batch a second at most.
+
 Each client's tier is opened, written and asked in a thread of its own, and tiers that have ended are
 removed in another: one that hangs delays its own client, and the others by `PATIENCE_S` at most, once.
 
@@ -80,6 +83,8 @@ class ClientDemotion:
         self.epoch = epoch
         """Of the client before its URL was read: the core demotes for no other."""
         self.demoted_pages = 0
+        self.cold_pages = 0
+        """Of those, pages that went although there was memory."""
         self.problem = ""
         """Why nothing can be demoted now; empty if something can, or need not."""
         self.short = False
@@ -98,17 +103,21 @@ class ClientDemotion:
         self._any = False
         self._ready = False  # the tier knows what lives
         self._rest_until = 0.0
+        self._marks_s = clock()  # when marks were taken away last, as far as we know
+        self._cold_hand = 0  # where a lap for cold pages goes on; 0: none is under way
 
     @property
     def trouble(self) -> str:
         """What people should know: why its tier is not open, or nothing can be demoted."""
         return self._complaint or self.problem
 
-    def go(self, need: "Callable[[ClientDemotion], Need | None]", until_s: float) -> None:
-        """Demote as long as there is need, until the clock says `until_s`."""
+    def go(self, need: "Callable[[ClientDemotion], Need | None]", until_s: float, cold_s: int = 0) -> None:
+        """Demote as long as there is need, until the clock says `until_s`; or a batch of cold pages."""
         try:
             if self._tier is None:
                 self._open()
+            if cold_s and need(self) is None:
+                self.cold_batch(cold_s, self._clock())
             while (wanted := need(self)) is not None and self._clock() < until_s and not self._ended:
                 if self.batch(wanted, self._clock()) is None:
                     break
@@ -169,6 +178,42 @@ class ClientDemotion:
         self._ready = True
         return True
 
+    def cold_batch(self, cold_s: int, now_s: float) -> None:
+        """Demote a batch of the pages that have not been used for `cold_s`, or make the next ones colder.
+
+        Marks are taken away in laps of which each begins so long after the end of the one before, so a page
+        without a mark has not been used for that time at least, and goes before twice that (and a lap).
+        """
+        if not self._cold_hand and now_s < self._marks_s + cold_s:
+            return
+        if self.client.phase != "none" or not self.client.tiered:
+            return
+        try:
+            # Once a lap: what flushed and rewritten pages left in the tier may be used again.
+            if not self._cold_hand and not self._tidy():
+                return
+            self._cold_hand, _, demoted = self._move(self._cold_hand, BATCH_PAGES, any_page=False)
+            self.cold_pages += demoted
+        except TierError as error:  # full, or down: nothing that anybody waits for
+            _log.info("cold pages of %s stay in memory: %s", self.client.name, error)
+            self._ready, self._cold_hand, self._marks_s = False, 0, now_s
+
+    def _move(self, hand: int, most: int, any_page: bool) -> tuple[int, int, int]:
+        """Demote pages from the hand on: where it is then, pages found, and those that went."""
+        self._marks_s = self._clock()
+        hand, places, pages = self.client.collect(hand, self._buffer, most, any_page, self.epoch)
+        if not places:
+            return hand, 0, 0
+        with memoryview(self._buffer) as view:
+            records = [view[at : at + length] for at, length in places]
+            assert self._tier is not None
+            locations = self._tier.write(records)
+            for record in records:
+                record.release()
+        demoted = self.client.demote(pages, array("Q", locations))
+        self.demoted_pages += demoted
+        return hand, len(places), demoted
+
     def _batch(self, need: "Need", now_s: float) -> int | None:
         urgent = need.urgent
         most = min(max(need.size_bytes // PAGE_SIZE, LEAST_PAGES), BATCH_PAGES)
@@ -180,21 +225,13 @@ class ClientDemotion:
             self._empty_laps = 0 if self._lap_s is None or self._lap_pages else self._empty_laps + 1
             self._any = urgent and self._empty_laps >= 2
             self._lap_s, self._lap_pages = now_s, 0
-        self._hand, places, pages = self.client.collect(self._hand, self._buffer, most, self._any, self.epoch)
-        self._lap_pages += len(places)
+        self._cold_hand = 0  # its marks are younger from here on
+        self._hand, found, demoted = self._move(self._hand, most, self._any)
+        self._lap_pages += found
         if self._any and not self._hand and not self._lap_pages:
             return None  # there is nothing but pages of one repeated word
-        if not places:
-            return 0
-        with memoryview(self._buffer) as view:
-            records = [view[at : at + length] for at, length in places]
-            assert self._tier is not None
-            locations = self._tier.write(records)
-            for record in records:
-                record.release()
-        demoted = self.client.demote(pages, array("Q", locations))
-        self.demoted_pages += demoted
-        self.problem, self._rest_until = "", 0.0
+        if found:
+            self.problem, self._rest_until = "", 0.0
         return demoted
 
 
@@ -214,13 +251,18 @@ class Demotion:
         self._clock = clock
         self._clients: dict[tuple[int, int], ClientDemotion] = {}
         self._complaints: dict[str, str] = {}
-        self._before_pages = 0  # that went to tiers which have ended
+        self._before_pages = self._before_cold_pages = 0  # that went to tiers which have ended
         self._ending = Errand("tiers that have ended")
 
     @property
     def demoted_pages(self) -> int:
         """Pages that went to tiers since this began."""
         return self._before_pages + sum(client.demoted_pages for client in self._clients.values())
+
+    @property
+    def cold_pages(self) -> int:
+        """Of those, pages that went although there was memory."""
+        return self._before_cold_pages + sum(client.cold_pages for client in self._clients.values())
 
     def problems(self) -> dict[str, str]:
         """Return why pages of clients stay in memory, by the client's name."""
@@ -234,7 +276,7 @@ class Demotion:
         until_s = self._clock() + ROUND_S
         errands = [self._ending] if self._ending.begin(self._remove_ended) else []
         for client in self._clients.values():
-            if client.errand.begin(partial(client.go, self._need, until_s)):
+            if client.errand.begin(partial(client.go, self._need, until_s, self._segment.tier_cold_s)):
                 errands.append(client.errand)
         patience_ends = time.monotonic() + PATIENCE_S
         for errand in errands:
@@ -317,6 +359,7 @@ class Demotion:
         if (gone := self._clients.pop(key, None)) is not None:
             gone.end()
             self._before_pages += gone.demoted_pages
+            self._before_cold_pages += gone.cold_pages
 
     def close(self) -> None:
         """Let go of all tiers; records stay. Those that hang are left to the end of the process."""

@@ -63,6 +63,8 @@ class ManagerStatistics:
     """Free memory that it gave back to the system."""
     demoted_pages: int = 0
     """Persistent pages that it moved to tiers."""
+    demoted_cold_pages: int = 0
+    """Of those, pages that nobody had used for long, while there was memory."""
 
 
 class Reserve:
@@ -244,7 +246,7 @@ class _Manager:
         return self._supervisor.keeps("keeper-")
 
     async def _demote(self) -> None:
-        """Move cold persistent pages to the tiers of their clients, when memory is short."""
+        """Move cold persistent pages to the tiers of their clients (`demotion`)."""
         demotion = Demotion(self._paths, self._segment)
         try:
             while True:
@@ -252,6 +254,7 @@ class _Manager:
                 with suppress(*_TROUBLES):  # or the next round says it
                     hurry = await trio.to_thread.run_sync(demotion.round)
                 self.statistics.demoted_pages = demotion.demoted_pages
+                self.statistics.demoted_cold_pages = demotion.cold_pages
                 self._tier_problems = demotion.problems()
                 await trio.sleep(HURRY_S if hurry else PERIOD_S)
         finally:

@@ -499,6 +499,24 @@ static int set_condense_percent(SegmentObject *self, PyObject *value, void *unus
     return 0;
 }
 
+static PyObject *get_tier_cold(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    return seg ? PyLong_FromUnsignedLong(atomic_load(&seg->super->tier_cold_s)) : NULL;
+}
+
+static int set_tier_cold(SegmentObject *self, PyObject *value, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    uint64_t seconds;
+    (void)unused;
+    if (!seg || !number_of(value, "tier_cold_s", UINT32_MAX, &seconds))
+        return -1;
+    atomic_store(&seg->super->tier_cold_s, (uint32_t)seconds);
+    return 0;
+}
+
 static PyMethodDef segment_methods[] = {
     {"client", (PyCFunction)(void (*)(void))client, METH_VARARGS | METH_KEYWORDS, NULL},
     {"clients", (PyCFunction)clients, METH_NOARGS, NULL},
@@ -531,6 +549,7 @@ static PyGetSetDef segment_getset[] = {
     {"size_range", (getter)segment_size_range, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
     {"condense_percent", (getter)get_condense_percent, (setter)set_condense_percent, NULL, NULL},
+    {"tier_cold_s", (getter)get_tier_cold, (setter)set_tier_cold, NULL, NULL},
     {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

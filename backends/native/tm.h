@@ -191,6 +191,7 @@ struct tm_super {
     _Atomic uint64_t twin_ns;           /* CPU time of the pass that looks for them */
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing timing[T_KINDS];
+    _Atomic uint32_t tier_cold_s;       /* persistent pages that nobody used for so long go to a tier; 0: none do */
 };
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
 

@@ -4,8 +4,9 @@ Programs come and go for a while in a control group that is too small for them, 
 little. Kept are the pages in the pool, less the device's header; held are the slots that the kernel has in
 use (/proc/swaps), among them copies of pages that are in RAM as well (swapcached of the group). What is kept
 and not held is stale: the kernel has freed it and has not said so, or never says so (without discard). Asked
-every quarter of a second, and once more when most programs have gone. What else swaps to the machine's areas
-of the same priority takes part: held is of all of them.
+every quarter of a second, and once more when most programs have gone. With a tier, to which pages go that
+nobody has used for `COLD_S`, the question is what is left of them in memory. What else swaps to the machine's
+areas of the same priority takes part: held is of all of them.
 """
 
 import os
@@ -22,7 +23,7 @@ from common import ROOT
 
 from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
-from tmem.bench.grounds import workplace
+from tmem.bench.grounds import DISK, workplace
 from tmem.nbd import swap
 
 MIB = 1 << 20
@@ -32,18 +33,24 @@ AT_A_TIME = 3
 SIZES_BYTES = (4 * MIB, 24 * MIB)
 SECONDS = (2.0, 6.0)
 """How large and how old programs get."""
+COLD_S = 3
+"""To programs that live for seconds what an hour is to those that live for hours."""
 
 
 def run(seconds: float) -> dict[str, object]:
-    """Measure with and without discard, `seconds` each."""
+    """Measure with and without discard, and each with a tier for cold pages, `seconds` each."""
     sys.path.insert(0, str(ROOT))
-    return {how: _measure(seconds, options) for how, options in _WAYS.items()}
+    return {
+        how + (" and tier" if tiered else ""): _measure(seconds, options, tiered)
+        for tiered in (False, True)
+        for how, options in _WAYS.items()
+    }
 
 
 _WAYS: dict[str, tuple[str, ...]] = {"discard": (), "no discard": ("--no-discard",)}
 
 
-def _measure(seconds: float, options: tuple[str, ...]) -> dict[str, object]:
+def _measure(seconds: float, options: tuple[str, ...], tiered: bool) -> dict[str, object]:
     from tests.groups import Groups
 
     with ExitStack() as stack:
@@ -51,8 +58,10 @@ def _measure(seconds: float, options: tuple[str, ...]) -> dict[str, object]:
         os.environ["TMEM_RUNTIME_DIR"] = str(directory)
         paths = SegmentPaths("default", directory)
         stack.callback(_tmem, "stop")
-        _tmem("start", "-d", "--memory", "256M")
+        _tmem("start", "-d", "--memory", "256M", "--tier-cold", f"{COLD_S}s" if tiered else "off")
         stack.callback(_tmem, "swap", "remove", "local")
+        if tiered:
+            options += ("--tier", f"{stack.enter_context(workplace(DISK))}/")
         added = ("swap", "add", "local", "--size", "192M", "--attach", "--force", "--priority", "32767")
         device = _tmem(*added, *options).splitlines()[0]
         stack.callback(swap.off, device)
@@ -63,23 +72,28 @@ def _measure(seconds: float, options: tuple[str, ...]) -> dict[str, object]:
         samples = list(_samples(segment, device, group, seconds))
         time.sleep(5)  # discards come late
         last = _sample(segment, device, group)
+        (pool,) = segment.client("local", create=False).pools()
+        fetched = pool.statistics()["pages_fetched"]
     rows = [row for row in samples if row[1] > 256]
-    kept, held, cached = (int(statistics.median(column)) for column in zip(*rows, strict=True))
+    kept, held, cached, memory = (int(statistics.median(column)) for column in zip(*rows, strict=True))
     ratios = [row[0] / row[1] for row in rows]
+    in_memory = statistics.median(row[3] / row[1] for row in rows)
+    way = ("no discard" if "--no-discard" in options else "with discard") + (", tier" if tiered else "")
     print(
-        f"  {' '.join(options) or 'with discard':12} medians: kept {kept}, held {held}, "
+        f"  {way:18} medians: kept {kept}, of them in memory {memory}, held {held}, "
         f"in RAM as well {cached} pages; kept/held {statistics.median(ratios):.2f}, "
-        f"at most {max(ratios):.2f}; most kept {max(samples)[0]}; "
-        f"5 s after most programs had gone kept {last[0]}, held {last[1]}",
+        f"at most {max(ratios):.2f}, in memory/held {in_memory:.2f}; "
+        f"most kept {max(samples)[0]}; 5 s after most programs had gone kept {last[0]}, "
+        f"in memory {last[3]}, held {last[1]}; fetched from the tier {fetched}",
         flush=True,
     )
-    return {"kept_held_cached_pages": samples, "afterwards": last}
+    return {"kept_held_cached_memory_pages": samples, "afterwards": last, "fetched_pages": fetched}
 
 
 def _samples(
     segment: "_native.Segment", device: str, group: Path, seconds: float
-) -> Iterator[tuple[int, int, int]]:
-    """Let programs come and go, and yield pages kept, held, and in RAM as well."""
+) -> Iterator[tuple[int, int, int, int]]:
+    """Let programs come and go, and yield pages kept, held, in RAM as well, and kept in memory."""
     rng = random.Random(1)
     end = time.monotonic() + seconds
     with ExitStack() as stack:
@@ -93,13 +107,15 @@ def _samples(
             yield _sample(segment, device, group)
 
 
-def _sample(segment: "_native.Segment", device: str, group: Path) -> tuple[int, int, int]:
+def _sample(segment: "_native.Segment", device: str, group: Path) -> tuple[int, int, int, int]:
     (pool,) = segment.client("local", create=False).pools()
     entry = swap.entry(device)
     assert entry is not None, "in use as swap"
     lines = (group / "memory.stat").read_text().splitlines()
     cached = sum(int(line.split()[1]) for line in lines if line.startswith("swapcached "))
-    return pool.statistics()["pages"] - 1, entry.used_bytes // 4096, cached // 4096
+    counts = pool.statistics()
+    in_memory = counts["pages"] - counts["tier_pages"]
+    return counts["pages"] - 1, entry.used_bytes // 4096, cached // 4096, max(in_memory - 1, 0)
 
 
 @contextmanager

@@ -64,6 +64,23 @@ def parse_range(text: str) -> SizeRange:
     return sizes
 
 
+_TIME = re.compile(r"(\d+)\s*([smhd])", re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MOST_S = 2**32 - 1
+
+
+def parse_time(text: str) -> int:
+    """Return the seconds that a time such as ``90s``, ``30m``, ``1h`` or ``2d`` stands for.
+
+    Raises `TmemError` for anything else.
+    """
+    match = _TIME.fullmatch(text.strip())
+    time_s = int(match[1]) * _SECONDS[match[2].lower()] if match else 0
+    if not 0 < time_s <= _MOST_S:
+        raise TmemError(f"{text!r} is not a time: write a whole number with s, m, h or d, such as 30m or 1h")
+    return time_s
+
+
 def format_size(size_bytes: int) -> str:
     """Return `size_bytes` as a person writes it: ``512M``, ``1.5G``; exact below 1 KiB."""
     value = float(size_bytes)

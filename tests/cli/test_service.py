@@ -84,6 +84,24 @@ def test_share_of_cpu_for_cold_pages(tmem: Tmem) -> None:
     assert tmem("start", "-d", "--condense", "101").status == 2
 
 
+def test_when_pages_are_cold(tmem: Tmem) -> None:
+    """It stays with the segment until another time is given."""
+
+    def cold_s() -> int:
+        with closing(segment.attach("default")) as opened:
+            return opened.tier_cold_s
+
+    assert tmem("start", "-d", "--memory", "16M", "--tier-cold", "90m").status == 0
+    assert cold_s() == 5400
+    assert tmem("start", "-d").status == 0
+    assert cold_s() == 5400
+    assert tmem("start", "-d", "--tier-cold", "off").status == 0
+    assert cold_s() == 0
+    refused = tmem("start", "-d", "--tier-cold", "5")
+    assert refused.status == 2
+    assert "such as 30m or 1h" in refused.err
+
+
 def test_sizes_and_damage_are_errors_of_start(tmem: Tmem, runtime_dir: Path) -> None:
     assert "at least 8M" in tmem("start", "-d", "--memory", "1M").err
     assert "use at most" in tmem("start", "-d", "--memory", "1000T").err

@@ -8,7 +8,7 @@ from contextlib import closing
 import click
 
 from tmem.errors import TmemError
-from tmem.types import SizeRange, parse_host_port, parse_range, parse_size
+from tmem.types import SizeRange, parse_host_port, parse_range, parse_size, parse_time
 
 
 def size_option(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -40,6 +40,14 @@ def address_option(ctx: click.Context, param: click.Parameter, value: str | None
 def address_or_off(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Check the value of an option such as ``--metrics HOST:PORT``; ``off`` is none (a click callback)."""
     return address_option(ctx, param, None if value == "off" else value)
+
+
+def time_or_off(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Turn the value of an option such as ``--tier-cold 1h`` into seconds; ``off``: 0 (a click callback)."""
+    try:
+        return None if value is None else 0 if value == "off" else parse_time(value)
+    except TmemError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
 
 
 def warn_of_password(url: str) -> str:

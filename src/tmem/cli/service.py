@@ -21,7 +21,7 @@ from tmem.backends.compacting import WORTH_HOLES
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.clients import attached, departed_error, find_client, require_one
 from tmem.cli.configured import ConfiguredCommand, configuration, explicit, setting_of
-from tmem.cli.context import address_or_off, client_names, range_option, segment_name
+from tmem.cli.context import address_or_off, client_names, range_option, segment_name, time_or_off
 from tmem.errors import SegmentError, ServiceError, TmemError
 from tmem.types import SizeRange, format_size
 
@@ -52,6 +52,13 @@ _ROUNDING_BYTES = 4 << 20
     help="Share of one CPU for storing pages smaller that nobody asks for (5 at first; 0: none).",
 )
 @click.option(
+    "--tier-cold",
+    metavar="TIME",
+    callback=time_or_off,
+    help="Pages that nobody asked for in this time, such as 1h, go to the client's tier although there is "
+    "memory; off: only when it is short (at first).",
+)
+@click.option(
     "--metrics",
     metavar="HOST:PORT",
     callback=address_or_off,
@@ -65,6 +72,7 @@ def start(
     detach: bool,
     realtime: bool,
     condense: int | None,
+    tier_cold: int | None,
     metrics: str | None,
     launched: bool,
 ) -> None:
@@ -77,9 +85,8 @@ def start(
         _start_detached(paths, memory, realtime, again)
         if metrics is not None:
             _wait_for_metrics(paths, metrics)
-        if condense is not None:  # of a manager that runs already, too
-            with closing(segment.attach(paths.name)) as opened:
-                opened.condense_percent = condense
+        with closing(segment.attach(paths.name)) as opened:  # of a manager that runs already, too
+            _set_pace(opened, condense, tier_cold)
         return
     if not launched:
         # Memory is charged to the group in which it is touched first, and threads inherit the guards.
@@ -88,8 +95,7 @@ def start(
         from tmem.backends import manager
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
-        if condense is not None:
-            opened.condense_percent = condense
+        _set_pace(opened, condense, tier_cold)
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
         exporter = None if metrics is None else [*_prefix(ctx, paths), "metrics", metrics]
@@ -98,6 +104,14 @@ def start(
         # The same process: whoever watches over it (a service file, a test) sees no end of it.
         # What its memory is it knows by now, and may have been told otherwise by 'tmem resize'.
         os.execv(again[0], [*_command(ctx, paths, memory=False), "--launched"])
+
+
+def _set_pace(opened: "_native.Segment", condense: int | None, tier_cold_s: int | None) -> None:
+    """Say how much the manager does with pages that nobody asks for; None: as before."""
+    if condense is not None:
+        opened.condense_percent = condense
+    if tier_cold_s is not None:
+        opened.tier_cold_s = tier_cold_s
 
 
 @click.command()
@@ -254,6 +268,11 @@ def _command(ctx: click.Context, paths: SegmentPaths, memory: bool = True) -> li
         *(["--memory", str(given["memory"])] if memory and explicit(ctx, "memory") else []),
         *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
         *(["--condense", str(given["condense"])] if explicit(ctx, "condense") else []),
+        *(
+            ["--tier-cold", f"{given['tier_cold']}s" if given["tier_cold"] else "off"]
+            if explicit(ctx, "tier_cold")
+            else []
+        ),
         *(["--metrics", given["metrics"] or "off"] if explicit(ctx, "metrics") else []),
     ]
 

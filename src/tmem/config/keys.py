@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tmem.errors import TmemError
-from tmem.types import CODECS, MOST_WEIGHT, parse_host_port, parse_range, parse_size
+from tmem.types import CODECS, MOST_WEIGHT, parse_host_port, parse_range, parse_size, parse_time
 
 Value = bool | int | str | list[str]
 """What a key may have, as it stands in the file."""
@@ -83,6 +83,16 @@ def _address_or_off(value: object) -> str:
     return "off" if value == "off" else _address(value)
 
 
+def _time_or_off(value: object) -> str:
+    text = _text(value)
+    try:
+        if text != "off":
+            parse_time(text)
+    except TmemError:
+        raise ValueError from None
+    return text
+
+
 def _texts(value: object) -> list[str]:
     if not isinstance(value, list):
         raise ValueError
@@ -113,6 +123,7 @@ YES = Kind("true or false", _boolean)
 PATH = Kind("a path in quotes", _text)
 ADDRESS = Kind('an address, such as "127.0.0.1:9753" or "[::1]:9753"', _address)
 METRICS = Kind(ADDRESS.words + ', or "off"', _address_or_off)
+TIME = Kind('a time, such as "30m" or "1h", or "off"', _time_or_off)
 WORD = Kind("a path or URL in quotes", _text)
 WORDS = Kind('a list of options in quotes, such as ["ro", "read_ahead=8M"]', _texts)
 PRIORITY = _whole(-1, 32767)
@@ -133,6 +144,14 @@ KEYS = (
         _whole(0, 100),
         "Per cent of one CPU for storing pages smaller that nobody asks for (5 without it; 0: none).",
         "10",
+    ),
+    Key(
+        "start",
+        "tier_cold",
+        TIME,
+        "Swapped pages that nobody asked for in this time go to the client's tier although there is memory. "
+        "Without it only when memory is short.",
+        '"1h"',
     ),
     Key(
         "start",
