@@ -25,7 +25,16 @@ def locked(mounter: Mounter, root: None) -> Place:
     """A mount without a segment, whose daemon may lock its memory and has none of the tests. process."""
     place = mounter()
     place.umount()
-    command = [sys.executable, "-m", "tmem", "mount", "-o", "timeout=0", str(place.lower), str(place.point)]
+    command = [
+        sys.executable,
+        "-m",
+        "tmem",
+        "mount",
+        "-o",
+        "timeout=0,cache=direct",
+        str(place.lower),
+        str(place.point),
+    ]
     subprocess.run(command, check=True, timeout=60)
     daemon = mounts.daemon_of(str(place.point))
     assert daemon is not None
