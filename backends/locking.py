@@ -92,7 +92,7 @@ def lock_process(
     Never raises for what the kernel refuses: the report says it. OSError if there is no file `segment`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    mappings = parse_maps("\n".join(procfiles.lines(Path("/proc/self/maps"))))
+    mappings = parse_maps(procfiles.text(Path("/proc/self/maps")))
     refused: list[str] = []
 
     def lock(mapping: Mapping, flags: int) -> int:
@@ -126,11 +126,11 @@ def _file(path: Path) -> tuple[int, int, int]:
 def swappable(path: Path, mountinfo: str | None = None) -> bool:
     """Return whether the kernel may swap out the pages of the file at `path`: on tmpfs without ``noswap``."""
     if mountinfo is None:
-        mountinfo = os.fsdecode(procfiles.MOUNTS.read_bytes())
+        mountinfo = procfiles.text(procfiles.MOUNTS)
     best = (-1, False)
     for line in procfiles.lines_of(mountinfo):
         left, _, right = line.partition(" - ")
-        mount_point = Path(_unescape(left.split(" ")[4]))
+        mount_point = Path(procfiles.unescape(left.split(" ")[4]))
         file_system, _source, *options = right.split(" ")
         with contextlib.suppress(ValueError):
             depth = len(path.relative_to(mount_point).parts)
@@ -139,8 +139,3 @@ def swappable(path: Path, mountinfo: str | None = None) -> bool:
             if best[0] < 0 or depth <= best[0]:
                 best = (depth, on_tmpfs)
     return best[1]
-
-
-def _unescape(field: str) -> str:
-    """Undo the octal escapes of /proc/self/mountinfo."""
-    return field.encode("latin-1", "backslashreplace").decode("unicode_escape")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmem.backends import procfiles
 from tmem.errors import ServiceError
 
 
@@ -49,7 +50,7 @@ class Process:
 def start_ticks(pid: int) -> int | None:
     """Return the start time of the running process `pid`, or None if there is none or it is a zombie."""
     try:
-        text = os.fsdecode(Path(f"/proc/{pid}/stat").read_bytes())
+        text = procfiles.text(Path(f"/proc/{pid}/stat"))
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()  # the command before it may contain anything

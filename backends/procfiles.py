@@ -5,16 +5,30 @@ mount point anywhere on the machine must not keep us from starting. Plain functi
 """
 
 import os
+import re
 from pathlib import Path
 
 MOUNTS = Path("/proc/self/mountinfo")
 
 
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+def text(path: Path) -> str:
+    """Return the file, decoded as paths are. OSError if it cannot be read."""
+    return os.fsdecode(path.read_bytes())
+
+
 def lines(path: Path) -> list[str]:
-    """Return the lines of the file, decoded as paths are. OSError if it cannot be read."""
-    return lines_of(os.fsdecode(path.read_bytes()))
+    """Return the lines of the file, as `text` has them. OSError if it cannot be read."""
+    return lines_of(text(path))
 
 
 def lines_of(text: str) -> list[str]:
     """Return the lines of `text`, as the kernel ends them."""
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def unescape(field: str) -> str:
+    """Return a field of mountinfo without its octal escapes."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field)

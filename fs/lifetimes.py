@@ -58,16 +58,19 @@ class Lifetimes:
 
     def of_attributes(self, status: os.stat_result) -> float:
         """Return the seconds for the attributes in `status`."""
+        young, old = self._of_attributes()
+        if young == old or status.st_dev != self._device:
+            return young
+        return old if status.st_ctime_ns < self._now_ns() - WATCHED_SECONDS * 1e9 else young
+
+    def _of_attributes(self) -> tuple[float, float]:
+        """Return the seconds for attributes, and for those on `device` that changed long ago."""
         if self._wanted is not None:
-            return self._wanted
-        if not self.attributes_told or status.st_dev != self._device:
-            return USUAL_SECONDS
-        settled = status.st_ctime_ns < self._now_ns() - WATCHED_SECONDS * 1e9
-        return WATCHED_SECONDS if settled else USUAL_SECONDS
+            return self._wanted, self._wanted
+        return USUAL_SECONDS, WATCHED_SECONDS if self.attributes_told else USUAL_SECONDS
 
     def rule(self) -> Rule:
         """Return the rule as it is now."""
         device = self._device
-        young = USUAL_SECONDS if self._wanted is None else self._wanted
-        old = WATCHED_SECONDS if self._wanted is None and self.attributes_told else young
+        young, old = self._of_attributes()
         return Rule(device, self.of_name(device), self.of_name(-1), young, old, WATCHED_SECONDS)

@@ -6,7 +6,6 @@ directory that are not listed: ``user.tmem.pid``, ``user.tmem.statistics`` and `
 Threading: plain blocking functions.
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -44,10 +43,11 @@ class Mounted:
 def mounts() -> list[Mounted]:
     """Return every mount that this process sees, the one on top of a mount point last."""
     found = []
-    for line in procfiles.MOUNTS.read_bytes().removesuffix(b"\n").split(b"\n"):  # not at a name's \r
-        before, _, after = line.partition(b" - ")
-        kind, source = after.split(b" ")[:2]
-        found.append(Mounted(_decode(before.split(b" ")[4]), kind.decode(), _decode(source)))
+    for line in procfiles.lines(procfiles.MOUNTS):
+        before, _, after = line.partition(" - ")
+        kind, source = after.split(" ")[:2]
+        mountpoint = procfiles.unescape(before.split(" ")[4])
+        found.append(Mounted(mountpoint, kind, procfiles.unescape(source)))
     return found
 
 
@@ -210,11 +210,3 @@ def _fusermount(mountpoint: str, lazily: bool) -> None:
     if result.returncode:
         busy = "busy" in result.stderr.lower()
         raise OSError(errno.EBUSY if busy else errno.EIO, result.stderr.strip() or "fusermount3 failed")
-
-
-def _decode(field: bytes) -> str:
-    """Undo mountinfo's octal escapes."""
-    with contextlib.suppress(ValueError):
-        parts = field.split(b"\\")
-        field = parts[0] + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in parts[1:])
-    return os.fsdecode(field)

@@ -14,7 +14,6 @@ nothing; `proc` is a parameter so that tests can show a machine made of files. A
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -260,7 +259,7 @@ def oom_guard(members: Sequence[Member], proc: Path) -> Guard:
 def segment_guard(file: Path, members: Sequence[Member], proc: Path) -> Guard:
     """Say whether the kernel can swap out the pages of the segment."""
     name = "segment"
-    mounts = os.fsdecode((proc / "self/mountinfo").read_bytes())
+    mounts = procfiles.text(proc / "self/mountinfo")
     if not locking.swappable(file, mounts):
         return Guard(name, State.ON, "its file system is never swapped out")
     advice = "use a kernel from 6.4 on and the run-time directory /run/tmem, or run 'tmem contain' before "

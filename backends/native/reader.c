@@ -139,20 +139,25 @@ static void look_after_interrupts(struct reader *r)
         wake_standin(r);
 }
 
-static bool find_attributes(struct reader *r, const struct fuse_in_header *in, struct fuse_attr_out *out)
+/* What needs neither the pool nor libfuse: attributes, and that a listing has ended. `length`: of the request; `size`: of
+ * what is in `out`. */
+static bool find_at_hand(struct reader *r, const struct fuse_in_header *in, const void *argument, size_t length,
+                         struct fuse_attr_out *out, size_t *size)
 {
-    struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
-    if (!nodes || !nodes_attributes(nodes, in->nodeid, out))
-        return false;
-    atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
-    return true;
-}
-
-static bool is_end(struct reader *r, const struct fuse_read_in *listing)
-{
-    if (!ends_at(&r->ends, listing->fh, listing->offset))
+    if (in->opcode == FUSE_GETATTR) {
+        struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
+        if (!nodes || !nodes_attributes(nodes, in->nodeid, out))
+            return false;
+        atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
+        *size = sizeof *out;
+        return true;
+    }
+    const struct fuse_read_in *listing = argument;
+    if (in->opcode != FUSE_READDIRPLUS || length < sizeof *in + sizeof *listing
+        || !ends_at(&r->ends, listing->fh, listing->offset))
         return false;
     atomic_fetch_add_explicit(&r->ended, 1, memory_order_relaxed);
+    *size = 0;
     return true;
 }
 
@@ -194,14 +199,10 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
             return TAKEN_NONE;
         }
     }
-    struct fuse_attr_out attributes;
-    if (in->opcode == FUSE_GETATTR && find_attributes(r, in, &attributes)) {
-        reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&attributes, sizeof attributes);
-        return TAKEN_ANSWERED;
-    }
-    if (in->opcode == FUSE_READDIRPLUS && length >= sizeof *in + sizeof(struct fuse_read_in)
-        && is_end(r, (const void *)(in + 1))) {
-        reply_bytes(&r->passing, NULL, in->unique, NULL, 0);
+    struct fuse_attr_out at_hand;
+    size_t size;
+    if (find_at_hand(r, in, in + 1, length, &at_hand, &size)) {
+        reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&at_hand, size);
         return TAKEN_ANSWERED;
     }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
@@ -228,14 +229,10 @@ static bool take_from_ring(void *with, unsigned ring, struct entry *e)
             return true;
         }
     }
-    struct fuse_attr_out attributes;
-    if (in->opcode == FUSE_GETATTR && find_attributes(r, in, &attributes)) {
-        entry_fill(e, 0, (const uint8_t *)&attributes, sizeof attributes);
-        return true;
-    }
-    if (in->opcode == FUSE_READDIRPLUS && in->len >= sizeof *in + sizeof(struct fuse_read_in)
-        && is_end(r, entry_argument(e))) {
-        entry_fill(e, 0, NULL, 0);
+    struct fuse_attr_out at_hand;
+    size_t size;
+    if (find_at_hand(r, in, entry_argument(e), in->len, &at_hand, &size)) {
+        entry_fill(e, 0, (const uint8_t *)&at_hand, size);
         return true;
     }
     size_t length = desk_fill(r, d) ? entry_copy(e, d->request->data, d->request->size) : 0;

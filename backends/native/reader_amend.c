@@ -71,7 +71,7 @@ static struct amendment *take(struct amendments *all, uint64_t fh, bool listing)
     return a;
 }
 
-void amend(struct amendments *all, uint32_t opcode, uint8_t *reply, size_t length)
+void amend(struct amendments *all, uint32_t opcode, bool reads_only, uint8_t *reply, size_t length)
 {
     struct fuse_out_header out;
     struct fuse_open_out open;
@@ -82,26 +82,17 @@ void amend(struct amendments *all, uint32_t opcode, uint8_t *reply, size_t lengt
         return;
     memcpy(&out, reply, sizeof out);
     memcpy(&open, reply + at, sizeof open);
-    struct amendment *a = out.error ? NULL : take(all, open.fh, opcode == FUSE_OPENDIR);
-    if (!a)
+    if (out.error)
         return;
-    if (a->listing) {
+    struct amendment *a = take(all, open.fh, opcode == FUSE_OPENDIR);
+    if (a && a->listing) {
         open.open_flags |= a->flags;
-    } else {
+    } else if (a) {
         open.open_flags = (open.open_flags & ~(uint32_t)(FOPEN_DIRECT_IO | FOPEN_KEEP_CACHE)) | FOPEN_PASSTHROUGH;
         open.padding = (uint32_t)a->backing_id; /* its name in older headers */
     }
+    if (reads_only)
+        open.open_flags |= FOPEN_NOFLUSH;
     memcpy(reply + at, &open, sizeof open);
     free(a);
-}
-
-void amend_no_flush(uint8_t *reply, size_t length)
-{
-    struct fuse_out_header out;
-    struct fuse_open_out open;
-    if (length < sizeof out + sizeof open)
-        return;
-    memcpy(&open, reply + sizeof out, sizeof open);
-    open.open_flags |= FOPEN_NOFLUSH;
-    memcpy(reply + sizeof out, &open, sizeof open);
 }

@@ -20,9 +20,8 @@ void amendments_free(struct amendments *all);
 int amend_file(struct amendments *all, uint64_t fh, int32_t backing_id);
 /* For the listing of handle `fh`: the kernel may keep what it will get, and `believe` what it has. -1: no memory. */
 int amend_listing(struct amendments *all, uint64_t fh, bool believe);
-/* The reply to an OPEN for reading alone: the kernel need not wait at close for what there is nothing to say about. */
-void amend_no_flush(uint8_t *reply, size_t length);
-/* Amend the reply to a request of kind `opcode`, if there is anything to amend. */
-void amend(struct amendments *all, uint32_t opcode, uint8_t *reply, size_t length);
+/* Amend the reply to a request of kind `opcode`, if there is anything to amend. `reads_only`: an OPEN for reading alone, so the
+ * kernel need not wait at close for what there is nothing to say about. */
+void amend(struct amendments *all, uint32_t opcode, bool reads_only, uint8_t *reply, size_t length);
 
 #endif

@@ -83,7 +83,7 @@ static void drop_late(struct passing *p, const struct flight *f, size_t length)
     bool answered;
     if (b)
         buffer_drop(b);
-    amend(&p->amendments, f->opcode, p->reply, length); /* so that none is left */
+    amend(&p->amendments, f->opcode, false, p->reply, length); /* so that none is left */
     if (f->opcode == FUSE_READDIRPLUS && f->payload) {
         reply = f->payload->data;
         length = sizeof(struct fuse_out_header) + f->length;
@@ -132,9 +132,7 @@ static void pass_back(struct passing *p, size_t length)
         reply_bytes(p, f->entry, f->unique, f->payload->data + sizeof *out, f->length);
     } else { /* a notice, if it has no number */
         if (f)
-            amend(&p->amendments, f->opcode, p->reply, length);
-        if (f && f->reads_only)
-            amend_no_flush(p->reply, length);
+            amend(&p->amendments, f->opcode, f->reads_only, p->reply, length);
         reply_whole(p, f, length);
     }
     if (f && f->payload)

@@ -112,7 +112,7 @@ def test_writes_and_the_largest_attribute(place: Place, size: int) -> None:
         below = (place.lower / path.name).read_bytes()
         assert below == bytes(5) + data[:size] == path.read_bytes()
         assert os.getxattr(path, "user.name") == os.getxattr(place.lower / path.name, "user.name")
-        assert path.name in os.listdir(place.point)  # noqa: PTH208
+        assert path.name in os.listdir(place.point)  # noqa: PTH208 - names are all that is asked for
 
     on_every_cpu(write)
 
@@ -188,7 +188,7 @@ def busy(path: Path, count: int = 4) -> Iterator[list["subprocess.Popen[bytes]"]
             one = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             stack.callback(one.wait, 20)
             stack.callback(one.kill)
-            stack.enter_context(one.stdout)  # type: ignore[arg-type]
+            stack.enter_context(one.stdout)  # type: ignore[arg-type]  # a pipe: never None
             found.append(one)
         for one in found:
             assert one.stdout is not None

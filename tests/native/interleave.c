@@ -330,6 +330,17 @@ static void death_in_recount(struct world *w)
     check(w);
 }
 
+/* Let the second of two reapers go on, which may have to wait for the first one, and then that one. */
+static void let_second_go_first(struct world *w, pid_t first, pid_t second)
+{
+    atomic_store(&actors[2].go, 1);
+    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
+        nap();
+    finish(0, first);
+    finish(2, second);
+    check(w);
+}
+
 /* Two reapers have counted, and correct the sums: the difference must be added once. */
 static void two_recounts(struct world *w)
 {
@@ -339,12 +350,7 @@ static void two_recounts(struct world *w)
     atomic_store(&w->seg->super->recount, 1); /* another death, so that two count */
     pid_t first = start(0, reap, 35, 0);
     at_point(0);
-    atomic_store(&actors[2].go, 1);
-    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
-        nap();
-    finish(0, first);
-    finish(2, second);
-    check(w);
+    let_second_go_first(w, first, second);
 }
 
 /* A flush is between its change of the sums and its count of it when a reaper, which has waited for all who were in an
@@ -396,12 +402,7 @@ static void recount_in_recount(struct world *w)
     at_point(0);
     atomic_store(&w->seg->super->recount, 1); /* another death, so that two count */
     go_on(2);
-    atomic_store(&actors[2].go, 1);
-    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
-        nap();
-    finish(0, first);
-    finish(2, second);
-    check(w);
+    let_second_go_first(w, first, second);
 }
 
 /* A thread dies when it has taken an object off the sums and not noted that; whoever repairs it does so again. A reaper

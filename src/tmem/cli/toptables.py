@@ -81,6 +81,14 @@ def duration(ns: float | None) -> str:
     return f"{ns:.0f}s" if ns >= 9.95 else f"{ns:.1f}s"
 
 
+def _share(key: str, heading: str, value: Callable[[L], float | None]) -> Column[L]:
+    def sort(row: L) -> float:
+        share = value(row)
+        return -1 if share is None else share
+
+    return Column(key, heading, sort, lambda row: percent(value(row)))
+
+
 POOLS: tuple[Column[Row], ...] = (
     Column("c", "CLIENT", lambda row: row.name, lambda row: row.name, numeric=False),
     Column("t", "TYPE", lambda row: row.kind, lambda row: row.kind, numeric=False),
@@ -89,12 +97,7 @@ POOLS: tuple[Column[Row], ...] = (
     Column("r", "RATIO", lambda row: row.ratio or 0, lambda row: f"{row.ratio:.2f}" if row.ratio else "-"),
     Column("p", "PUT/s", lambda row: row.puts_per_s or 0, lambda row: short(row.puts_per_s)),
     Column("g", "GET/s", lambda row: row.gets_per_s or 0, lambda row: short(row.gets_per_s)),
-    Column(
-        "h",
-        "HIT%",
-        lambda row: -1 if row.hit_share is None else row.hit_share,
-        lambda row: percent(row.hit_share),
-    ),
+    _share("h", "HIT%", lambda row: row.hit_share),
     Column("e", "EVICT/s", lambda row: row.evictions_per_s or 0, lambda row: short(row.evictions_per_s)),
     Column("f", "REFUSED/s", lambda row: row.refused_per_s or 0, lambda row: short(row.refused_per_s)),
 )
@@ -129,12 +132,7 @@ def _bytes(key: str, heading: str, value: Callable[[MountRow], float | None]) ->
 MOUNTS: tuple[Column[MountRow], ...] = (
     Column("m", "MOUNT", lambda row: row.name, lambda row: row.name, numeric=False),
     Column("r", "READ/s", lambda row: row.reads_per_s or 0, lambda row: short(row.reads_per_s)),
-    Column(
-        "h",
-        "HIT%",
-        lambda row: -1 if row.hit_share is None else row.hit_share,
-        lambda row: percent(row.hit_share),
-    ),
+    _share("h", "HIT%", lambda row: row.hit_share),
     _bytes("p", "POOL/s", lambda row: row.hit_bytes_per_s),
     _bytes("l", "LOWER/s", lambda row: row.lower_bytes_per_s),
     Column("i", "MISS/s", lambda row: row.misses_per_s or 0, lambda row: short(row.misses_per_s)),
