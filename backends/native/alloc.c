@@ -90,11 +90,27 @@ static void own_locked(struct tm_ctx *ctx, struct tm_bin *b, uint32_t c)
     d->flags |= CF_OWNED;
 }
 
+bool chunk_is_owned(struct tm_segment *seg, uint32_t c, uint32_t bin, bool *owned, uint32_t *owner)
+{
+    const struct tm_chunk *d = &seg->chunks[c];
+    if (!MUTANT(30))
+        chunks_lock(seg);
+    bool of_bin = atomic_load(&seg->states[c]) == CHUNK_USED && d->bin == bin;
+    KP(58);
+    *owned = d->flags & CF_OWNED;
+    KP(48);
+    *owner = d->prev;
+    if (!MUTANT(30))
+        chunks_unlock(seg);
+    return of_bin;
+}
+
 bool chunk_own(struct tm_ctx *ctx, uint32_t c, uint32_t bin)
 {
-    struct tm_chunk *d = &ctx->seg->chunks[c];
+    bool owned;
+    uint32_t owner;
     struct tm_bin *b = bin_lock(ctx->seg, bin);
-    bool mine = atomic_load(&ctx->seg->states[c]) == CHUNK_USED && d->bin == bin && !(d->flags & CF_OWNED);
+    bool mine = chunk_is_owned(ctx->seg, c, bin, &owned, &owner) && !owned;
     if (mine)
         own_locked(ctx, b, c);
     lock_drop(&b->lock);
@@ -139,6 +155,7 @@ static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how,
             uint64_t offset = seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride;
             before(ctx, offset);
             KP(1);
+            atomic_signal_fence(memory_order_seq_cst); /* nobody dies between the two the other way round */
             d->bitmap[bit / 64] |= UINT64_C(1) << (bit % 64);
             KP(2);
             atomic_fetch_sub_explicit(&b->room, 1, memory_order_relaxed);
@@ -161,15 +178,14 @@ static uint64_t unit_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how,
     }
 }
 
-/* Unmark the unit at `offset` and clear its intent; an emptied chunk is released. */
-static void unit_free(struct tm_ctx *ctx, uint64_t offset, void (*after)(struct tm_ctx *ctx))
+/* Unmark the unit at `offset` of the locked bin, which is dropped, and clear its intent; an emptied chunk is released. */
+static void unit_free_locked(struct tm_ctx *ctx, struct tm_bin *b, uint64_t offset, void (*after)(struct tm_ctx *ctx))
 {
     struct tm_segment *seg = ctx->seg;
     uint32_t c = chunk_of(seg, offset);
     struct tm_chunk *d = &seg->chunks[c];
     uint32_t stride = bin_stride(d->bin);
     uint32_t bit = (uint32_t)((offset - seg->data_offset) % TM_CHUNK) / stride;
-    struct tm_bin *b = bin_lock(seg, d->bin);
     KP(5);
     d->bitmap[bit / 64] &= ~(UINT64_C(1) << (bit % 64));
     KP(6);
@@ -188,6 +204,12 @@ static void unit_free(struct tm_ctx *ctx, uint64_t offset, void (*after)(struct 
     lock_drop(&b->lock);
     if (empty)
         chunk_release(ctx, c);
+}
+
+static void unit_free(struct tm_ctx *ctx, uint64_t offset, void (*after)(struct tm_ctx *ctx))
+{
+    struct tm_segment *seg = ctx->seg;
+    unit_free_locked(ctx, bin_lock(seg, seg->chunks[chunk_of(seg, offset)].bin), offset, after);
 }
 
 static void intend_block(struct tm_ctx *ctx, uint64_t offset)
@@ -215,6 +237,12 @@ static void new_done(struct tm_ctx *ctx) { atomic_store_explicit(&ctx->rec->new_
 
 void block_free_old(struct tm_ctx *ctx) { unit_free(ctx, atomic_load(&ctx->rec->old_block) * 16, old_done); }
 void block_free_new(struct tm_ctx *ctx) { unit_free(ctx, atomic_load(&ctx->rec->new_block) * 16, new_done); }
+
+void block_free_locked(struct tm_ctx *ctx, struct tm_bin *b, bool old)
+{
+    uint64_t block = atomic_load(old ? &ctx->rec->old_block : &ctx->rec->new_block);
+    unit_free_locked(ctx, b, block * 16, old ? old_done : new_done);
+}
 
 static void intend_meta(struct tm_ctx *ctx, uint64_t offset)
 {

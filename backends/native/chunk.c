@@ -435,7 +435,11 @@ bool chunk_free_busy(struct tm_ctx *ctx, uint32_t owner)
         if (!hit)
             break;
         c = (uint32_t)(hit - (uint8_t *)seg->states);
-        if (seg->chunks[c].prev != owner)
+        KP(39);
+        chunks_lock(seg); /* else it may be in use by now, and what looked like its owner a link of its list */
+        bool his = (atomic_load(&seg->states[c]) == CHUNK_BUSY || MUTANT(29)) && seg->chunks[c].prev == owner;
+        chunks_unlock(seg);
+        if (!his)
             continue;
         /* Perhaps backed, perhaps not: after the punch it certainly is a hole. It was in no list, and a thread
          * that read in it before it became RET is waited for as in tm_trim. */

@@ -26,6 +26,8 @@ static void drop_void_intents(struct tm_segment *seg, uint32_t bin)
 void repair_bin(struct tm_segment *seg, uint32_t bin)
 {
     uint32_t units = TM_CHUNK / bin_stride(bin), head = 0, room = 0;
+    if (!MUTANT(32))
+        chunks_lock(seg); /* a chunk that its owner releases this moment may be another bin's before we write to it */
     for (uint32_t c = 0; c < seg->nchunks; c++) {
         struct tm_chunk *d = &seg->chunks[c];
         if (atomic_load(&seg->states[c]) != CHUNK_USED || d->bin != bin)
@@ -33,6 +35,7 @@ void repair_bin(struct tm_segment *seg, uint32_t bin)
         uint32_t set = 0;
         for (unsigned w = 0; w < 8; w++)
             set += (uint32_t)__builtin_popcountll(d->bitmap[w]);
+        KP(19);
         if (!MUTANT(3))
             d->nfree = (uint16_t)(units - set);
         d->flags &= (uint16_t)~CF_LISTED;
@@ -46,6 +49,8 @@ void repair_bin(struct tm_segment *seg, uint32_t bin)
         head = c + 1;
         room += d->nfree;
     }
+    if (!MUTANT(32))
+        chunks_unlock(seg);
     seg->bins[bin].partial = head;
     atomic_store(&seg->bins[bin].room, room);
     drop_void_intents(seg, bin);
@@ -144,7 +149,8 @@ static void repair_meta(struct tm_ctx *ctx)
     atomic_store(&rec->meta_new, 0);
 }
 
-/* Does a living thread mean to free this block? Then it will, or will find that it lost the race for the slot. */
+/* Does a living thread mean to free this block? Then it will, or will find that it lost the race for the slot. One that
+ * is being repaired lives in this sense: its repairer sees the same of ours, and one of the two comes again first. */
 static bool wanted_by_living(struct tm_ctx *ctx, uint64_t block)
 {
     struct tm_segment *seg = ctx->seg;
@@ -153,18 +159,24 @@ static bool wanted_by_living(struct tm_ctx *ctx, uint64_t block)
         struct tm_thread *rec = &seg->threads[i];
         if (rec == ctx->rec || atomic_load(&rec->old_block) != block)
             continue;
-        if (lock_try_life(&rec->life) == LIFE_TAKEN)
+        int life = lock_try_life(&rec->life);
+        if (life == LIFE_TAKEN)
             return true;
+        if (life == LIFE_DEAD) /* nobody else is told */
+            note_death(seg);
         lock_drop(&rec->life);
     }
     return false;
 }
 
-/* Free `block` if it still is the one of that stamp and its slot does not hold it. False: decide later. */
-static bool repair_block(struct tm_ctx *ctx, uint64_t block, uint32_t stamp, void (*release)(struct tm_ctx *ctx))
+/* Free `block`, of intent old_block or new_block, if it still is the one of that stamp and its slot does not hold it: in one
+ * hold of the lock, for the repairer of another thread may mean the same block. False: decide later. */
+static bool repair_block(struct tm_ctx *ctx, bool old)
 {
     struct tm_segment *seg = ctx->seg;
-    uint32_t c, bit;
+    struct tm_thread *rec = ctx->rec;
+    uint64_t block = atomic_load(old ? &rec->old_block : &rec->new_block);
+    uint32_t stamp = atomic_load(old ? &rec->old_stamp : &rec->new_stamp), c, bit;
     if (!block || !settle_bin(seg, block * 16) || !block_place(seg, block, &c, &bit))
         return true;
     struct tm_bin *b = bin_lock(seg, seg->chunks[c].bin);
@@ -179,10 +191,33 @@ static bool repair_block(struct tm_ctx *ctx, uint64_t block, uint32_t stamp, voi
         }
         wanted = !linked && wanted_by_living(ctx, block) && !MUTANT(4);
     }
-    lock_drop(&b->lock);
+    if (MUTANT(31))
+        lock_drop(&b->lock);
+    KP(49);
+    if (MUTANT(31))
+        bin_lock(seg, seg->chunks[c].bin);
     if (ours && !linked && !wanted)
-        release(ctx);
+        block_free_locked(ctx, b, old);
+    else
+        lock_drop(&b->lock);
     return !wanted;
+}
+
+/* Does the thread that is repaired own chunk `c`? */
+static bool is_owner(struct tm_ctx *ctx, uint32_t c)
+{
+    struct tm_segment *seg = ctx->seg;
+    bool owned;
+    uint32_t owner, bin = seg->chunks[c].bin;
+    if (atomic_load(&seg->states[c]) != CHUNK_USED)
+        return false;
+    struct tm_bin *b = bin_lock(seg, bin);
+    if (MUTANT(30))
+        lock_drop(&b->lock);
+    bool his = chunk_is_owned(seg, c, bin, &owned, &owner) && owned && owner == ctx->index;
+    if (!MUTANT(30))
+        lock_drop(&b->lock);
+    return his;
 }
 
 bool repair_thread(struct tm_ctx *ctx, uint32_t index)
@@ -197,9 +232,9 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
     repair_meta(ctx);
     if (!MUTANT(1)) {
         KP(30);
-        done &= repair_block(ctx, atomic_load(&rec->new_block), atomic_load(&rec->new_stamp), block_free_new);
+        done &= repair_block(ctx, false);
         KP(31);
-        done &= repair_block(ctx, atomic_load(&rec->old_block), atomic_load(&rec->old_stamp), block_free_old);
+        done &= repair_block(ctx, true);
         KP(32);
     }
     if (done) {
@@ -211,8 +246,7 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
         uint32_t c = atomic_load(intent);
         if (!c--)
             continue;
-        struct tm_chunk *d = &seg->chunks[c];
-        if (settle_bin(seg, seg->data_offset + (uint64_t)c * TM_CHUNK) && (d->flags & CF_OWNED) && d->prev == index)
+        if (is_owner(ctx, c))
             chunk_settle(ctx, c);
         KP(33);
         if (i)

@@ -51,10 +51,8 @@ static void setup(void)
 static bool bury(struct tm_ctx *ctx, uint32_t i, int life)
 {
     struct tm_thread *rec = &ctx->seg->threads[i];
-    if (life == LIFE_DEAD) {
-        atomic_fetch_add(&ctx->seg->super->deaths, 1);
-        atomic_store(&ctx->seg->super->recount, 1);
-    }
+    if (life == LIFE_DEAD)
+        note_death(ctx->seg);
     client_release(ctx, i);
     if (!repair_thread(ctx, i))
         return false;

@@ -493,11 +493,15 @@ enum alloc { ALLOC_NORMAL, ALLOC_RESERVE, ALLOC_LISTED, ALLOC_SPARE };
 uint64_t block_alloc(struct tm_ctx *ctx, uint32_t bin, enum alloc how);
 void block_free_old(struct tm_ctx *ctx);               /* frees and clears old_block */
 void block_free_new(struct tm_ctx *ctx);               /* frees and clears new_block */
+void block_free_locked(struct tm_ctx *ctx, struct tm_bin *b, bool old); /* the same with its bin locked, which is dropped */
 uint32_t meta_alloc(struct tm_ctx *ctx, uint32_t bin); /* sets meta_new */
 void meta_free(struct tm_ctx *ctx, uint32_t ref);      /* sets and clears meta_old */
 void meta_free_new(struct tm_ctx *ctx);
 /* Before emptying a chunk: it must still be of `bin`, as when its number was found, and nobody else's. */
 bool chunk_own(struct tm_ctx *ctx, uint32_t c, uint32_t bin);
+/* Is chunk `c` in use by `bin`, which is locked; and is it owned, by whom? A chunk that is not may become another bin's this
+ * moment, and `prev` be an owner or a link: only with the chunk lock as well, taken here, do they belong together. */
+bool chunk_is_owned(struct tm_segment *seg, uint32_t c, uint32_t bin, bool *owned, uint32_t *owner);
 bool chunk_settle(struct tm_ctx *ctx, uint32_t c); /* one that we own: list it, or release it if empty (true) */
 uint64_t block_place(struct tm_segment *seg, uint64_t block, uint32_t *c, uint32_t *bit); /* 0: not a block */
 uint64_t meta_place(struct tm_segment *seg, uint32_t ref, uint32_t *c, uint32_t *bit);
@@ -841,6 +845,11 @@ static inline void look_for_empty(struct tm_segment *seg)
 {
     if (!atomic_load_explicit(&seg->super->look, memory_order_relaxed))
         atomic_store_explicit(&seg->super->look, 1, memory_order_relaxed);
+}
+static inline void note_death(struct tm_segment *seg)
+{
+    atomic_fetch_add(&seg->super->deaths, 1);
+    atomic_store(&seg->super->recount, 1);
 }
 static inline void count(struct tm_segment *seg, uint32_t pool, unsigned counter, uint64_t n)
 {

@@ -12,26 +12,6 @@ static int64_t put_two(struct world *w, struct actor *a) { (void)a; return put(&
 static int64_t put_three(struct world *w, struct actor *a) { (void)a; return put(&w->pool, 1, 3); }
 static int64_t flush_one(struct world *w, struct actor *a) { (void)a; return tm_flush(&w->pool, oid, 1, 1); }
 
-/* Register as a thread, wait at point 99, and stop at that point then. */
-static void wait_first(struct world *w, struct actor *a, uint32_t point)
-{
-    uint8_t page[TM_PAGE];
-    tm_get(&w->pool, oid, 9, page, 1);
-    kill_point(99);
-    atomic_store(&a->point, point);
-    atomic_store(&a->reached, 0);
-    atomic_store(&a->go, 0);
-}
-
-/* Let an actor that is in wait_first go on to its next point. */
-static void go_on(int i)
-{
-    atomic_store(&actors[i].go, 1);
-    while (atomic_load(&actors[i].go))
-        nap();
-    at_point(i);
-}
-
 /* Put page 1's first version as page 2, when it is told to: a block of the same size. */
 static int64_t put_twin(struct world *w, struct actor *a)
 {
@@ -327,17 +307,6 @@ static void death_in_recount(struct world *w)
     pid_t reaper = start(0, reap, 35, 1);
     at_point(0);
     die(reaper);
-    check(w);
-}
-
-/* Let the second of two reapers go on, which may have to wait for the first one, and then that one. */
-static void let_second_go_first(struct world *w, pid_t first, pid_t second)
-{
-    atomic_store(&actors[2].go, 1);
-    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
-        nap();
-    finish(0, first);
-    finish(2, second);
     check(w);
 }
 

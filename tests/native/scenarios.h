@@ -4,6 +4,37 @@
 
 #include "interleave.h"
 
+/* Register as a thread, wait at point 99, and stop at that point then. */
+static inline void wait_first(struct world *w, struct actor *a, uint32_t point)
+{
+    uint8_t page[TM_PAGE];
+    tm_get(&w->pool, oid, 9, page, 1);
+    kill_point(99);
+    atomic_store(&a->point, point);
+    atomic_store(&a->reached, 0);
+    atomic_store(&a->go, 0);
+}
+
+/* Let an actor that is in wait_first go on to its next point. */
+static inline void go_on(int i)
+{
+    atomic_store(&actors[i].go, 1);
+    while (atomic_load(&actors[i].go))
+        nap();
+    at_point(i);
+}
+
+/* Let the second of two actors go on, which may have to wait for the first one, and then that one. */
+static inline void let_second_go_first(struct world *w, pid_t first, pid_t second)
+{
+    atomic_store(&actors[2].go, 1);
+    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
+        nap();
+    finish(0, first);
+    finish(2, second);
+    check(w);
+}
+
 struct scenario {
     const char *name;
     void (*run)(struct world *w);
