@@ -10,10 +10,12 @@ what `nodes` has.
 
 import contextlib
 import errno
+import math
 import os
 import stat
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import pyfuse3
@@ -46,6 +48,8 @@ class Inode:
     """Its file handle, once asked for."""
     opens: int = 0
     """Open handles of regular files."""
+    known_since: float = -math.inf
+    """When the kernel was first told of it, on the table's clock; long ago if other code did."""
     declined: bool = False
     """Whether these are passed through; decided when the first one is opened."""
     backing: int = 0
@@ -72,11 +76,13 @@ class InodeTable:
     """All inodes that the kernel knows, by node id and by lower identity.
 
     Closes `root` (O_RDONLY, not O_PATH) and every descriptor in `close`. `quota` bounds the O_PATH
-    descriptors.
+    descriptors; `clock` is a monotonic one in seconds.
     """
 
-    def __init__(self, root: int, quota: int) -> None:
+    def __init__(self, root: int, quota: int, clock: Callable[[], float] = time.monotonic) -> None:
         from tmem.backends import _native
+
+        self._clock = clock
 
         self._linked_handle = _native.linked_handle
         status = os.fstat(root)
@@ -127,6 +133,10 @@ class InodeTable:
     def find(self, key: tuple[int, int]) -> Inode | None:
         """Return the inode of the lower file with these st_dev and st_ino, if the kernel knows it."""
         return self._by_key.get(key)
+
+    def knows_for(self, inode: Inode) -> float:
+        """Return for how many seconds the kernel has known the inode."""
+        return self._clock() - inode.known_since
 
     def all(self) -> list[Inode]:
         """Return every inode that the kernel knows."""
@@ -279,6 +289,7 @@ class InodeTable:
             self._next_foreign += 1
         self._last_generation = self._last_generation % _MAX_GENERATION + 1
         inode = Inode(nodeid, key, kind, descriptor, generation=self._last_generation)
+        inode.known_since = self._clock()
         self._by_id[nodeid] = inode
         self._by_key[key] = inode
         return inode

@@ -94,6 +94,8 @@ class Overlay(Files, Directories):
         Exact once no request is in hand; before that, good enough to try it out with.
         """
         self.count_native_hits()
+        if self.watch is not None:
+            self.watch.tell_the_rest()
         inodes, places = self.table.saved([*self.used_by_files(), *self.used_by_listings()])
         files, next_file = self.saved_files(places)
         listings, next_listing = self.saved_listings(places)
@@ -158,7 +160,8 @@ def build(
     if fine_stamps is None:
         fine_stamps = has_fine_stamps(root)
     coherence = Coherence if precache.shared is None else SharedCoherence
-    table = InodeTable(root, raise_descriptor_limit() // 2)  # the other half is for files that are open
+    quota = raise_descriptor_limit() // 2  # the other half is for files that are open
+    table = InodeTable(root, quota, clock)
     return Overlay(
         table,
         precache,

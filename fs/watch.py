@@ -13,11 +13,17 @@ brackets them, and the kernel has made them itself. A read calls `catch_up` befo
 never returns bytes from before a change that was over when it began. What the kernel answers by itself
 (names, attributes, cached pages) follows when the event loop has read the report.
 
+A file that the kernel has only just been told of is left alone for a moment. The kernel enters one without
+any rights, and takes the attributes of the reply only if no notice came in between; if another one overtakes
+those that it asks for instead, a user is refused (EACCES) what everybody may. Of first uses of directories
+4 % were with notices all the time, 3 of 4,000 with 300 notices for each change beside them (Linux 6.18).
+
 Threading: the event loop's thread.
 """
 
 import contextlib
 import os
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -35,8 +41,35 @@ REPEAT_SECONDS = 1.0
 """After this, the kernel is told again: a reply that it had not taken in yet the first time may have
 introduced a file with attributes from before the change."""
 
+TAKEN_IN_SECONDS = 0.02
+"""After this, a reply that introduces a file has been taken in, if its process got a CPU."""
+
 _REMEMBERED_HANDLES = 10_000
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _Later:
+    """Has `do` take what was added, `seconds` after the first of it was."""
+
+    def __init__(self, seconds: float, do: Callable[[Iterable[Inode | None]], None]) -> None:
+        self._seconds = seconds
+        self._do = do
+        self._waiting: dict[Inode | None, None] = {}
+        self._some = trio.Event()
+
+    def add(self, inode: Inode | None) -> None:
+        self._waiting[inode] = None
+        self._some.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._some.wait()
+            await trio.sleep(self._seconds)
+            self.do_now()
+
+    def do_now(self) -> None:
+        waiting, self._waiting, self._some = self._waiting, {}, trio.Event()
+        self._do(waiting)
 
 
 class Watch:
@@ -52,9 +85,8 @@ class Watch:
         self._counters = counters
         self._pid = os.getpid()
         self._keys: dict[bytes, tuple[int, int]] = {}  # lower identities by handle
-        self._repeat: dict[int, None] = {}  # node ids
-        self._repeat_names = False
-        self._repeat_at = float("inf")
+        self._held_back = _Later(TAKEN_IN_SECONDS, self._tell_all)
+        self._repeated = _Later(REPEAT_SECONDS, self._tell_all)  # None stands for names
 
     @property
     def descriptor(self) -> int:
@@ -63,15 +95,13 @@ class Watch:
 
     async def run(self) -> None:
         """Apply changes as they come, until cancelled."""
-        while True:
-            with trio.move_on_at(self._repeat_at):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._held_back.run)
+            nursery.start_soon(self._repeated.run)
+            while True:
                 await trio.lowlevel.wait_readable(self._events.descriptor)
-            self.catch_up()
-            if trio.current_time() >= self._repeat_at:
-                self._tell_again()
-            elif self._repeat and self._repeat_at == float("inf"):
-                self._repeat_at = trio.current_time() + REPEAT_SECONDS
-            await trio.sleep(PAUSE_SECONDS)
+                self.catch_up()
+                await trio.sleep(PAUSE_SECONDS)
 
     def catch_up(self) -> None:
         """Apply every change that was over when this was called."""
@@ -81,7 +111,7 @@ class Watch:
                 names |= self._apply(event)
         if names:
             self._kernel.forget_names()
-            self._repeat_names = True
+            self._repeated.add(None)
 
     def _apply(self, event: Event) -> bool:
         """Apply one report; True if names have changed."""
@@ -104,9 +134,23 @@ class Watch:
             self._tell(inode)
 
     def _tell(self, inode: Inode) -> None:
-        """Have the kernel ask for the attributes again, now and once more later."""
-        self._kernel.forget_attributes(inode.nodeid)
-        self._repeat[inode.nodeid] = None
+        """Have the kernel ask for the attributes again, now or in a moment, and once more later."""
+        if self._table.knows_for(inode) < TAKEN_IN_SECONDS:
+            self._held_back.add(inode)
+        else:
+            self._kernel.forget_attributes(inode.nodeid)
+        self._repeated.add(inode)
+
+    def _tell_all(self, inodes: Iterable[Inode | None]) -> None:
+        for inode in inodes:
+            if inode is None:
+                self._kernel.forget_names()
+            elif self._table.find(inode.key) is inode:  # else its number may be another's
+                self._kernel.forget_attributes(inode.nodeid)
+
+    def tell_the_rest(self) -> None:
+        """Tell now what is held back: other code will go on (`restart`)."""
+        self._held_back.do_now()
 
     def _content(self, inode: Inode) -> None:
         if inode.state is not None:
@@ -129,15 +173,6 @@ class Watch:
                 self._keys.clear()
             key = self._keys[handle] = (status.st_dev, status.st_ino)
         return self._table.find(key)
-
-    def _tell_again(self) -> None:
-        if self._repeat_names:
-            self._kernel.forget_names()
-        for nodeid in self._repeat:
-            self._kernel.forget_attributes(nodeid)
-        self._repeat.clear()
-        self._repeat_names = False
-        self._repeat_at = float("inf")
 
     def close(self) -> None:
         """Watch no longer."""

@@ -16,7 +16,7 @@ import trio
 from trio.testing import MockClock
 
 from tmem.backends.paths import SegmentPaths
-from tmem.fs import fanotify
+from tmem.fs import fanotify, watch
 from tmem.fs.fanotify import Events
 from tmem.fs.kernel import Kernel
 from tmem.fs.overlay import Overlay, build
@@ -69,11 +69,32 @@ def lower(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Clock:
+    """Each look at it is a second later, unless it is `stopped`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.stopped = False
+
+    def __call__(self) -> float:
+        self.now += not self.stopped
+        return self.now
+
+
 @pytest.fixture
-def overlay(lower: Path, segment: "_native.Segment", gate: Gate) -> Iterator[Overlay]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def overlay(lower: Path, segment: "_native.Segment", gate: Gate, clock: Clock) -> Iterator[Overlay]:
     """An overlay on that directory with a pool, that watches."""
     overlay = build(
-        os.open(lower, os.O_RDONLY), Precache(SegmentPaths.of("default"), "web"), pause=gate, fine_stamps=True
+        os.open(lower, os.O_RDONLY),
+        Precache(SegmentPaths.of("default"), "web"),
+        pause=gate,
+        fine_stamps=True,
+        clock=clock,
     )
     overlay.kernel = Recorder()
     overlay.watch_with(Events.of(overlay.table.root))
@@ -339,6 +360,36 @@ def test_the_kernel_is_told_again_a_second_later(
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         assert told(overlay).attributes == [entry.st_ino] * 2
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_file_that_the_kernel_is_only_just_told_of_is_left_alone_for_a_moment(
+    overlay: Overlay, underneath: Underneath, lower: Path, clock: Clock
+) -> None:
+    """A notice that overtakes the reply leaves the kernel without its attributes."""
+
+    async def main() -> None:
+        assert overlay.watch is not None
+        clock.stopped = True
+        young = (await overlay.lookup(pyfuse3.ROOT_INODE, b"file", CONTEXT)).st_ino
+        gone = (await overlay.lookup(pyfuse3.ROOT_INODE, b"source", CONTEXT)).st_ino
+        for name in ("file", "source"):
+            underneath(os.chmod, lower / name, 0o600)
+        overlay.watch.catch_up()
+        await overlay.forget([(gone, 1)])
+        assert told(overlay).attributes == []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(overlay.watch.run)
+            await trio.sleep(watch.TAKEN_IN_SECONDS * 1.5)
+            assert told(overlay).attributes == [young]
+            await trio.sleep(watch.REPEAT_SECONDS)
+            assert told(overlay).attributes == [young, young]
+            underneath(os.chmod, lower / "file", 0o640)
+            overlay.watch.catch_up()
+            overlay.saved()  # other code goes on, and knows nothing of what is held back
+            assert told(overlay).attributes == [young, young, young]
+            nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
