@@ -222,6 +222,12 @@ class Client:
         """Bring at most `most` pages back from the tier, from slot `hand` (0: the first) on; where to go on
         (0: that was all) and how many came. PoolError if there is no memory for the first,
         CorruptPageError or TierDownError if it cannot be read. Releases the GIL."""
+    def prefetch(self, hand: int, most: int, near: bool, keep: int, /) -> tuple[int, int, str]:
+        """Bring about `most` pages back as `promote`, but only into memory that is free, so that `keep`
+        sixteenths of it and of the client's cap stay so; `near`: only from groups of slots of which a page
+        was read from the tier lately. Nothing is evicted, and a tier that fails is left alone. Returns where
+        to go on (0: that was all), how many came, and what ended it: "" nothing, "room", "down", or
+        "corrupt" for a record that cannot be read, which is passed over. Releases the GIL."""
     def live(self, timeout_ms: int, /) -> bytes | None:
         """Return the locations that slots name (8 bytes each, ascending), once nobody reads any others any
         more; None if somebody still does after that time. Only for the one who demotes. Releases the GIL."""

@@ -7,7 +7,8 @@ marks, so that it does not begin and stop with each page. Pages that were not us
 it acknowledged, then let go of the memory, so a failure costs nothing but another try.
 
 With `tier_cold_s` set, pages that nobody has used for so long go although there is memory: by laps of the
-same clock that are so far apart, a batch a second at most.
+same clock that are so far apart, a batch a second at most. While there is plenty pages come back
+(`prefetching`).
 
 Each client's tier is opened, written and asked in a thread of its own, and tiers that have ended are
 removed in another: one that hangs delays its own client, and the others by `PATIENCE_S` at most, once.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 from tmem.backends import tiering
 from tmem.backends.errands import Errand
 from tmem.backends.paths import SegmentPaths
+from tmem.backends.prefetching import QUIET_S, Prefetch
 from tmem.backends.tiers.contract import Tier
 from tmem.errors import TierError, TierFullError, TmemError
 from tmem.types import PAGE_SIZE
@@ -72,6 +74,7 @@ class ClientDemotion:
 
     def __init__(
         self,
+        segment: "_native.Segment",
         client: "_native.Client",
         url: str,
         epoch: int,
@@ -90,6 +93,7 @@ class ClientDemotion:
         self.short = False
         """Memory is short for this client: demotion goes on up to the high mark."""
         self.errand = Errand(f"tier of {client.name}")
+        self.prefetch = Prefetch(segment, client, clock)
         self._open_tier = open_tier
         self._clock = clock
         self._tier: Tier | None = None
@@ -105,28 +109,42 @@ class ClientDemotion:
         self._rest_until = 0.0
         self._marks_s = clock()  # when marks were taken away last, as far as we know
         self._cold_hand = 0  # where a lap for cold pages goes on; 0: none is under way
+        self._quiet_from_s = clock() + QUIET_S  # from when on memory is in plenty again
 
     @property
     def trouble(self) -> str:
         """What people should know: why its tier is not open, or nothing can be demoted."""
         return self._complaint or self.problem
 
-    def go(self, need: "Callable[[ClientDemotion], Need | None]", until_s: float, cold_s: int = 0) -> None:
-        """Demote as long as there is need, until the clock says `until_s`; or a batch of cold pages."""
+    def go(
+        self,
+        need: "Callable[[ClientDemotion], Need | None]",
+        until_s: float,
+        cold_s: int = 0,
+        back_pages: int = 0,
+    ) -> None:
+        """Demote as long as there is need, until the clock says `until_s`; or a batch of cold pages. Without
+        need for long, bring up to `back_pages` back."""
         try:
             if self._tier is None:
                 self._open()
             if cold_s and need(self) is None:
                 self.cold_batch(cold_s, self._clock())
             while (wanted := need(self)) is not None and self._clock() < until_s and not self._ended:
+                self._quiet_from_s = self._clock() + QUIET_S
                 if self.batch(wanted, self._clock()) is None:
                     break
+            if not self.trouble and self._clock() >= self._quiet_from_s:
+                self.prefetch.round(back_pages, cold_s > 0, lambda: self._may_come_back(need))
         except TierError as error:
             if self._complaint != str(error):
                 _log.warning("tier of %s: %s", self.client.name, error)
             self._complaint = str(error)
         except TmemError:  # the client ends; the next look sees it
             pass
+
+    def _may_come_back(self, need: "Callable[[ClientDemotion], Need | None]") -> bool:
+        return need(self) is None and self.client.tiered and self.client.phase == "none" and not self._ended
 
     def _open(self) -> None:
         self._tier = self._open_tier()
@@ -244,14 +262,18 @@ class Demotion:
         segment: "_native.Segment",
         marks: Marks | None = None,
         clock: Callable[[], float] = time.monotonic,
+        room: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`room` says how many bytes of pages may come back into memory now."""
         self._paths = paths
         self._segment = segment
         self._marks = marks or Marks()
         self._clock = clock
+        self._room = room
         self._clients: dict[tuple[int, int], ClientDemotion] = {}
         self._complaints: dict[str, str] = {}
         self._before_pages = self._before_cold_pages = 0  # that went to tiers which have ended
+        self._before_prefetched_pages = self._before_prefetching_ns = 0  # of those tiers
         self._ending = Errand("tiers that have ended")
 
     @property
@@ -264,6 +286,16 @@ class Demotion:
         """Of those, pages that went although there was memory."""
         return self._before_cold_pages + sum(client.cold_pages for client in self._clients.values())
 
+    @property
+    def prefetched_pages(self) -> int:
+        """Pages that came back because there was plenty of memory."""
+        return self._before_prefetched_pages + sum(one.prefetch.pages for one in self._clients.values())
+
+    @property
+    def prefetching_ns(self) -> int:
+        """How long that took."""
+        return self._before_prefetching_ns + sum(one.prefetch.spent_ns for one in self._clients.values())
+
     def problems(self) -> dict[str, str]:
         """Return why pages of clients stay in memory, by the client's name."""
         found = dict(self._complaints)
@@ -275,13 +307,20 @@ class Demotion:
         self._look()
         until_s = self._clock() + ROUND_S
         errands = [self._ending] if self._ending.begin(self._remove_ended) else []
+        cold_s, back_pages = self._segment.tier_cold_s, self._back_pages()
         for client in self._clients.values():
-            if client.errand.begin(partial(client.go, self._need, until_s, self._segment.tier_cold_s)):
+            if client.errand.begin(partial(client.go, self._need, until_s, cold_s, back_pages)):
                 errands.append(client.errand)
         patience_ends = time.monotonic() + PATIENCE_S
         for errand in errands:
             errand.wait(max(patience_ends - time.monotonic(), 0))
         return any(one.short and not one.trouble and not one.errand.busy for one in self._clients.values())
+
+    def _back_pages(self) -> int:
+        """Return how many pages may come back for each client."""
+        if not self._clients or any(client.short for client in self._clients.values()):
+            return 0
+        return self._room() // PAGE_SIZE // len(self._clients)
 
     def _need(self, client: ClientDemotion) -> Need | None:
         """Return what is to be demoted of the client now, None if nothing."""
@@ -353,13 +392,15 @@ class Demotion:
         if url is not None:
             who = tiering.identity(self._segment, client)
             opened = partial(tiering.open_tier, url, who, writer=True)
-            self._clients[key] = ClientDemotion(client, url, epoch, opened, self._clock)
+            self._clients[key] = ClientDemotion(self._segment, client, url, epoch, opened, self._clock)
 
     def _drop(self, key: tuple[int, int]) -> None:
         if (gone := self._clients.pop(key, None)) is not None:
             gone.end()
             self._before_pages += gone.demoted_pages
             self._before_cold_pages += gone.cold_pages
+            self._before_prefetched_pages += gone.prefetch.pages
+            self._before_prefetching_ns += gone.prefetch.spent_ns
 
     def close(self) -> None:
         """Let go of all tiers; records stay. Those that hang are left to the end of the process."""

@@ -60,6 +60,7 @@ _COUNTERS = _words(
     pages_dropped reaped populated_bytes compacted_bytes compacting_ns looks given_back_bytes raised
     lowered shrinks squeezed_pages squeezed_bytes condensed_pages condensed_bytes restored_pages
     condensing_ns pages_demoted pages_fetched demoted_pages unreachable_gets dedup_pages dedup_ns
+    demoted_cold_pages pages_prefetched prefetched_pages prefetching_ns
     hit_reads miss_reads passthrough_reads hit_pages miss_pages hit_bytes lower_bytes lower_ns lower_errors
     put_pages put_ns ahead_pages refused_pages overtaken_pages flushed_pages foreign_changes declined_opens
     backed_opens noticed_changes lost_reports tier_hit_pages tier_miss_pages tier_sent_pages

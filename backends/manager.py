@@ -29,6 +29,7 @@ from tmem.backends.compacting import Compactor
 from tmem.backends.condensing import Condenser
 from tmem.backends.demotion import Demotion
 from tmem.backends.paths import SegmentPaths
+from tmem.backends.prefetching import Room
 from tmem.backends.resizing import Resizer
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
 from tmem.backends.settling import Settler, Wanted
@@ -65,6 +66,10 @@ class ManagerStatistics:
     """Persistent pages that it moved to tiers."""
     demoted_cold_pages: int = 0
     """Of those, pages that nobody had used for long, while there was memory."""
+    prefetched_pages: int = 0
+    """Pages that it brought back from tiers because there was plenty of memory."""
+    prefetching_ns: int = 0
+    """How long that took, mostly reading from tiers."""
 
 
 class Reserve:
@@ -246,8 +251,8 @@ class _Manager:
         return self._supervisor.keeps("keeper-")
 
     async def _demote(self) -> None:
-        """Move cold persistent pages to the tiers of their clients (`demotion`)."""
-        demotion = Demotion(self._paths, self._segment)
+        """Move cold persistent pages to the tiers of their clients (`demotion`), and back."""
+        demotion = Demotion(self._paths, self._segment, room=Room(self._segment))
         try:
             while True:
                 hurry = False
@@ -255,6 +260,8 @@ class _Manager:
                     hurry = await trio.to_thread.run_sync(demotion.round)
                 self.statistics.demoted_pages = demotion.demoted_pages
                 self.statistics.demoted_cold_pages = demotion.cold_pages
+                self.statistics.prefetched_pages = demotion.prefetched_pages
+                self.statistics.prefetching_ns = demotion.prefetching_ns
                 self._tier_problems = demotion.problems()
                 await trio.sleep(HURRY_S if hurry else PERIOD_S)
         finally:

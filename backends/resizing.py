@@ -72,7 +72,9 @@ class Resizer:
         self._segment = segment
         self._reserve_bytes = reserve_bytes
         self._local = local
-        self._headroom: _native.Headroom = core().Headroom(segment, str(proc / "meminfo"), _groups(proc))
+        self._headroom: _native.Headroom = core().Headroom(
+            segment, str(proc / "meminfo"), files_of_groups(proc)
+        )
         self._stalls = pressure.Stalls(pressure.stall_files("self", proc))
         self._sizer: sizing.Sizer | None = None
         self._lowered = 0
@@ -161,7 +163,7 @@ class Resizer:
             _log.warning("memory is not given back: %s", error)
 
 
-def _groups(proc: Path) -> list[tuple[str, str, str]]:
+def files_of_groups(proc: Path) -> list[tuple[str, str, str]]:
     """Return the files of the control groups that this process is charged to."""
     found = []
     for group in cgroup.groups_of("self", proc):

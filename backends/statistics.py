@@ -256,7 +256,9 @@ class PoolStatistics(_Statistics):
     pages_demoted: int
     """Pages that left memory for a tier."""
     pages_fetched: int
-    """Pages that were read from it."""
+    """Pages that were read from it because somebody asked for them."""
+    pages_prefetched: int
+    """Pages that came back from it in the background, because there was plenty of memory."""
     evictions: int
     """Pages that were evicted."""
     corrupt_pages: int

@@ -91,14 +91,7 @@ static uint32_t leaf_bin(struct tm_segment *seg, uint32_t c, uint32_t id)
     return is ? bin : 0;
 }
 
-/* A leaf of a client's persistent pools, met by a walk over all slots. */
-struct leaf {
-    uint32_t pool;
-    uint64_t end; /* the first slot behind it */
-};
-
-/* The leaf in which slot `*at_slot` is, inside an operation; or false, and `*at_slot` is where to look next. */
-static bool leaf_at(struct tm_segment *seg, uint32_t id, uint64_t *at_slot, struct leaf *leaf)
+bool leaf_at(struct tm_segment *seg, uint32_t id, uint64_t *at_slot, struct leaf *leaf)
 {
     uint32_t c = chunk_of(seg, *at_slot * 8);
     const struct tm_chunk *d = &seg->chunks[c];
@@ -192,84 +185,6 @@ int64_t tm_demote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const struct
             return TM_NOPOOL;
     }
     return done;
-}
-
-/* Want the records of the next pages of this leaf as well. */
-static void want_ahead(struct tm_ctx *ctx, const slot_t *slot, const slot_t *end)
-{
-    for (slot++; slot < end; slot++) {
-        uint64_t word = atomic_load(slot);
-        if (slot_type(word) == SLOT_TIER)
-            tier_want(ctx, word & SLOT_VALUE);
-    }
-}
-
-/* The record that was fetched goes to a block, if the slot still is as it was. TM_MISS: it is not in a tier. */
-static int promote_one(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const slot_t *end)
-{
-    uint64_t word = atomic_load(slot);
-    int rc;
-    if (slot_type(word) != SLOT_TIER)
-        return TM_MISS;
-    const struct tm_block *b = tier_record(ctx, slot, word, &rc);
-    if (rc == TM_AWAY) {
-        if ((atomic_load(slot) ^ word) & ~SLOT_FREQ) {
-            ctx->window.nwanted = 0;
-            return TM_AGAIN;
-        }
-        want_ahead(ctx, slot, end);
-        return TM_AWAY;
-    }
-    if (!b)
-        return TM_CORRUPT;
-    uint64_t header = atomic_load(&b->word);
-    struct content what = {.kind = block_kind(header), .length = block_length(header), .payload = (const uint8_t *)(b + 1)};
-    rc = slot_store(ctx, pool, slot, &what, KEEP_OLD, &word);
-    if (rc == TM_OK) { /* nobody put anything */
-        count(ctx->seg, pool, C_FETCHED, 1);
-        count(ctx->seg, pool, C_STORED, UINT64_MAX);
-        count(ctx->seg, pool, C_REPLACED, UINT64_MAX);
-    } else if (rc == TM_REFUSED) {
-        count(ctx->seg, pool, C_REFUSED, UINT64_MAX);
-    }
-    return rc;
-}
-
-int64_t tm_promote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *hand, uint32_t most)
-{
-    struct tm_segment *seg = ctx->seg;
-    int64_t done = 0;
-    uint64_t at_slot = *hand * 8 < seg->data_offset ? seg->data_offset / 8 : *hand;
-    int rc = TM_OK;
-    while (at_slot * 8 < seg->size && done < most && rc != TM_REFUSED) {
-        struct leaf leaf;
-        op_begin(ctx);
-        if (!client_lives(seg, id, serial)) {
-            op_end(ctx);
-            return TM_NOPOOL;
-        }
-        rc = TM_OK;
-        if (leaf_at(seg, id, &at_slot, &leaf)) {
-            ctx->client = ctx->payer = id;
-            ctx->pool = leaf.pool;
-            while (at_slot < leaf.end && done < most) {
-                rc = promote_one(ctx, leaf.pool, at(seg, at_slot * 8), at(seg, leaf.end * 8));
-                if (rc == TM_AGAIN)
-                    continue;
-                if (rc == TM_AWAY || rc == TM_REFUSED || rc == TM_CORRUPT)
-                    break;
-                done += rc == TM_OK;
-                at_slot++;
-            }
-        }
-        op_end(ctx);
-        if (rc == TM_AWAY)
-            rc = tier_fetch(ctx, id);
-        if (rc == TM_CORRUPT || rc == TM_DOWN)
-            return done ? done : rc;
-    }
-    *hand = at_slot * 8 < seg->size ? at_slot : 0;
-    return rc == TM_REFUSED && !done ? TM_REFUSED : done;
 }
 
 uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most)

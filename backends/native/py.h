@@ -84,6 +84,7 @@ PyObject *client_attach_tier(ClientObject *self, PyObject *what);
 PyObject *client_collect(ClientObject *self, PyObject *args);
 PyObject *client_demote(ClientObject *self, PyObject *args);
 PyObject *client_promote(ClientObject *self, PyObject *args);
+PyObject *client_prefetch(ClientObject *self, PyObject *args);
 PyObject *client_live(ClientObject *self, PyObject *arg);
 
 /* py_listing.c */

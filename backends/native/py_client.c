@@ -515,6 +515,7 @@ static PyMethodDef client_methods[] = {
     {"collect", (PyCFunction)client_collect, METH_VARARGS, NULL},
     {"demote", (PyCFunction)client_demote, METH_VARARGS, NULL},
     {"promote", (PyCFunction)client_promote, METH_VARARGS, NULL},
+    {"prefetch", (PyCFunction)client_prefetch, METH_VARARGS, NULL},
     {"live", (PyCFunction)client_live, METH_O, NULL},
     {"pool", (PyCFunction)one_pool, METH_O, NULL},
     {"statistics", (PyCFunction)client_statistics, METH_NOARGS, NULL},

@@ -226,6 +226,7 @@ static PyObject *statistics(PoolObject *self, PyObject *unused)
         [C_OBJECTS_FLUSHED] = "object_flushes_found", [C_EVICTIONS] = "evictions", [C_CORRUPT] = "corrupt_pages",
         [C_TAKEN] = "gets_taken", [C_DROPPED] = "pages_dropped",
         [C_DEMOTED] = "pages_demoted", [C_FETCHED] = "pages_fetched",
+        [C_PREFETCHED] = "pages_prefetched",
     };
     struct tm_segment *seg = segment_of(self->owner);
     (void)unused;

@@ -283,6 +283,24 @@ PyObject *client_promote(ClientObject *self, PyObject *args)
     return n < 0 ? raise_result(n) : Py_BuildValue("(KL)", (unsigned long long)hand, (long long)n);
 }
 
+/* (next hand, pages, why not more) */
+PyObject *client_prefetch(ClientObject *self, PyObject *args)
+{
+    struct tm_ctx *ctx = context_of(self->owner);
+    unsigned long long start;
+    unsigned most, keep;
+    int near, why = TM_OK;
+    if (!ctx || !PyArg_ParseTuple(args, "KIpI:prefetch", &start, &most, &near, &keep))
+        return NULL;
+    uint64_t hand = start;
+    int64_t n;
+    Py_BEGIN_ALLOW_THREADS
+    n = tm_prefetch(ctx, self->id, self->serial, near, keep, &hand, most, &why);
+    Py_END_ALLOW_THREADS
+    const char *word = why == TM_REFUSED ? "room" : why == TM_DOWN ? "down" : why == TM_CORRUPT ? "corrupt" : "";
+    return n < 0 ? raise_result(n) : Py_BuildValue("(KLs)", (unsigned long long)hand, (long long)n, word);
+}
+
 static int compare(const void *a, const void *b)
 {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;

@@ -234,7 +234,12 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
     if (expected && ((old ^ *expected) & ~SLOT_FREQ))
         return TM_AGAIN;
     if (!what->fill) {
-        block = room(ctx, pool, slot, what->length);
+        if (keep == KEEP_IF_SPARE && !MUTANT(29)) {
+            if (!(block = block_alloc(ctx, BIN_PERSISTENT + size_class(what->length), ALLOC_SPARE)))
+                return TM_REFUSED;
+        } else {
+            block = room(ctx, pool, slot, what->length);
+        }
         if (!block && twin_rescue(ctx))
             block = room(ctx, pool, slot, what->length);
         if (!block) {
@@ -334,10 +339,11 @@ static bool is_condensed(struct tm_segment *seg, uint64_t block)
     return block_kind(atomic_load_explicit(&block_at(seg, block)->word, memory_order_relaxed)) == BLOCK_ZSTD;
 }
 
-/* A page of memory was used: it is not cold. Only the first use after each look costs a write. */
+/* A page was used: in memory it is not cold, in a tier it and its neighbours are wanted back. Only the first use after
+ * each look costs a write. */
 static void note_use(struct tm_segment *seg, uint32_t pool, slot_t *slot, uint64_t word)
 {
-    if (!(word & SLOT_FREQ) && slot_type(word) == SLOT_BLOCK && notes_use(seg, pool / TM_CLIENT_POOLS))
+    if (!(word & SLOT_FREQ) && (slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_TIER) && notes_use(seg, pool / TM_CLIENT_POOLS))
         atomic_compare_exchange_strong_explicit(slot, &word, word | SLOT_FREQ_ONE, memory_order_relaxed,
                                                 memory_order_relaxed);
 }

@@ -106,7 +106,7 @@ void tier_ahead(struct tm_ctx *ctx, const uint64_t oid[3], uint64_t index, uint6
     }
 }
 
-int tier_fetch(struct tm_ctx *ctx, uint32_t client)
+static int fetch(struct tm_ctx *ctx, uint32_t client)
 {
     struct tm_segment *seg = ctx->seg;
     KP(101);
@@ -115,11 +115,28 @@ int tier_fetch(struct tm_ctx *ctx, uint32_t client)
     int rc = seg->fetch ? seg->fetch(ctx, client) : TM_DOWN;
     ctx->window.nwanted = 0;
     KP(102);
+    return rc;
+}
+
+int tier_fetch(struct tm_ctx *ctx, uint32_t client)
+{
+    struct tm_segment *seg = ctx->seg;
+    int rc = fetch(ctx, client);
     if (rc != TM_OK) {
         tier_close(ctx);
         atomic_fetch_add_explicit(&seg->super->failed, 1, memory_order_relaxed);
         atomic_fetch_add_explicit(&seg->clients[client].unreachable, 1, memory_order_relaxed);
     }
+    return rc;
+}
+
+int tier_try(struct tm_ctx *ctx, uint32_t client)
+{
+    int rc = fetch(ctx, client);
+    if (rc == TM_OK && !ctx->window.nheld && ctx->window.until_ns)
+        rc = TM_DOWN; /* it did not answer, and others would try again */
+    if (rc != TM_OK)
+        tier_close(ctx);
     return rc;
 }
 

@@ -94,7 +94,8 @@ static inline unsigned slot_type(uint64_t s) { return (unsigned)(s >> 38) & 7u; 
 static inline unsigned slot_freq(uint64_t s) { return (unsigned)(s >> 36) & 3u; }
 /* Of a persistent pool while its client is handed over: CLEAN, exported and not changed since; STALE, exported and put
  * again since; and of an empty slot GONE, flushed since it was exported. The value of an empty slot has no other use
- * there; the frequency tells otherwise, if the client has a tier, that the page was used lately (demote.c). */
+ * there; the frequency tells otherwise, if the client has a tier, that the page was used lately (demote.c), also in the
+ * tier (promote.c). */
 #define SLOT_CLEAN SLOT_FREQ_ONE
 #define SLOT_STALE (SLOT_FREQ_ONE * 2)
 #define SLOT_GONE UINT64_C(1)
@@ -248,7 +249,8 @@ struct tm_client {
 /* Counters of a pool, semantics section 6. */
 enum {
     C_PUTS, C_STORED, C_REFUSED, C_REPLACED, C_PUT_FLUSHED, C_GETS, C_HITS, C_FLUSHES, C_FLUSHED,
-    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_DROPPED, C_DEMOTED, C_FETCHED, C_NCOUNTERS
+    C_OBJECT_FLUSHES, C_OBJECTS_FLUSHED, C_EVICTIONS, C_CORRUPT, C_TAKEN, C_DROPPED, C_DEMOTED, C_FETCHED,
+    C_PREFETCHED, C_NCOUNTERS
 };
 
 struct tm_pool {
@@ -603,8 +605,9 @@ struct content { /* what a put stores: a fill value, or `length` bytes of payloa
     uint32_t length;
     const uint8_t *payload;
 };
-/* What a refused put leaves: a miss, or what was there; the latter also if it shall wait for a handoff (TM_WAIT). */
-enum keep { KEEP_NOTHING, KEEP_OLD, KEEP_OR_WAIT };
+/* What a refused put leaves: a miss, or what was there; the latter also if it shall wait for a handoff (TM_WAIT), or if it
+ * is nobody's put and only for memory that is free. */
+enum keep { KEEP_NOTHING, KEEP_OLD, KEEP_OR_WAIT, KEEP_IF_SPARE };
 int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *what, enum keep keep,
                const uint64_t *expected);
 bool slot_stored(uint64_t word);
@@ -636,6 +639,7 @@ void tier_ahead(struct tm_ctx *ctx, const uint64_t oid[3], uint64_t index, uint6
 void tier_want(struct tm_ctx *ctx, uint64_t location); /* that the next fetch brings it, if there is room */
 void tier_close(struct tm_ctx *ctx);  /* the window is not needed any more */
 int tier_fetch(struct tm_ctx *ctx, uint32_t client); /* outside of operations, after one ended in TM_AWAY */
+int tier_try(struct tm_ctx *ctx, uint32_t client); /* the same for nobody who waits: TM_DOWN after one try without an answer */
 int tier_resume(const struct tm_handle *h, struct tm_ctx **ctx); /* end the operation, fetch, enter again */
 uint32_t tier_stamp(const struct tm_segment *seg, uint64_t word); /* of the record of a slot with this generation */
 struct tm_spill { /* a spill file, see backends/tiers/spill.py */
@@ -656,10 +660,23 @@ int64_t tm_collect(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ep
                    uint8_t *buffer, size_t size, struct tm_candidate *out, uint32_t most);
 int64_t tm_demote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const struct tm_candidate *pages,
                   const uint64_t *locations, uint32_t n);
-/* The other way, from slot `*hand` on: bring at most `most` pages back into memory. The number, or an error. */
-int64_t tm_promote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *hand, uint32_t most);
+struct leaf { /* of a client's persistent pools, met by a walk over all slots */
+    uint32_t pool;
+    uint64_t end; /* the first slot behind it */
+};
+/* The leaf in which slot `*at_slot` is, inside an operation; or false, and `*at_slot` is where to look next. */
+bool leaf_at(struct tm_segment *seg, uint32_t id, uint64_t *at_slot, struct leaf *leaf);
 uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most); /* locations that slots name */
 bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms); /* everybody who was fetching is done */
+
+/* promote.c: the other way, from slot `*hand` (0: the first) on, which is then 0 or where to go on */
+/* Bring at most `most` pages back into memory. The number, or an error. */
+int64_t tm_promote(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *hand, uint32_t most);
+/* Bring pages back as long as that leaves `keep` sixteenths of the memory and of the client's cap free, and disturbs nobody;
+ * at most `most` or a few more, with `near` only those that lie beside pages that were read lately. The number, or an
+ * error; in `*why` what ended it: TM_OK, TM_REFUSED (no room to spare), TM_DOWN or TM_CORRUPT. */
+int64_t tm_prefetch(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool near, unsigned keep, uint64_t *hand,
+                    uint32_t most, int *why);
 
 /* device.c: bytes of a block device on one object; lengths need not be whole pages. TM_OK or an error. */
 struct tm_device {

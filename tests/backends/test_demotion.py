@@ -42,7 +42,7 @@ class Bench:
     def __init__(self, segment: _native.Segment, directory: Path, size_bytes: int) -> None:
         self.segment = segment
         self.paths = SegmentPaths(Path(segment.path).name, Path(segment.path).parent)
-        self.paths.state.mkdir()
+        self.paths.state.mkdir(exist_ok=True)
         self.client = segment.client("guest")
         self.pool = self.client.new_pool(persistent=True)
         self.file = directory / "spill"

@@ -19,6 +19,7 @@ from tmem.errors import TierFullError
 from .control import ControlMachine
 from .machine import numbers
 from .model import demand
+from .sums import CHUNK
 
 SPILL_BYTES = 6 << 20
 
@@ -121,6 +122,30 @@ class TieredMachine(ControlMachine):
         demoted = client.demote(batch.pages, array("Q", batch.locations))
         demand(demoted == len(batch.records), f"{demoted} of {len(batch.records)} pages were demoted")
         demand(client.statistics()["tier_pages"] == before + demoted, "tier_pages is not what was demoted")
+
+    @precondition(lambda self: self.tiers)
+    @rule(which=numbers, most=st.sampled_from((1, 40, 2000)), near=st.booleans(), keep=st.integers(0, 6))
+    def prefetch(self, which: int, most: int, near: bool, keep: int) -> None:
+        """Bring pages back as long as that costs nobody anything."""
+        client = self.by_key(sorted(self.tiers)[which % len(self.tiers)])
+        if client is None:
+            return
+        before, pages = self.segment.statistics(), client.statistics()["tier_pages"]
+        hand, came, why = client.prefetch(0, most, near, keep)
+        after, owned = self.segment.statistics(), client.statistics()
+        demand(owned["tier_pages"] == pages - came, f"{came} pages came back, of {pages} are left {owned}")
+        demand(after["ephemeral_pages"] == before["ephemeral_pages"], "a page was evicted for others")
+        demand(came <= most + 64, f"{came} pages came back")
+        if came:
+            used, limit = (
+                (after[name] - after["metadata_bytes"]) // CHUNK for name in ("used_bytes", "limit_bytes")
+            )
+            demand(used <= limit * (16 - keep) // 16 + 1, f"{used} of {limit} chunks with {keep}/16 kept")
+            cap, share = owned["cap_bytes"], owned["used_bytes"] * 16
+            demand(not cap or share <= cap * (16 - keep) + 256, f"{share} / 16 bytes below a cap of {cap}")
+        demand(why in ("", "room"), f"prefetch ended: {why}")
+        ended = not near and not why and not hand and client.phase == "none"
+        demand(not ended or owned["tier_pages"] == 0, "pages stayed there")
 
     @precondition(lambda self: self.tiers)
     @rule(which=numbers)

@@ -79,11 +79,17 @@ static void do_sizing(struct tm_segment *seg, uint64_t r)
     }
 }
 
-/* Pages of some client go to the tier; or what no slot names any more is forgotten there. */
+/* Pages of some client go to the tier, or come back; or what no slot names any more is forgotten there. */
 static void do_tier(struct tm_segment *seg, uint64_t r)
 {
     static _Thread_local uint64_t hand;
     uint32_t id = (uint32_t)(r >> 8) % (opt.workers * opt.threads + 2), serial = atomic_load(&seg->clients[id].serial);
+    if ((r >> 24) % 4 == 0) {
+        static _Thread_local uint64_t from;
+        int why;
+        tm_prefetch(ctx_get(seg), id, serial, r >> 26 & 1, (unsigned)(r >> 27) % 5, &from, 1 + (uint32_t)(r >> 16) % 64, &why);
+        return;
+    }
     if (!shelf_lock())
         return;
     if (r % 4)
