@@ -114,10 +114,22 @@ def restart_status(mountpoint: str) -> RestartStatus:
     """Ask a mount's daemon about its restarts. AttachError if it does not answer or knows of none."""
     try:
         return RestartStatus(**json.loads(os.getxattr(mountpoint, RESTART_ATTRIBUTE)))
-    except (OSError, ValueError, TypeError):
-        raise AttachError(
-            f"the daemon of {mountpoint} cannot be restarted: unmount and mount it again"
-        ) from None
+    except OSError as error:
+        raise AttachError(_unanswered(mountpoint, error.errno or errno.EIO)) from error
+    except (ValueError, TypeError) as error:  # of another version
+        raise AttachError(_unanswered(mountpoint, errno.ENODATA)) from error
+
+
+def _unanswered(mountpoint: str, code: int) -> str:
+    """Say why there is no `restart_status`, and what to do."""
+    if code in (errno.ENODATA, errno.EOPNOTSUPP):
+        return f"the daemon of {mountpoint} cannot be restarted: unmount and mount it again"
+    name = errno.errorcode.get(code, str(code))
+    if code in _DEAD:
+        return f"the daemon of {mountpoint} has ended ({name}): see its log, then mount there again"
+    if code in (errno.EACCES, errno.EPERM):
+        return f"the mount on {mountpoint} is another user's ({name}): run this as root"
+    return f"cannot ask the daemon of {mountpoint} ({name}: {os.strerror(code)}): try again, or see its log"
 
 
 def restart(mountpoint: str, timeout_seconds: float = 60) -> RestartStatus:

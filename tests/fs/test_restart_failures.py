@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tmem.errors import AttachError
-from tmem.fs import state
+from tmem.fs import mounts, state
 from tmem.fs.plan import Successor
 
 from .conftest import Mounter, Place
@@ -170,3 +170,14 @@ def load(content: bytes) -> object:
         return state.load(descriptor)
     finally:
         os.close(descriptor)
+
+
+def test_a_mount_that_cannot_be_asked_says_why(mounter: Mounter, tmp_path: Path) -> None:
+    with pytest.raises(AttachError, match=rf"cannot ask the daemon of {tmp_path}/no \(ENOENT: .*\): try"):
+        mounts.restart_status(f"{tmp_path}/no")
+    with pytest.raises(AttachError, match=r"cannot be restarted: unmount"):  # no attribute of this name
+        mounts.restart_status(str(tmp_path))
+    place = mounter()
+    place.kill()
+    with pytest.raises(AttachError, match=rf"the daemon of {place.point} has ended \(ENOTCONN\): .*mount"):
+        place.restart()
