@@ -104,7 +104,7 @@ static bool has_plenty(struct tm_segment *seg, uint32_t client, unsigned keep)
 {
     uint64_t cap = atomic_load_explicit(&seg->clients[client].cap_bytes, memory_order_relaxed);
     uint32_t limit = chunk_limit(seg, false);
-    if (MUTANT(29))
+    if (MUTANT(33))
         return true;
     return chunks_available(seg, limit) > (uint64_t)limit * keep / 16 + promised_chunks(seg, client)
            && (!cap || has_cap_for(seg, client, (int64_t)(cap / 16 * keep) + TM_STRIDE_RAW));

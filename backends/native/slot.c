@@ -234,7 +234,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
     if (expected && ((old ^ *expected) & ~SLOT_FREQ))
         return TM_AGAIN;
     if (!what->fill) {
-        if (keep == KEEP_IF_SPARE && !MUTANT(29)) {
+        if (keep == KEEP_IF_SPARE && !MUTANT(33)) {
             if (!(block = block_alloc(ctx, BIN_PERSISTENT + size_class(what->length), ALLOC_SPARE)))
                 return TM_REFUSED;
         } else {
