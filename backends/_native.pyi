@@ -18,10 +18,10 @@ OID_SIZE: int
 UUID_SIZE: int
 VERSION: int  # of the segment's layout
 
-def names(directory: int, /) -> tuple[list[bytes], int]:
+def names(directory: int, /) -> tuple[list[bytes], bytes, int]:
     """Return the names in the directory open at `directory`, and the errno that ended them, or 0.
 
-    Without "." and "..".
+    Without "." and "..". Between them the *places*: 16 bytes for each name, for `ListingPage.look_up`.
     """
 
 def linked_handle(descriptor: int, /) -> bytes | None:
@@ -435,7 +435,10 @@ class Device:
     def extents(self, h: object, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]: ...
 
 class Nodes:
-    """Which files a `Reader` may tell the attributes of: node id -> descriptor. For any thread."""
+    """Which files a `Reader` may tell the attributes of, and what listings have told: node id -> descriptor.
+
+    For any thread.
+    """
 
     def __init__(self) -> None: ...
     def believe(
@@ -451,10 +454,16 @@ class Nodes:
         """Say how long the kernel is to believe things (`fs.lifetimes.Rule`)."""
 
     def set(self, node: int, descriptor: int, /) -> None:
-        """Let attributes of a file be asked for by `descriptor`, which must be open until `remove`."""
+        """Let attributes of a file be asked for by `descriptor`, to be open until `hide` or `remove`."""
+
+    def hide(self, node: int, /) -> None:
+        """Take the descriptor away; returns when nobody uses it any more."""
 
     def remove(self, node: int, /) -> None:
-        """Take it away; returns when nobody uses the descriptor any more."""
+        """Take all of it away, in the same way: listings tell of that file again."""
+
+    def doubt(self) -> None:
+        """Have listings tell of all files again: the kernel will ask for their names."""
 
 class ListingPage:
     """A reply to one READDIRPLUS of a `Reader`. In turns: `look_up`, `identify`; at last `Reader.list`."""
@@ -472,12 +481,16 @@ class ListingPage:
     shortest: float
     """For how many seconds those are at least."""
 
-    def look_up(self, directory: int, names: list[bytes], /) -> list[tuple[tuple[int, int], int, int]]:
+    def look_up(
+        self, directory: int, names: list[bytes], places: bytes, /
+    ) -> list[tuple[tuple[int, int], int, int]]:
         """Look up the next names of the directory open at `directory`, a few at a time.
 
         Returns for each file (st_dev, st_ino), the S_IFMT bits and an O_PATH descriptor, the caller's from
         now on. Names that are gone get no entry; "." and ".." and what cannot be looked up get one without a
-        file. OSError: of "." or "..". `names` must not be changed meanwhile.
+        file. OSError: of "." or "..". `names` must not be changed meanwhile. Of `places`, which are
+        zeros where there is none, those at the end may be left out; a file that the kernel has been told of
+        lately, by its place, gets an entry with the name alone.
         """
 
     def identify(self, inodes: list[tuple[int, int, bool]], /) -> None:

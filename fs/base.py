@@ -70,7 +70,7 @@ class Handlers(pyfuse3.Operations):
         self.instances = Instances(table.device, precache.directory if precache.shared else None)
         self._fine_stamps = fine_stamps
         self.lifetimes = lifetimes
-        self.kernel = Kernel()
+        self.kernel = Kernel(table.nodes.doubt)
         self.reading: Reading | None = None
         self.beyond: Beyond | None = None
         """What other hosts have read, where the mount has a tier."""

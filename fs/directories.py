@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, ReaddirToken, RequestContext
 
 _DOTS = (b".", b"..")
+_DOTS_PLACES = bytes(16 * len(_DOTS))
 _FEW = 5
 """Attributes that are asked for one by one cost about so many times as much as in a listing."""
 _NO_NODE = 1 << 63  # beyond all node ids in use; the kernel sends it back to be forgotten
@@ -31,6 +32,8 @@ class _Listing:
     inode: Inode
     descriptor: int
     names: list[bytes] = field(default_factory=list)
+    places: bytes = b""
+    """Which files they are as the directory says (`_native.names`), if it is on the root's device."""
     begun: float = 0.0
     short_lived: int = 0
     """Entries whose attributes the kernel believes less long than names, for `shortest` seconds at least."""
@@ -93,14 +96,15 @@ class Directories(Handlers):
         """Have the reader reply to a request with as many entries as it has room for.
 
         At best 12 us of CPU a name, the kernel's work among it (9,000 files in 10 directories, load 4).
+        Of what the kernel was told lately, and still believes, it gets the name alone.
         """
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         page = reading.reader.page(request, lifetime)
         if page.start == 0:
             reading.reader.ends(fh, 0)
-            _begin(listing, lifetime)
+            _begin(listing, lifetime, listing.inode.key[0] == self.table.device)
         while page.next < len(listing.names) and not page.full:
-            found = page.look_up(listing.descriptor, listing.names)
+            found = page.look_up(listing.descriptor, listing.names, listing.places)
             page.identify(
                 [(inode.nodeid, inode.generation, inode.stored_to) for inode in self.table.admit(found)]
             )
@@ -180,16 +184,17 @@ class Directories(Handlers):
             os.close(self._listings.popitem()[1].descriptor)
 
 
-def _begin(listing: _Listing, lifetime: float) -> None:
+def _begin(listing: _Listing, lifetime: float, with_places: bool = False) -> None:
     """Take down the names in a directory whose names are believed for `lifetime` seconds."""
     from tmem.backends import _native
 
     listing.inode.listed = (None, 0.0)
     listing.begun = time.monotonic()
     listing.short_lived, listing.shortest = 0, lifetime
-    names, failed = _native.names(listing.descriptor)
+    names, places, failed = _native.names(listing.descriptor)
     # It leaves the first two out; programs see them.
     listing.names = [*_DOTS, *names] if names or not failed else []
+    listing.places = _DOTS_PLACES + places if with_places else b""
     listing.failure = OSError(failed, os.strerror(failed)) if failed else None
 
 

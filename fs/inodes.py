@@ -99,7 +99,7 @@ class InodeTable:
         self._by_key: dict[tuple[int, int], Inode] = {key: node}
         self.nodes = _native.Nodes()
         """For threads of the native reader: open descriptors of files on the root's device, without the root
-        and files whose attributes may not be believed."""
+        and files whose attributes may not be believed; and for listings: what has been told of files."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -200,6 +200,7 @@ class InodeTable:
             del self._by_key[inode.key]
         self._open.pop(inode.nodeid, None)
         self._close(inode)
+        self.nodes.remove(inode.nodeid)
 
     def store_to(self, inode: Inode, stored_to: bool) -> None:
         """Note whether programs may write to a file without our knowledge."""
@@ -297,8 +298,10 @@ class InodeTable:
     def _show(self, inode: Inode) -> None:
         """Have its attributes asked for natively if they may be."""
         nodeid = inode.nodeid
-        if inode.descriptor < 0 or inode.stored_to:
+        if inode.stored_to:
             self.nodes.remove(nodeid)
+        elif inode.descriptor < 0:
+            self.nodes.hide(nodeid)
         # The number of an inode that the kernel has forgotten may be another's already; the root's is not
         # what stat shows of it.
         elif (
@@ -308,7 +311,7 @@ class InodeTable:
 
     def _close(self, inode: Inode) -> None:
         if inode.descriptor >= 0:
-            self.nodes.remove(inode.nodeid)  # waits for who uses it
+            self.nodes.hide(inode.nodeid)  # waits for who uses it
             os.close(inode.descriptor)
             inode.descriptor = -1
 

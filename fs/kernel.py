@@ -13,6 +13,7 @@ Threading: the event loop's thread.
 import contextlib
 import os
 import struct
+from collections.abc import Callable
 
 _NOTICE = struct.Struct("=IiQ")
 _NODE_NOTICE = struct.Struct("=IiQQqq")
@@ -24,10 +25,14 @@ _MINOR_OFFSET = 40 + 4
 
 
 class Kernel:
-    """The kernel's side of a mount; before `connect` it is told nothing."""
+    """The kernel's side of a mount; before `connect` it is told nothing.
 
-    def __init__(self) -> None:
+    `doubt` is called whenever all names are to be asked for again.
+    """
+
+    def __init__(self, doubt: Callable[[], None] = lambda: None) -> None:
         self._device = -1
+        self._doubt = doubt
         self.drops_names = False
         """Whether `forget_names` works."""
 
@@ -47,6 +52,7 @@ class Kernel:
 
     def forget_names(self) -> None:
         """Have all names asked for again, those that are absent too."""
+        self._doubt()
         if self._device >= 0 and self.drops_names:
             with contextlib.suppress(OSError):
                 os.write(self._device, _NOTICE.pack(_NOTICE.size, _INCREASE_EPOCH, 0))

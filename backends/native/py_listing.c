@@ -5,6 +5,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <string.h>
 #include <unistd.h>
 
 enum {
@@ -16,6 +17,12 @@ typedef struct {
     PyObject_HEAD
     struct nodes *nodes;
 } NodesObject;
+
+/* What a directory says of one of its files; Python keeps them as bytes. */
+struct listed_place {
+    uint64_t number; /* 0: unknown */
+    uint64_t type;   /* DT_* */
+};
 
 typedef struct {
     PyObject_HEAD
@@ -77,12 +84,23 @@ static PyObject *set(NodesObject *self, PyObject *const *args, Py_ssize_t nargs)
     Py_RETURN_NONE;
 }
 
-static PyObject *remove_node(NodesObject *self, PyObject *arg)
+static PyObject *with_node(NodesObject *self, PyObject *arg, void (*what)(struct nodes *, uint64_t))
 {
     uint64_t nodeid = PyLong_AsUnsignedLongLong(arg);
     if (PyErr_Occurred())
         return NULL;
-    nodes_remove(self->nodes, nodeid);
+    what(self->nodes, nodeid);
+    Py_RETURN_NONE;
+}
+
+static PyObject *remove_node(NodesObject *self, PyObject *arg) { return with_node(self, arg, nodes_remove); }
+
+static PyObject *hide(NodesObject *self, PyObject *arg) { return with_node(self, arg, nodes_hide); }
+
+static PyObject *doubt(NodesObject *self, PyObject *unused)
+{
+    (void)unused;
+    nodes_doubt(self->nodes);
     Py_RETURN_NONE;
 }
 
@@ -90,7 +108,9 @@ PyTypeObject *make_nodes_type(void)
 {
     static PyMethodDef methods[] = {{"believe", (PyCFunction)believe, METH_VARARGS, NULL},
                                     {"set", (PyCFunction)(void (*)(void))set, METH_FASTCALL, NULL},
+                                    {"hide", (PyCFunction)hide, METH_O, NULL},
                                     {"remove", (PyCFunction)remove_node, METH_O, NULL},
+                                    {"doubt", (PyCFunction)doubt, METH_NOARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
     static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
                                   {Py_tp_dealloc, (void *)nodes_dealloc},
@@ -142,8 +162,7 @@ PyObject *page_list(struct reader *r, PyObject *page)
 static void page_dealloc(PageObject *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
-    if (self->page.buffer)
-        buffer_drop(self->page.buffer);
+    page_end(&self->page);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF((PyObject *)type);
@@ -182,10 +201,13 @@ static PyObject *look_up(PageObject *self, PyObject *args)
 {
     struct name taken[MOST_NAMES];
     PyObject *list;
+    const char *places;
+    Py_ssize_t places_bytes;
     int directory, done;
     bool full;
-    if (!PyArg_ParseTuple(args, "iO!:look_up", &directory, &PyList_Type, &list))
+    if (!PyArg_ParseTuple(args, "iO!y#:look_up", &directory, &PyList_Type, &list, &places, &places_bytes))
         return NULL;
+    uint64_t nplaces = (uint64_t)places_bytes / sizeof(struct listed_place);
     uint64_t all = (uint64_t)PyList_Size(list), left = all > self->next ? all - self->next : 0;
     unsigned n = left < MOST_NAMES ? (unsigned)left : MOST_NAMES;
     for (unsigned i = 0; i < n; i++) {
@@ -193,7 +215,10 @@ static PyObject *look_up(PageObject *self, PyObject *args)
         Py_ssize_t length;
         if (PyBytes_AsStringAndSize(PyList_GetItem(list, (Py_ssize_t)(self->next + i)), &bytes, &length))
             return NULL;
-        taken[i] = (struct name){bytes, (size_t)length};
+        struct listed_place place = {0, 0};
+        if (self->next + i < nplaces)
+            memcpy(&place, places + (self->next + i) * sizeof place, sizeof place);
+        taken[i] = (struct name){bytes, (size_t)length, place.number, (uint32_t)place.type};
     }
     Py_BEGIN_ALLOW_THREADS /* the list keeps them, and the caller keeps the list as it is */
     done = page_step(&self->page, directory, taken, n, self->next, &full);
@@ -280,8 +305,30 @@ PyTypeObject *make_page_type(void)
 
 /* ---- Names ------------------------------------------------------------------------------------------------ */
 
+/* Bytes that grow. */
+struct places {
+    struct listed_place *all;
+    size_t count, room;
+};
+
+static int add_place(struct places *p, uint64_t number, uint64_t type)
+{
+    if (p->count == p->room) {
+        size_t room = p->room ? p->room * 2 : 64;
+        struct listed_place *larger = PyMem_Realloc(p->all, room * sizeof *larger);
+        if (!larger) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        p->all = larger;
+        p->room = room;
+    }
+    p->all[p->count++] = (struct listed_place){type == DT_UNKNOWN ? 0 : number, type};
+    return 0;
+}
+
 /* Add the names of one piece of a directory, but "." and "..". */
-static int add_names(PyObject *list, const char *piece, ssize_t length)
+static int add_names(PyObject *list, struct places *places, const char *piece, ssize_t length)
 {
     for (ssize_t at = 0; at < length;) {
         const struct dirent64 *entry = (const void *)(piece + at);
@@ -290,7 +337,7 @@ static int add_names(PyObject *list, const char *piece, ssize_t length)
         if (name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])))
             continue;
         PyObject *bytes = PyBytes_FromString(name);
-        int rc = bytes ? PyList_Append(list, bytes) : -1;
+        int rc = bytes && !add_place(places, entry->d_ino, entry->d_type) ? PyList_Append(list, bytes) : -1;
         Py_XDECREF(bytes);
         if (rc)
             return rc;
@@ -301,6 +348,7 @@ static int add_names(PyObject *list, const char *piece, ssize_t length)
 PyObject *names(PyObject *module, PyObject *directory)
 {
     PyObject *list = PyList_New(0), *result = NULL;
+    struct places places = {NULL, 0, 0};
     char *piece = PyMem_Malloc(NAMES_BYTES);
     int fd = (int)PyLong_AsLong(directory);
     ssize_t n = 0;
@@ -315,11 +363,13 @@ PyObject *names(PyObject *module, PyObject *directory)
             n = getdents64(fd, piece, NAMES_BYTES);
         Py_END_ALLOW_THREADS
         first = false;
-        if (n > 0 && add_names(list, piece, n))
+        if (n > 0 && add_names(list, &places, piece, n))
             goto end;
     } while (n > 0 || (n < 0 && errno == EINTR));
-    result = Py_BuildValue("Oi", list, n < 0 ? errno : 0);
+    result = Py_BuildValue("Oy#i", list, places.all ? (const char *)places.all : "",
+                           (Py_ssize_t)(places.count * sizeof *places.all), n < 0 ? errno : 0);
 end:
+    PyMem_Free(places.all);
     PyMem_Free(piece);
     Py_XDECREF(list);
     return result;

@@ -540,15 +540,13 @@ void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers)
 int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset)
 {
     struct nodes *nodes = atomic_load(&r->nodes);
-    struct lifetimes lifetimes;
     uint32_t size;
     if (!nodes || !passing_asks_for(&r->passing, number, offset, &size))
         return EINVAL;
     struct buffer *b = buffer_take(r->buffers, sizeof(struct fuse_out_header) + size);
     if (!b)
         return ENOMEM;
-    nodes_lifetimes(nodes, &lifetimes);
-    page_begin(p, b, size, &lifetimes, name);
+    page_begin(p, b, size, nodes, name);
     return 0;
 }
 

@@ -5,21 +5,33 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 /* What libfuse's binding says of an entry that gets no attributes, and of "." and "..": kernels look at neither. */
 #define NO_NODE (UINT64_C(1) << 63) /* beyond all node ids in use; the kernel sends it back to be forgotten */
 #define UNSAID_SECONDS 300
+#define LONGEST_SECONDS 1e9 /* that can be counted in nanoseconds */
 
 static struct fuse_direntplus *entry_at(const struct page *p, size_t at)
 {
     return (void *)(p->buffer->data + sizeof(struct fuse_out_header) + at);
 }
 
-void page_begin(struct page *p, struct buffer *buffer, size_t size, const struct lifetimes *l, double name)
+void page_begin(struct page *p, struct buffer *buffer, size_t size, struct nodes *nodes, double name)
 {
     memset(buffer->data, 0, sizeof(struct fuse_out_header));
-    *p = (struct page){.buffer = buffer, .size = size, .lifetimes = *l, .name = name, .shortest = name};
+    *p = (struct page){.buffer = buffer, .size = size, .nodes = nodes, .name = name, .shortest = name};
+    nodes_hold(nodes);
+    nodes_lifetimes(nodes, &p->lifetimes);
+}
+
+void page_end(struct page *p)
+{
+    if (p->buffer)
+        buffer_drop(p->buffer);
+    if (p->nodes)
+        nodes_drop(p->nodes);
 }
 
 static bool is_dots(const struct name *name)
@@ -80,12 +92,33 @@ static void put_found(struct page *p, struct fuse_direntplus *entry, const struc
     };
 }
 
+/* Append only the name of a file that the kernel believes to know; false: it may not, or not for long enough. */
+static bool put_known(struct page *p, const struct name *name, size_t length, uint64_t number)
+{
+    int64_t left_ns = (name->number ? nodes_believed(p->nodes, name->number) : 0) - p->now_ns;
+    if (left_ns < LEAST_BELIEVED_NS)
+        return false;
+    struct fuse_direntplus *entry = append(p, name, length, number); /* node 0: the kernel looks at nothing else */
+    entry->dirent.ino = name->number;
+    entry->dirent.type = name->type;
+    count_seconds(p, (double)left_ns / 1e9);
+    return true;
+}
+
+static int64_t monotonic_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
 int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full)
 {
     struct stat st;
     unsigned i;
     p->nfound = 0;
     *full = false;
+    p->now_ns = monotonic_ns();
     for (i = 0; i < n && p->nfound < MOST_FOUND; i++) {
         size_t length = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + names[i].length);
         if ((*full = length > p->size - p->length))
@@ -96,6 +129,8 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
             put_unsaid(append(p, &names[i], length, number + i), st.st_ino, &st);
             continue;
         }
+        if (put_known(p, &names[i], length, number + i))
+            continue;
         int fd;
         do
             fd = openat(directory, names[i].bytes, O_PATH | O_NOFOLLOW | O_CLOEXEC);
@@ -113,16 +148,31 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
     return (int)i;
 }
 
+/* What was told for `seconds`, from before it was looked up. */
+static int64_t believed_until(const struct page *p, double seconds)
+{
+    seconds = seconds < p->lifetimes.name ? seconds : p->lifetimes.name;
+    seconds = seconds < LONGEST_SECONDS ? seconds : LONGEST_SECONDS;
+    return p->now_ns + (int64_t)(seconds * 1e9);
+}
+
 void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to)
 {
     struct fuse_direntplus *entry = entry_at(p, p->found[i].at);
     entry->entry_out.nodeid = entry->entry_out.attr.ino = entry->dirent.ino = nodeid;
     entry->entry_out.generation = generation;
-    if (!stored_to)
+    /* A directory tells of a file on another device, or whose node has another number, by a number that is not the node's. */
+    bool is_plain = p->found[i].device == p->lifetimes.device && p->found[i].number == nodeid;
+    if (!stored_to) {
+        if (is_plain)
+            nodes_told(p->nodes, nodeid, believed_until(p, p->found[i].seconds));
         return;
+    }
     p->short_lived -= p->found[i].seconds < p->name;
     count_seconds(p, 0);
     entry->entry_out.attr_valid = entry->entry_out.attr_valid_nsec = 0;
+    if (is_plain)
+        nodes_told(p->nodes, nodeid, 0);
 }
 
 void ends_init(struct ends *e) { pthread_mutex_init(&e->lock, NULL); }

@@ -2,7 +2,9 @@
  *
  * What looking up a name takes of system calls, and what the kernel gets to read, is done here for many names at a time;
  * Python says in between which inode each file is (`fs/listing.py`). A name is looked up only if there is room for its
- * entry. Threading: a page is its maker's. */
+ * entry. Of a file whose name and attributes a listing has told, and the kernel still believes, there is only the name and
+ * the number: the kernel asks for what it does not know. So what is told is no hint that could be wrong, and nothing is
+ * believed for longer. Threading: a page is its maker's. */
 #ifndef READER_LISTING_H
 #define READER_LISTING_H
 
@@ -12,10 +14,13 @@
 #include <pthread.h>
 
 enum { MOST_FOUND = 64 }; /* files of one step: so many descriptors may be open beyond the table's quota */
+#define LEAST_BELIEVED_NS INT64_C(50000000) /* for which it must be: programs ask for attributes right after a page */
 
 struct name {
     const char *bytes; /* ends with a zero */
     size_t length;
+    uint64_t number; /* of the file, as the directory says; 0: unknown, or on another device */
+    uint32_t type;   /* DT_* */
 };
 
 /* A file that was looked up. */
@@ -31,6 +36,8 @@ struct page {
     struct buffer *buffer; /* begins with the header of a reply, as `undo` wants it */
     size_t length, size;   /* of the entries, so far and at most */
     struct lifetimes lifetimes;
+    struct nodes *nodes;   /* a reference */
+    int64_t now_ns;        /* monotonic, before the last step */
     struct listed found[MOST_FOUND];
     unsigned nfound;       /* by the last step */
     double name;           /* seconds for which names of the directory are believed */
@@ -38,9 +45,10 @@ struct page {
     double shortest;       /* seconds, of those; `name` if there are none */
 };
 
-/* A page of at most `size` bytes in `buffer`, which stays the caller's, of a directory whose names are believed `name`
- * seconds. */
-void page_begin(struct page *p, struct buffer *buffer, size_t size, const struct lifetimes *l, double name);
+/* A page of at most `size` bytes in `buffer`, of a directory whose names are believed `name` seconds. Both the buffer and a
+ * reference to `nodes` are the page's. */
+void page_begin(struct page *p, struct buffer *buffer, size_t size, struct nodes *nodes, double name);
+void page_end(struct page *p);
 /* Look up names[0] and so on, whose entries get the numbers from `number` on; how many are dealt with. *full: the next one
  * does not fit. Those that are gone get no entry, those that cannot be looked up one without attributes; -1: errno of
  * "." or "..". */

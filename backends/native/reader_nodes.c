@@ -7,8 +7,10 @@
 #include <time.h>
 
 struct node {
-    uint64_t nodeid; /* 0: a free place */
-    int fd;
+    uint64_t nodeid;  /* 0: a free place */
+    int64_t until_ns; /* what a listing has told is believed, monotonic */
+    uint32_t doubts;  /* of the table, when it was told */
+    int fd;           /* -1: none */
 };
 
 /* Open addressing; a place that becomes free is closed up, so that a search ends at the first free one. */
@@ -18,6 +20,7 @@ struct nodes {
     struct lifetimes lifetimes;
     struct node *places;
     size_t nplaces, count; /* a power of two, at most half of it used */
+    uint32_t doubts;       /* how often all names were doubted */
 };
 
 struct nodes *nodes_new(void)
@@ -89,16 +92,64 @@ static bool grow(struct nodes *n)
     return true;
 }
 
+/* The node's place, taken if it has none; NULL: no memory. */
+static struct node *taken(struct nodes *n, uint64_t nodeid)
+{
+    struct node *one = &n->places[place(n, nodeid)];
+    if (one->nodeid)
+        return one;
+    if (n->count * 2 >= n->nplaces) {
+        if (!grow(n))
+            return NULL;
+        one = &n->places[place(n, nodeid)];
+    }
+    n->count++;
+    *one = (struct node){.nodeid = nodeid, .fd = -1};
+    return one;
+}
+
 void nodes_set(struct nodes *n, uint64_t nodeid, int fd)
 {
     pthread_mutex_lock(&n->lock);
+    struct node *one = taken(n, nodeid);
+    if (one)
+        one->fd = fd;
+    pthread_mutex_unlock(&n->lock);
+}
+
+void nodes_hide(struct nodes *n, uint64_t nodeid)
+{
+    pthread_mutex_lock(&n->lock);
     struct node *one = &n->places[place(n, nodeid)];
-    if (!one->nodeid && n->count * 2 >= n->nplaces)
-        one = grow(n) ? &n->places[place(n, nodeid)] : NULL;
+    if (one->nodeid)
+        one->fd = -1;
+    pthread_mutex_unlock(&n->lock);
+}
+
+void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns)
+{
+    pthread_mutex_lock(&n->lock);
+    struct node *one = taken(n, nodeid);
     if (one) {
-        n->count += !one->nodeid;
-        *one = (struct node){nodeid, fd};
+        one->until_ns = until_ns;
+        one->doubts = n->doubts;
     }
+    pthread_mutex_unlock(&n->lock);
+}
+
+int64_t nodes_believed(struct nodes *n, uint64_t nodeid)
+{
+    pthread_mutex_lock(&n->lock);
+    const struct node *one = &n->places[place(n, nodeid)];
+    int64_t until_ns = nodeid && one->nodeid && one->doubts == n->doubts ? one->until_ns : 0;
+    pthread_mutex_unlock(&n->lock);
+    return until_ns;
+}
+
+void nodes_doubt(struct nodes *n)
+{
+    pthread_mutex_lock(&n->lock);
+    n->doubts++;
     pthread_mutex_unlock(&n->lock);
 }
 
@@ -165,7 +216,7 @@ bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *ou
     double seconds = 0;
     pthread_mutex_lock(&n->lock);
     const struct node *one = &n->places[place(n, nodeid)];
-    bool known = nodeid && one->nodeid && !fstat(one->fd, &st);
+    bool known = nodeid && one->nodeid && one->fd >= 0 && !fstat(one->fd, &st);
     if (known)
         seconds = attributes_seconds(&n->lifetimes, &st);
     pthread_mutex_unlock(&n->lock);

@@ -1,9 +1,11 @@
-/* Attributes of files that the kernel knows, below Python: node id -> O_PATH descriptor of the lower file.
+/* What is known of files that the kernel knows, below Python: node id -> O_PATH descriptor of the lower file, and how long
+ * the kernel believes what a listing has told it.
  *
  * `fs/inodes.py` has the truth and tells of descriptors that come and go; here are only those whose attributes are known
- * at once (a local lower) and are believed by the common rule. What is not here is for Python. An entry goes before its
- * descriptor is closed, and whoever takes it away waits for who is asking: a number that is used again would show
- * another file. For any thread; one lock, held for an fstat. */
+ * at once (a local lower) and are believed by the common rule. What is not here is for Python. A descriptor goes from here
+ * before it is closed, and whoever takes it away waits for who is asking: a number that is used again would show
+ * another file. What was told is only a hint: that a listing need not tell it again (`reader_listing.h`). For any thread;
+ * one lock, held for an fstat. */
 #ifndef READER_NODES_H
 #define READER_NODES_H
 
@@ -26,9 +28,16 @@ void nodes_hold(struct nodes *n);
 void nodes_drop(struct nodes *n);
 void nodes_believe(struct nodes *n, const struct lifetimes *l);
 void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
-/* `fd` stays the caller's, who must call `nodes_remove` before he closes it. No memory: the node stays unknown here. */
+/* `fd` stays the caller's, who must call `nodes_hide` or `nodes_remove` before he closes it. No memory: the node stays
+ * unknown here. */
 void nodes_set(struct nodes *n, uint64_t nodeid, int fd);
-void nodes_remove(struct nodes *n, uint64_t nodeid);
+void nodes_hide(struct nodes *n, uint64_t nodeid);   /* it has no descriptor any more */
+void nodes_remove(struct nodes *n, uint64_t nodeid); /* nor does the kernel know it, or may believe what it was told */
+/* A listing tells its name and attributes, which are believed until then (monotonic ns); 0: no longer. */
+void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns);
+/* Until when that is believed; 0: it is not known. */
+int64_t nodes_believed(struct nodes *n, uint64_t nodeid);
+void nodes_doubt(struct nodes *n); /* the kernel will ask for all names again */
 /* The reply to a GETATTR; false: it is for libfuse. */
 bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out);
 

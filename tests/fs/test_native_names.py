@@ -40,6 +40,7 @@ class Entry(NamedTuple):
     name_seconds: int
     attribute_seconds: int
     attributes: tuple[int, ...]
+    ino: int
     number: int
     kind: int
 
@@ -52,9 +53,11 @@ def entries(page: bytes) -> list[Entry]:
         attributes = _ATTRIBUTES.unpack_from(page, at + _ENTRY.size)
         ino, off, length, kind = _DIRENT.unpack_from(page, at + _ENTRY.size + _ATTRIBUTES.size)
         start = at + _ENTRY.size + _ATTRIBUTES.size + _DIRENT.size
-        assert ino == attributes[0]
+        assert node == 0 or ino == attributes[0]
         name = page[start : start + length]
-        found.append(Entry(name, node, generation, name_seconds, attribute_seconds, attributes, off, kind))
+        found.append(
+            Entry(name, node, generation, name_seconds, attribute_seconds, attributes, ino, off, kind)
+        )
         at = (start + length + 7) & ~7
     assert at == len(page)
     return found
@@ -335,7 +338,7 @@ def listed(
         unique, page = begin(desk, directory, start, size)
         node = 1000 + start
         while page.next < len(names) and not page.full:
-            rows = page.look_up(directory, names)
+            rows = page.look_up(directory, names, b"")
             for _, _, descriptor in rows:
                 os.close(descriptor)
             page.identify([(node + place, place + 7, False) for place in range(len(rows))])
@@ -433,7 +436,7 @@ def test_what_is_written_to_unseen_is_not_believed(desk: Desk, table: InodeTable
         (place / name).touch()
     directory = os.open(place, os.O_RDONLY)
     unique, page = begin(desk, directory, 0, 4096)
-    rows = page.look_up(directory, [b"a", b"b", b"c"])
+    rows = page.look_up(directory, [b"a", b"b", b"c"], b"")
     for _, _, descriptor in rows:
         os.close(descriptor)
     page.identify([(5, 1, False), (6, 2, True), (7, 3, False)])
@@ -456,10 +459,117 @@ def test_names_are_all_there(place: Path) -> None:
         os.close(os.open(os.fsencode(place) + b"/" + name, os.O_CREAT | os.O_WRONLY))
     directory = os.open(place, os.O_RDONLY)
     for _ in range(2):
-        names, failed = _native.names(directory)
+        names, _, failed = _native.names(directory)
         assert (set(names), len(names), failed) == (wanted_names, len(wanted_names), 0)
     os.close(directory)
-    assert _native.names(directory) == ([], errno.EBADF)
+    assert _native.names(directory) == ([], b"", errno.EBADF)
+
+
+def relisted(desk: Desk, place: Path, written: bytes = b"", places: bytes | None = None) -> list[Entry]:
+    """List a directory once, inodes having the numbers of their files; `written` is stored to."""
+    directory = os.open(place, os.O_RDONLY)
+    try:
+        names, found, _ = _native.names(directory)
+        unique, page = begin(desk, directory, 0, 65536)
+        while page.next < len(names):
+            rows = page.look_up(directory, names, found if places is None else places)
+            for _, _, descriptor in rows:
+                os.close(descriptor)
+            page.identify([(key[1], 1, names[0] == written) for key, _, _ in rows])
+        desk.reader.list(page)
+        desk.reply(unique)
+        return entries(desk.answer()[2])
+    finally:
+        os.close(directory)
+
+
+def test_what_the_kernel_was_told_lately_is_a_name_alone(
+    desk: Desk, table: InodeTable, place: Path, eventually: Callable[..., None]
+) -> None:
+    every_kind(place)
+    table.nodes.believe(table.device, 60.0, 1.0, 30.0, 30.0, 60.0)
+    desk.reader.set_nodes(table.nodes, True)
+    whole = relisted(desk, place)
+    assert all(entry.node and entry.attributes[9] for entry in whole)
+    alone = relisted(desk, place)
+    assert [entry.node for entry in alone] == [0] * len(whole)
+    # Number and kind are what programs see of the entry itself.
+    assert [(e.name, e.number, e.kind, e.ino) for e in alone] == [
+        (e.name, e.number, e.kind, e.ino) for e in whole
+    ]
+    assert relisted(desk, place, places=b"") == whole  # nobody knows which files they are
+    table.nodes.hide(whole[0].node)  # what was told was told
+    assert relisted(desk, place)[0].node == 0
+    table.nodes.remove(whole[0].node)
+    told = [entry.node == 0 for entry in relisted(desk, place)]
+    # Another name of the same file is told already when its turn comes in the next step only.
+    others = [entry.node == whole[0].node for entry in whole]
+    assert told == [not other for other in others]
+    table.nodes.doubt()
+    assert relisted(desk, place) == whole
+    (place / "new").touch()
+    assert [entry.name for entry in relisted(desk, place) if entry.node] == [b"new"]
+    for seconds in (0.04, 0.0):  # not for long enough, or not at all
+        table.nodes.believe(table.device, 60.0, 1.0, seconds, seconds, 60.0)
+        table.nodes.doubt()
+        assert [all(e.node for e in relisted(desk, place)) for _ in range(2)] == [True, True]
+    table.nodes.believe(table.device, 0.2, 1.0, 60.0, 60.0, 60.0)  # names count as well
+    table.nodes.doubt()
+    relisted(desk, place)
+    eventually(lambda: all(entry.node for entry in relisted(desk, place)), timeout_s=5)
+
+
+def test_what_a_directory_says_of_other_files_is_not_taken_for_known(
+    desk: Desk, table: InodeTable, place: Path
+) -> None:
+    (place / "a").touch()
+    desk.reader.set_nodes(table.nodes, True)
+    table.nodes.believe(table.device, 60.0, 1.0, 30.0, 30.0, 60.0)
+    listed(desk, place, [b"a"])  # its node has another number than the file
+    assert relisted(desk, place, written=b"a")[0].node  # the attributes of this one are never believed
+    assert relisted(desk, place)[0].node
+    assert relisted(desk, place)[0].node == 0
+    assert relisted(desk, place, written=b"a")[0].node == 0
+    table.nodes.doubt()
+    assert relisted(desk, place, written=b"a")[0].node  # what was believed before is not any more
+    assert relisted(desk, place)[0].node
+    table.nodes.doubt()
+    table.nodes.believe(table.device + 1, 60.0, 60.0, 30.0, 30.0, 60.0)
+    assert relisted(desk, place)[0].node  # a number of another device
+    assert relisted(desk, place)[0].node
+
+
+def test_the_second_listing_asks_for_nothing_and_shows_every_change(
+    mounter: Mounter, eventually: Callable[..., None]
+) -> None:
+    """Names that move, files that take each other's numbers and places, while names alone are listed."""
+    place = mounter("loop=native")
+    below, above = place.lower / "d", place.point / "d"
+    below.mkdir()
+    random_ = random.Random(5)
+    for number in range(60):
+        (below / f"{number:02d}").write_bytes(b"x" * number)
+
+    def shown(directory: Path) -> dict[str, tuple[int, int, bool]]:
+        return {e.name: (e.inode(), e.stat().st_size, e.is_dir()) for e in os.scandir(directory)}
+
+    for turn in range(150):
+        one, other = (f"{number:02d}" for number in random_.sample(range(60), 2))
+        kind = turn % 5
+        if kind == 0:
+            (below / one).unlink(missing_ok=True)
+            (below / one).write_bytes(b"y" * turn)  # with the number of the one before, often
+        elif kind == 1 and (below / one).exists():
+            (below / one).replace(below / other)
+        elif kind == 2:
+            (above / one).unlink(missing_ok=True)
+            (above / other).write_bytes(b"z" * turn)
+        elif kind == 3:
+            (below / f"new {turn}").write_bytes(b"n" * turn)
+        elif (above / one).exists():
+            (above / one).replace(above / other)
+        wanted = shown(below)
+        eventually(lambda wanted=wanted: shown(above) == wanted, timeout_s=5)
 
 
 def test_what_was_listed_is_forgotten_one_day(mounter: Mounter, eventually: Callable[..., None]) -> None:
