@@ -24,8 +24,8 @@ def names(directory: int, /) -> tuple[list[bytes], bytes, int]:
     Without "." and "..". Between them the *places*: 16 bytes for each name, for `ListingPage.look_up`.
     """
 
-def linked_handle(descriptor: int, /) -> bytes | None:
-    """Return an open file's handle as `syscalls.file_handle` does; None also if the file has no name now."""
+def handle(descriptor: int, /) -> bytes | None:
+    """Return an open file's handle as `syscalls.file_handle` does; None also if it cannot be asked for."""
 
 def checksum(data: Buffer) -> int:
     """XXH3 of `data`, 64 bits; what save files and handoffs are protected with. Releases the GIL."""
@@ -458,6 +458,12 @@ class Nodes:
 
     def hide(self, node: int, /) -> None:
         """Take the descriptor away; returns when nobody uses it any more."""
+
+    def retire(self, nodes: list[tuple[int, int]], /) -> list[bytes | None]:
+        """Close the descriptors of nodes that can be opened by their handles again.
+
+        Returns these; None for what stays open, as the file has no handle or no name.
+        """
 
     def remove(self, node: int, /) -> None:
         """Take all of it away, in the same way: listings tell of that file again."""

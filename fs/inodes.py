@@ -8,7 +8,6 @@ the event loop's thread only; worker threads get descriptors, never inodes, and 
 what `nodes` has.
 """
 
-import contextlib
 import errno
 import math
 import os
@@ -27,6 +26,7 @@ from tmem.fs.state import SavedInode, SavedInodes
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_GENERATION = (1 << 32) - 1  # the kernel keeps 32 bits, and compares all
+_TRIES = 64  # descriptors that are looked at to close some, so the cost stays bounded
 _FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
 
 
@@ -83,12 +83,12 @@ class InodeTable:
         from tmem.backends import _native
 
         self._clock = clock
-
-        self._linked_handle = _native.linked_handle
+        self._handle_at = _native.handle
         status = os.fstat(root)
         self.device = status.st_dev
         self._root = root
         self._quota = max(quota, 16)
+        self._batch = max(min(self._quota // _TRIES, _TRIES), 1)
         self._by_handle = _can_open_handles(root)
         self._open: OrderedDict[int, Inode] = OrderedDict()  # oldest first, by node id
         self._next_foreign = _FOREIGN_IDS
@@ -172,10 +172,13 @@ class InodeTable:
         return self._meet(key, stat.S_IFMT(status.st_mode), descriptor), status
 
     def admit(self, found: Iterable[Found]) -> list[Inode]:
-        """Return the inodes of files that were looked up, and count the lookups; owns their descriptors."""
+        """Return the inodes of files that were looked up, and count the lookups; owns their descriptors.
+
+        Files of a listing are many, and few of them are used next: a descriptor that was closed stays closed.
+        """
         inodes = []
         for key, kind, descriptor in found:
-            inode = self._meet(key, kind, descriptor)
+            inode = self._meet(key, kind, descriptor, opens=False)
             inode.lookups += 1
             inodes.append(inode)
         return inodes
@@ -270,13 +273,19 @@ class InodeTable:
             inode.stored_to,
         )
 
-    def _meet(self, key: tuple[int, int], kind: int, descriptor: int) -> Inode:
-        """Return the inode of a file, made if it is not known; `descriptor` is its own from now on."""
+    def _meet(self, key: tuple[int, int], kind: int, descriptor: int, opens: bool = True) -> Inode:
+        """Return the inode of a file, made if it is not known; `descriptor` is its own from now on.
+
+        Unless `opens`, an inode whose descriptor was closed is left so.
+        """
         inode = self._by_key.get(key)
         if inode is not None and inode.descriptor >= 0:
             os.close(descriptor)
             return inode
-        if inode is not None and inode.handle == handle_of(descriptor):
+        if inode is not None and inode.handle == self._handle_at(descriptor):
+            if not opens:
+                os.close(descriptor)
+                return inode
             inode.descriptor = descriptor
         else:  # if its number was known, it was recycled: that node id answers ESTALE until it is forgotten
             inode = self._made(key, kind, descriptor)
@@ -319,24 +328,29 @@ class InodeTable:
         """Note an open descriptor, and close old ones beyond the quota."""
         self._open[inode.nodeid] = inode
         self._show(inode)
-        if len(self._open) <= self._quota:
-            return
-        for _ in range(64):  # a few tries, so the cost stays bounded
-            nodeid, oldest = self._open.popitem(last=False)
-            if oldest is not inode and self._can_close(oldest):
-                self._close(oldest)
-                return
-            self._open[nodeid] = oldest
+        if len(self._open) > self._quota and self._by_handle:
+            self._retire(inode)
 
-    def _can_close(self, inode: Inode) -> bool:
-        if not self._by_handle or inode.opens or inode.key[0] != self.device:
-            return False
-        with contextlib.suppress(OSError):
-            handle = self._linked_handle(inode.descriptor)
-            if handle is not None:
-                inode.handle = handle
-                return True
-        return False
+    def _retire(self, newest: Inode) -> None:
+        """Close the oldest descriptors: many at once, for listing a large tree closes one for each name.
+
+        14 us each took half the time of a name one by one, in a batch 5 (15,000 files, load 13).
+        """
+        closed: list[Inode] = []
+        for _ in range(_TRIES):
+            nodeid, oldest = self._open.popitem(last=False)
+            if oldest is newest or oldest.opens or oldest.key[0] != self.device:
+                self._open[nodeid] = oldest
+            else:
+                closed.append(oldest)
+                if len(closed) == self._batch:
+                    break
+        handles = self.nodes.retire([(inode.nodeid, inode.descriptor) for inode in closed])
+        for inode, handle in zip(closed, handles, strict=True):
+            if handle is None:
+                self._open[inode.nodeid] = inode
+            else:
+                inode.handle, inode.descriptor = handle, -1
 
 
 def _can_open_handles(root: int) -> bool:

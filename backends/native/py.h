@@ -51,6 +51,7 @@ PyObject *client_wrap(SegmentObject *owner, uint32_t id, uint32_t serial);
 PyObject *pool_wrap(SegmentObject *owner, uint32_t pool, uint32_t serial);
 PyObject *raise_result(int64_t result); /* of a store operation; returns NULL */
 int handle_of(PoolObject *self, struct tm_handle *h); /* -1 with an exception */
+PyObject *file_handle(PyObject *module, PyObject *descriptor);
 PyObject *exporter_new(PoolObject *pool, int changes);
 const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
 int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */

@@ -5,6 +5,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -97,6 +98,67 @@ static PyObject *remove_node(NodesObject *self, PyObject *arg) { return with_nod
 
 static PyObject *hide(NodesObject *self, PyObject *arg) { return with_node(self, arg, nodes_hide); }
 
+static PyObject *handle_at(int fd)
+{
+    struct {
+        struct file_handle head;
+        unsigned char bytes[MAX_HANDLE_SZ];
+    } handle = {.head.handle_bytes = MAX_HANDLE_SZ};
+    int mount_id;
+    if (name_to_handle_at(fd, "", &handle.head, &mount_id, AT_EMPTY_PATH))
+        Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize((const char *)&handle.head.handle_type,
+                                     (Py_ssize_t)(sizeof handle.head.handle_type + handle.head.handle_bytes));
+}
+
+/* Without ctypes: a listing of many files that were known takes one for each whose descriptor was closed. */
+PyObject *file_handle(PyObject *module, PyObject *descriptor)
+{
+    int fd = (int)PyLong_AsLong(descriptor);
+    (void)module;
+    return PyErr_Occurred() ? NULL : handle_at(fd);
+}
+
+/* The handle of a file that can be opened by it again, and so was closed; None if it cannot. */
+static PyObject *retire_one(struct nodes *nodes, uint64_t nodeid, int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) || !st.st_nlink)
+        Py_RETURN_NONE;
+    PyObject *handle = handle_at(fd);
+    if (handle && handle != Py_None) {
+        nodes_hide(nodes, nodeid);
+        close(fd);
+    }
+    return handle;
+}
+
+static PyObject *retire(NodesObject *self, PyObject *list)
+{
+    if (!PyList_Check(list)) {
+        PyErr_SetString(PyExc_TypeError, "expected a list of (node, descriptor)");
+        return NULL;
+    }
+    Py_ssize_t n = PyList_Size(list);
+    PyObject *handles = PyList_New(n);
+    for (Py_ssize_t i = 0; handles && i < n; i++) {
+        unsigned long long nodeid;
+        int fd;
+        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "Ki", &nodeid, &fd)) {
+            Py_CLEAR(handles);
+            break;
+        }
+        PyObject *handle = retire_one(self->nodes, nodeid, fd);
+        if (!handle) { /* no memory: it stays open; the handles of those that are closed must not be lost */
+            PyErr_Clear();
+            Py_INCREF(Py_None);
+            handle = Py_None;
+        }
+        (void)PyList_SetItem(handles, i, handle);
+    }
+    return handles;
+}
+
 static PyObject *doubt(NodesObject *self, PyObject *unused)
 {
     (void)unused;
@@ -110,6 +172,7 @@ PyTypeObject *make_nodes_type(void)
                                     {"set", (PyCFunction)(void (*)(void))set, METH_FASTCALL, NULL},
                                     {"hide", (PyCFunction)hide, METH_O, NULL},
                                     {"remove", (PyCFunction)remove_node, METH_O, NULL},
+                                    {"retire", (PyCFunction)retire, METH_O, NULL},
                                     {"doubt", (PyCFunction)doubt, METH_NOARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
     static PyType_Slot slots[] = {{Py_tp_init, (void *)init},

@@ -2,8 +2,6 @@
 #include "py.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <sys/stat.h>
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
@@ -122,29 +120,9 @@ static PyObject *checksum(PyObject *module, PyObject *arg)
     return PyLong_FromUnsignedLongLong(sum);
 }
 
-/* In one call, without ctypes: a listing of many files takes one for each inode whose descriptor it must close. */
-static PyObject *linked_handle(PyObject *module, PyObject *arg)
-{
-    struct {
-        struct file_handle head;
-        unsigned char bytes[MAX_HANDLE_SZ];
-    } handle = {.head.handle_bytes = MAX_HANDLE_SZ};
-    struct stat st;
-    int mount_id, fd = (int)PyLong_AsLong(arg);
-    (void)module;
-    if (PyErr_Occurred())
-        return NULL;
-    if (fstat(fd, &st))
-        return PyErr_SetFromErrno(PyExc_OSError);
-    if (!st.st_nlink || name_to_handle_at(fd, "", &handle.head, &mount_id, AT_EMPTY_PATH))
-        Py_RETURN_NONE;
-    return PyBytes_FromStringAndSize((const char *)&handle.head.handle_type,
-                                     (Py_ssize_t)(sizeof handle.head.handle_type + handle.head.handle_bytes));
-}
-
 static PyMethodDef functions[] = {
-    {"linked_handle", linked_handle, METH_O,
-     "linked_handle(descriptor)\n--\n\nThe handle of an open file (type and bytes); None if it has none, or no name."},
+    {"handle", file_handle, METH_O,
+     "handle(descriptor)\n--\n\nThe handle of an open file (type and bytes); None if it has none."},
     {"names", names, METH_O, "names(directory)\n--\n\nThe names in a directory, and the errno that ended them (0)."},
     {"checksum", checksum, METH_O, "checksum(data)\n--\n\nXXH3 of some bytes."},
     {"create", (PyCFunction)(void (*)(void))create, METH_VARARGS | METH_KEYWORDS,

@@ -1,13 +1,14 @@
 """The inode table: identity of files, counting lookups, few descriptors for many files."""
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyfuse3
 import pytest
 
-from tmem.fs.inodes import InodeTable
+from tmem.fs.inodes import Inode, InodeTable
 
 
 @pytest.fixture
@@ -74,3 +75,54 @@ def test_files_that_went_while_closed_are_stale_and_not_mistaken(table: InodeTab
         assert os.fstat(table.descriptor(inode)).st_ino == status.st_ino
     with pytest.raises(OSError, match="Stale"):
         table.descriptor(first)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
+def test_many_descriptors_are_closed_at_once_and_none_that_is_needed(tmp_path: Path) -> None:
+    table = InodeTable(os.open(tmp_path, os.O_RDONLY), quota=256)
+    root = table[pyfuse3.ROOT_INODE]
+    inodes = []
+    most = 0
+    for number in range(900):
+        path = tmp_path / f"{number}"
+        path.write_text(f"{number}")
+        inode, _ = table.lookup(root, b"%d" % number)
+        table.remember(inode)
+        inode.opens = number % 7 == 0
+        if number % 11 == 0:
+            path.unlink()  # nothing would open it again
+        inodes.append(inode)
+        most = max(most, table.open_descriptors)
+    assert most <= 256
+    assert sum(inode.descriptor >= 0 for inode in inodes) == table.open_descriptors
+    for number, inode in enumerate(inodes):
+        if inode.opens or number % 11 == 0:
+            assert inode.descriptor >= 0
+        assert Path(table.path(inode)).read_text() == f"{number}"
+    table.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
+def test_a_listing_leaves_closed_what_was_closed_and_knows_its_number_again(
+    table: InodeTable, tmp_path: Path
+) -> None:
+    def listed(name: str) -> Inode:
+        descriptor = os.open(tmp_path / name, os.O_PATH)
+        status = os.fstat(descriptor)
+        return table.admit([((status.st_dev, status.st_ino), stat.S_IFREG, descriptor)])[0]
+
+    for number in range(40):
+        (tmp_path / f"{number}").touch()
+    inodes = [listed(f"{number}") for number in range(40)]
+    assert inodes[0].descriptor < 0
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - one descriptor of its own, both times
+    assert listed("0") is inodes[0]
+    assert (inodes[0].descriptor, inodes[0].lookups) == (-1, 2)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    for number in range(40):
+        (tmp_path / f"{number}").unlink()
+    for number in range(100, 140):  # file systems use inode numbers again soon
+        (tmp_path / f"{number}").touch()
+        inode = listed(f"{number}")
+        assert inode not in inodes
+        assert os.fstat(table.descriptor(inode)).st_ino == inode.key[1]
