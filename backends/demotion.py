@@ -132,6 +132,7 @@ class ClientDemotion:
                 self.cold_batch(cold_s, self._clock())
             while (wanted := need(self)) is not None and self._clock() < until_s and not self._ended:
                 self._quiet_from_s = self._clock() + QUIET_S
+                self.prefetch.stop()
                 if self.batch(wanted, self._clock()) is None:
                     break
             if not self.trouble and self._clock() >= self._quiet_from_s:
@@ -320,7 +321,10 @@ class Demotion:
         """Return how many pages may come back for each client."""
         if not self._clients or any(client.short for client in self._clients.values()):
             return 0
-        return self._room() // PAGE_SIZE // len(self._clients)
+        try:
+            return self._room() // PAGE_SIZE // len(self._clients)
+        except (TmemError, OSError, ValueError):  # what is not known is not there; demotion needs none of it
+            return 0
 
     def _need(self, client: ClientDemotion) -> Need | None:
         """Return what is to be demoted of the client now, None if nothing."""

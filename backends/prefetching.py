@@ -83,6 +83,10 @@ class Prefetch:
         finally:
             self.spent_ns += time.monotonic_ns() - began_ns
 
+    def stop(self) -> None:
+        """Memory is short: there must be plenty again before it goes on."""
+        self._going = False
+
     def _is_plenty(self) -> bool:
         if not self._client.statistics()["tier_pages"]:
             return False

@@ -118,6 +118,41 @@ def test_they_come_as_far_as_there_is_room_and_do_not_go_again(back: Back) -> No
     back.check()
 
 
+def test_after_a_shortage_there_must_be_plenty_again(back: Back) -> None:
+    """Also if all came back the last time: it would take turns with demotion."""
+    back.put(0, 1000)
+    back.press()
+    back.rounds(20)
+    assert back.in_tier == 0
+    index = 1000
+    while back.segment.occupied[0] < back.segment.limits[0] * 0.7:  # between both marks
+        index += back.put(index, 10)
+    came = back.demotion.prefetched_pages
+    back.client.cap_bytes = back.client.statistics()["used_bytes"]
+    back.rounds(8)
+    back.client.cap_bytes = 0
+    back.put(index, 500)
+    left = back.in_tier
+    share = back.segment.occupied[0] / back.segment.limits[0]
+    assert left > 20
+    assert 10 / 16 < share < 12 / 16
+    back.rounds(40)
+    assert (back.in_tier, back.demotion.prefetched_pages) == (left, came)
+    back.check()
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("nonsense")])
+def test_demotion_goes_on_where_nobody_knows_what_there_is(back: Back, error: Exception) -> None:
+    def room() -> int:
+        raise error
+
+    back.demotion.close()
+    back.demotion = Demotion(back.paths, back.segment, Marks(), back.clock, room)
+    back.put(0, 10**6)
+    back.rounds(20)
+    assert back.demotion.demoted_pages > 100
+
+
 def test_no_more_comes_than_the_machine_can_spare(back: Back) -> None:
     back.put(0, 1500)
     back.press()
