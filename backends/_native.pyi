@@ -171,8 +171,9 @@ class Segment:
         """
 
     def dedup(self, first: int, most_ns: int, *, warm: bool = False) -> tuple[int, int]:
-        """Keep equal persistent pages of a client once, of clients that allow it (`Client.dedup`), from chunk
-        `first` on: those that were not put or got lately, or with `warm` all.
+        """Keep equal pages once, of clients that allow it (`Client.dedup`), from chunk `first` on: those that
+        were not put or got lately, or with `warm` all. Persistent and ephemeral ones apart, and not of
+        ephemeral pools whose gets are exclusive; of a shared pool those of that pool.
 
         After the last chunk what no page needs any more is freed. Goes on for `most_ns` of CPU time; returns
         the chunk to go on with, 0 after the last one, and the CPU time spent. Releases the GIL.
@@ -259,8 +260,9 @@ class Client:
     def compress(self, value: str) -> None: ...
     @property
     def dedup(self) -> bool:
-        """Equal pages of its persistent pools may be kept once, see `Segment.dedup`; False to begin with.
-        Settable; turned off, what is kept once already stays so until it is put again."""
+        """Equal pages of its pools, and of shared pools that it owns, may be kept once, see `Segment.dedup`;
+        False to begin with. Settable; turned off, what is kept once already stays so until it is put
+        again."""
     @dedup.setter
     def dedup(self, value: bool) -> None: ...
     @property

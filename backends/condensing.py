@@ -5,7 +5,7 @@ neither put nor got between two visits of their chunk are compressed again with 
 round begins `ROUND_S` after the last one at the earliest, so a page is cold after that time, and takes no
 more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
 everything while the CPUs are wanted: what programs wait for comes first. A round ends with the equal pages
-of clients that allow it (`_native.Segment.dedup`, native/twin.c), from the same share.
+of clients that allow it (`_native.Segment.dedup`, native/pair.c), from the same share.
 
 Threading: `step` blocks while it works, the segment's share of two seconds at most; the manager calls it from
 a worker thread, one call at a time.

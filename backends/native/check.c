@@ -106,7 +106,7 @@ static void check_block(struct report *r, uint64_t block)
 
 
 /* I4: every slot's block is allocated; only persistent pages are in a tier; a pool's sums are those of its slots. I12: a
- * twin's original is stored. */
+ * twin's original is stored, or was evicted and nothing has taken its place. */
 static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
@@ -124,10 +124,11 @@ static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums 
             if (!(word & SLOT_VALUE) || !seg->pools[pool].persistent)
                 say(r, "I4: a slot of pool %u names location %llu", pool, (unsigned long long)(word & SLOT_VALUE));
         } else if (slot_type(word) == SLOT_TWIN) {
-            const slot_t *original = seg->pools[pool].persistent ? twin_original(seg, pool, word) : NULL;
+            const slot_t *original = twin_original(seg, pool, word);
+            uint64_t named = original ? atomic_load(original) : 0;
             sums[pool].pages++;
             sums[pool].twin++;
-            if (!original || !slot_stored(atomic_load(original)))
+            if (!slot_stored(named) && !original_is_evicted(seg, originals_of(seg, pool), named))
                 say(r, "I12: a slot of pool %u names original %llu, which is not there", pool,
                     (unsigned long long)(word & SLOT_VALUE));
         } else if (slot_type(word) == SLOT_BLOCK) {
@@ -293,7 +294,7 @@ static void check_sums(struct report *r, const struct sums *sums)
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         const struct tm_pool *pool = &seg->pools[p];
         used[account_of(p)] += sums[p].bytes;
-        ephemeral[account_of(p)] += pool->persistent ? 0 : sums[p].pages;
+        ephemeral[account_of(p)] += pool->persistent || is_originals(p) ? 0 : sums[p].pages;
         if (atomic_load(&pool->state) != LIVE)
             continue;
         if (pool->pages != sums[p].pages || pool->fill_pages != sums[p].fill || pool->raw_pages != sums[p].raw

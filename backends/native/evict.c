@@ -26,6 +26,8 @@ bool ghost_is_fresh(struct tm_segment *seg, uint32_t pool, uint64_t word)
     uint64_t then = word & SLOT_VALUE;
     if (!then)
         return false;
+    if (is_originals(pool)) /* not a ghost: a twin may name the slot, so it must stay and not be another's */
+        return original_is_evicted(seg, pool, word) && !MUTANT(34);
     if (seg->pools[pool].persistent) /* not a ghost: a page whose flush a handoff has not passed on yet */
         return phase_of(seg, pool / TM_CLIENT_POOLS) != PHASE_NONE;
     uint64_t now = atomic_load_explicit(&seg->clients[account_of(pool)].evict_clock, memory_order_relaxed);
@@ -173,7 +175,8 @@ static bool drain_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
     uint64_t block = word & SLOT_VALUE, clock = atomic_fetch_add(&seg->clients[account].evict_clock, 1) + 1;
     uint64_t ghost = bin_queue(bin) == QUEUE_PROBATION ? clock & SLOT_VALUE : 0;
     word = atomic_load(slot);
-    if (slot_refers(word, block) && slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, ghost))) {
+    if (slot_refers(word, block)
+        && slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_EMPTY, original_trace(seg, pool, ghost)))) {
         count(seg, pool, C_EVICTIONS, 1);
         look_for_empty(seg);
         KP(51);

@@ -89,7 +89,7 @@ static bool kill_slot(struct walk *w, slot_t *slot)
         return true;
     }
     if (slot_type(word) != SLOT_EMPTY
-        || (w->ctx->seg->pools[w->pool].persistent && ghost_is_fresh(w->ctx->seg, w->pool, word)))
+        || ((w->ctx->seg->pools[w->pool].persistent || is_originals(w->pool)) && ghost_is_fresh(w->ctx->seg, w->pool, word)))
         return false;
     return atomic_compare_exchange_strong(slot, &word, slot_next(word, SLOT_DEAD, 0));
 }

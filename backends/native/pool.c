@@ -23,9 +23,12 @@ static void share_among(struct tm_segment *seg, uint32_t number, uint64_t sharer
     uint32_t owner = atomic_load(&p->owner);
     atomic_store(&p->sharers, sharers);
     KP(61);
-    if (!sharers)
+    if (!sharers) {
+        if (atomic_load(&seg->pools[number + TM_MAX_SHARED].state) == LIVE)
+            atomic_store(&seg->pools[number + TM_MAX_SHARED].state, DYING); /* first: who dies here is followed by another */
         atomic_store(&p->state, DYING);
-    else if (!(sharers & client_bit(owner)) && !MUTANT(8))
+    }
+    if (sharers && !(sharers & client_bit(owner)) && !MUTANT(8))
         atomic_store(&p->owner, next_sharer(sharers, owner)); /* and with it the account, exactly */
 }
 
@@ -36,7 +39,7 @@ static void repair_tables(struct tm_segment *seg)
     uint32_t floors = 0;
     for (uint32_t p = 0; p < TM_FIRST_SHARED; p++) {
         uint32_t link = seg->pools[p].link;
-        if (atomic_load(&seg->pools[p].state) == LIVE && link >= TM_FIRST_SHARED && link < TM_MAX_POOLS)
+        if (atomic_load(&seg->pools[p].state) == LIVE && link >= TM_FIRST_SHARED && link < TM_FIRST_SHARED_ORIGINALS)
             members[link - TM_FIRST_SHARED] |= client_bit(p / TM_CLIENT_POOLS);
     }
     for (uint32_t i = 0; i < TM_MAX_SHARED; i++)
@@ -115,11 +118,11 @@ static void pool_make(struct tm_segment *seg, uint32_t pool, const struct pool_w
 static uint32_t shared_open(struct tm_segment *seg, uint32_t client, const struct pool_wish *wish)
 {
     uint32_t empty = TM_MAX_POOLS;
-    for (uint32_t p = TM_FIRST_SHARED; p < TM_MAX_POOLS; p++) {
+    for (uint32_t p = TM_FIRST_SHARED; p < TM_FIRST_SHARED_ORIGINALS; p++) {
         uint32_t state = atomic_load(&seg->pools[p].state);
         if (state == LIVE && memcmp(seg->pools[p].uuid, wish->uuid, TM_UUID) == 0)
             return p;
-        if (state == FREE && empty == TM_MAX_POOLS)
+        if (state == FREE && atomic_load(&seg->pools[p + TM_MAX_SHARED].state) == FREE && empty == TM_MAX_POOLS)
             empty = p;
     }
     if (empty == TM_MAX_POOLS)
@@ -138,6 +141,18 @@ static uint32_t shared_open(struct tm_segment *seg, uint32_t client, const struc
     atomic_store(&seg->pools[empty].state, LIVE);
     KP(64);
     return empty;
+}
+
+void pool_new_originals(struct tm_ctx *ctx, uint32_t shared)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_lock *lock = control_lock(seg);
+    uint32_t pool = shared + TM_MAX_SHARED;
+    if (atomic_load(&seg->pools[shared].state) == LIVE && atomic_load(&seg->pools[pool].state) == FREE) {
+        pool_make(seg, pool, &(struct pool_wish){.id = -1}, 0);
+        atomic_store(&seg->pools[pool].state, LIVE);
+    }
+    lock_drop(lock);
 }
 
 int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, const struct pool_wish *wish, uint32_t *pool,
@@ -184,7 +199,7 @@ static void retire(struct tm_segment *seg, uint32_t pool)
         if (p->persistent)
             atomic_fetch_add(&c->retired_puts, atomic_load(&p->counters[C_STORED]));
     }
-    if (p->link)
+    if (p->link || is_originals(pool))
         return;
     atomic_fetch_add(&seg->super->retired_operations,
                      p->counters[C_PUTS] + p->counters[C_GETS] + p->counters[C_FLUSHES] + p->counters[C_OBJECT_FLUSHES]);
@@ -252,7 +267,8 @@ int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
         return TM_NOPOOL;
     KP(60);
     for (unsigned tries = 0; tries < 5; tries++) {
-        if (finish(ctx, pool, serial) && (!link || finish_if_dying(ctx, link)))
+        if (finish(ctx, pool, serial)
+            && (!link || (finish_if_dying(ctx, link) && finish_if_dying(ctx, link + TM_MAX_SHARED))))
             return TM_OK;
         sched_yield();
     }

@@ -413,6 +413,7 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
 {
     struct tm_client *c = client_of(self);
     int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0, tier = 0, twin = 0;
+    int64_t originals = 0, original_bytes = 0;
     const int64_t raw_bytes = TM_STRIDE_RAW;
     (void)unused;
     if (!c)
@@ -423,8 +424,14 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
     most_update(seg);
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         struct tm_pool *pool = &seg->pools[p];
-        if (atomic_load(&pool->state) != LIVE || payer_of(seg, p) != self->id || is_originals(p))
+        if (atomic_load(&pool->state) != LIVE || payer_of(seg, p) != self->id)
             continue;
+        if (is_originals(p)) {
+            tier += pool->tier_pages;
+            originals += pool->pages;
+            original_bytes += pool->bytes;
+            continue;
+        }
         if (p < TM_FIRST_SHARED) {
             npools++;
             hits[pool->persistent ? 1 : 0] += pool->counters[C_HITS];
@@ -439,8 +446,6 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         compressed_bytes += pool->bytes - pool->raw_pages * raw_bytes;
         raw += pool->raw_pages;
     }
-    const struct tm_pool *originals = &seg->pools[originals_of(self->id * TM_CLIENT_POOLS)];
-    bool shares = atomic_load(&originals->state) == LIVE;
     const struct { const char *name; int64_t value; } all[] = {
         {"id", self->id},
         {"cap_bytes", (int64_t)c->cap_bytes},
@@ -454,10 +459,10 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         {"compressed_pages", compressed},
         {"compressed_bytes", compressed_bytes},
         {"raw_pages", raw},
-        {"tier_pages", tier + (shares ? originals->tier_pages : 0)},
+        {"tier_pages", tier},
         {"twin_pages", twin},
-        {"original_pages", shares ? originals->pages : 0},
-        {"original_bytes", shares ? originals->bytes : 0},
+        {"original_pages", originals},
+        {"original_bytes", original_bytes},
         {"unreachable_gets", (int64_t)c->unreachable},
         {"allocation_failures", (int64_t)c->no_memory},
         {"persistent_puts_stored", (int64_t)puts},

@@ -356,7 +356,7 @@ static void find(struct tm_ctx *ctx, struct sums *found)
     op_end(ctx);
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
         found->used[account_of(p)] += found->pools[p].bytes;
-        found->ephemeral[account_of(p)] += seg->pools[p].persistent ? 0 : found->pools[p].pages;
+        found->ephemeral[account_of(p)] += seg->pools[p].persistent || is_originals(p) ? 0 : found->pools[p].pages;
     }
 }
 

@@ -52,7 +52,7 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
     struct tm_pool *p = &seg->pools[pool];
     struct tm_client *who = &seg->clients[account_of(pool)];
     raise_to(&p->pages_most, add(&p->pages, sum->pages));
-    if (!p->persistent)
+    if (!p->persistent && !is_originals(pool))
         raise_to(&who->ephemeral_most, add(&who->ephemeral, sum->pages));
     add(&p->fill_pages, sum->fill);
     add(&p->raw_pages, sum->raw);
@@ -126,11 +126,11 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
     return true;
 }
 
-/* What stays of a page that goes: of one that was exported, that it is gone. */
+/* What stays of a page that goes: of one that was exported, that it is gone; of an original, that it was here. */
 static uint64_t empty_word(struct tm_segment *seg, uint32_t pool, uint64_t old)
 {
     bool gone = seg->pools[pool].persistent && (old & SLOT_FREQ) && phase_of(seg, pool / TM_CLIENT_POOLS);
-    return slot_next(old, SLOT_EMPTY, gone && !MUTANT(7) ? SLOT_GONE : 0);
+    return slot_next(old, SLOT_EMPTY, gone && !MUTANT(7) ? SLOT_GONE : original_trace(seg, pool, 0));
 }
 
 int slot_flush(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, unsigned type)
@@ -173,6 +173,10 @@ static unsigned queue_for(struct tm_segment *seg, uint32_t pool, uint64_t old)
 {
     if (slot_type(old) == SLOT_EMPTY)
         return ghost_is_fresh(seg, pool, old) ? QUEUE_MAIN : QUEUE_PROBATION;
+    if (slot_type(old) == SLOT_TWIN) {
+        const slot_t *original = twin_original(seg, pool, old);
+        old = original ? atomic_load_explicit(original, memory_order_relaxed) : 0;
+    }
     if (slot_type(old) != SLOT_BLOCK || !in_data(seg, (old & SLOT_VALUE) * 16))
         return QUEUE_PROBATION;
     uint32_t bin = seg->chunks[chunk_of(seg, (old & SLOT_VALUE) * 16)].bin;
@@ -327,6 +331,8 @@ int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *pag
  * written to. */
 static void touch(struct tm_segment *seg, slot_t *slot, uint64_t word)
 {
+    if (slot_type(word) == SLOT_TWIN)
+        return; /* the hit was its original's */
     if (!slot_freq(word) && slot_type(word) == SLOT_BLOCK && block_is_young(seg, word & SLOT_VALUE))
         return;
     if (slot_freq(word) < 3)
@@ -384,6 +390,11 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
             }
             if (rc == TM_AWAY)
                 return TM_AWAY;
+            if (rc == TM_MISS && !p->persistent) { /* its original was evicted */
+                if (twin_evicted(ctx, pool, slot, now))
+                    return TM_MISS;
+                continue;
+            }
             good = rc == TM_OK;
             word = now;
         } else {

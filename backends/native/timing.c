@@ -90,7 +90,7 @@ void most_update(struct tm_segment *seg)
     for (unsigned i = 0; i < 4; i++)
         raise_to(&s->most[i], sums[i] > 0 ? (uint64_t)sums[i] : 0);
     raise_to(&s->most[MOST_CHUNKS], atomic_load_explicit(&s->nused, memory_order_relaxed));
-    for (uint32_t p = TM_FIRST_SHARED; p < TM_MAX_POOLS; p++) { /* their pages count for their owners as well */
+    for (uint32_t p = TM_FIRST_SHARED; p < TM_FIRST_SHARED_ORIGINALS; p++) { /* their pages count for their owners as well */
         if (atomic_load_explicit(&seg->pools[p].state, memory_order_relaxed) != LIVE)
             continue;
         uint32_t owner = payer_of(seg, p);

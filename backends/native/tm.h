@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 6u
+#define TM_VERSION 7u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -42,12 +42,13 @@
 
 #define TM_MAX_CLIENTS 64u
 #define TM_USER_POOLS 16u   /* that a client may have */
-#define TM_CLIENT_POOLS 17u /* and one of the core's own, behind them: the originals of its twins (twin.c) */
+#define TM_CLIENT_POOLS 18u /* and two of the core's own, behind them: originals of its persistent and ephemeral twins (twin.c) */
 #define TM_MAX_SHARED 16u
 /* Shared pools are numbered behind the clients' own; a member's own pool only links to one. Who pays for memory is
  * an account: a client, or a shared pool, whose account is its owner's for as long as that owns it. */
 #define TM_FIRST_SHARED (TM_MAX_CLIENTS * TM_CLIENT_POOLS)
-#define TM_MAX_POOLS (TM_FIRST_SHARED + TM_MAX_SHARED)
+#define TM_FIRST_SHARED_ORIGINALS (TM_FIRST_SHARED + TM_MAX_SHARED) /* of each shared pool, in the same order */
+#define TM_MAX_POOLS (TM_FIRST_SHARED_ORIGINALS + TM_MAX_SHARED)
 #define TM_NACCOUNTS (TM_MAX_CLIENTS + TM_MAX_SHARED)
 #define TM_UUID 16u
 #define TM_MAX_UUIDS 16u
@@ -82,7 +83,7 @@ enum {
 /* ---- Slots ------------------------------------------------------------------------------------------------
  * bits 0..35 block reference, fill value, location in a tier, number of the slot of a twin's original, or eviction
  * time; 36..37 frequency; 38..40 type; 41..63 generation. A page that was evicted leaves the client's eviction clock in
- * its empty slot: the ghost of S3-FIFO. */
+ * its empty slot: the ghost of S3-FIFO; an ephemeral original always leaves something (twin.c). */
 enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3, SLOT_TIER = 4, SLOT_TWIN = 5 };
 #define SLOT_VALUE ((UINT64_C(1) << 36) - 1)
 #define SLOT_FREQ_ONE (UINT64_C(1) << 36)
@@ -545,13 +546,24 @@ void codec_free(struct tm_ctx *ctx);
 enum { CONDENSE_PERSISTENT = 1, CONDENSE_EPHEMERAL = 2, CONDENSE_LOOSE = 4, CONDENSE_ALL = 8 };
 uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns);
 
-/* twin.c: equal pages of a client, kept once */
-bool is_originals(uint32_t pool);     /* the core's own pool of a client */
-uint32_t originals_of(uint32_t pool); /* of the client of that pool */
+/* twin.c: equal pages of a client or of a shared pool, kept once */
+static inline bool is_originals(uint32_t pool) /* one of the core's own */
+{
+    return pool < TM_FIRST_SHARED ? pool % TM_CLIENT_POOLS >= TM_USER_POOLS : pool >= TM_FIRST_SHARED_ORIGINALS;
+}
+uint32_t originals_of(const struct tm_segment *seg, uint32_t pool); /* where the originals of that pool's twins are */
 /* The slot of a twin's original, from the twin's pool and word; NULL if the word is damaged. */
 slot_t *twin_original(struct tm_segment *seg, uint32_t pool, uint64_t word);
+bool original_is_evicted(const struct tm_segment *seg, uint32_t originals, uint64_t word); /* and may still be named */
+uint64_t original_trace(const struct tm_segment *seg, uint32_t pool, uint64_t ghost); /* the value of a slot whose page goes */
 int twin_get(struct tm_ctx *ctx, uint32_t pool, uint64_t word, uint8_t *page); /* as slot_get; the caller looks again */
+bool twin_evicted(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word); /* its original is: it goes, too */
 bool twin_rescue(struct tm_ctx *ctx); /* inside an operation, where memory is short: originals without twins go */
+bool twins_lock(struct tm_segment *seg); /* tried */
+void twins_unlock(struct tm_segment *seg);
+void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins without originals, of everybody */
+
+/* pair.c */
 /* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages
  * that were used lately. */
 uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
@@ -755,6 +767,7 @@ struct pool_wish {
     const uint8_t *uuid; /* NULL: private */
     int id;              /* -1: any */
 };
+void pool_new_originals(struct tm_ctx *ctx, uint32_t shared); /* of a shared pool, if it lives and has none */
 int pool_new(struct tm_ctx *ctx, uint32_t client, uint32_t client_serial, const struct pool_wish *wish, uint32_t *pool,
              uint32_t *serial);
 int pool_destroy(struct tm_ctx *ctx, uint32_t pool, uint32_t serial);
@@ -825,13 +838,16 @@ static inline uint32_t bin_ephemeral(uint32_t account, unsigned queue, uint32_t 
 }
 static inline uint32_t account_of(uint32_t pool)
 {
-    return pool < TM_FIRST_SHARED ? pool / TM_CLIENT_POOLS : TM_MAX_CLIENTS + pool - TM_FIRST_SHARED;
+    return pool < TM_FIRST_SHARED ? pool / TM_CLIENT_POOLS : TM_MAX_CLIENTS + (pool - TM_FIRST_SHARED) % TM_MAX_SHARED;
 }
 /* The client that pays for the pages of a pool. */
 static inline uint32_t payer_of(const struct tm_segment *seg, uint32_t pool)
 {
-    return pool < TM_FIRST_SHARED ? pool / TM_CLIENT_POOLS
-                                  : atomic_load_explicit(&seg->pools[pool].owner, memory_order_relaxed);
+    if (pool < TM_FIRST_SHARED)
+        return pool / TM_CLIENT_POOLS;
+    if (pool >= TM_FIRST_SHARED_ORIGINALS)
+        pool -= TM_MAX_SHARED;
+    return atomic_load_explicit(&seg->pools[pool].owner, memory_order_relaxed);
 }
 static inline uint32_t mode_of(const struct tm_segment *seg, uint32_t client)
 {

@@ -88,6 +88,10 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
                 ctx->window.nwanted = 0;
                 continue;
             }
+            if (rc == TM_MISS && !seg->pools[ctx->pool].persistent) {
+                twin_evicted(ctx, ctx->pool, slot, word);
+                continue;
+            }
             if ((good = rc == TM_OK))
                 emit_page(ctx, e, oid, to);
         } else if (type == SLOT_TIER && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {

@@ -49,11 +49,13 @@ static void do_condense(struct tm_segment *seg, uint64_t r)
     tm_condense(ctx_get(seg), (uint32_t)(r >> 8) % seg->nchunks, 300000, what, &spent_ns);
 }
 
-/* Keep equal pages once, and remove originals that no slot names. */
+/* Keep equal pages once, and remove originals that no slot names; evict some of the ephemeral ones. */
 static void do_dedup(struct tm_segment *seg, uint64_t r)
 {
     uint64_t spent_ns;
     tm_dedup(ctx_get(seg), r & 1 ? 0 : (uint32_t)(r >> 8) % seg->nchunks, r & 6 ? UINT64_MAX : 300000, r & 24, &spent_ns);
+    if (!(r & 96))
+        tm_evict(ctx_get(seg), -1, TM_CHUNK, r & 128);
 }
 
 /* Give memory back, move the limits, and move pages together. */
@@ -227,7 +229,7 @@ static void watch(const pid_t *pids, uint64_t *last, double *since)
 static const uint8_t points[] = {1,  2,  3,  4,  5,  6,  7,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
                                  26, 27, 28, 29, 30, 31, 32, 33, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 58, 60,
                                  61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91, 100, 101, 102, 103, 104, 110, 111, 112, 113, 114,
-                                 115};
+                                 115, 116, 117, 118};
 
 static unsigned run(uint64_t *rng)
 {

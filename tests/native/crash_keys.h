@@ -8,7 +8,7 @@
 #include <stdarg.h>
 #include <unistd.h>
 
-enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 116, TINY_OBJECTS = 24 };
+enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 119, TINY_OBJECTS = 24 };
 enum { NONE, PUT, FLUSH, TAKE, FLUSH_OBJECT };
 enum { PERSISTENT, TAKEN, EPHEMERAL, NPOOLS }; /* TAKEN: persistent with exclusive gets */
 
@@ -81,7 +81,9 @@ static uint64_t key_id(uint32_t slot, uint32_t pool, uint32_t k) { return 1 + ((
  * told from the new one nearly always. */
 static void content_make(uint8_t *page, uint64_t id, uint64_t version)
 {
-    if (opt.twins)
+    if (opt.twins && (id - 1) / KEYS % NPOOLS == EPHEMERAL)
+        page_make(page, 1, version % 5); /* there are few of them */
+    else if (opt.twins)
         page_make(page, 1 + id % 7, version % 13);
     else
         page_make(page, id, version);

@@ -33,7 +33,7 @@ _MOST_BYTES = 1 << 60
 @click.option("--cap", metavar="SIZE", callback=size_option, help="The most that its pages take; 0: no cap.")
 @click.option("--floor", metavar="SIZE", callback=size_option, help="What nobody else may take from it.")
 @click.option("--compress", type=click.Choice(CODECS), help="How its pages are compressed from now on.")
-@click.option("--dedup/--no-dedup", default=None, help="Keep equal persistent pages once, or not any more.")
+@click.option("--dedup/--no-dedup", default=None, help="Keep equal pages once, or not any more.")
 @click.option(
     "--tier",
     callback=tier_option,
