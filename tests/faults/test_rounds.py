@@ -3,7 +3,7 @@
 from .rounds import FAULTS, Campaign, table
 from .world import World
 
-ROUNDS = 3 * len(FAULTS)
+ROUNDS = 2 * len(FAULTS)
 LONGEST_S = 30.0
 """What no wait may exceed, however slow the machine: a start of the server takes a fraction of a second."""
 

@@ -26,6 +26,8 @@ MODES = ["loop=native,cache=direct", "loop=plain,cache=kernel", "loop=fast,cache
 if os.environ.get("TMEM_LONG") == "1":
     MODES.insert(0, f"{BY_RINGS},cache=direct")
 """Of the table the last one tries what concerns contents only: all else is the same code as in the others."""
+NAMES = pytest.mark.parametrize("twins", MODES[:-1], indirect=True, scope="module")
+"""For what concerns names and listings alone."""
 PASSING = "loop=native,skip_files=*"
 """All files are passed through: their reads and writes are the kernel's, so only files are tried."""
 

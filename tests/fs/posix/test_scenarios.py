@@ -19,7 +19,7 @@ from tmem.fs import mounts, syscalls
 from tmem.types import PAGE_SIZE
 
 from .compare import ATIME_NS, MTIME_NS, Twins, errno_name
-from .conftest import mounted
+from .conftest import NAMES, mounted
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.opendir.restype = _libc.readdir64.restype = ctypes.c_void_p
@@ -29,7 +29,7 @@ _libc.telldir.restype = ctypes.c_long
 _libc.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
 
 Story = Callable[[Path], object]
-LARGE = 4_000
+LARGE = 2_000
 """Names in a directory that a listing needs many requests for."""
 
 
@@ -125,6 +125,7 @@ def test_lengths_of_names(length: int, twins: Twins) -> None:
     same(twins, story)
 
 
+@NAMES
 def test_names_of_any_bytes(twins: Twins) -> None:
     names = [bytes([value]) * 3 for value in range(1, 256) if value not in b"./"]
 
@@ -136,6 +137,7 @@ def test_names_of_any_bytes(twins: Twins) -> None:
     assert len(same(twins, story)) == 253  # type: ignore[arg-type]
 
 
+@NAMES
 def test_very_long_paths(twins: Twins) -> None:
     def story(case: Path) -> object:
         before = os.open(".", os.O_RDONLY)
@@ -296,6 +298,7 @@ def entries(directory: Path) -> list[bytes]:
         _libc.closedir(stream)
 
 
+@NAMES
 def test_listings_have_every_name_and_the_dots(twins: Twins) -> None:
     def build(case: Path) -> None:
         (case / "sub").mkdir()
@@ -326,6 +329,7 @@ def numbers(directory: Path) -> dict[bytes, int]:
     return found
 
 
+@NAMES
 def test_a_large_directory_that_changes_while_it_is_listed(twins: Twins) -> None:
     def build(case: Path) -> None:
         for number in range(LARGE):
@@ -350,6 +354,7 @@ def test_a_large_directory_that_changes_while_it_is_listed(twins: Twins) -> None
     assert sorted(os.listdir(point)) == sorted(os.listdir(directory))  # noqa: PTH208 - quickest
 
 
+@NAMES
 def test_removing_a_directory_that_is_listed(twins: Twins) -> None:
     def story(case: Path) -> object:
         (case / "d").mkdir()
