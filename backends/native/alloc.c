@@ -87,6 +87,7 @@ static void own_locked(struct tm_ctx *ctx, struct tm_bin *b, uint32_t c)
     if (d->flags & CF_LISTED)
         unlist_locked(ctx->seg, b, c);
     d->prev = ctx->index;
+    atomic_signal_fence(memory_order_seq_cst); /* nobody dies between the two the other way round: gcc does put them so */
     d->flags |= CF_OWNED;
 }
 

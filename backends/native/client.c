@@ -231,9 +231,12 @@ int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_
 /* Drop what turned-off clients have in ephemeral pools. */
 static void drop_ephemeral(struct tm_ctx *ctx, uint32_t first, uint32_t end)
 {
-    for (uint32_t p = first; p < end; p++)
-        if (atomic_load(&ctx->seg->pools[p].state) == LIVE && !ctx->seg->pools[p].persistent && !ctx->seg->pools[p].link)
-            pool_drop(ctx, p, 0);
+    for (uint32_t p = first; p < end; p++) {
+        const struct tm_pool *pool = &ctx->seg->pools[p];
+        uint32_t serial = atomic_load(&pool->serial); /* first: if it is another's by then, nothing is dropped */
+        if (atomic_load(&pool->state) == LIVE && !pool->persistent && !pool->link)
+            pool_drop(ctx, p, serial, 0);
+    }
 }
 
 /* Turned off, the pools are emptied once every operation that could put more has ended; and again before they are
@@ -385,8 +388,10 @@ int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ph
     if (rc == TM_OK)
         store_phase(c, phase, ctx->index + 1);
     lock_drop(lock);
-    /* Of a client with a tier, slots must not say any more that a page was used: soon that means exported. */
-    bool waits = phase >= PHASE_FROZEN || (phase == PHASE_COPYING && atomic_load(&c->tiered));
+    /* Of a client with a tier, slots must not say any more that a page was used: soon that means exported. Also of one that had
+     * one until this moment: an operation that has seen it may still be about to say so. */
+    bool had_tier = atomic_load(MUTANT(40) ? &c->tiered : &c->tier_epoch) != 0;
+    bool waits = phase >= PHASE_FROZEN || (phase == PHASE_COPYING && had_tier);
     if (rc == TM_OK && waits && !grace(ctx, 5000)) {
         if ((lock = control_of(seg, id, serial))) {
             store_phase(c, phase - 1, ctx->index + 1);
@@ -395,8 +400,10 @@ int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ph
         rc = TM_BUSY;
     }
     if (rc == TM_OK && phase == PHASE_COPYING)
-        for (uint32_t p = id * TM_CLIENT_POOLS; p < (id + 1) * TM_CLIENT_POOLS; p++)
-            if (atomic_load(&seg->pools[p].state) == LIVE && seg->pools[p].persistent)
-                pool_unmark(ctx, p);
+        for (uint32_t p = id * TM_CLIENT_POOLS; p < (id + 1) * TM_CLIENT_POOLS; p++) {
+            uint32_t pool_serial = atomic_load(&seg->pools[p].serial);
+            if (client_lives(seg, id, serial) && atomic_load(&seg->pools[p].state) == LIVE && seg->pools[p].persistent)
+                pool_unmark(ctx, p, pool_serial);
+        }
     return rc;
 }

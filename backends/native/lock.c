@@ -46,12 +46,16 @@ static char state_of(int tid)
     return end && end[1] == ' ' ? end[2] : 0;
 }
 
+void continue_if_stopped(int tid)
+{
+    if (tid && state_of(tid) == 'T')
+        kill(tid, SIGCONT);
+}
+
 /* We have waited for the lock longer than any holder that runs keeps it: continue the holder if it is stopped. */
 static void continue_holder(struct tm_lock *lock)
 {
-    int tid = __atomic_load_n(&lock->mutex.__data.__lock, __ATOMIC_RELAXED) & TID_MASK;
-    if (tid && state_of(tid) == 'T')
-        kill(tid, SIGCONT);
+    continue_if_stopped(__atomic_load_n(&lock->mutex.__data.__lock, __ATOMIC_RELAXED) & TID_MASK);
 }
 
 static int take_slowly(struct tm_lock *lock)

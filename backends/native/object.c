@@ -257,8 +257,9 @@ uint32_t object_at(struct tm_segment *seg, uint32_t pool, uint32_t c, uint32_t b
     return (uint32_t)(offset / 128);
 }
 
-/* Do `act` to each object of `pool` (TM_MAX_POOLS: of any) in chunk `c`, in an operation of its own; sum of results. */
-static unsigned each_object(struct tm_ctx *ctx, uint32_t c, uint32_t pool,
+/* Do `act` to each object of `pool` (TM_MAX_POOLS: of any) in chunk `c`, in an operation of its own; sum of results. The serial
+ * is compared when the object is found: between two operations the number may become another pool's. */
+static unsigned each_object(struct tm_ctx *ctx, uint32_t c, uint32_t pool, uint32_t serial,
                             unsigned (*act)(struct tm_ctx *ctx, uint32_t ref, uint32_t arg), uint32_t arg)
 {
     struct tm_segment *seg = ctx->seg;
@@ -268,9 +269,10 @@ static unsigned each_object(struct tm_ctx *ctx, uint32_t c, uint32_t pool,
             break;
         if (!bit_is_set(&seg->chunks[c], bit))
             continue;
+        KP(59);
         op_begin(ctx);
         uint32_t ref = object_at(seg, pool, c, bit);
-        if (ref)
+        if (ref && (pool == TM_MAX_POOLS || atomic_load(&seg->pools[pool].serial) == serial || MUTANT(36)))
             sum += act(ctx, ref, arg);
         op_end(ctx);
     }
@@ -302,10 +304,10 @@ static unsigned drop_one(struct tm_ctx *ctx, uint32_t ref, uint32_t user)
     return 1;
 }
 
-void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t user)
+void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t serial, uint32_t user)
 {
     for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
-        atomic_fetch_add(&ctx->seg->super->emptied, each_object(ctx, c, pool, drop_one, user));
+        atomic_fetch_add(&ctx->seg->super->emptied, each_object(ctx, c, pool, serial, drop_one, user));
 }
 
 static bool unmark_slot(struct walk *w, slot_t *slot)
@@ -328,10 +330,10 @@ static unsigned unmark_one(struct tm_ctx *ctx, uint32_t ref, uint32_t arg)
     return 0;
 }
 
-void pool_unmark(struct tm_ctx *ctx, uint32_t pool)
+void pool_unmark(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
 {
     for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
-        each_object(ctx, c, pool, unmark_one, 0);
+        each_object(ctx, c, pool, serial, unmark_one, 0);
 }
 
 enum { CHUNKS_AT_ONCE = 64 };
@@ -347,7 +349,7 @@ unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most)
         }
         uint32_t c = atomic_fetch_add(&seg->super->sweep, 1) % seg->nchunks;
         looked += atomic_load(&seg->states[c]) == CHUNK_USED && seg->chunks[c].bin == BIN_OBJECT;
-        doomed += each_object(ctx, c, TM_MAX_POOLS, kill_if_forgotten, 0);
+        doomed += each_object(ctx, c, TM_MAX_POOLS, 0, kill_if_forgotten, 0);
     }
     object_finish(ctx);
     return doomed;
@@ -369,10 +371,10 @@ static bool pool_has_objects(struct tm_ctx *ctx, uint32_t pool)
     return found;
 }
 
-bool pool_sweep(struct tm_ctx *ctx, uint32_t pool)
+bool pool_sweep(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
 {
     for (uint32_t c = 0; c < ctx->seg->nchunks; c++)
-        if (each_object(ctx, c, pool, kill_one, 0) && !object_finish(ctx))
+        if (each_object(ctx, c, pool, serial, kill_one, 0) && !object_finish(ctx))
             return false;
     /* Another thread may be at some object of it; the pool's number must not be used again before it is done. */
     return object_finish(ctx) && !pool_has_objects(ctx, pool) && grace(ctx, 1000);

@@ -224,9 +224,10 @@ static bool finish(struct tm_ctx *ctx, uint32_t pool, uint32_t serial)
         return false;
     if (!is_dying(seg, pool, serial))
         return true;
+    uint32_t shared = atomic_load(&seg->pools[link].serial);
     if (link && atomic_load(&seg->pools[link].state) == LIVE)
-        pool_drop(ctx, link, pool / TM_CLIENT_POOLS + 1); /* semantics K2 */
-    if (!link && !pool_sweep(ctx, pool))
+        pool_drop(ctx, link, shared, pool / TM_CLIENT_POOLS + 1); /* semantics K2 */
+    if (!link && !pool_sweep(ctx, pool, serial))
         return false;
     KP(66);
     struct tm_lock *lock = control_lock(seg);

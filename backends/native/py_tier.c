@@ -197,8 +197,8 @@ void tier_set_patience(struct tm_segment *seg, unsigned ms) { sources_of(seg)->p
 
 PyObject *client_attach_tier(ClientObject *self, PyObject *what)
 {
-    struct tm_segment *seg = segment_of(self->owner);
-    if (!seg || use_source(seg, self->id, self->serial, what))
+    struct tm_ctx *ctx = context_of(self->owner); /* whose record keeps the segment while others run Python */
+    if (!ctx || use_source(ctx->seg, self->id, self->serial, what))
         return NULL;
     Py_RETURN_NONE;
 }

@@ -49,11 +49,11 @@ void repair_bin(struct tm_segment *seg, uint32_t bin)
         head = c + 1;
         room += d->nfree;
     }
+    drop_void_intents(seg, bin); /* nor may a chunk become this bin's between two looks at a living thread's intent */
     if (!MUTANT(32))
         chunks_unlock(seg);
     seg->bins[bin].partial = head;
     atomic_store(&seg->bins[bin].room, room);
-    drop_void_intents(seg, bin);
 }
 
 void repair_chunks(struct tm_segment *seg)
@@ -220,6 +220,23 @@ static bool is_owner(struct tm_ctx *ctx, uint32_t c)
     return his;
 }
 
+/* Settle the chunks that it owns. */
+static void repair_chunk_intents(struct tm_ctx *ctx)
+{
+    for (unsigned i = 0; i < 2; i++) {
+        _Atomic uint32_t *intent = i ? &ctx->rec->drain : &ctx->rec->chunk;
+        uint32_t c = atomic_load(intent);
+        if (!c--)
+            continue;
+        if (is_owner(ctx, c))
+            chunk_settle(ctx, c);
+        KP(33);
+        if (i)
+            chunk_requeue(ctx, c);
+        atomic_store(intent, 0);
+    }
+}
+
 bool repair_thread(struct tm_ctx *ctx, uint32_t index)
 {
     struct tm_segment *seg = ctx->seg;
@@ -229,6 +246,8 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
 
     ctx->rec = rec;
     ctx->index = index;
+    if (!MUTANT(38)) /* first, for what is freed below may empty a chunk, which needs the intent */
+        repair_chunk_intents(ctx);
     repair_meta(ctx);
     if (!MUTANT(1)) {
         KP(30);
@@ -241,18 +260,8 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
         atomic_store(&rec->new_block, 0);
         atomic_store(&rec->old_block, 0);
     }
-    for (unsigned i = 0; i < 2; i++) {
-        _Atomic uint32_t *intent = i ? &rec->drain : &rec->chunk;
-        uint32_t c = atomic_load(intent);
-        if (!c--)
-            continue;
-        if (is_owner(ctx, c))
-            chunk_settle(ctx, c);
-        KP(33);
-        if (i)
-            chunk_requeue(ctx, c);
-        atomic_store(intent, 0);
-    }
+    if (MUTANT(38))
+        repair_chunk_intents(ctx);
     /* What is left then waits for grace periods: the dead thread's operation ends first, or two repairers would each
      * wait for the record that the other one holds. */
     if (done && !MUTANT(27))
@@ -288,14 +297,20 @@ static void tally_objects(struct tm_segment *seg, struct tally *found)
 }
 
 /* What the slots of a pool say. */
-static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
+static struct tally tally_pool(struct tm_ctx *ctx, uint32_t pool)
 {
+    struct tm_segment *seg = ctx->seg;
     struct tally t = {0};
     uint32_t first = BIN_LEAF + pool * 3;
     for (uint32_t c = 0; c < seg->nchunks; c++) {
         struct tm_chunk *d = &seg->chunks[c];
         if (atomic_load(&seg->states[c]) != CHUNK_USED || d->bin < first || d->bin >= first + 3)
             continue;
+        op_begin(ctx); /* from here on it is not punched */
+        if (atomic_load(&seg->states[c]) != CHUNK_USED || d->bin < first || d->bin >= first + 3) {
+            op_end(ctx);
+            continue;
+        }
         uint32_t stride = bin_stride(d->bin);
         for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
             if (!bit_is_set(d, bit))
@@ -318,6 +333,7 @@ static struct tally tally_pool(struct tm_segment *seg, uint32_t pool)
                 }
             }
         }
+        op_end(ctx);
     }
     return t;
 }
@@ -349,7 +365,7 @@ static void find(struct tm_ctx *ctx, struct sums *found)
     memset(found, 0, sizeof *found);
     for (uint32_t p = 0; p < TM_MAX_POOLS; p++)
         if (atomic_load(&seg->pools[p].state))
-            found->pools[p] = tally_pool(seg, p);
+            found->pools[p] = tally_pool(ctx, p);
     KP(34);
     op_begin(ctx); /* what is walked cannot be freed */
     tally_objects(seg, found->pools);

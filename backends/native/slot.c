@@ -81,15 +81,22 @@ static uint64_t block_of(struct tm_segment *seg, const slot_t *slot, uint64_t wo
     return !other && block_place(seg, block, &c, &bit) && bit_is_set(&seg->chunks[c], bit) ? block : 0;
 }
 
-/* Note the block that we are about to take out of its slot, if there is one. */
-static void intend_old(struct tm_ctx *ctx, uint64_t block)
+/* Note the block that we are about to take out of its slot, if there is one. False, and `*old` is what is there now: the
+ * slot has changed, so that what we found as the block's stamp may be that of whose new block it is by now. */
+static bool intend_old(struct tm_ctx *ctx, const slot_t *slot, uint64_t *old, uint64_t block)
 {
-    if (block)
-        atomic_store_explicit(&ctx->rec->old_stamp,
-                              atomic_load_explicit(&block_at(ctx->seg, block)->stamp, memory_order_relaxed),
-                              memory_order_relaxed);
+    if (block) {
+        uint32_t stamp = atomic_load_explicit(&block_at(ctx->seg, block)->stamp, memory_order_acquire);
+        uint64_t now = atomic_load_explicit(slot, memory_order_acquire);
+        if (now != *old && !MUTANT(39)) {
+            *old = now;
+            return false;
+        }
+        atomic_store_explicit(&ctx->rec->old_stamp, stamp, memory_order_relaxed);
+    }
     atomic_store_explicit(&ctx->rec->old_block, block, memory_order_release);
     KP(40);
+    return true;
 }
 
 /* Swap `old` for `new`. On success the old block is accounted for and freed; else `*old` is what is there now. */
@@ -97,7 +104,8 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
 {
     struct change sum = {0};
     uint64_t block = block_of(ctx->seg, slot, *old);
-    intend_old(ctx, block);
+    if (!intend_old(ctx, slot, old, block))
+        return false;
     tally(ctx->seg, new, 1, &sum); /* before the swap: after it the page may be evicted, its chunk another bin's */
     if (MUTANT(5))
         atomic_store(slot, new);

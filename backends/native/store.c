@@ -39,12 +39,24 @@ int enter(const struct tm_handle *h, struct tm_ctx **ctx)
     return TM_WAIT;
 }
 
+/* Whoever is stopped while it condemns an object (Ctrl-Z) keeps all puts to it waiting, a kernel that swaps among them, as the
+ * holder of a lock would (lock.c). */
+static void continue_destroyers(struct tm_segment *seg)
+{
+    uint32_t n = atomic_load(&seg->super->nthreads);
+    for (uint32_t i = 0; i < n && !MUTANT(37); i++)
+        if (atomic_load(&seg->threads[i].dying))
+            continue_if_stopped((int)seg->threads[i].pid);
+}
+
 /* After a slot or object turned out to be dying: let its destroyer finish, or finish for it. */
 int again(const struct tm_handle *h, struct tm_ctx **ctx, unsigned tries)
 {
     op_end(*ctx);
-    if (tries % 64 == 63)
+    if (tries % 64 == 63) {
         tm_reap(*ctx);
+        continue_destroyers(h->seg);
+    }
     sched_yield();
     return enter(h, ctx);
 }

@@ -458,6 +458,7 @@ void lock_init(struct tm_lock *lock);
 bool lock_take(struct tm_lock *lock);
 void lock_drop(struct tm_lock *lock);
 enum { LIFE_TAKEN, LIFE_FREE, LIFE_DEAD };
+void continue_if_stopped(int tid); /* a thread, or a process, for which others wait */
 int lock_try_life(struct tm_lock *lock); /* FREE and DEAD: the caller holds it now */
 
 /* segment.c; errors are negative errno values or SEG_ codes */
@@ -590,12 +591,15 @@ bool object_visit(struct tm_segment *seg, struct tm_object *o, unit_visitor visi
 int64_t object_flush(struct tm_ctx *ctx, struct tm_object *o);
 int64_t object_units(struct tm_segment *seg, struct tm_object *o); /* leaves and nodes */
 uint32_t object_at(struct tm_segment *seg, uint32_t pool, uint32_t c, uint32_t bit); /* inside an operation; 0: none */
-void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t user); /* flush its objects; `user` 0: of everybody */
-void pool_unmark(struct tm_ctx *ctx, uint32_t pool); /* nothing has been exported */
+/* Of `serial`, if it has not become another pool meanwhile: flush its objects, those of `user` (0: of everybody); say that nothing
+ * has been exported. */
+void pool_drop(struct tm_ctx *ctx, uint32_t pool, uint32_t serial, uint32_t user);
+void pool_unmark(struct tm_ctx *ctx, uint32_t pool, uint32_t serial);
 void object_repair(struct tm_ctx *ctx); /* go on with the object that a dead thread was destroying, in its operation */
 bool object_finish(struct tm_ctx *ctx); /* free the doomed objects, when nobody can look at them any more; false: not yet */
 unsigned object_reap_empty(struct tm_ctx *ctx, unsigned most); /* outside operations */
-bool pool_sweep(struct tm_ctx *ctx, uint32_t pool); /* outside operations: destroy all objects of a dying pool */
+/* Outside operations: destroy all objects of a dying pool. */
+bool pool_sweep(struct tm_ctx *ctx, uint32_t pool, uint32_t serial);
 static inline uint32_t unit_slots(unsigned kind) { return kind == UNIT_TINY ? 16 : kind == UNIT_SMALL ? 64 : 512; }
 
 /* transfer.c: records of pages, see Exporter in _native.pyi */

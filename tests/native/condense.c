@@ -180,7 +180,52 @@ static void chunk_of_others(struct world *w)
     check(w);
 }
 
+/* Versions of page 0, or pages, that need a block of the same size as its first one. */
+static uint32_t class_of(struct world *w, uint32_t index, uint64_t version)
+{
+    static uint8_t to[TM_SCRATCH];
+    uint8_t page[TM_PAGE];
+    version_page(page, index, version);
+    return size_class(codec_compress(ctx_get(w->seg), page, to));
+}
+
+static uint64_t third;
+static int64_t put_third(struct world *w, struct actor *a) { (void)a; return put_version(&w->pool, 0, third); }
+
+/* The pass has seen a page and is slow. The page is put, and its old block is somebody's new one, who is slow, too. The
+ * pass notes that block, with the stamp that it has now, and dies before its swap fails: whose is the block? */
+static void block_used_again_before_swap(struct world *w)
+{
+    uint64_t second = 2;
+    uint32_t other = PAGES;
+    fill(w);
+    while (class_of(w, 0, second) != class_of(w, 0, 1))
+        second++;
+    for (third = second + 1; class_of(w, 0, third) != class_of(w, 0, 1);)
+        third++;
+    while (class_of(w, other, 1) != class_of(w, 0, 1))
+        other++;
+    pid_t pass = start(0, condense, 54, 0);
+    at_point(0);
+    atomic_store(&actors[0].next, 40);
+    put_version(&w->pool, 0, second);
+    pid_t putter = start(1, put_third, 45, 0);
+    at_point(1);
+    atomic_store(&actors[0].go, 1);
+    while (atomic_load(&actors[0].go))
+        nap();
+    at_point(0); /* with the stamp of another's block, or at the next page */
+    die(pass);
+    tm_reap(ctx_get(w->seg));
+    finish(1, putter);
+    put_version(&w->pool, other, 1);
+    expect(actors[1].result == 1 && keeps(&w->pool, 0, third), "the page that was put is lost");
+    expect(keeps(&w->pool, other, 1), "the page that was put last is lost");
+    check(w);
+}
+
 static const struct scenario scenarios[] = {
+    {"block_used_again_before_swap", block_used_again_before_swap},
     {"put_before_swap", put_before_swap},
     {"flush_before_swap", flush_before_swap},
     {"condensed_before_puts_swap", condensed_before_puts_swap},

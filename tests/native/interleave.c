@@ -259,6 +259,37 @@ static void put_and_freeze(struct world *w)
     check(w);
 }
 
+static int64_t withdraw_tier(struct world *w, struct actor *a)
+{
+    uint32_t client = w->pool.pool / TM_CLIENT_POOLS;
+    (void)a;
+    return client_set_tiered(ctx_get(w->seg), client, atomic_load(&w->seg->clients[client].serial), false);
+}
+
+/* A put has seen that its client has a tier, and is slow; the tier is taken away, and the client copied: the mark that the
+ * page was used must not say that it was passed on. */
+static void use_noted_while_copied(struct world *w)
+{
+    uint32_t client = w->pool.pool / TM_CLIENT_POOLS;
+    client_set_tiered(ctx_get(w->seg), client, atomic_load(&w->seg->clients[client].serial), true);
+    put(&w->pool, 2, 1);
+    pid_t putter = start(0, put_two, 40, 0);
+    at_point(0);
+    pid_t withdrawer = start(2, withdraw_tier, 105, 0);
+    at_point(2);
+    pid_t copier = start(1, copy_all, 80, 0);
+    for (int i = 0; i < 1000 && !atomic_load(&actors[1].reached); i++)
+        nap(); /* it should wait for the put */
+    finish(0, putter);
+    at_point(1);
+    finish(1, copier);
+    finish(2, withdrawer);
+    expect(actors[0].result == 1, "the put says %lld", (long long)actors[0].result);
+    expect(actors[1].result == 1 && is(actors[1].page, 1, 2), "the copy says %lld of a page that is stored",
+           (long long)actors[1].result);
+    check(w);
+}
+
 static int64_t reap(struct world *w, struct actor *a)
 {
     (void)a;
@@ -411,6 +442,7 @@ static const struct scenario scenarios[] = {
     {"freed_and_reused", freed_and_reused},       {"take_and_replace", take_and_replace},
     {"put_and_destroy", put_and_destroy},         {"put_and_reap", put_and_reap},
     {"put_and_dead_reaper", put_and_dead_reaper}, {"reap_and_put", reap_and_put},
+    {"use_noted_while_copied", use_noted_while_copied},
     {"reader_and_punch", reader_and_punch},       {"export_and_flush", export_and_flush},
     {"export_and_put", export_and_put},           {"put_and_freeze", put_and_freeze},
     {"death_beside_recount", death_beside_recount}, {"death_in_recount", death_in_recount},

@@ -15,6 +15,7 @@ enum { ACTORS = 4 };
 struct actor {
     _Atomic uint32_t point, skip; /* stop at this point, after passing it `skip` times */
     _Atomic uint32_t reached, go;
+    _Atomic uint32_t next;        /* 0, or where to stop once it goes on from `point` */
     _Atomic int64_t result;
     _Atomic uint32_t finished;
     uint8_t page[TM_PAGE];
@@ -46,6 +47,12 @@ void kill_point(int n)
     atomic_store(&self->reached, 1);
     while (!atomic_load(&self->go))
         nap();
+    uint32_t next = atomic_exchange(&self->next, 0);
+    if (next) {
+        atomic_store(&self->point, next);
+        atomic_store(&self->reached, 0);
+        atomic_store(&self->go, 0);
+    }
 }
 
 static void open_world(struct world *w)

@@ -196,7 +196,38 @@ static void released_chunk_beside_drain(struct world *w)
     check(w);
 }
 
+static int64_t put_smaller(struct world *w, struct actor *a)
+{
+    (void)a;
+    return put_sized(&w->pool, 64, WORDS / 3);
+}
+static int64_t put_larger(struct world *w, struct actor *a)
+{
+    (void)a;
+    return put_sized(&w->pool, 64, WORDS + 100);
+}
+static int64_t reap_to_13(struct world *w, struct actor *a) { return reap_to(w, a, 13); }
+
+/* One thread dies with both a new and an old block that no slot refers to, each alone in its chunk. Its repairer frees the
+ * first, owns the chunk, and dies; the next one frees the other. */
+static void two_chunks_of_one_repair(struct world *w)
+{
+    put_same(w, 0);
+    put_sized(&w->pool, 65, 0); /* same-filled: the leaf stays */
+    pid_t first = start(0, put_smaller, 40, 0);
+    at_point(0);
+    pid_t second = start(1, put_larger, 41, 0);
+    at_point(1);
+    pid_t repairer = begin(2, reap_to_13);
+    die(first);
+    die(second);
+    go_on(2);
+    die(repairer);
+    check(w); /* no chunk is owned by the dead */
+}
+
 static const struct scenario scenarios[] = {
+    {"two_chunks_of_one_repair", two_chunks_of_one_repair},
     {"busy_chunk_of_another", busy_chunk_of_another},
     {"released_chunk_of_another", released_chunk_of_another},
     {"block_of_two_dead", block_of_two_dead},

@@ -1,10 +1,11 @@
-/* A process that is stopped while it holds a lock of the segment does not keep the others waiting.
+/* A process that is stopped while it holds a lock of the segment, or condemns an object, does not keep the others waiting.
  *
  *   stopped PATH
  *
  * For each kind of lock a child takes it and stops itself; we take it after that, and the child must have been
- * continued for it. Also when it is another thread of the child that holds the lock. */
-#include "tm.h"
+ * continued for it. Also when it is another thread of the child that holds the lock. At last a child stops in the midst of
+ * destroying an empty object, to which we put. */
+#include "witness.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -15,8 +16,13 @@
 #include <unistd.h>
 
 static const char *path;
+static int stop_at;
 
-void kill_point(int point) { (void)point; } /* of the tests that stop inside the core */
+void kill_point(int point)
+{
+    if (stop_at && point == stop_at)
+        raise(SIGSTOP);
+}
 
 static struct tm_lock *lock_of(struct tm_segment *seg, int kind)
 {
@@ -73,6 +79,45 @@ static int try_one(struct tm_segment *seg, int kind, bool thread)
     return waited > 1;
 }
 
+static int destroy_and_stop(void)
+{
+    struct tm_segment *seg;
+    if (tm_attach(path, &seg))
+        return 1;
+    stop_at = 27;
+    return object_reap_empty(ctx_get(seg), 100) > 1;
+}
+
+static int put_beside_destroyer(struct tm_segment *seg)
+{
+    static const uint8_t oid[TM_OID];
+    struct tm_ctx *ctx = ctx_get(seg);
+    struct tm_handle pool = {.seg = seg};
+    uint32_t id, serial;
+    uint8_t page[TM_PAGE], back[TM_PAGE];
+    int status;
+    client_open(ctx, "test", true, &id, &serial);
+    pool_new(ctx, id, serial, &(struct pool_wish){.persistent = true, .id = -1}, &pool.pool, &pool.serial);
+    page_make(page, 1, 1);
+    tm_put(&pool, oid, 1, page, 1, KEEP_OLD);
+    tm_flush(&pool, oid, 1, 1);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(destroy_and_stop());
+    if (waitpid(child, &status, WUNTRACED) != child || !WIFSTOPPED(status)) {
+        fprintf(stderr, "FAIL the destroyer did not stop\n");
+        return 1;
+    }
+    alarm(10);
+    page_make(page, 1, 2);
+    int failed = tm_put(&pool, oid, 1, page, 1, KEEP_OLD) != 1;
+    alarm(0);
+    failed |= waitpid(child, &status, 0) != child || !WIFEXITED(status) || WEXITSTATUS(status);
+    failed |= tm_get(&pool, oid, 1, back, 1) != 1 || memcmp(page, back, TM_PAGE) != 0;
+    printf("destroyer: %s\n", failed ? "FAILED" : "did not keep the put waiting");
+    return failed;
+}
+
 int main(int argc, char **argv)
 {
     struct tm_segment *seg;
@@ -86,6 +131,7 @@ int main(int argc, char **argv)
     for (int kind = 0; kind < 3; kind++)
         for (int thread = 0; thread < 2; thread++)
             failed += try_one(seg, kind, thread);
+    failed += put_beside_destroyer(seg);
     tm_close(seg);
     unlink(path);
     return failed != 0;

@@ -368,7 +368,33 @@ static void dead_releaser(struct world *w)
     check(w);
 }
 
+static int64_t turn_off(struct world *w, struct actor *a)
+{
+    (void)a;
+    return segment_set_mode(ctx_get(w->seg), MODE_OFF);
+}
+
+/* Whoever turns the segment off drops what an ephemeral pool has, and is slow. It is turned on again, the pool destroyed, and its
+ * number a persistent pool's. */
+static void dropped_pool_used_again(struct world *w)
+{
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    uint32_t client = w->pool.pool / TM_CLIENT_POOLS, serial = atomic_load(&w->seg->clients[client].serial);
+    struct tm_handle made = {.seg = w->seg};
+    put(&w->ephemeral, 1, 1);
+    pid_t off = start(0, turn_off, 59, 0);
+    at_point(0);
+    expect(segment_set_mode(ctx, MODE_ON) == TM_OK, "it cannot be turned on");
+    pool_destroy(ctx, w->ephemeral.pool, w->ephemeral.serial);
+    pool_new(ctx, client, serial, &(struct pool_wish){.persistent = true, .id = -1}, &made.pool, &made.serial);
+    expect(made.pool == w->ephemeral.pool && put(&made, 1, 2) == 1, "the scenario did not come about");
+    finish(0, off);
+    expect(holds(&made, 1, 2), "a page of the persistent pool is lost");
+    check(w);
+}
+
 static const struct scenario scenarios[] = {
+    {"dropped_pool_used_again", dropped_pool_used_again},
     {"evict_and_reuse", evict_and_reuse},       {"compact_and_reuse", compact_and_reuse},
     {"mode_and_destroy", mode_and_destroy},     {"phase_and_destroy", phase_and_destroy},
     {"sweep_and_evict", sweep_and_evict},       {"dead_committer", dead_committer},
