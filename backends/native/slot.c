@@ -399,7 +399,7 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
             if (rc == TM_AWAY)
                 return TM_AWAY;
             if (rc == TM_MISS && !p->persistent) { /* its original was evicted */
-                if (twin_evicted(ctx, pool, slot, now))
+                if (twin_is_gone(ctx, pool, slot, now))
                     return TM_MISS;
                 continue;
             }

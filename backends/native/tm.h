@@ -558,7 +558,7 @@ slot_t *twin_original(struct tm_segment *seg, uint32_t pool, uint64_t word);
 bool original_is_evicted(const struct tm_segment *seg, uint32_t originals, uint64_t word); /* and may still be named */
 uint64_t original_trace(const struct tm_segment *seg, uint32_t pool, uint64_t ghost); /* the value of a slot whose page goes */
 int twin_get(struct tm_ctx *ctx, uint32_t pool, uint64_t word, uint8_t *page); /* as slot_get; the caller looks again */
-bool twin_evicted(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word); /* its original is: it goes, too */
+bool twin_is_gone(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word); /* whose original could not be read */
 bool twin_rescue(struct tm_ctx *ctx); /* inside an operation, where memory is short: originals without twins go */
 bool twins_lock(struct tm_segment *seg); /* tried */
 void twins_unlock(struct tm_segment *seg);

@@ -89,7 +89,8 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
                 continue;
             }
             if (rc == TM_MISS && !seg->pools[ctx->pool].persistent) {
-                twin_evicted(ctx, ctx->pool, slot, word);
+                if (twin_is_gone(ctx, ctx->pool, slot, word))
+                    return TM_OK;
                 continue;
             }
             if ((good = rc == TM_OK))

@@ -67,7 +67,8 @@ int twin_get(struct tm_ctx *ctx, uint32_t pool, uint64_t word, uint8_t *page)
     return original ? slot_get(ctx, originals_of(ctx->seg, pool), original, page, NULL) : TM_CORRUPT;
 }
 
-bool twin_evicted(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word)
+/* Its original was evicted: it goes, too. */
+static bool twin_evicted(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word)
 {
     struct tm_segment *seg = ctx->seg;
     slot_t *original = twin_original(seg, pool, word);
@@ -80,6 +81,17 @@ bool twin_evicted(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word
     count(seg, pool, C_EVICTIONS, 1);
     look_for_empty(seg);
     return true;
+}
+
+bool twin_is_gone(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word)
+{
+    struct tm_segment *seg = ctx->seg;
+    if (twin_evicted(ctx, pool, slot, word))
+        return true;
+    const slot_t *original = twin_original(seg, pool, word);
+    uint64_t named = original ? atomic_load(original) : 0;
+    /* Neither a page nor a trace: its pool is dying before ours, or it is damaged. Nobody changes our slot for us. */
+    return !slot_stored(named) && !original_is_evicted(seg, originals_of(seg, pool), named);
 }
 
 bool twins_lock(struct tm_segment *seg) { return lock_try_life(&seg->super->twin_lock) != LIFE_TAKEN; }

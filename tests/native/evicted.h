@@ -103,6 +103,37 @@ static void ephemeral_memory_is_saved(struct world *w)
     no_original_is_left(w);
 }
 
+static int64_t export_ephemeral(struct world *w, struct actor *a)
+{
+    static uint8_t records[65536];
+    struct tm_export e = {.pool = w->ephemeral};
+    int64_t n, some = 0;
+    (void)a;
+    while ((n = tm_export_fill(&e, records, sizeof records)) > 0)
+        some = 1;
+    return n < 0 ? n : some;
+}
+
+/* What a twin names is neither a page nor a trace: it is dying with its pool before the twin's is, or damaged. Who reads
+ * it does not wait for that to change. */
+static void original_without_trace(struct world *w)
+{
+    pair_ephemeral(w);
+    slot_t *original = original_at(w, 0);
+    evict_original(w, original);
+    uint64_t word = atomic_load(original);
+    for (unsigned type = 0; type < 2; type++) {
+        atomic_store(original, slot_next(word, type ? SLOT_DEAD : SLOT_EMPTY, 0));
+        pid_t reader = start(0, get_ephemeral, 0, 0), exporter = start(1, export_ephemeral, 0, 0);
+        finish(0, reader);
+        finish(1, exporter);
+        expect(actors[0].result == 0, "a get says %lld", (long long)actors[0].result);
+        expect(actors[1].result == 1, "an export says %lld", (long long)actors[1].result);
+    }
+    atomic_store(original, word);
+    all_right_or_gone(w);
+}
+
 /* Some originals go. Their twins are misses that can be put again, and nothing of them stays. */
 static void originals_are_evicted(struct world *w)
 {

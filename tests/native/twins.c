@@ -375,6 +375,7 @@ static const struct scenario scenarios[] = {
     {"client_goes", client_goes},
     {"twins_are_exported", twins_are_exported},
     {"ephemeral_memory_is_saved", ephemeral_memory_is_saved},
+    {"original_without_trace", original_without_trace},
     {"originals_are_evicted", originals_are_evicted},
     {"place_stays_taken", place_stays_taken},
     {"object_stays", object_stays},
