@@ -335,4 +335,4 @@ def test_the_command(place: Place) -> None:
     place.kill()
     dead = tmem("--restart", place.point)
     assert (dead.returncode, dead.stderr.count("\n")) == (1, 1)
-    assert "unmount and mount it again" in dead.stderr
+    assert "has ended (ENOTCONN): see its log, then mount there again" in dead.stderr
