@@ -15,6 +15,7 @@ happens between a death and the hand-over needs an import, a file or memory that
 """
 
 import contextlib
+import os
 import select
 import signal
 import socket
@@ -39,6 +40,8 @@ IDLE_MS = 500
 """How often it is otherwise, and how often the kernel's connection is looked for: a report can be lost."""
 _RECEIVER_S = 5.0
 """So long the worker that read from a dead connection is awaited; one that waits for the next cannot end."""
+SERVER_S = 5.0
+"""So long a server that lives may take to be done with the dead connection; then it is killed."""
 _HANDSHAKE_S = 5.0
 _WARM_READS = 8
 """A server has one thread that answers; a death meanwhile is seen only after them."""
@@ -62,6 +65,8 @@ class Keeper:
         }
         self.used: Role = "swap"
         self.spare: Spare | None = None
+        self._paths = paths
+        self._client = export.client
         self._index = index
         self._control = control
         self._events = control.events()
@@ -105,6 +110,7 @@ class Keeper:
         while (taken := self.spare or self._first_answer()) is None:
             time.sleep(LOOK_MS / 1000)
         self._forget_spare()
+        self._await_server(taken.role)
         self._await_receiver()
         said = f"/dev/nbd{self._index} goes on with server {taken.role}"
         with taken.connection:
@@ -116,6 +122,25 @@ class Keeper:
         if said != self._said:
             _say(said)
         self._said = said
+
+    def _await_server(self, taken: Role) -> None:
+        """Wait until no server has the dead connection, which a failed send has ended: it may be alive.
+
+        What it has received it would still do, after newer writes by way of the one that is `taken`. One
+        that was killed does nothing more, even if the kernel cannot end it.
+        """
+        deadline, killed = time.monotonic() + SERVER_S, False
+        while connections(self.servers[self.used]) > (taken == self.used):
+            if time.monotonic() > deadline:
+                if killed:
+                    return
+                process = server.running(self._paths, self._client, self.used)
+                if process is not None:
+                    _say(f"/dev/nbd{self._index}: server {self.used} does not let go, and is killed")
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGKILL)
+                deadline, killed = time.monotonic() + SERVER_S, True
+            time.sleep(0.001)
 
     def _await_receiver(self) -> None:
         """Wait until nobody reads from the dead connection, or they would read from the next (`receiver`)."""

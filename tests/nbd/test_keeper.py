@@ -1,7 +1,9 @@
 """The keeper with real servers, and a driver that behaves as the kernel's does; guests have the real one."""
 
 import random
+import signal
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ class Driver:
         self.reports.setblocking(False)
         self.given = 0
         self.present = True
+        self.failed = False
 
     def events(self) -> "Driver":
         return self
@@ -62,10 +65,21 @@ class Driver:
         if not self.alive:
             self.connection.close()
             self.connection = connection.dup()
+            self.failed = False
+
+    def send_write(self, data: bytes, offset: int) -> None:
+        """Send a request to write, and wait for nothing."""
+        self.connection.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, offset, len(data)) + data)
 
     @property
     def alive(self) -> bool:
-        return not keeper._hung_up(self.connection)
+        return not self.failed and not keeper._hung_up(self.connection)
+
+    def fail(self) -> None:
+        """Give the connection up as the kernel does when it cannot send: who is at its other end may live."""
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.failed = True
+        self.report()
 
     def close(self) -> None:
         for one in (self.connection, self.reports, self._reporting):
@@ -153,6 +167,29 @@ def test_a_dead_server_is_replaced(
         assert reads(driver)
         assert kept.used == other
         servers[used].start()
+
+
+def test_what_a_server_has_received_is_not_done_after_newer_writes(
+    servers: dict[Role, Server], kept: Keeper, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "SERVER_S", 0.1)
+    old, new = (random.Random(seed).randbytes(4096) for seed in (1, 2))
+    kept.find_spare()
+    process = servers["swap"].process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    eventually(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T", "it is stopped")
+    driver.send_write(old, 8192)
+    driver.fail()
+    kept.turn()
+    driver.send_write(new, 8192)
+    assert driver.connection.recv(16, socket.MSG_WAITALL)[4:8] == bytes(4)
+    process.send_signal(signal.SIGCONT)
+    eventually(lambda: count(servers, "swap") == 0, "the first server is done with the dead connection")
+    one = servers["swap"]
+    other = Server(one.paths, server.as_served(one.paths, one.export, "standby"), Path())
+    with other.client() as handle:
+        assert bytes(handle.pread(4096, 8192)) == new
 
 
 def test_both_die_and_the_first_to_answer_is_taken(
