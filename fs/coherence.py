@@ -138,7 +138,13 @@ class Coherence:
         return FileState(name, name, fine_stamps, version=version, top=top)
 
     def remember(self, state: FileState) -> None:
-        """Keep what is known of a file that the kernel has forgotten: its pages outlive its inode."""
+        """Keep what is known of a file that the kernel has forgotten: its pages outlive its inode.
+
+        Nothing is put by way of `state` any more: reads that were given up may be under way, and changes by
+        way of the next one would not overtake them.
+        """
+        with state.lock:  # a put that has begun counts for `reach`
+            state.overtake()
         if state.version is not None and not state.changes:
             self._remembered[state.name] = (state.version, state.reach)
             while len(self._remembered) > REMEMBERED_FILES:

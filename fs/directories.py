@@ -158,7 +158,12 @@ class Directories(Handlers):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Make a directory's names durable."""
         with errors():
-            await self.in_thread(os.fsync, self._listings[fh].descriptor)
+            # Its own: the request may be given up, and the directory closed, before a thread is at it.
+            descriptor = os.dup(self._listings[fh].descriptor)
+            try:
+                await self.in_thread(os.fsync, descriptor)
+            finally:
+                os.close(descriptor)
 
     def used_by_listings(self) -> list[Inode]:
         """Return the inodes of open directories."""

@@ -106,9 +106,10 @@ class Files(Opening):
                 count = lower.read_cached(file.descriptor, off, wanted)
                 end = os.fstat(file.descriptor).st_size
                 if count < size and (off + count < end or not end):
-                    count += await self.in_thread(
-                        lower.read_fully, file.descriptor, off + count, wanted[count:]
-                    )
+                    with file.used():
+                        count += await self.in_thread(
+                            lower.read_fully, file.descriptor, off + count, wanted[count:]
+                        )
         except BaseException as error:
             if isinstance(error, pyfuse3.FUSEError):
                 self.precache.counters.lower_errors += 1
@@ -154,7 +155,7 @@ class Files(Opening):
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Make content durable."""
         file = self._files[fh]
-        with errors(), self._distrusting(file):
+        with errors(), self._distrusting(file), file.used():
             await self.in_thread(os.fdatasync if datasync else os.fsync, file.descriptor)
 
     @contextlib.contextmanager

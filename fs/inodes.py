@@ -8,13 +8,14 @@ the event loop's thread only; worker threads get descriptors, never inodes, and 
 what `nodes` has.
 """
 
+import contextlib
 import errno
 import math
 import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pyfuse3
@@ -149,6 +150,15 @@ class InodeTable:
             inode.descriptor = syscalls.open_handle(self._root, inode.handle, _PATH_FLAGS)
             self._keep(inode)
         return inode.descriptor
+
+    @contextlib.contextmanager
+    def kept(self, inode: Inode) -> Iterator[int]:
+        """Give a descriptor that stays open while another inode's is opened, which may close old ones."""
+        descriptor = os.dup(self.descriptor(inode))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def path(self, inode: Inode) -> str:
         """Return a path to the inode for calls that take no descriptor."""

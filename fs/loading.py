@@ -127,7 +127,10 @@ class Loader:
         else:
             file.loads += 1
             try:
-                known, count, failure, lower_ns, whole, stored, put_ns = await self._handlers.in_thread(work)
+                with file.used():
+                    known, count, failure, lower_ns, whole, stored, put_ns = await self._handlers.in_thread(
+                        work
+                    )
             finally:
                 file.loads -= 1
         if whole and stored == whole:

@@ -179,13 +179,8 @@ class Namespace(Handlers):
         """Give a file another name."""
         with errors():
             node, parent = self.table[inode], self.table[new_parent_inode]
-            with self.change(node):
-                os.link(
-                    self.table.path(node),
-                    new_name,
-                    dst_dir_fd=self.table.descriptor(parent),
-                    follow_symlinks=True,
-                )
+            with self.table.kept(parent) as directory, self.change(node):
+                os.link(self.table.path(node), new_name, dst_dir_fd=directory, follow_symlinks=True)
             return self.enter(parent, new_name)
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> None:
@@ -211,9 +206,13 @@ class Namespace(Handlers):
     ) -> None:
         """Rename, replace or exchange; a file that is replaced loses its pages with its last name."""
         with errors():
-            old_dir = self.table.descriptor(self.table[parent_inode_old])
-            new_dir = self.table.descriptor(self.table[parent_inode_new])
-            with self._affected(old_dir, name_old), self._affected(new_dir, name_new):
+            old, new = self.table[parent_inode_old], self.table[parent_inode_new]
+            with (
+                self.table.kept(old) as old_dir,
+                self.table.kept(new) as new_dir,
+                self._affected(old_dir, name_old),
+                self._affected(new_dir, name_new),
+            ):
                 if flags & _RENAME_WHITEOUT:  # makes something in the old place
                     with acting_as(ctx):
                         syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)

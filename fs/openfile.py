@@ -4,8 +4,11 @@ What the handlers of open files (`opening`, `files`) and the loads of its pages 
 the event loop's thread; worker threads get its descriptor and `state` only.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import trio
 
 from tmem.fs.acting import Caller
 from tmem.fs.coherence import FileState
@@ -49,3 +52,24 @@ class OpenFile:
     """Who opened it; None after the code was replaced."""
     accessed: bool = False
     """Whether its access time needs no more care."""
+    uses: int = 0
+    """Worker threads that have the descriptor, or are going to."""
+    unused: trio.Event | None = None
+    """For who waits until there are none."""
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Bracket the wait for a worker thread that was given the descriptor."""
+        self.uses += 1
+        try:
+            yield
+        finally:
+            self.uses -= 1
+            if not self.uses and self.unused is not None:
+                self.unused.set()
+
+    async def wait_unused(self) -> None:
+        """Come back when no worker thread has the descriptor any more."""
+        while self.uses:
+            self.unused = trio.Event()
+            await self.unused.wait()

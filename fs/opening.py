@@ -232,6 +232,9 @@ class Opening(Namespace):
         if file.ahead is not None and file.ahead.running:
             with self._waiting():
                 await file.ahead.close()
+        if file.uses:  # for a program that was killed: its request was given up, and it has closed the file
+            with self._waiting():
+                await file.wait_unused()  # or the thread would read another file by this number, and put that
         file.inode.opens -= 1
         with errors():
             try:

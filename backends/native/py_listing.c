@@ -119,16 +119,23 @@ PyObject *file_handle(PyObject *module, PyObject *descriptor)
     return PyErr_Occurred() ? NULL : handle_at(fd);
 }
 
-/* The handle of a file that can be opened by it again, and so was closed; None if it cannot. */
+/* The handle of a file that can be opened by it again, and so was closed; None if it cannot. A lower that is elsewhere may
+ * not answer: who is to end the mount then must get the interpreter. */
 static PyObject *retire_one(struct nodes *nodes, uint64_t nodeid, int fd)
 {
     struct stat st;
-    if (fstat(fd, &st) || !st.st_nlink)
+    bool linked;
+    Py_BEGIN_ALLOW_THREADS
+    linked = !fstat(fd, &st) && st.st_nlink;
+    Py_END_ALLOW_THREADS
+    if (!linked)
         Py_RETURN_NONE;
     PyObject *handle = handle_at(fd);
     if (handle && handle != Py_None) {
+        Py_BEGIN_ALLOW_THREADS
         nodes_hide(nodes, nodeid);
         close(fd);
+        Py_END_ALLOW_THREADS
     }
     return handle;
 }

@@ -565,7 +565,8 @@ bool reader_quiet(struct reader *r)
     pthread_mutex_lock(&r->sleep_lock);
     bool asleep = !atomic_load(&r->active) && !r->calls;
     pthread_mutex_unlock(&r->sleep_lock);
-    return asleep && passing_quiet(&r->passing) && poll(p, 2, 0) == 0;
+    /* In this order: each gives what it has in hand to the next. */
+    return asleep && waiting_quiet(&r->waiting) && passing_quiet(&r->passing) && poll(p, 2, 0) == 0;
 }
 
 void reader_set_pool(struct reader *r, const struct tm_handle *pool) { hits_use(&r->hits, pool); }

@@ -64,6 +64,14 @@ void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing)
     pthread_mutex_init(&w->lock, NULL);
 }
 
+bool waiting_quiet(struct waiting *w)
+{
+    pthread_mutex_lock(&w->lock);
+    bool quiet = w->nidle == w->nthreads;
+    pthread_mutex_unlock(&w->lock);
+    return quiet;
+}
+
 void waiting_end(struct waiting *w)
 {
     pthread_mutex_lock(&w->lock);

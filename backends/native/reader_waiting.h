@@ -31,6 +31,8 @@ struct waiting {
 };
 
 void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing);
+/* Whether no READ is in hand. One that is not under way any more (`passing_quiet`) may still have to be answered. */
+bool waiting_quiet(struct waiting *w);
 /* Take no more READs, and wait for those that there are, and so for the lower. */
 void waiting_end(struct waiting *w);
 void waiting_free(struct waiting *w); /* once nobody calls `waiting_give` any more */

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pyfuse3
 import pytest
+import trio
 
+from tmem.backends.paths import SegmentPaths
 from tmem.fs.inodes import Inode, InodeTable
+from tmem.fs.overlay import build
+from tmem.fs.precache import Precache
+from tmem.types import PAGE_SIZE
+
+CONTEXT = pyfuse3.RequestContext()
 
 
 @pytest.fixture
@@ -126,3 +133,44 @@ def test_a_listing_leaves_closed_what_was_closed_and_knows_its_number_again(
         inode = listed(f"{number}")
         assert inode not in inodes
         assert os.fstat(table.descriptor(inode)).st_ino == inode.key[1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
+def test_what_needs_two_descriptors_has_both(tmp_path: Path) -> None:
+    """To open the second one again closes the oldest, which may be the first."""
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old" / "file").write_bytes(os.urandom(PAGE_SIZE))
+    for number in range(40):
+        (tmp_path / f"{number}").touch()
+    root = os.open(tmp_path, os.O_RDONLY)
+    overlay = build(root, Precache(SegmentPaths.of("none"), "web"), fine_stamps=True)
+    overlay.table._quota, overlay.table._batch = 16, 1
+
+    async def main() -> None:
+        names = iter(range(40))
+
+        async def seen(name: str) -> int:
+            return (await overlay.lookup(pyfuse3.ROOT_INODE, name.encode(), CONTEXT)).st_ino
+
+        async def age(first: int, second: int) -> None:
+            """Have the second one closed, and the first one be the oldest."""
+            for nodeid in (second, first):
+                overlay.table.descriptor(overlay.table[nodeid])
+            while overlay.table[second].descriptor >= 0:
+                await seen(f"{next(names)}")
+            assert next(iter(overlay.table._open)) == first
+
+        new, old = await seen("new"), await seen("old")
+        await age(old, new)
+        await overlay.rename(old, b"file", new, b"moved", 0, CONTEXT)
+        file = (await overlay.lookup(new, b"moved", CONTEXT)).st_ino
+        overlay.table._open.move_to_end(new)
+        overlay.table._open.move_to_end(file, last=False)
+        await overlay.link(file, old, b"file", CONTEXT)
+
+    try:
+        trio.run(main)
+    finally:
+        overlay.close()
+    assert (tmp_path / "old" / "file").samefile(tmp_path / "new" / "moved")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 import pytest
 import trio
+import trio.testing
 
 from tmem.backends.paths import SegmentPaths
 from tmem.fs.overlay import Overlay, build
@@ -263,3 +264,52 @@ def test_coarse_time_stamps_are_trusted_once_they_are_old(
         trio.run(main)
     finally:
         overlay.close()
+
+
+def test_a_read_of_who_was_killed_does_not_put_what_another_file_has(
+    overlay: Overlay, tmp_path: Path
+) -> None:
+    """Its read is given up (`reader_interrupt`), so its release comes while that waits for a thread."""
+    other = os.urandom(2 * PAGE_SIZE)
+    (tmp_path / "other").write_bytes(other)
+    busy = threading.Event()
+
+    async def main() -> None:
+        threads = trio.to_thread.current_default_thread_limiter()
+        threads.total_tokens = 1
+        fh = await opened(overlay)
+        entry = await overlay.lookup(pyfuse3.ROOT_INODE, b"other", CONTEXT)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, busy.wait, 10)  # a lower that does not answer
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(read, overlay, fh)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(overlay.release, fh)
+            await trio.testing.wait_all_tasks_blocked()
+            await overlay.open(entry.st_ino, os.O_RDONLY, CONTEXT)  # gets the lowest number that is free
+            busy.set()
+        assert await read(overlay, await opened(overlay)) == OLD
+
+    trio.run(main)
+    assert not overlay.statistics().lower_errors
+
+
+def test_a_read_of_a_file_that_was_forgotten_meanwhile_does_not_put(overlay: Overlay, gate: Gate) -> None:
+    """The program was killed: its read was given up, the file closed and forgotten, then opened anew."""
+
+    async def main() -> None:
+        fh = await opened(overlay)
+        gate.arm("read:lower-read")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, overlay, fh)
+            await gate.wait()
+            nodeid = overlay._files[fh].inode.nodeid
+            nursery.start_soon(overlay.release, fh)
+            await trio.testing.wait_all_tasks_blocked()
+            await overlay.forget([(nodeid, overlay.table[nodeid].lookups)])
+            assert await overlay.write(await opened(overlay), 0, NEW) == PAGE_SIZE
+            gate.opened.set()
+        assert await read(overlay, await opened(overlay)) == NEW
+
+    trio.run(main)
+    assert overlay.statistics().overtaken_pages == 1

@@ -1,7 +1,9 @@
 """Requests of programs that were killed are given up, others are not, and late replies do no harm."""
 
+import contextlib
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -19,10 +21,12 @@ from .reader_desk import (
     FH,
     FORGET,
     GETATTR,
+    OID,
     OPEN,
     OPENDIR,
     READ,
     READDIRPLUS,
+    SO_SNDBUFFORCE,
     WRITE,
     Desk,
     make,
@@ -31,6 +35,7 @@ from .reader_desk import (
 LOOKUP, RELEASE, FSYNC, RELEASEDIR, INTERRUPT = 1, 18, 20, 29, 36
 EINTR = -4
 OWN_NUMBERS = 1 << 62
+WRITEV = 20 if os.uname().machine == "x86_64" else 66
 READ_BODY = struct.pack("=QQIIQII", FH + 1, 0, PAGE_SIZE, 0, 0, 0, 0)
 
 
@@ -270,3 +275,47 @@ def test_what_was_opened_late_is_closed(
     desk.reply(unique)
     assert desk.silent()
     assert desk.reader.quiet
+
+
+def test_it_is_not_quiet_before_the_last_answer_has_left(
+    tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    """Or a restart would end the thread that is about to answer, and the program would wait for ever."""
+    kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, libfuse):
+        end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 20)
+    segment = _native.create(str(tmp_path / "segment"), 16 << 20)
+    pool = segment.client("c").new_pool(persistent=False, exclusive=False)
+    page = os.urandom(PAGE_SIZE)
+    pool.put(OID, 0, page)
+    (tmp_path / "file").write_bytes(page)
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    gate = _native.Gate()
+    gate.set(OID, PAGE_SIZE, True)
+    reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), 0, away_ms=0)
+    reader.set_pool(pool)
+    reader.open(FH, file, gate)  # not local: where it ends may have to be waited for
+
+    def answering() -> bool:
+        tasks = Path("/proc/self/task").iterdir()
+        return any((task / "syscall").read_text().split()[0] == str(WRITEV) for task in tasks)
+
+    with kernel, device, ours, libfuse:
+        with contextlib.suppress(BlockingIOError):
+            while True:  # until it takes no answer
+                device.send(b"x", socket.MSG_DONTWAIT)
+        kernel.send(
+            struct.pack("=IIQQIIII", 80, READ, 2, 1, 0, 0, 0, 0)
+            + struct.pack("=QQIIQII", FH, 0, 2 * PAGE_SIZE, 0, 0, 0, 0)
+        )
+        assert reader.serve(-1, 0) == NOTHING
+        eventually(answering)
+        assert not reader.quiet
+        while (answer := kernel.recv(1 << 21)) == b"x":
+            pass
+        assert answer[16:] == page
+        eventually(lambda: reader.quiet)
+        reader.close()
+    os.close(file)
+    segment.close()
