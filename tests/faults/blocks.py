@@ -244,8 +244,9 @@ class BlockLoad:
     def _fail(self, request: Request, errnum: int, unanswered: list[Request]) -> None:
         refused = errnum == errno.ENOSPC
         self._board.add(Word.REFUSED if refused else Word.FAILED)
-        if request.kind is Kind.SETTLE or (refused and request.count > 1):
-            # Some of its blocks may be written.
+        partly = refused and request.count > 1
+        if request.kind is Kind.SETTLE or partly or (request.again and request.kind is not Kind.READ):
+            # Some of its blocks may be written; of what was sent again all, by who did not answer.
             unanswered.append(Request(Kind.SETTLE, request.first, request.count))
             return
         if request.kind is not Kind.READ:
