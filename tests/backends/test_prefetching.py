@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,9 @@ class Back(Bench):
     @property
     def in_tier(self) -> int:
         return self.client.statistics()["tier_pages"]
+
+    def has_fewer_in_tier(self, pages: int) -> bool:
+        return self.in_tier < pages
 
     @property
     def fetched(self) -> int:
@@ -274,7 +278,7 @@ def test_who_brings_them_back_is_killed(back: Back) -> None:
     for kill in range(4):
         before = back.in_tier
         with subprocess.Popen([sys.executable, "-c", BACK, back.segment.path]) as process:
-            wait_until(lambda least=before: back.in_tier < least, what="pages come back")  # type: ignore[misc]
+            wait_until(partial(back.has_fewer_in_tier, before), what="pages come back")
             if kill < 3:
                 os.kill(process.pid, signal.SIGKILL)
             else:

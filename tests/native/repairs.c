@@ -34,15 +34,6 @@ static int64_t reap_to_48(struct world *w, struct actor *a) { return reap_to(w, 
 static int64_t reap_to_49(struct world *w, struct actor *a) { return reap_to(w, a, 49); }
 static int64_t reap_to_end(struct world *w, struct actor *a) { return reap_to(w, a, 0); }
 
-/* Let actor `i` go on, who may have to wait for another one: does it come to its end? */
-static bool goes_on(int i)
-{
-    atomic_store(&actors[i].go, 1);
-    for (int n = 0; n < 250 && !atomic_load(&actors[i].finished); n++)
-        nap();
-    return atomic_load(&actors[i].finished);
-}
-
 static pid_t begin(int i, operation op)
 {
     pid_t pid = start(i, op, 99, 0);

@@ -24,12 +24,19 @@ static inline void go_on(int i)
     at_point(i);
 }
 
+/* Let actor `i` go on, who may have to wait for another one: does it come to its end? */
+static inline bool goes_on(int i)
+{
+    atomic_store(&actors[i].go, 1);
+    for (int n = 0; n < 250 && !atomic_load(&actors[i].finished); n++)
+        nap();
+    return atomic_load(&actors[i].finished);
+}
+
 /* Let the second of two actors go on, which may have to wait for the first one, and then that one. */
 static inline void let_second_go_first(struct world *w, pid_t first, pid_t second)
 {
-    atomic_store(&actors[2].go, 1);
-    for (int i = 0; i < 250 && !atomic_load(&actors[2].finished); i++)
-        nap();
+    goes_on(2);
     finish(0, first);
     finish(2, second);
     check(w);
