@@ -107,6 +107,8 @@ class ClientCopy:
         self._watch = watch
         self._pools: list[_native.Pool] = []
         self._frozen_at = 0.0
+        self.begun = False
+        """The stream says that the client follows."""
         self.frozen_s = 0.0
         """How long the client was frozen."""
         self.rounds = 0
@@ -129,6 +131,7 @@ class ClientCopy:
             self._pools = [pool for pool in self._client.pools() if pool.persistent]
             self._record = self._look()
             self._out.document(Kind.CLIENT, self._number, self._record.document())
+            self.begun = True
         except BaseException:
             self._thaw()
             raise

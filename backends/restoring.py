@@ -146,9 +146,15 @@ class Restorer:
             raise self._malformed(str(error)) from None
 
     def check_complete(self) -> None:
-        """Raise `SaveFileError` if a client has begun but not ended."""
+        """Raise `SaveFileError` if a client has begun but not ended, or was asked for and did not begin."""
         if any(not staged.complete for staged in self._staged.values()):
             raise self._malformed("a client without its end")
+        there = {staged.record.name for staged in self._staged.values()}
+        if self._chosen is not None and (missing := self._chosen - there):
+            raise SaveFileError(
+                f"{self._name} has no client {_listed(missing)}, which ended while it was saved: choose "
+                f"{_listed(there) or 'another file'}"
+            )
 
     def commit(self) -> None:
         """Show all clients. `SaveFileError`, and none is shown, if one is not complete or a name is taken."""
@@ -228,8 +234,9 @@ class Restorer:
         staged.complete = True
 
     def _drop(self, frame: Frame) -> None:
-        self._of(frame).client.destroy()
-        del self._staged[frame.client]
+        """Forget a client; also one that never began: there are files that say so of one that had ended."""
+        if (staged := self._staged.pop(frame.client, None)) is not None:
+            staged.client.destroy()
         self._skipped.add(frame.client)
 
     _ACTIONS: Mapping[Kind, Callable[["Restorer", Frame], None]] = {

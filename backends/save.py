@@ -113,14 +113,12 @@ def save(
                 except PoolError as error:
                     if names or client in store.clients():
                         raise SaveFileError(f"client {name!r} cannot be saved: {error}") from None
-                    out.document(Kind.CLIENT_DROPPED, number, {})
                     break
                 except TimeoutError as error:
                     raise SaveFileError(
                         f"client {name!r} changes faster than it can be written ({error}): freeze it "
                         "meanwhile, or save to a faster place"
                     ) from None
-                out.document(Kind.CLIENT_DROPPED, number, {})
         out.drain()
         out.document(Kind.END, 0, Totals(len(done), out.frames, out.data_bytes).document())
         out.close()
@@ -141,18 +139,25 @@ def _save_client(
     expected = sum(summary.data_bytes for summary in all_)
 
     copy = ClientCopy(client, number, out, lambda: watch(out.data_bytes, expected))
-    with copy:
-        size = copy.copy(out.drain, _SHRINKING)
-        # What changed while the disk had the last round goes into memory, which is faster than the client.
-        spool = Spool(out, min(max(2 * size, SPOOL_BYTES[0]), SPOOL_BYTES[1]))
-        for _ in range(_SPOOL_ROUNDS):
-            if copy.round(spool) <= _SPOOL_SHORT_BYTES:
-                break
-            if spool.overflowed:
-                spool.empty()
-        out.timeout_s = FREEZE_LIMIT_S
-        copy.freeze(spool)
-    out.timeout_s = None
+    try:
+        with copy:
+            size = copy.copy(out.drain, _SHRINKING)
+            # What changed while the disk had the last round goes into memory, which is faster than the
+            # client.
+            spool = Spool(out, min(max(2 * size, SPOOL_BYTES[0]), SPOOL_BYTES[1]))
+            for _ in range(_SPOOL_ROUNDS):
+                if copy.round(spool) <= _SPOOL_SHORT_BYTES:
+                    break
+                if spool.overflowed:
+                    spool.empty()
+            out.timeout_s = FREEZE_LIMIT_S
+            copy.freeze(spool)
+    except (PoolError, PoolsChangedError):
+        if copy.begun:  # else the file says nothing of it yet
+            out.document(Kind.CLIENT_DROPPED, number, {})
+        raise
+    finally:
+        out.timeout_s = None
     spool.empty()
     copy.end()
     return Saved(name, copy.pages, copy.rounds, copy.frozen_s)

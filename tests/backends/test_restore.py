@@ -121,6 +121,15 @@ def test_a_stream_that_cannot_be(target: _native.Segment, name: str) -> None:
     assert (target.clients(), target.statistics()["persistent_pages"]) == ([], 0)
 
 
+def test_a_client_that_is_dropped_and_never_began(target: _native.Segment) -> None:
+    """As files have it that were written when a client had ended before its turn."""
+    stream = Stream("one", "two")
+    stream.document(Kind.CLIENT_DROPPED)
+    stream.document(Kind.CLIENT, client("two"), 2)
+    stream.document(Kind.CLIENT_END, client("two"), 2)
+    assert restored(target, stream.end()).clients == ("two",)
+
+
 def test_totals_that_do_not_fit(target: _native.Segment) -> None:
     stream = Stream("one")
     stream.document(Kind.END, {"clients": 0, "frames": 7, "data_bytes": 0}, 0)

@@ -269,6 +269,20 @@ def test_a_client_that_ends_meanwhile_is_left_out(source: _native.Segment, targe
     assert restored(target, content).clients == ("two",)
 
 
+def test_a_client_that_ends_before_its_turn_is_left_out(
+    source: _native.Segment, target: _native.Segment
+) -> None:
+    """The file said "forget it" of a client of which it had said nothing, and could not be restored."""
+    for name in ("one", "two", "zoe"):
+        put_all(source.client(name).new_pool(persistent=True), {(oid(1), 1): page("text", 1)})
+    content = save_with(source, Meddler(source.client("two").destroy, 1))
+    with pytest.raises(
+        SaveFileError, match="no client 'two', which ended while it was saved: choose another"
+    ):
+        restored(target, content, "two")
+    assert restored(target, content).clients == ("one", "zoe")
+
+
 def test_a_client_that_was_asked_for_and_ends_is_an_error(source: _native.Segment) -> None:
     put_all(source.client("one").new_pool(persistent=True), {(oid(1), 1): page("text", 1)})
     with pytest.raises(SaveFileError, match="client 'one' cannot be saved"):
