@@ -202,10 +202,13 @@ class Client:
     @property
     def tier_epoch(self) -> int:
         """How often `tiered` was set anew: another number is another tier."""
-    def attach_tier(self, source: str | Callable[[list[int]], list[bytes | None]]) -> None:
+    def attach_tier(
+        self, source: str | Callable[[list[int]], list[bytes | None]], epoch: int = ..., /
+    ) -> None:
         """Read records of the client in this process from a spill file (its path; read natively), or by a
         callable as `Tier.read`. Without it `tmem.backends.tiering.source` is asked when there is need,
-        and again after `tiered` was set anew.
+        and again after `tiered` was set anew. `epoch` is the `tier_epoch` from before it was looked up where
+        the source is; by default that of now.
         TierDownError or TierCorruptError for a file that cannot be read or is another's."""
     def collect(
         self, hand: int, buffer: Buffer, most: int, any: bool, epoch: int, /

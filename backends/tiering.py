@@ -124,9 +124,10 @@ def attach(segment: "_native.Segment", client: "_native.Client") -> bool:
 
     Without it the first page in the tier brings it about: inside somebody's request.
     """
+    epoch = client.tier_epoch  # first: the link may be another tier's as soon as it is read
     if not client.tiered:
         return False
-    client.attach_tier(source(segment.path, segment.nonce, client.id, client.serial))
+    client.attach_tier(source(segment.path, segment.nonce, client.id, client.serial), epoch)
     return True
 
 

@@ -81,7 +81,7 @@ static inline uint64_t size_of(const struct tm_segment *seg, uint32_t chunks)
 int tier_sources(struct tm_segment *seg); /* for a segment just opened; -1 with an exception */
 PyObject *tier_patience(struct tm_segment *seg);
 void tier_set_patience(struct tm_segment *seg, unsigned ms);
-PyObject *client_attach_tier(ClientObject *self, PyObject *what);
+PyObject *client_attach_tier(ClientObject *self, PyObject *args);
 PyObject *client_collect(ClientObject *self, PyObject *args);
 PyObject *client_demote(ClientObject *self, PyObject *args);
 PyObject *client_promote(ClientObject *self, PyObject *args);

@@ -516,7 +516,7 @@ static PyMethodDef client_methods[] = {
     {"revoke", (PyCFunction)revoke_one, METH_O, NULL},
     {"authorised", (PyCFunction)authorised, METH_NOARGS, NULL},
     {"evict", (PyCFunction)evict, METH_O, NULL},
-    {"attach_tier", (PyCFunction)client_attach_tier, METH_O, NULL},
+    {"attach_tier", (PyCFunction)client_attach_tier, METH_VARARGS, NULL},
     {"collect", (PyCFunction)client_collect, METH_VARARGS, NULL},
     {"demote", (PyCFunction)client_demote, METH_VARARGS, NULL},
     {"promote", (PyCFunction)client_promote, METH_VARARGS, NULL},

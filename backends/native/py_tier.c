@@ -37,8 +37,8 @@ static void nap(void)
     Py_END_ALLOW_THREADS
 }
 
-/* Make `what`, a path or a callable, the source of that client. 0, or an exception. */
-static int use_source(struct tm_segment *seg, uint32_t id, uint32_t serial, PyObject *what)
+/* Make `what`, a path or a callable, the source of that client's tier of `epoch`. 0, or an exception. */
+static int use_source(struct tm_segment *seg, uint32_t id, uint32_t serial, uint32_t epoch, PyObject *what)
 {
     struct source *s = calloc(1, sizeof *s);
     if (!s) {
@@ -46,7 +46,7 @@ static int use_source(struct tm_segment *seg, uint32_t id, uint32_t serial, PyOb
         return -1;
     }
     s->serial = serial;
-    s->epoch = atomic_load(&seg->clients[id].tier_epoch);
+    s->epoch = epoch;
     if (PyUnicode_Check(what)) {
         PyObject *bytes = NULL;
         int rc = -EINVAL;
@@ -76,15 +76,16 @@ static int use_source(struct tm_segment *seg, uint32_t id, uint32_t serial, PyOb
     return 0;
 }
 
-/* Ask Python where the client's records are. */
-static void find_source(struct tm_segment *seg, uint32_t id, uint32_t serial)
+/* Ask Python where the client's records are. `epoch` was read before: if what is found is of a later tier, it is looked for
+ * again, but what is found of an earlier one must not be taken for the later one's. */
+static void find_source(struct tm_segment *seg, uint32_t id, uint32_t serial, uint32_t epoch)
 {
     PyObject *module = PyImport_ImportModule("tmem.backends.tiering"), *found = NULL;
     PyObject *path = module ? PyUnicode_DecodeFSDefault(seg->path) : NULL;
     if (path)
         found = PyObject_CallMethod(module, "source", "OKII", path, (unsigned long long)seg->super->nonce, id, serial);
     if (found && found != Py_None)
-        use_source(seg, id, serial, found);
+        use_source(seg, id, serial, epoch, found);
     Py_XDECREF(found);
     Py_XDECREF(path);
     Py_XDECREF(module);
@@ -140,7 +141,7 @@ static int fetch_once(struct tm_segment *seg, uint32_t client, struct tm_window 
     int rc = TM_DOWN;
     uint32_t epoch = atomic_load(&seg->clients[client].tier_epoch);
     if (!s || s->serial != serial || s->epoch != epoch) {
-        find_source(seg, client, serial);
+        find_source(seg, client, serial, epoch);
         s = sources_of(seg)->of[client];
     }
     w->nheld = 0;
@@ -195,10 +196,13 @@ int tier_sources(struct tm_segment *seg)
 PyObject *tier_patience(struct tm_segment *seg) { return PyLong_FromUnsignedLong(sources_of(seg)->patience_ms); }
 void tier_set_patience(struct tm_segment *seg, unsigned ms) { sources_of(seg)->patience_ms = ms; }
 
-PyObject *client_attach_tier(ClientObject *self, PyObject *what)
+PyObject *client_attach_tier(ClientObject *self, PyObject *args)
 {
     struct tm_ctx *ctx = context_of(self->owner); /* whose record keeps the segment while others run Python */
-    if (!ctx || use_source(ctx->seg, self->id, self->serial, what))
+    PyObject *what;
+    unsigned epoch = ctx ? atomic_load(&ctx->seg->clients[self->id].tier_epoch) : 0;
+    if (!ctx || !PyArg_ParseTuple(args, "O|I:attach_tier", &what, &epoch)
+        || use_source(ctx->seg, self->id, self->serial, epoch, what))
         return NULL;
     Py_RETURN_NONE;
 }

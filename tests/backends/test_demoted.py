@@ -475,6 +475,31 @@ class TestFiles:
         assert file.exists()  # whose writer still has it
         assert len(list(tiering.ended_tiers(paths))) == 1
 
+    def test_another_tier_comes_while_one_is_opened(
+        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+    ) -> None:
+        """A server has read where the tier is and is slow to open it, and that is not where the pages are."""
+        client = spilled.client
+        second = file.with_name("second")
+
+        class Slow:
+            """The client, whose tier is another one when it is opened."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(client, name)
+
+            def attach_tier(self, found: str, *epoch: int) -> None:
+                tiering.withdraw(paths, small, client)
+                tiering.assign(paths, small, client, str(second), 4 << 20)
+                writer = tiering.open_tier(f"file:{second}", tiering.identity(small, client), writer=True)
+                writer.retain([])
+                assert demote(client, FaultyTier(writer, Faults())) == NPAGES
+                writer.close()
+                client.attach_tier(found, *epoch)
+
+        assert tiering.attach(small, cast("_native.Client", Slow()))
+        assert got(spilled, 0, NPAGES) == data()
+
     @pytest.mark.parametrize("off", [-NPAGES, -1, 1])
     def test_withdrawn_while_the_counter_is_off(
         self,
