@@ -329,7 +329,7 @@ PyObject *client_live(ClientObject *self, PyObject *arg)
     } while (all && n > most);
     if (all) {
         qsort(all, n, sizeof *all, compare);
-        quiet = tier_grace(ctx, (unsigned)timeout);
+        quiet = tier_grace(ctx, self->id, (unsigned)timeout);
     }
     Py_END_ALLOW_THREADS
     uint64_t kept = 0;

@@ -270,8 +270,7 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
         atomic_fetch_add(&rec->op, 1);
     if (done && MUTANT(27))
         object_repair(ctx);
-    if (atomic_load(&rec->fetching) & 1)
-        atomic_fetch_add(&rec->fetching, 1);
+    fetching_end(rec);
     done = done && chunk_free_busy(ctx, index) && object_finish(ctx);
     ctx->rec = saved;
     ctx->index = saved_index;

@@ -76,8 +76,7 @@ static struct tm_thread *claim(struct tm_ctx *ctx, uint32_t *index)
             lock_drop(&rec->life); /* `used` stays: a later reaper goes on */
             continue;
         }
-        if (atomic_load(&rec->fetching) & 1)
-            atomic_fetch_add(&rec->fetching, 1);
+        fetching_end(rec);
         *index = i;
         return rec;
     }
@@ -189,8 +188,8 @@ static bool reap_one(struct tm_ctx *ctx, uint32_t i, unsigned *found)
     return done;
 }
 
-/* Wait until each other thread's word at `offset` of its record, if it is odd, has changed. */
-static bool quiesce(struct tm_ctx *ctx, size_t offset, unsigned timeout_ms)
+/* Wait until each other thread's word at `offset` of its record, if it is odd and not another client's, has changed. */
+static bool quiesce(struct tm_ctx *ctx, size_t offset, uint32_t client, unsigned timeout_ms)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t deadline = now_ms() + timeout_ms;
@@ -200,8 +199,8 @@ static bool quiesce(struct tm_ctx *ctx, size_t offset, unsigned timeout_ms)
     for (uint32_t i = 0; i < n; i++) {
         struct tm_thread *rec = &seg->threads[i];
         _Atomic uint64_t *word = (_Atomic uint64_t *)((char *)rec + offset);
-        uint64_t seen = atomic_load(word);
-        if (rec == ctx->rec || !(seen & 1))
+        uint64_t seen = atomic_load(word), whose = seen >> FETCHING_WHOSE;
+        if (rec == ctx->rec || !(seen & 1) || (whose && whose != client + 1))
             continue;
         for (unsigned spins = 0; atomic_load(word) == seen; spins++) {
             if (spins > 100 && reap_one(ctx, i, &found))
@@ -221,13 +220,13 @@ static bool quiesce(struct tm_ctx *ctx, size_t offset, unsigned timeout_ms)
 
 bool grace(struct tm_ctx *ctx, unsigned timeout_ms)
 {
-    return quiesce(ctx, offsetof(struct tm_thread, op), timeout_ms);
+    return quiesce(ctx, offsetof(struct tm_thread, op), TM_MAX_CLIENTS, timeout_ms);
 }
 
-/* A thread that is stopped while it reads delays: then nothing may be used again yet. */
-bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms)
+/* A thread that is stopped while it reads delays: then nothing of that client's may be used again yet. */
+bool tier_grace(struct tm_ctx *ctx, uint32_t client, unsigned timeout_ms)
 {
-    return MUTANT(12) || quiesce(ctx, offsetof(struct tm_thread, fetching), timeout_ms);
+    return MUTANT(12) || quiesce(ctx, offsetof(struct tm_thread, fetching), client, timeout_ms);
 }
 
 unsigned tm_reap(struct tm_ctx *ctx)

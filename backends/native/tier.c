@@ -7,9 +7,10 @@
  *
  * That is enough only if a location is not written anew while somebody may still believe it: leaves are used again
  * and their generations begin anew, so the same word may come to mean another record. Hence the mark `fetching` in
- * the thread record (a hazard pointer for all locations at once). A reader makes it odd, *then* looks at the slot
- * again: if it still names the location, nobody who finds it unnamed from now on uses it again before the mark
- * is even (`tier_grace`). A dead reader's mark is ended by its repair; one that is stopped delays only.
+ * the thread record (a hazard pointer for all locations of a client at once). A reader makes it odd, *then* looks at
+ * the slot again: if it still names the location, nobody who finds it unnamed from now on uses it again before the
+ * mark is even (`tier_grace`). A dead reader's mark is ended by its repair; one that is stopped, or hangs, delays only,
+ * and only what its own client's tier holds: locations of different clients have nothing to do with each other.
  *
  * A record is a block as it lay in memory, but its stamp tells the generation of the slot and the life of the
  * segment, and its checksum goes over that: another version of the page, another page, and another segment's pages
@@ -37,7 +38,7 @@ void tier_want(struct tm_ctx *ctx, uint64_t location)
         w->nheld = w->nwanted = 0;
         w->wrong = 0;
         w->until_ns = 0;
-        atomic_fetch_add(&ctx->rec->fetching, 1);
+        fetching_begin(ctx->rec, MUTANT(41) ? 0 : ctx->client);
         KP(100);
     }
     if (w->nwanted < TM_FETCH)
@@ -48,7 +49,7 @@ void tier_close(struct tm_ctx *ctx)
 {
     ctx->window.open = false;
     ctx->window.nwanted = ctx->window.nheld = 0;
-    atomic_fetch_add_explicit(&ctx->rec->fetching, 1, memory_order_release);
+    fetching_end(ctx->rec);
 }
 
 static struct tm_held *held(struct tm_window *w, uint64_t location)

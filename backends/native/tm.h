@@ -280,7 +280,7 @@ struct tm_thread {
     _Atomic uint32_t used; /* has intents to look at */
     uint32_t pid;          /* for people only */
     _Atomic uint64_t op;   /* odd inside an operation */
-    _Atomic uint64_t fetching; /* odd while it holds or reads records of a tier: see tier.c */
+    _Atomic uint64_t fetching; /* odd while it holds or reads records of a tier, and then whose; see fetching_begin */
     uint32_t seq;          /* of the stamps */
     _Atomic uint64_t serves; /* clients that it holds, one bit each */
     _Atomic uint32_t commits; /* its staged clients are to be shown, not to be destroyed */
@@ -683,7 +683,7 @@ struct leaf { /* of a client's persistent pools, met by a walk over all slots */
 /* The leaf in which slot `*at_slot` is, inside an operation; or false, and `*at_slot` is where to look next. */
 bool leaf_at(struct tm_segment *seg, uint32_t id, uint64_t *at_slot, struct leaf *leaf);
 uint64_t tm_live(struct tm_ctx *ctx, uint32_t id, uint64_t *out, uint64_t most); /* locations that slots name */
-bool tier_grace(struct tm_ctx *ctx, unsigned timeout_ms); /* everybody who was fetching is done */
+bool tier_grace(struct tm_ctx *ctx, uint32_t client, unsigned timeout_ms); /* who was fetching pages of that client is done */
 
 /* promote.c: the other way, from slot `*hand` (0: the first) on, which is then 0 or where to go on */
 /* Bring at most `most` pages back into memory. The number, or an error. */
@@ -891,6 +891,21 @@ static inline void note_death(struct tm_segment *seg)
 static inline void count(struct tm_segment *seg, uint32_t pool, unsigned counter, uint64_t n)
 {
     atomic_fetch_add_explicit(&seg->pools[pool].counters[counter], n, memory_order_relaxed);
+}
+
+/* The mark of who fetches: below its highest byte a count that is odd meanwhile, and in that the client whose pages these are,
+ * plus 1. 0 there is anybody's, and what a process of an earlier version has: everybody waits for it. */
+#define FETCHING_WHOSE 56u
+static inline void fetching_begin(struct tm_thread *rec, uint32_t client)
+{
+    uint64_t count = atomic_load_explicit(&rec->fetching, memory_order_relaxed) & ((UINT64_C(1) << FETCHING_WHOSE) - 1);
+    uint64_t whose = client < TM_MAX_CLIENTS ? client + 1 : 0;
+    atomic_exchange(&rec->fetching, (count + 1) | whose << FETCHING_WHOSE); /* in one step: nobody may see it as another's */
+}
+static inline void fetching_end(struct tm_thread *rec)
+{
+    uint64_t count = atomic_load_explicit(&rec->fetching, memory_order_relaxed) & ((UINT64_C(1) << FETCHING_WHOSE) - 1);
+    atomic_store_explicit(&rec->fetching, count + (count & 1), memory_order_release);
 }
 
 /* Behind a change of the sums, inside the operation that made it. */

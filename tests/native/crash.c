@@ -85,7 +85,8 @@ static void do_sizing(struct tm_segment *seg, uint64_t r)
 static void do_tier(struct tm_segment *seg, uint64_t r)
 {
     static _Thread_local uint64_t hand;
-    uint32_t id = (uint32_t)(r >> 8) % (opt.workers * opt.threads + 2), serial = atomic_load(&seg->clients[id].serial);
+    uint32_t clients = opt.workers * opt.threads + 2;
+    uint32_t id = (uint32_t)(r >> 8) % clients, serial = atomic_load(&seg->clients[id].serial);
     if ((r >> 24) % 4 == 0) {
         static _Thread_local uint64_t from;
         int why;
@@ -97,7 +98,8 @@ static void do_tier(struct tm_segment *seg, uint64_t r)
     if (r % 4)
         shelf_demote(seg, id, serial, 1 + (uint32_t)(r >> 16) % 64, &hand);
     else
-        shelf_tidy(seg, 20);
+        for (id = 0; id < clients; id++)
+            shelf_tidy(seg, id, 20);
     lock_drop(&shelf->writer);
 }
 

@@ -1,5 +1,5 @@
-/* A tier in memory outside the segment, for the tests of the native core. What is forgotten is overwritten at once, so
- * that whoever still believes it is found out. One demoter at a time, told by a robust lock. */
+/* A tier in memory outside the segment, of all clients, for the tests of the native core. What is forgotten is
+ * overwritten at once, so that whoever still believes it is found out. One demoter at a time, told by a robust lock. */
 #ifndef SHELF_H
 #define SHELF_H
 
@@ -9,6 +9,7 @@ enum { SHELF_RECORDS = 1536 };
 struct shelf {
     struct tm_lock writer;
     _Atomic uint32_t used[SHELF_RECORDS];
+    uint32_t client[SHELF_RECORDS]; /* whose; of a record that is used */
     uint8_t records[SHELF_RECORDS][TM_HEADER + TM_PAGE];
     _Atomic uint64_t demoted, tidied, refused;
 };
@@ -38,22 +39,20 @@ static inline bool shelf_lock(void)
     return lock_try_life(&shelf->writer) != LIFE_TAKEN;
 }
 
-/* Keep what slots name, and spoil the rest; false if somebody still reads. The writer's lock is held. */
-static inline bool shelf_tidy(struct tm_segment *seg, unsigned timeout_ms)
+/* Of a client's records keep what slots name, and spoil the rest; false if somebody still reads them. The writer's lock is held. */
+static inline bool shelf_tidy(struct tm_segment *seg, uint32_t id, unsigned timeout_ms)
 {
     static _Thread_local uint64_t live[SHELF_RECORDS];
     uint8_t keep[SHELF_RECORDS] = {0};
     struct tm_ctx *ctx = ctx_get(seg);
-    for (uint32_t id = 0; id < TM_MAX_CLIENTS; id++) {
-        uint64_t n = tm_live(ctx, id, live, SHELF_RECORDS);
-        for (uint64_t i = 0; i < n && i < SHELF_RECORDS; i++)
-            if (live[i] && live[i] <= SHELF_RECORDS)
-                keep[live[i] - 1] = 1;
-    }
-    if (!tier_grace(ctx, timeout_ms))
+    uint64_t n = tm_live(ctx, id, live, SHELF_RECORDS);
+    for (uint64_t i = 0; i < n && i < SHELF_RECORDS; i++)
+        if (live[i] && live[i] <= SHELF_RECORDS)
+            keep[live[i] - 1] = 1;
+    if (!tier_grace(ctx, id, timeout_ms))
         return false;
     for (uint32_t i = 0; i < SHELF_RECORDS; i++)
-        if (!keep[i] && atomic_load(&shelf->used[i])) {
+        if (!keep[i] && atomic_load(&shelf->used[i]) && shelf->client[i] == id) {
             memset(shelf->records[i], 0xa5, sizeof shelf->records[i]);
             atomic_store(&shelf->used[i], 0);
         }
@@ -81,6 +80,7 @@ static inline int64_t shelf_demote(struct tm_segment *seg, uint32_t id, uint32_t
             return 0;
         }
         memcpy(shelf->records[at], buffer + pages[i].at, pages[i].length);
+        shelf->client[at] = id;
         atomic_store(&shelf->used[at], 1);
         locations[i] = at + 1;
     }

@@ -46,21 +46,26 @@ static int64_t write_part(struct world *w, struct actor *a)
     return dev_write(&d, bytes, TM_PAGE + 100, sizeof bytes);
 }
 
-static uint64_t location_of(struct world *w, uint32_t index)
+static uint64_t location_in(const struct tm_handle *pool, uint32_t index)
 {
     struct cursor cur = {0};
     const uint64_t id[3] = {0};
-    cursor_find(w->seg, w->pool.pool, id, index, &cur);
+    cursor_find(pool->seg, pool->pool, id, index, &cur);
     uint64_t word = cur.slots ? atomic_load(&cur.slots[index - cur.first]) : 0;
     return slot_type(word) == SLOT_TIER ? word & SLOT_VALUE : 0;
 }
 
-static bool tidy(struct world *w, unsigned timeout_ms)
+static uint64_t location_of(struct world *w, uint32_t index) { return location_in(&w->pool, index); }
+
+/* What the pool's client has left in its tier is forgotten; false if somebody still reads. */
+static bool tidy_of(const struct tm_handle *pool, unsigned timeout_ms)
 {
-    bool done = shelf_lock() && shelf_tidy(w->seg, timeout_ms);
+    bool done = shelf_lock() && shelf_tidy(pool->seg, pool->pool / TM_CLIENT_POOLS, timeout_ms);
     lock_drop(&shelf->writer);
     return done;
 }
+
+static bool tidy(struct world *w, unsigned timeout_ms) { return tidy_of(&w->pool, timeout_ms); }
 
 static bool has_part(struct world *w, uint64_t version)
 {
@@ -195,6 +200,65 @@ static void grace_for_readers(struct world *w)
     expect(tidy(w, 2000), "the dead reader is waited for");
     expect(!atomic_load(&shelf->used[location - 1]), "its room was not free");
     check(w);
+}
+
+/* The pool of a second client, which is made if it is not there yet. */
+static struct tm_handle pool_of_other(struct tm_segment *seg)
+{
+    struct tm_handle pool = {.seg = seg};
+    uint32_t id, serial;
+    client_open(ctx_get(seg), "other", true, &id, &serial);
+    pool.pool = id * TM_CLIENT_POOLS;
+    pool.serial = atomic_load(&seg->pools[pool.pool].serial);
+    if (atomic_load(&seg->pools[pool.pool].state) != LIVE)
+        pool_new(ctx_get(seg), id, serial, &(struct pool_wish){.persistent = true, .id = 0}, &pool.pool, &pool.serial);
+    return pool;
+}
+
+/* A thread that reads of both clients' tiers, of "test" last, or first. */
+static int64_t get_of_both(struct world *w, struct actor *a, bool test_last)
+{
+    struct tm_handle other = pool_of_other(w->seg);
+    ready(w->seg);
+    return tm_get(test_last ? &other : &w->pool, oid, 1, a->page, 1) + tm_get(test_last ? &w->pool : &other, oid, 1, a->page, 1);
+}
+static int64_t get_of_test_last(struct world *w, struct actor *a) { return get_of_both(w, a, true); }
+static int64_t get_of_other_last(struct world *w, struct actor *a) { return get_of_both(w, a, false); }
+
+/* A read that hangs in one client's tier, by a thread that has read of another one's: only its own client's waits. */
+static void clients_apart(struct world *w)
+{
+    struct tm_handle other = pool_of_other(w->seg);
+    for (unsigned turn = 0; turn < 4; turn++) {
+        struct tm_handle held = turn % 2 ? other : w->pool, at_once = turn % 2 ? w->pool : other;
+        uint64_t hand = 0, its_place, place_at_once;
+        uint32_t id = other.pool / TM_CLIENT_POOLS;
+        put(&w->pool, 1, 1);
+        put(&other, 1, 3);
+        demote_all(w, NULL);
+        expect(shelf_demote(w->seg, id, atomic_load(&w->seg->clients[id].serial), 64, &hand) == 1, "nothing was demoted");
+        its_place = location_in(&held, 1);
+        place_at_once = location_in(&at_once, 1);
+        pid_t a = start(0, turn % 2 ? get_of_other_last : get_of_test_last, 101, 1);
+        at_point(0);
+        expect(!tidy_of(&held, 0) && tidy_of(&at_once, 0), "not the right one is waited for, without anything to be forgotten");
+        tm_flush(&w->pool, oid, 1, 1);
+        tm_flush(&other, oid, 1, 1);
+        expect(tidy_of(&at_once, 0) && !atomic_load(&shelf->used[place_at_once - 1]), "another client's reader is waited for");
+        expect(!tidy_of(&held, 50) && atomic_load(&shelf->used[its_place - 1]), "a record was forgotten under its reader's hands");
+        put(&at_once, 1, 4);
+        hand = 0;
+        id = at_once.pool / TM_CLIENT_POOLS;
+        shelf_demote(w->seg, id, atomic_load(&w->seg->clients[id].serial), 64, &hand);
+        expect(location_in(&at_once, 1) == place_at_once && holds(&at_once, 1, 4), "its room was not used again");
+        if (turn < 2)
+            finish(0, a);
+        else
+            die(a);
+        expect(turn >= 2 || actors[0].result == 1, "it read %lld pages, not one and a miss", (long long)actors[0].result);
+        expect(tidy_of(&held, 2000) && !atomic_load(&shelf->used[its_place - 1]), "who is done is waited for");
+        check(w);
+    }
 }
 
 /* Somebody has fetched the page. Everything goes and comes again, in the same places, with the same generations; what was
@@ -388,7 +452,7 @@ static void pool_destroyed_under_a_reader(struct world *w)
         finish(0, a);
         expect(actors[0].result == TM_NOPOOL, "stopped at %u it returned %lld (above 900: its mark is odd)", point,
                (long long)actors[0].result);
-        expect(tier_grace(ctx_get(w->seg), 100), "somebody is waited for");
+        expect(tidy(w, 100), "somebody is waited for");
         check(w);
     }
 }
@@ -592,7 +656,7 @@ static void prefetch_from_a_bad_tier(struct world *w)
     w->seg->fetch = no_answer;
     expect(prefetch(w, false, 4, 100, &why) == 0 && why == TM_DOWN, "it came from nowhere");
     expect(!(atomic_load(&ctx_get(w->seg)->rec->fetching) & 1), "its mark is odd");
-    expect(tier_grace(ctx_get(w->seg), 100), "somebody is waited for");
+    expect(tidy(w, 100), "somebody is waited for");
     ready(w->seg);
     uint8_t *record = shelf->records[location_of(w, 5) - 1];
     record[100] ^= 4;
@@ -624,7 +688,7 @@ int main(int argc, char **argv)
         {"there_and_back", there_and_back}, {"put_while_demoted", put_while_demoted},
         {"leaf_used_again", leaf_used_again}, {"demoter_dies", demoter_dies},
         {"reader_and_put", reader_and_put}, {"grace_for_readers", grace_for_readers},
-        {"part_and_everything_again", part_and_everything_again}, {"take_from_tier", take_from_tier},
+        {"clients_apart", clients_apart}, {"part_and_everything_again", part_and_everything_again}, {"take_from_tier", take_from_tier},
         {"wrong_records", wrong_records}, {"withdrawn_while_demoted", withdrawn_while_demoted},
         {"withdrawal_waits", withdrawal_waits}, {"recount_beside_a_withdrawal", recount_beside_a_withdrawal},
         {"pool_destroyed_under_a_reader", pool_destroyed_under_a_reader}, {"bytes_like_a_slot", bytes_like_a_slot},
