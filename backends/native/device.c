@@ -122,18 +122,21 @@ int dev_read(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t
     return rc;
 }
 
-int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, uint64_t n)
+int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, uint64_t n, uint64_t *done)
 {
     struct split s = split(offset, n);
     int rc = s.head ? write_part(d, offset, data, s.head) : TM_OK;
+    *done += rc == TM_OK ? s.head : 0;
     if (rc == TM_OK && s.pages) {
         uint32_t pages = (uint32_t)s.pages;
-        int64_t done = tm_put(&d->pool, d->oid, (uint32_t)((offset + s.head) / TM_PAGE), data + s.head, pages,
-                              KEEP_OR_WAIT);
-        rc = done < 0 ? (int)done : done < (int64_t)pages ? TM_REFUSED : TM_OK;
+        int64_t stored = tm_put(&d->pool, d->oid, (uint32_t)((offset + s.head) / TM_PAGE), data + s.head, pages,
+                                KEEP_OR_WAIT);
+        rc = stored < 0 ? (int)stored : stored < (int64_t)pages ? TM_REFUSED : TM_OK;
+        *done += stored < 0 ? 0 : (uint64_t)stored * TM_PAGE;
     }
     if (rc == TM_OK && s.tail)
         rc = write_part(d, offset + s.head + s.pages * TM_PAGE, data + s.head + s.pages * TM_PAGE, s.tail);
+    *done += rc == TM_OK ? s.tail : 0;
     return rc;
 }
 

@@ -90,17 +90,21 @@ static int number(PyObject *arg, uint64_t *out)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-typedef int (*byte_op)(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t n);
+/* What is asked of a device, and how much of it is done: a try that waited goes on there. Of a read, and of zeroing, which is
+ * cheap, each does all of it. */
+struct request {
+    struct tm_device dev;
+    uint8_t *data;
+    uint64_t offset, n, done; /* bytes */
+};
+typedef int (*byte_op)(struct request *r);
 
-static int zero_op(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t n)
+static int read_op(struct request *r) { return dev_read(&r->dev, r->data, r->offset, r->n); }
+static int zero_op(struct request *r) { return dev_zero(&r->dev, r->offset, r->n); }
+static int write_op(struct request *r)
 {
-    (void)data;
-    return dev_zero(d, offset, n);
-}
-
-static int write_op(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t n)
-{
-    return dev_write(d, data, offset, n);
+    uint64_t done = r->done;
+    return dev_write(&r->dev, r->data + done, r->offset + done, r->n - done, &r->done);
 }
 
 /* The client is gone: was it handed over, so that its pages live elsewhere? */
@@ -147,22 +151,22 @@ static int tell_departed(DeviceObject *self, int64_t rc)
 
 static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t offset, uint64_t n)
 {
-    struct tm_device dev;
+    struct request request = {.data = data, .offset = offset, .n = n};
     int rc;
-    if (begin(self, &dev, offset, n))
+    if (begin(self, &request.dev, offset, n))
         return NULL;
     if (n >= GIL_PAGES * TM_PAGE) {
         Py_BEGIN_ALLOW_THREADS
-        rc = op(&dev, data, offset, n);
+        rc = op(&request);
         Py_END_ALLOW_THREADS
     } else {
-        rc = op(&dev, data, offset, n);
+        rc = op(&request);
     }
     if (rc == TM_WAIT) { /* until the handoff is over, one way or the other */
         Py_BEGIN_ALLOW_THREADS
         do {
             wait_a_little();
-            rc = op(&dev, data, offset, n);
+            rc = op(&request);
         } while (rc == TM_WAIT);
         Py_END_ALLOW_THREADS
     }
@@ -171,11 +175,11 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
          * done nothing for that long: what waits behind this request may be a read. */
         Py_BEGIN_ALLOW_THREADS
         uint64_t until = timing_now() + ROOM_NS;
-        long pause_ns = 1000000; /* each try compresses the request anew, beside the demoter: not more and more often */
+        long pause_ns = 1000000; /* each try compresses a page in vain, beside the demoter: not more and more often */
         do {
             wait_for(pause_ns);
             pause_ns = pause_ns < 10000000 ? pause_ns * 2 : 20000000;
-            rc = op(&dev, data, offset, n);
+            rc = op(&request);
         } while (rc == TM_WAIT || (rc == TM_REFUSED && timing_now() < until));
         Py_END_ALLOW_THREADS
         if (rc == TM_REFUSED)
@@ -205,7 +209,7 @@ static PyObject *transfer(DeviceObject *self, PyObject *const *args, Py_ssize_t 
 
 static PyObject *device_pread(DeviceObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
-    return transfer(self, args, nargs, dev_read, PyBUF_WRITABLE);
+    return transfer(self, args, nargs, read_op, PyBUF_WRITABLE);
 }
 
 static PyObject *device_pwrite(DeviceObject *self, PyObject *const *args, Py_ssize_t nargs)

@@ -701,7 +701,8 @@ struct tm_device {
     uint64_t size;
 };
 int dev_read(const struct tm_device *d, uint8_t *data, uint64_t offset, uint64_t n);
-int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, uint64_t n);
+/* Adds to `*done` the bytes that are stored: all, or up to what was refused or has to wait, where another try goes on. */
+int dev_write(const struct tm_device *d, const uint8_t *data, uint64_t offset, uint64_t n, uint64_t *done);
 int dev_zero(const struct tm_device *d, uint64_t offset, uint64_t n);
 
 /* evict.c */

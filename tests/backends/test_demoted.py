@@ -101,6 +101,29 @@ def test_nobody_waits_for_demotion_that_does_nothing(demoted: _native.Pool, tier
     assert got(demoted, 500, 30) == pages("random", 1, 30)
 
 
+def test_a_write_that_waits_goes_on_where_it_was_refused(demoted: _native.Pool, tier: FaultyTier) -> None:
+    """What has found memory is not written again with each try."""
+    client, text = demoted.client, b"".join(pages("random", 1, 30))
+    device = _native.Device(demoted, OID, 1000 * PAGE_SIZE)
+    before = demoted.statistics()
+    client.cap_bytes = 20 * 4160
+    start = 500 * PAGE_SIZE + 100  # a part of a page at both ends
+    writer = threading.Thread(target=device.pwrite, args=(None, text, start, 0))
+    writer.start()
+    try:
+        tried = before["puts_refused"] + 3
+        wait_until(lambda: demoted.statistics()["puts_refused"] >= tried, what="it tries")
+    finally:
+        assert demote(client, tier) == 20
+        writer.join()
+    counts = demoted.statistics()
+    assert counts["puts_stored"] - before["puts_stored"] == 31
+    assert counts["puts_replaced"] == before["puts_replaced"]
+    buffer = bytearray(len(text))
+    device.pread(None, buffer, start, 0)
+    assert buffer == text
+
+
 def test_the_cap_counts_memory(demoted: _native.Pool, tier: FaultyTier) -> None:
     demoted.client.cap_bytes = 40 * 4160
     assert demoted.put(OID, 1000, b"".join(pages("random", 1, 30))) == 30

@@ -289,8 +289,9 @@ static void frozen_and_index(struct world *w)
     for (uint32_t i = 0; i < PAGES; i++) {
         uint64_t offset = (uint64_t)i * 512 * TM_PAGE; /* a leaf each */
         expect(put_sized(&frozen.pool, i * 512, RAW) == 0, "a put to a frozen client");
-        expect(dev_write(&device, bytes, offset, TM_PAGE) == TM_REFUSED, "a write to a frozen client");
-        expect(dev_write(&device, bytes, offset + 1000, 100) == TM_REFUSED, "a write of part of a page");
+        uint64_t done = 0;
+        expect(dev_write(&device, bytes, offset, TM_PAGE, &done) == TM_REFUSED, "a write to a frozen client");
+        expect(dev_write(&device, bytes, offset + 1000, 100, &done) == TM_REFUSED && !done, "a write of part of a page");
     }
     int64_t objects = objects_of(&frozen.pool), units = units_of(&frozen.pool);
     expect(!objects && !units, "%lld objects and %lld units of index were made", (long long)objects, (long long)units);

@@ -139,7 +139,8 @@ static void device(uint64_t seed)
         if (r % 4 < 2) {
             for (uint64_t i = 0; i < n; i++)
                 data[i] = (uint8_t)(i % 7 ? r : mix(r + i));
-            expect(dev_write(&d, data, offset, n) == TM_OK, "device write");
+            uint64_t done = 1;
+            expect(dev_write(&d, data, offset, n, &done) == TM_OK && done == n + 1, "device write");
             memcpy(model + offset, data, n);
         } else if (r % 4 == 2) {
             expect(dev_zero(&d, offset, n) == TM_OK, "device zero");

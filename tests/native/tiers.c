@@ -43,7 +43,8 @@ static int64_t write_part(struct world *w, struct actor *a)
     struct tm_device d = device_of(w);
     (void)a;
     ready(w->seg);
-    return dev_write(&d, bytes, TM_PAGE + 100, sizeof bytes);
+    uint64_t done = 0;
+    return dev_write(&d, bytes, TM_PAGE + 100, sizeof bytes, &done);
 }
 
 static uint64_t location_in(const struct tm_handle *pool, uint32_t index)
