@@ -247,6 +247,9 @@ class Client:
     @floor_bytes.setter
     def floor_bytes(self, value: int) -> None: ...
     @property
+    def most_floor_bytes(self) -> int:
+        """The largest `floor_bytes` that would not be refused now, to the byte."""
+    @property
     def weight(self) -> int:
         """Share of the ephemeral memory under contention, in proportion to the other clients' weights.
 

@@ -6,9 +6,11 @@ A mount and a swap device bring their client along and take it away again; what 
 """
 
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.errors import PoolError, TmemError
+from tmem.types import format_size, size_within
 
 if TYPE_CHECKING:
     from tmem.backends._native import Client, Segment
@@ -39,7 +41,23 @@ def clients_by_name(store: "Segment") -> "dict[str, Client]":
     return found
 
 
-def change(client: "Client", values: dict[str, int | str]) -> None:
+def more_to_promise(segment: "Segment", client: "Client") -> str:
+    """Say what to change so that more can be promised to `client`, for the end of a refusal."""
+    name, most, ceiling = Path(segment.path).name, segment.size_range[1], segment.memory_bytes
+    promised = sorted(one.name for one in segment.clients() if one != client and one.floor_bytes)
+    ways = []
+    if promised:
+        others = f", {len(promised) - 1} more" if len(promised) > 1 else ""
+        ways.append(f"lower the floor of others ({promised[0]}{others})")
+    ways.append(f"make room ('tmem --name {name} list' shows who has it)")
+    if most < ceiling:
+        ways.append(f"let the segment grow ('tmem --name {name} resize {size_within(ceiling)}')")
+    else:
+        ways.append("use a segment that was created larger ('start --memory')")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
+
+
+def change(segment: "Segment", client: "Client", values: dict[str, int | str]) -> None:
     """Set the attributes `values` of `client`; if one is refused, put back those before and raise."""
     before = {name: getattr(client, name) for name in values}
     # A floor that grows is what can be refused, so it goes first; one that shrinks goes last, for it might
@@ -57,4 +75,10 @@ def change(client: "Client", values: dict[str, int | str]) -> None:
         if isinstance(error, ValueError | OverflowError):  # what the core knows better than the options
             what = name.removesuffix("_bytes")
             raise TmemError(f"{client.name} cannot have this {what}: {error}") from None
+        if isinstance(error, PoolError) and done[-1] == "floor_bytes":
+            wanted, most = int(values["floor_bytes"]), size_within(client.most_floor_bytes)
+            raise PoolError(
+                f"{client.name} cannot be promised {format_size(wanted)} now, at most {most}: "
+                f"{more_to_promise(segment, client)}"
+            ) from None
         raise

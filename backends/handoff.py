@@ -98,7 +98,7 @@ class _Sender:
                 return self._hand_over(out, watch)
             except BrokenPipeError:
                 self._raise_reason()
-                raise HandoffError("the receiver has ended") from None
+                raise HandoffError("the receiver has ended: see what it said, then hand over again") from None
             finally:
                 out.abandon()
         except _UnansweredError as error:

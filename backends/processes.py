@@ -65,7 +65,9 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str], output: Path) -> 
     """
     program = shutil.which(argv[0], path=environment.get("PATH"))
     if program is None:
-        raise ServiceError(f"cannot start {argv[0]}: no such program on PATH")
+        raise ServiceError(
+            f"cannot start {argv[0]}: no such program on PATH; 'tmem doctor' says what to install"
+        )
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     try:
         return os.posix_spawn(

@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
-from tmem.backends.clients import clients_by_name
+from tmem.backends.clients import clients_by_name, more_to_promise
 from tmem.backends.savefile import Frame, Kind
 from tmem.backends.saverecords import ClientRecord, Header, PoolRecord, Summary, Totals
 from tmem.backends.streams import FrameInput
 from tmem.errors import PoolError, SaveFileError, TmemError
-from tmem.types import PAGE_SIZE, format_size
+from tmem.types import PAGE_SIZE, format_size, size_within
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -259,10 +259,11 @@ class Restorer:
             return
         try:
             staged.client.floor_bytes = record.floor_bytes
-        except PoolError as error:
+        except PoolError:
             raise SaveFileError(
-                f"client {record.name!r} was promised {format_size(record.floor_bytes)}, which segment "
-                f"{self._segment!r} cannot ({error}): give it more memory, or lower the floor before saving"
+                f"client {record.name!r} was promised {format_size(record.floor_bytes)}, and segment "
+                f"{self._segment!r} can promise {size_within(staged.client.most_floor_bytes)} now: lower the "
+                f"floor before this ('tmem set'), {more_to_promise(self._store, staged.client)}"
             ) from None
 
     def _new_pool(self, client: "_native.Client", record: PoolRecord) -> "_native.Pool":

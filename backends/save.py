@@ -26,7 +26,7 @@ from tmem.backends.restoring import Restorer
 from tmem.backends.savefile import Kind
 from tmem.backends.saverecords import Header, Summary, Totals, summaries
 from tmem.backends.streams import FrameInput, FrameOutput
-from tmem.errors import PoolError, SaveFileError
+from tmem.errors import CorruptPageError, PoolError, SaveFileError
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -114,6 +114,10 @@ def save(
                     if names or client in store.clients():
                         raise SaveFileError(f"client {name!r} cannot be saved: {error}") from None
                     break
+                except CorruptPageError as error:
+                    raise CorruptPageError(
+                        f"client {name!r} cannot be saved: {error}; --client names the others"
+                    ) from None
                 except TimeoutError as error:
                     raise SaveFileError(
                         f"client {name!r} changes faster than it can be written ({error}): freeze it "
@@ -186,7 +190,9 @@ def target(path: Path, force: bool = False) -> Iterator[int]:
         if descriptor >= 0:
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise SaveFileError(f"{path} cannot be written: {error.strerror or error}") from error
+            raise SaveFileError(
+                f"{path} cannot be written: {error.strerror or error}; make room there, or give another place"
+            ) from error
         raise
     finally:
         if descriptor >= 0:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tmem.backends import cgroup, procfiles
 from tmem.backends.paths import SegmentPaths, runtime_dir
 from tmem.errors import SegmentError
-from tmem.types import SizeRange, format_size
+from tmem.types import SizeRange, format_size, size_within
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -81,7 +81,10 @@ def create(name: str, memory_bytes: int) -> "_native.Segment":
             f"segment {name!r} exists already: use it, or end it with 'tmem --name {name} destroy --all'"
         ) from None
     except OSError as error:
-        raise SegmentError(f"cannot create {paths.segment}: {error.strerror or error}") from error
+        raise SegmentError(
+            f"cannot create {paths.segment}: {error.strerror or error}; look at that directory, or set "
+            "TMEM_RUNTIME_DIR to another one on a tmpfs"
+        ) from error
     return made
 
 
@@ -94,7 +97,7 @@ def resize(opened: "_native.Segment", size: SizeRange) -> int:
     ceiling = opened.memory_bytes
     if size.most_bytes > ceiling:
         raise SegmentError(
-            f"the segment was created with {format_size(ceiling)}: use at most that, or end it and create a "
+            f"the segment was created with {size_within(ceiling)}: use at most that, or end it and create a "
             "larger one"
         )
     if size.least_bytes < MIN_MEMORY_BYTES:
@@ -292,7 +295,7 @@ def _check_size(memory_bytes: int) -> None:
     if memory_bytes > most.limit_bytes:
         raise SegmentError(
             f"a segment of {format_size(memory_bytes)} is too large: {most.reason}; "
-            f"use at most {format_size(max(most.limit_bytes, 0))}"
+            f"use at most {size_within(max(most.limit_bytes, 0))}"
         )
 
 

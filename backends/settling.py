@@ -40,15 +40,15 @@ class Settler:
                 name = client.name
                 if self._settled.get(name) == client or client.phase == "departed":
                     continue
-                self._settle(name, client)
+                self._settle(segment, name, client)
 
-    def _settle(self, name: str, client: "Client") -> None:
+    def _settle(self, segment: "Segment", name: str, client: "Client") -> None:
         values = dict(self._wanted(name))
         if "floor_bytes" in values:
             values["floor_bytes"] = max(int(values["floor_bytes"]), client.floor_bytes)
         try:
             if values:
-                change(client, values)
+                change(segment, client, values)
                 _log.info("%s: set by the configuration: %s", name, ", ".join(sorted(values)))
         except TmemError as error:
             if self._complaints.get(name) != str(error):  # once, not every second

@@ -269,7 +269,10 @@ def _url(link: Path) -> str:
     try:
         return _target(link)
     except OSError:
-        raise TierDownError("the client's pages are in a tier that nobody knows of any more") from None
+        raise TierDownError(
+            f"the link {link}, which names the tier with the client's pages, is gone: make it again, with "
+            "the tier's URL as its target"
+        ) from None
 
 
 def spill_path(url: str) -> Path | None:

@@ -13,6 +13,7 @@ the same request to its own libfuse: if that answers as the old one did, it will
 goes on sending. Not for anything after INIT.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -145,7 +146,10 @@ def mount(lower: str, mountpoint: str, options: MountOptions) -> Device:
         descriptor = _mount_as_root if os.geteuid() == 0 else _mount_as_user
         opened = descriptor(lower, mountpoint, options)
     except OSError as error:
-        raise AttachError(f"cannot mount on {mountpoint}: {error.strerror}") from None
+        remedy = "see the kernel's log ('dmesg')"
+        if error.errno == errno.EPERM:
+            remedy = "root may not mount here: give the container CAP_SYS_ADMIN, or mount outside of it"
+        raise AttachError(f"cannot mount on {mountpoint}: {error.strerror}; {remedy}") from None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Device(opened, theirs.detach(), ours)
 

@@ -49,7 +49,9 @@ def run(
     try:
         root = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise AttachError(f"cannot open {lower}: {error.strerror}") from None
+        raise AttachError(
+            f"cannot open {lower}: {error.strerror}; name a directory that you may read, or run this as root"
+        ) from None
     plan = Plan(lower, mountpoint, options, paths, detached, successor)
     Server(plan, root).run(lambda: device.mount(lower, mountpoint, options), ready=ready)
 
@@ -68,11 +70,18 @@ def daemonise(
         message = os.fsdecode(pipe.read())
     if message != _READY:
         os.waitpid(pid, 0)
-        raise AttachError(message or f"the daemon of {mountpoint} ended before it had mounted it")
+        raise AttachError(
+            message
+            or f"the daemon of {mountpoint} ended before it had mounted it: add --foreground to see why, or "
+            "look at the system's log"
+        )
     try:
         os.stat(mountpoint)  # noqa: PTH116 - comes back when the mount answers
     except OSError as error:
-        raise AttachError(f"the mount on {mountpoint} does not answer: {error.strerror}") from None
+        raise AttachError(
+            f"the mount on {mountpoint} does not answer: {error.strerror}; look at the system's log, then "
+            "'tmem umount' it and mount again"
+        ) from None
     return pid
 
 

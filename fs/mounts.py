@@ -93,7 +93,9 @@ def statistics(mountpoint: str) -> MountStatistics:
     try:
         return parsed(os.getxattr(mountpoint, STATISTICS_ATTRIBUTE))
     except OSError as error:
-        raise AttachError(f"{mountpoint} is no mount of tmem that answers: {error.strerror}") from None
+        raise AttachError(
+            f"{mountpoint} is no mount of tmem that answers ({error.strerror}): 'findmnt -t {KIND}' lists all"
+        ) from None
 
 
 def parsed(attribute: bytes) -> MountStatistics:
@@ -147,7 +149,10 @@ def restart(mountpoint: str, timeout_seconds: float = 60) -> RestartStatus:
     daemon = Process(before.pid, before.start_ticks)
     pidfd = daemon.open_pidfd()  # None in another namespace of processes: who has the number there is spared
     if pidfd is None:
-        raise AttachError(f"the daemon of {mountpoint} is not among this system's processes")
+        raise AttachError(
+            f"the daemon of {mountpoint} is not among the processes here: run this where it was mounted, "
+            "such as in its container"
+        )
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGUSR1)
     except PermissionError:
@@ -206,7 +211,9 @@ def _umount(mountpoint: str, lazily: bool) -> None:
             ) from None
         if error.errno == errno.EINVAL:  # somebody else was quicker
             return
-        raise AttachError(f"cannot unmount {mountpoint}: {error.strerror}") from None
+        raise AttachError(
+            f"cannot unmount {mountpoint}: {error.strerror}; run this as who mounted it, or as root"
+        ) from None
 
 
 def _fusermount(mountpoint: str, lazily: bool) -> None:

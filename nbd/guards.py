@@ -25,7 +25,7 @@ from tmem.errors import AttachError, SegmentError
 from tmem.nbd import contain, containment, family, server, watermarks
 from tmem.nbd.export import Export, load_all
 from tmem.nbd.family import KEEPER, MANAGER, NBDFUSE, SERVER, STANDBY, Member
-from tmem.types import format_size
+from tmem.types import format_size, size_within
 
 _CONTAINMENT, _ROOM = "containment", "room"
 _SCHED_FIFO, _SCHED_RR = 1, 2
@@ -136,7 +136,7 @@ def room_guard(export: Export, memory_bytes: int) -> Guard:
         return Guard(_ROOM, State.ON, "the segment holds the whole device, even uncompressed")
     ratio = export.size_bytes / max(memory_bytes, 1)
     state = State.PARTIAL if ratio <= _FULL_RATIO else State.MISSING
-    remedy = f"make it no larger than {format_size(_FULL_RATIO * memory_bytes)}, or the segment larger"
+    remedy = f"make it no larger than {size_within(_FULL_RATIO * memory_bytes)}, or the segment larger"
     return Guard(_ROOM, state, f"the segment holds it if pages compress {ratio:.1f} to 1", remedy)
 
 

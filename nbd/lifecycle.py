@@ -20,7 +20,7 @@ from tmem.errors import AttachError, PoolError, TmemError
 from tmem.nbd import attach, export, guards, room, server, services, swap
 from tmem.nbd.export import Export, SwapUse
 from tmem.nbd.guards import Guard
-from tmem.types import PAGE_SIZE, format_size
+from tmem.types import PAGE_SIZE, format_size, size_within
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -144,11 +144,12 @@ def _reserve(
         return
     try:
         owner.floor_bytes = floor
-    except PoolError as error:
+    except PoolError:
+        most = size_within(owner.most_floor_bytes // RAW_PAGE_BYTES * PAGE_SIZE)
         raise TmemError(
             f"{format_size(wanted.size_bytes)} cannot be reserved: segment {paths.name} has "
-            f"{format_size(store.limits[1])}, and {error}; "
-            "make the device smaller, leave --reserve out, or use a larger segment ('tmem resize')"
+            f"{format_size(store.limits[1])}, and can promise a device of {most} now: make it no larger, "
+            f"leave --reserve out, {clients.more_to_promise(store, owner)}"
         ) from None
     undo.callback(setattr, owner, "floor_bytes", before)
 

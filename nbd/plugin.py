@@ -174,7 +174,7 @@ def open(readonly: bool) -> int:
     name, client = nbdkit.export_name(), _server.parameters["client"]
     if name not in ("", client):
         nbdkit.set_error(2)  # ENOENT
-        raise TmemError(f"there is no export {name!r} here: this server has {client!r}")
+        raise TmemError(f"there is no export {name!r} here: this server has {client!r}, so ask for that")
     return 1
 
 

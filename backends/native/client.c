@@ -356,6 +356,19 @@ int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t 
     return fits ? TM_OK : TM_TOO_MUCH;
 }
 
+int client_most_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *bytes)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_lock *lock = control_of(seg, id, serial);
+    if (!lock)
+        return TM_NOPOOL;
+    chunks_lock(seg);
+    *bytes = most_floor(seg, id, chunk_limit(seg, true));
+    chunks_unlock(seg);
+    lock_drop(lock);
+    return TM_OK;
+}
+
 /* In this order a copier that dies in between leaves a handoff that its repair ends. */
 static void store_phase(struct tm_client *c, uint32_t phase, uint32_t copier)
 {

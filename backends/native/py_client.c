@@ -155,6 +155,17 @@ static int set_floor(ClientObject *self, PyObject *value, void *unused)
     return checked(client_set_floor(ctx, self->id, self->serial, bytes));
 }
 
+static PyObject *get_most_floor(ClientObject *self, void *unused)
+{
+    struct tm_client *c;
+    struct tm_ctx *ctx;
+    uint64_t bytes;
+    (void)unused;
+    if (!ready(self, &c, &ctx) || checked(client_most_floor(ctx, self->id, self->serial, &bytes)))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(bytes);
+}
+
 static PyObject *get_weight(ClientObject *self, void *unused)
 {
     struct tm_client *c = client_of(self);
@@ -536,6 +547,7 @@ static PyGetSetDef client_getset[] = {
     {"name", (getter)client_name, NULL, NULL, NULL},
     {"cap_bytes", (getter)get_cap, (setter)set_cap, NULL, NULL},
     {"floor_bytes", (getter)get_floor, (setter)set_floor, NULL, NULL},
+    {"most_floor_bytes", (getter)get_most_floor, NULL, NULL, NULL},
     {"weight", (getter)get_weight, (setter)set_weight, NULL, NULL},
     {"compress", (getter)get_compress, (setter)set_compress, NULL, NULL},
     {"dedup", (getter)get_dedup, (setter)set_dedup, NULL, NULL},

@@ -28,13 +28,14 @@ PyObject *raise_result(int64_t result)
 {
     switch (result) {
     case TM_CORRUPT:
-        PyErr_SetString(CorruptPageError, "a page of a persistent pool failed its checksum; its bytes are lost");
+        PyErr_SetString(CorruptPageError, "a page of a persistent pool failed its checksum, so its bytes are lost: have its owner "
+                                          "write or discard it, and suspect the memory of this machine");
         break;
     case TM_DOWN:
         PyErr_SetString(TierDownError, "a page is in a tier that does not answer: see tmem list");
         break;
     case TM_NOPOOL:
-        PyErr_SetString(PoolError, "the pool, its client or its segment was destroyed");
+        PyErr_SetString(PoolError, "the pool, its client or its segment was destroyed: see tmem list for what is there");
         break;
     case TM_NOTHREAD:
         PyErr_SetString(SegmentError, "the segment has no room for another thread; end some of its processes");
@@ -47,7 +48,8 @@ PyObject *raise_result(int64_t result)
         PyErr_SetString(PoolError, "the client is not authorised for this shared pool: see tmem authorise");
         break;
     case TM_TAKEN:
-        PyErr_SetString(PoolError, "a client of this name, or a pool of this number or uuid of the client, exists already");
+        PyErr_SetString(PoolError, "a client of this name, or a pool of this number or uuid of the client, exists already: "
+                                   "use that, or another name");
         break;
     case TM_BUSY:
         PyErr_SetString(PoolError, "somebody else is at it, or a process is stopped inside an operation: try again");
@@ -56,13 +58,14 @@ PyObject *raise_result(int64_t result)
         PyErr_SetString(PoolError, "the client's handoff is not so far, or further: this step does not follow");
         break;
     case TM_WAIT:
-        PyErr_SetString(PoolError, "the client has been handed over: its pages live in another segment now");
+        PyErr_SetString(PoolError, "the client has been handed over: its pages live in another segment now, so use it there");
         break;
     case TM_SHUT:
         PyErr_SetString(PoolError, "the client, or the segment, is frozen or off: see tmem thaw and tmem on");
         break;
     case TM_TOO_MUCH:
-        PyErr_SetString(PoolError, "so much memory cannot be promised now: other clients have or were promised too much");
+        PyErr_SetString(PoolError, "so much memory cannot be promised now: see most_floor_bytes for what can, and lower other floors, "
+                                   "or use a larger segment");
         break;
     case TM_MALFORMED:
         PyErr_SetString(PyExc_ValueError, "these are not records of pages");

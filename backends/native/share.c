@@ -190,18 +190,23 @@ bool memory_is_plentiful(struct tm_segment *seg, uint32_t client)
            && (!cap || client_bytes(seg, client) < (int64_t)(cap / 2));
 }
 
+/* What a client with that floor is still to get, and the chunks that can be had from it. */
+static void add_floor(struct tm_segment *seg, uint32_t client, int64_t bytes, struct promise *sum, uint64_t *evictable)
+{
+    uint64_t floor = (uint64_t)bytes, used = (uint64_t)client_bytes(seg, client);
+    uint64_t ephemeral = client_chunks(seg, client), above = used > floor ? (used - floor) / TM_CHUNK : 0;
+    *evictable += floor == 0 || ephemeral < above ? ephemeral : above;
+    add_promise(seg, client, bytes, sum);
+}
+
 /* What all clients below their floors are still to get, and in `*evictable` the chunks that can be had for them. */
 static struct promise promises(struct tm_segment *seg, int64_t (*floor_of_client)(const struct tm_client *c),
                                uint64_t *evictable)
 {
     struct promise sum = {0};
     *evictable = 0;
-    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++) {
-        uint64_t floor = (uint64_t)floor_of_client(&seg->clients[i]), used = (uint64_t)client_bytes(seg, i);
-        uint64_t ephemeral = client_chunks(seg, i), above = used > floor ? (used - floor) / TM_CHUNK : 0;
-        *evictable += floor == 0 || ephemeral < above ? ephemeral : above;
-        add_promise(seg, i, (int64_t)floor, &sum);
-    }
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        add_floor(seg, i, floor_of_client(&seg->clients[i]), &sum, evictable);
     return sum;
 }
 
@@ -210,6 +215,28 @@ bool floors_fit(struct tm_segment *seg, uint32_t limit)
     uint64_t evictable;
     struct promise sum = promises(seg, floor_of, &evictable);
     return promise_chunks(&sum) + slack(seg) <= chunks_available(seg, limit) + evictable;
+}
+
+/* For who was refused: a larger floor of one client never fits where a smaller one does not. */
+uint64_t most_floor(struct tm_segment *seg, uint32_t client, uint32_t limit)
+{
+    const struct tm_client *c = &seg->clients[client];
+    struct promise others = {0};
+    uint64_t from_others = 0, available = chunks_available(seg, limit);
+    for (uint32_t i = 0; i < TM_MAX_CLIENTS; i++)
+        if (i != client)
+            add_floor(seg, i, floor_of(&seg->clients[i]), &others, &from_others);
+    uint64_t fits = atomic_load_explicit(&c->floor_bytes, memory_order_relaxed), above = seg->super->memory_bytes + 1;
+    while (above > fits + 1) {
+        uint64_t middle = fits + (above - fits) / 2, evictable = from_others;
+        struct promise sum = others;
+        add_floor(seg, client, present(c) ? (int64_t)middle : 0, &sum, &evictable);
+        if (promise_chunks(&sum) + slack(seg) <= available + evictable)
+            fits = middle;
+        else
+            above = middle;
+    }
+    return fits;
 }
 
 uint32_t least_limit(struct tm_segment *seg)

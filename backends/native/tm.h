@@ -726,6 +726,7 @@ bool has_cap_for(struct tm_segment *seg, uint32_t client, int64_t bytes); /* and
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes); /* no promise would be broken */
 bool memory_is_plentiful(struct tm_segment *seg, uint32_t client); /* for it: pages may stay as they are */
 bool floors_fit(struct tm_segment *seg, uint32_t limit); /* under the chunk lock: could all floors be claimed now? */
+uint64_t most_floor(struct tm_segment *seg, uint32_t client, uint32_t limit); /* likewise: of one, beside the others' */
 uint32_t least_limit(struct tm_segment *seg); /* under the chunk lock: what persistent pages and floors need */
 bool below_floor(struct tm_segment *seg, uint32_t client);
 
@@ -760,6 +761,7 @@ int client_destroy(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
 int client_set_mode(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t mode);
 int segment_set_mode(struct tm_ctx *ctx, uint32_t mode);
 int client_set_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t bytes);
+int client_most_floor(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint64_t *bytes);
 int client_authorise(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid);
 int client_revoke(struct tm_ctx *ctx, uint32_t id, uint32_t serial, const uint8_t *uuid); /* TM_MISS: was not */
 enum client_value { VALUE_CAP, VALUE_WEIGHT, VALUE_CODEC, VALUE_DEDUP };

@@ -152,9 +152,11 @@ class SpillFile:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._refused += 1
-                raise TierFullError(f"{self.path}: {error.strerror}") from None
+                raise TierFullError(
+                    f"{self.path} cannot be written ({error.strerror}): make room on its disk"
+                ) from None
             self._failures += 1
-            raise TierDownError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise TierDownError(_failed(self.path, "written", error)) from None
         locations: list[int] = []
         for _first, positions in placed:
             for begin, end in positions:
@@ -184,7 +186,10 @@ class SpillFile:
                 return placed
         if lengths:
             self._refused += 1
-            raise TierFullError(f"{self.path} is full ({format_size(self.size_bytes)})")
+            raise TierFullError(
+                f"{self.path} is full ({format_size(self.size_bytes)}): 'tmem set --tier none' takes it away "
+                "where memory has room, then give a larger one"
+            )
         return []
 
     def _runs(self, wanted: int) -> Iterator[tuple[int, int]]:
@@ -235,7 +240,7 @@ class SpillFile:
                 got = os.preadv(self._descriptor, [buffer], first)
             except OSError as error:
                 self._failures += 1
-                raise TierDownError(f"{self.path} cannot be read: {error.strerror}") from None
+                raise TierDownError(_failed(self.path, "read", error)) from None
             return buffer[begin - first : begin - first + MAX_RECORD_BYTES] if got == len(buffer) else None
 
     def retain(self, live: Sequence[int]) -> None:
@@ -304,6 +309,10 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+def _failed(path: Path, what: str, error: OSError) -> str:
+    return f"{path} cannot be {what} ({error.strerror}): look at its disk, and at the kernel's log ('dmesg')"
+
+
 def _open(path: Path, flags: int) -> int:
     """Open the file past the page cache."""
     try:
@@ -338,7 +347,7 @@ def _head_of(descriptor: int, path: Path) -> tuple[TierIdentity, int]:
             got = os.preadv(descriptor, [block], 0)
             magic, version, client, serial, _zero, nonce, size_bytes = _HEAD.unpack_from(block)
     except OSError as error:
-        raise TierDownError(f"{path} cannot be read: {error.strerror}") from None
+        raise TierDownError(_failed(path, "read", error)) from None
     if got != BLOCK_BYTES or magic != _MAGIC or version != _VERSION:
         raise TierCorruptError(f"{path} is not a spill file of tmem: it stays as it is; give another path")
     return TierIdentity(nonce, client, serial), size_bytes

@@ -91,6 +91,11 @@ def format_size(size_bytes: int) -> str:
     return f"{value:.1f}T"
 
 
+def size_within(size_bytes: int) -> str:
+    """Return the largest size of at most `size_bytes` in whole MiB (KiB), for people to type as it is."""
+    return f"{size_bytes >> 20}M" if size_bytes >> 20 else f"{size_bytes >> 10}K"
+
+
 def parse_host_port(text: str) -> tuple[str, int]:
     """Return the host and port that ``HOST:PORT`` or ``[IPV6]:PORT`` names; TmemError for anything else."""
     match = _HOST_PORT.fullmatch(text)

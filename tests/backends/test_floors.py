@@ -225,6 +225,33 @@ def test_memory_that_others_keep_cannot_be_promised(segment: _native.Segment) ->
         segment.client("later").floor_bytes = FLOOR_BYTES
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+def test_who_is_refused_hears_what_would_not_be(segment: _native.Segment, persistent: bool) -> None:
+    """To the byte, whoever has what: so much is granted, and one byte more is not."""
+    client, other = segment.client("one"), segment.client("floored")
+    for other_bytes in (0, 3 << 20):
+        other.floor_bytes = other_bytes
+        for _ in range(2):  # once beside nobody's pages, once beside many
+            most = client.most_floor_bytes
+            assert client.floor_bytes == 0
+            with pytest.raises(PoolError, match="most_floor_bytes"):
+                client.floor_bytes = most + 1
+            client.floor_bytes = most
+            assert client.most_floor_bytes == most
+            client.floor_bytes = 0
+            put_block(
+                segment, Where("crowd", crowd_pool(segment, persistent).id), oid(9), 0, 1000, "random", 9
+            )
+    assert segment.client("crowd").statistics()["used_bytes"] > 3 << 20
+    with pytest.raises(AttributeError):
+        client.most_floor_bytes = 1  # type: ignore[misc]
+
+
+def crowd_pool(segment: _native.Segment, persistent: bool) -> _native.Pool:
+    client = segment.client("crowd")
+    return next(iter(client.pools()), None) or client.new_pool(persistent, exclusive=False)
+
+
 @pytest.mark.parametrize("value", [-1, 2**64, "1", 1.5, None])
 def test_what_is_no_size(floored: _native.Client, value: object) -> None:
     for name in ("floor_bytes", "cap_bytes", "weight"):

@@ -168,7 +168,7 @@ def test_a_corrupt_page_is_not_saved_as_if_it_were_sound(source: _native.Segment
     put_all(source.client("one").new_pool(persistent=True), {(oid(1), 1): data})
     at = (directory / "source").read_bytes().index(data)
     with flipped(directory / "source", at, 0):
-        with pytest.raises(CorruptPageError):
+        with pytest.raises(CorruptPageError, match=r"'one' cannot be saved.*--client names the others"):
             saved(source)
         assert source.client("one").phase == "none"
 

@@ -193,7 +193,7 @@ NO_MANAGER = (
     ("shrink w", 1, "there is no swap device w"),
     ("resize 4M", 1, "use that or more"),
     ("resize 1G", 1, "use at most that"),
-    ("set w --floor 1G", 1, "cannot be promised now"),
+    ("set w --floor 1G", 1, "w cannot be promised 1G now, at most 5"),
     ("set w --tier {t}/none/x --tier-size 1G", 1, "make it first"),
     ("set w --tier {t}/plain --tier-size 1M", 1, "it stays as it is; give another path"),
     ("set w --tier http://x", 1, "or a redis:// URL"),

@@ -1,6 +1,7 @@
 """``set`` and ``authorise``: what is set is in force, and what is refused changes nothing."""
 
 import os
+import re
 import uuid
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,45 @@ def test_all_or_nothing(segment: "_native.Segment", capsys: pytest.CaptureFixtur
         assert error.startswith("tmem: ")
         assert error.count("\n") == 1
         assert values(client) == before
+
+
+def test_what_cannot_be_promised_names_what_can(
+    segment: "_native.Segment", capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The floor that the message names is granted; what it says to change lets the client have more."""
+    client = segment.client("one")
+
+    def told(floor: str) -> str:
+        assert run(["set", "one", "--floor", floor]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"one cannot be promised {floor} now, at most " in line
+        return line
+
+    def granted(line: str) -> int:
+        most = re.search(r"at most (\d+[KM]):", line)
+        assert most is not None, line
+        assert run(["set", "one", "--floor", most[1]]) == 0
+        found = client.floor_bytes
+        assert run(["set", "one", "--floor", "0"]) == 0
+        return found
+
+    alone = told("64M")
+    assert "a segment that was created larger ('start --memory')" in alone
+    assert "floor of others" not in alone
+    for name in ("two", "three"):
+        segment.client(name).floor_bytes = 8 * MIB
+    assert run(["resize", "48M"]) == 0
+    capsys.readouterr()
+    beside = told("64M")
+    assert "lower the floor of others (three, 1 more)" in beside
+    assert "'tmem --name default resize 64M'" in beside
+    assert granted(beside) < 48 * MIB
+    for name in ("two", "three"):
+        segment.client(name).floor_bytes = 0
+    assert run(["resize", "64M"]) == 0
+    assert granted(alone) > 50 * MIB
+    segment.client("two").floor_bytes = segment.client("two").most_floor_bytes
+    assert "at most 4K" in told("64M")
 
 
 def test_any_spelling_of_a_uuid(segment: "_native.Segment") -> None:

@@ -72,7 +72,7 @@ def set_command(
     with attached(ctx) as opened:
         found = find_client(opened, client)
         if values:
-            change(found, values)
+            change(opened, found, values)
         if tier is not None:
             _set_tier(SegmentPaths.of(segment_name(ctx)), opened, found, tier, tier_size)
 

@@ -85,7 +85,9 @@ def read(path: Path) -> _Table:
         text = path.read_bytes().decode()
         tree: _Table = tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; name a file that this user may read"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8: write it anew as plain text") from None
     except tomllib.TOMLDecodeError as error:
