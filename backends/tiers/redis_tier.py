@@ -2,9 +2,10 @@
 
 Every value (`redis_values`) has a number that was reserved by counting up a key of the identity before it was
 written, so no two writers ever store under the same name, and whatever a dead writer still has in flight
-(storing, shortening, removing) concerns names that are its own or records that are dead already. Values are
-written once. When more than half of the records of one have died it is written again without them
-(`SET ... XX`, so that one that was removed stays so), and removed with its last one.
+(storing, shortening, removing) concerns names that are its own or records that are dead already. That key
+outlives what it has counted by a day. Values are written once. When more than half of the records of one have
+died it is written again without them (`SET ... XX`, so that one that was removed stays so), and removed with
+its last one.
 
 What is promised: `write` returns when the primary and as many replicas as are demanded have the batch in
 memory. So it survives the loss of any one server of a shard, and with all replicas demanded (the default)
@@ -41,6 +42,10 @@ _RESERVED = 1024
 _SHORTENED = 256
 """How many values one `retain` writes again at most."""
 _SCAN_COUNT = 1000
+_COUNTER_S = 86400
+"""How long the key that counts stays once everything else was removed."""
+_NEVER_RESERVED = 1 << 20
+"""How far it counts on then, for a writer that reserves numbers at that moment."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +189,15 @@ class RedisTier:
 
     def destroy(self) -> None:
         """See the contract."""
+        counter = values.counter_key(self._prefix)
         with self._counting():
             for names in self._scan():
-                self._nodes.run([Command(name, ("UNLINK", name)) for name in names])
+                self._nodes.run([Command(name, ("UNLINK", name)) for name in names if name != counter])
+            # An identity may be given a tier again, while what a writer has sent before is still on its way.
+            [counted] = self._nodes.run([Command(counter, ("GET", counter))])
+            if counted is not None:
+                beyond = int(counted) + _NEVER_RESERVED
+                self._nodes.run([Command(counter, ("SET", counter, beyond, "EX", _COUNTER_S))])
         self._values = None
         self.close()
 

@@ -148,12 +148,16 @@ def test_the_first_retain_removes_what_the_dead_left(server: Server) -> None:
     check(again, locations, records(0, 200))
     assert again.statistics().used_bytes == pytest.approx(writer.statistics().used_bytes / 2, rel=0.2)
     again.destroy()
-    assert keys(server) == {b"somebody else's"}
+    counter = values.counter_key(values.prefix(IDENTITY))
+    assert keys(server) == {b"somebody else's", counter}
+    assert 80_000 < int(str(server.ask("TTL", counter))) <= 86_400
     writer.close()
 
 
-def test_what_a_dead_writer_still_sends_harms_nothing(server: Server) -> None:
-    """Everything that it can have in flight: storing, shortening, removing."""
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_a_dead_writer_still_sends_harms_nothing(server: Server, removed: bool) -> None:
+    """Everything that it can have in flight: storing, shortening, removing. Also if the client was given the
+    tier anew meanwhile."""
     dead = opened(url_of(server))
     dead.retain([])
     batch = records(0, 400)
@@ -173,6 +177,9 @@ def test_what_a_dead_writer_still_sends_harms_nothing(server: Server) -> None:
     dead.write(records(400, 50))
     verbs = [command.words[0] for command in late]
     assert {"SET", "GET"} <= set(verbs)
+    if removed:
+        opened(url_of(server)).destroy()
+        kept = {}
     again = opened(url_of(server))
     again.retain(list(kept))
     few = dict(list(kept.items())[::2])
