@@ -2,7 +2,7 @@
  *
  * A visit goes over chunks. A page that was neither put nor got between the last two visits of its chunk is cold, and is
  * compressed again with zstd; a condensed page that was got in both intervals is stored as LZ4 again, because it costs
- * four times as much to read. Loose pages (codec.c) are compressed at any age when memory is not in plenty any more.
+ * four times as much to read, unless memory is short (`may_expand`), for that takes more of it. Loose pages (codec.c) are compressed at any age when memory is not in plenty any more.
  *
  * What is done to a page is what a put of the same bytes would do: write a block, swap the slot if it is as it was when
  * the page was read, free the old block. So readers, writers, evictions and deaths meet nothing new. Nothing is
@@ -96,6 +96,18 @@ static enum block_kind wanted(struct tm_segment *seg, uint32_t pool, enum block_
     return kind;
 }
 
+/* May a hot page of that pool take more memory again? Not below an eighth of the memory, or of its client's cap: from there on
+ * pages go to tiers, and without one a put would be refused sooner than it must be. `*left`, whether the memory has that,
+ * is looked at once for each chunk, -1 before: it asks all clients. */
+static bool may_expand(struct tm_segment *seg, uint32_t pool, int *left)
+{
+    uint32_t client = payer_of(seg, pool) % TM_MAX_CLIENTS;
+    uint64_t cap = atomic_load_explicit(&seg->clients[client].cap_bytes, memory_order_relaxed);
+    if (*left < 0)
+        *left = memory_is_left(seg);
+    return MUTANT(42) || (*left && (!cap || has_cap_for(seg, client, (int64_t)(cap / 8) + TM_STRIDE_RAW)));
+}
+
 /* The table of what could not be made smaller; made when it is first needed. NULL: no memory. */
 static uint64_t *vain_of(struct tm_segment *seg)
 {
@@ -120,6 +132,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
     KP(56);
     uint64_t now = atomic_exchange(&seg->touched[c].now, 0), before = atomic_exchange(&seg->touched[c].before, now);
     uint64_t cold = what & CONDENSE_ALL ? UINT64_MAX : ~(now | before), hot = now & before, in_vain = 0;
+    int left = -1;
     if (what & CONDENSE_ALL)
         hot = 0;
     *vain &= ~now;
@@ -138,6 +151,8 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
         enum block_kind kind = block_kind(header);
         enum block_kind next = wanted(seg, (uint32_t)pool, kind, cold & granule, hot & granule, what);
         if (next == kind || (next == BLOCK_ZSTD && stride < SMALLEST))
+            continue;
+        if (kind == BLOCK_ZSTD && !may_expand(seg, (uint32_t)pool, &left))
             continue;
         enum outcome came = recode(ctx, (uint32_t)pool, slot, word, next);
         if (came == IN_VAIN)

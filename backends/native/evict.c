@@ -84,7 +84,9 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
     }
     if (smaller && kind != BLOCK_LZ4)
         return false;
-    uint32_t bin = ephemeral_bin(seg, bin_account(old_bin), queue, length);
+    uint32_t bin = ephemeral_bin(seg, bin_account(old_bin), queue, length), payer = payer_of(seg, pool) % TM_MAX_CLIENTS;
+    if (bin_stride(bin) > bin_stride(old_bin) && !has_cap_for(seg, payer, bin_stride(bin) - bin_stride(old_bin)) && !MUTANT(43))
+        bin = bin_ephemeral(bin_account(old_bin), queue, size_class(length)); /* the only one that is as small for certain */
     uint64_t block = block_alloc(ctx, bin, ALLOC_RESERVE);
     if (!block)
         return false;

@@ -210,6 +210,14 @@ static struct promise promises(struct tm_segment *seg, int64_t (*floor_of_client
     return sum;
 }
 
+bool memory_is_left(struct tm_segment *seg)
+{
+    uint64_t evictable;
+    uint32_t limit = chunk_limit(seg, false);
+    struct promise sum = promises(seg, floor_of, &evictable);
+    return promise_chunks(&sum) + (sum.any ? slack(seg) : 0) + limit / 8 < chunks_available(seg, limit) + evictable;
+}
+
 bool floors_fit(struct tm_segment *seg, uint32_t limit)
 {
     uint64_t evictable;

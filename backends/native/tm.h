@@ -725,6 +725,7 @@ uint32_t promised_chunks(struct tm_segment *seg, uint32_t asker); /* to other cl
 bool has_cap_for(struct tm_segment *seg, uint32_t client, int64_t bytes); /* and may take so many more below its cap */
 bool may_grow(struct tm_segment *seg, uint32_t client, int64_t bytes); /* no promise would be broken */
 bool memory_is_plentiful(struct tm_segment *seg, uint32_t client); /* for it: pages may stay as they are */
+bool memory_is_left(struct tm_segment *seg); /* an eighth, free or evictable, beyond all promises */
 bool floors_fit(struct tm_segment *seg, uint32_t limit); /* under the chunk lock: could all floors be claimed now? */
 uint64_t most_floor(struct tm_segment *seg, uint32_t client, uint32_t limit); /* likewise: of one, beside the others' */
 uint32_t least_limit(struct tm_segment *seg); /* under the chunk lock: what persistent pages and floors need */

@@ -157,6 +157,83 @@ static void put_before_restoring_swap(struct world *w)
     rest_is_intact(w);
 }
 
+/* So many pages are condensed, and then so hot that the next visit would restore them. */
+static void condensed_and_hot(struct world *w, uint32_t n)
+{
+    struct actor none;
+    uint8_t page[TM_PAGE];
+    for (uint32_t i = 0; i < n; i++)
+        put_version(&w->pool, i, 1);
+    condense(w, &none);
+    expect(atomic_load(&w->seg->super->condensed) > n / 2, "the scenario did not come about");
+    for (unsigned times = 0; times < 2; times++) {
+        if (times)
+            restore(w, &none);
+        for (uint32_t i = 0; i < n; i++)
+            tm_get(&w->pool, oid, i, page, 1);
+    }
+}
+
+/* Hot pages stay as they are when an eighth of the cap would not be left ... */
+static void hot_at_cap(struct world *w)
+{
+    struct actor none;
+    uint32_t id, serial;
+    client_open(ctx_get(w->seg), "test", false, &id, &serial);
+    condensed_and_hot(w, PAGES);
+    uint64_t cap = (uint64_t)client_bytes(w->seg, id) * 8 / 7 + 3 * TM_STRIDE_RAW;
+    client_set(ctx_get(w->seg), id, serial, VALUE_CAP, cap);
+    restore(w, &none);
+    uint64_t restored = atomic_load(&w->seg->super->restored);
+    expect(restored > 0 && restored < 20, "%llu pages were restored", (unsigned long long)restored);
+    expect((uint64_t)client_bytes(w->seg, id) <= cap * 7 / 8, "%lld bytes of a cap of %llu", (long long)client_bytes(w->seg, id),
+           (unsigned long long)cap);
+    expect(put_version(&w->pool, PAGES, 1) == 1, "a put is refused for it");
+    client_set(ctx_get(w->seg), id, serial, VALUE_CAP, 0);
+    condensed_and_hot(w, PAGES);
+    restore(w, &none);
+    expect(atomic_load(&w->seg->super->restored) > restored + PAGES / 2, "they are not restored without a cap");
+    rest_is_intact(w);
+}
+
+/* ... or of the limit, beside what others were promised. Beside pages that may be evicted they do not. */
+static void hot_beside_limit_and_promise(struct world *w)
+{
+    enum { MANY = 3000 };
+    struct actor none;
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    uint32_t test, test_serial, other, other_serial;
+    uint8_t page[TM_PAGE];
+    client_open(ctx, "test", false, &test, &test_serial);
+    client_open(ctx, "other", true, &other, &other_serial);
+    condensed_and_hot(w, MANY);
+    uint32_t used = atomic_load(&w->seg->super->nused), limit = used + used / 7 + 8, most = chunk_limit(w->seg, false);
+    tm_limit(ctx, limit_bytes(w->seg, limit), limit_bytes(w->seg, limit));
+    restore(w, &none);
+    used = atomic_load(&w->seg->super->nused);
+    expect(used <= limit * 7 / 8 + 4, "%u chunks of a limit of %u are in use", used, limit);
+    tm_limit(ctx, limit_bytes(w->seg, most), limit_bytes(w->seg, most));
+    condensed_and_hot(w, MANY);
+    uint64_t floor = 16u << 20;
+    while (client_set_floor(ctx, other, other_serial, floor) != TM_OK)
+        floor -= 1u << 16;
+    restore(w, &none);
+    uint32_t free = chunks_available(w->seg, chunk_limit(w->seg, true)), promised = promised_chunks(w->seg, test);
+    expect(free >= promised, "%u chunks are left of %u that were promised", free, promised);
+    client_set_floor(ctx, other, other_serial, 0);
+    uint64_t restored = atomic_load(&w->seg->super->restored);
+    for (uint32_t i = 0; i < MANY; i++) { /* ephemeral pages take all that is free, and give it back */
+        sized_page(page, i, RAW);
+        tm_put(&w->ephemeral, oid, i, page, 1, KEEP_NOTHING);
+    }
+    condensed_and_hot(w, PAGES);
+    restore(w, &none);
+    expect(atomic_load(&w->seg->super->restored) > restored, "nothing is restored beside pages that may be evicted");
+    for (uint32_t i = 0; i < MANY; i++)
+        expect(keeps(&w->pool, i, 1), "page %u is lost", i);
+    check(w);
+}
+
 /* The pass has begun with a chunk when all of its pages go, and it becomes one of other pages, smaller ones of an
  * ephemeral pool. */
 static void chunk_of_others(struct world *w)
@@ -236,6 +313,8 @@ static const struct scenario scenarios[] = {
     {"reader_of_condensed_block", reader_of_condensed_block},
     {"put_before_restoring_swap", put_before_restoring_swap},
     {"chunk_of_others", chunk_of_others},
+    {"hot_at_cap", hot_at_cap},
+    {"hot_beside_limit_and_promise", hot_beside_limit_and_promise},
 };
 
 int main(int argc, char **argv)

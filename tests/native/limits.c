@@ -277,6 +277,37 @@ static void cap_and_large_block(struct world *w)
     check(w);
 }
 
+/* Pages that were hit are moved when their chunk is drained for others, to a queue with few chunks, in which a bin takes several
+ * sizes: not to larger blocks if that is beyond their client's cap. */
+static void hit_pages_at_cap(struct world *w)
+{
+    enum { WORDS = 168, EXACT = 20, LAST = 6000 };
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    struct client capped = new_client(w, "capped", false);
+    const struct tm_queue *queues = w->seg->clients[capped.id].queues;
+    uint32_t n = 0, first;
+    while (TM_NCLASSES > atomic_load(&queues[QUEUE_PROBATION].length) / 3 && n < 2 * LAST)
+        put_sized(&capped.pool, n++, WORDS);
+    for (first = n; atomic_load(&queues[QUEUE_PROBATION].length) < 3 * TM_NCLASSES + EXACT; n++)
+        put_sized(&capped.pool, n, WORDS);
+    tm_flush(&capped.pool, oid, 0, first); /* those of bins of several sizes */
+    for (uint32_t i = first; i < n; i++)
+        expect(holds_sized(&capped.pool, i, WORDS), "page %u", i);
+    int64_t cap = client_bytes(w->seg, capped.id), before = pages_of(&capped.pool);
+    set_cap(w, &capped, (uint64_t)cap);
+    op_begin(ctx);
+    ctx->client = ctx->payer = TM_MAX_CLIENTS;
+    for (unsigned i = 0; i < 4; i++)
+        evict_chunk(ctx, -1, false);
+    op_end(ctx);
+    expect(atomic_load(&queues[QUEUE_MAIN].length) > 2 && pages_of(&capped.pool) == before, "they were not moved");
+    expect(client_bytes(w->seg, capped.id) <= cap, "%lld bytes of a cap of %lld", (long long)client_bytes(w->seg, capped.id),
+           (long long)cap);
+    for (uint32_t i = n - 100; i < n; i++)
+        expect(holds_sized(&capped.pool, i, WORDS), "page %u is lost", i);
+    check(w);
+}
+
 /* A frozen client's puts are refused, and leave no index behind: not that of a device's writes either. */
 static void frozen_and_index(struct world *w)
 {
@@ -436,6 +467,7 @@ static const struct scenario scenarios[] = {
     {"put_far_beyond_both", put_far_beyond_both},
     {"refused_at_cap", refused_at_cap},
     {"cap_and_large_block", cap_and_large_block},
+    {"hit_pages_at_cap", hit_pages_at_cap},
     {"frozen_and_index", frozen_and_index},
     {"compact_corrupt", compact_corrupt},
     {"compact_beside_put", compact_beside_put},
