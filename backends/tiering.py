@@ -5,11 +5,15 @@ tier's URL: it takes no room on a full tmpfs, appears whole or not at all, and g
 the segment. ``file:/PATH`` is a spill file, ``redis://`` and its kin are Valkey or Redis. The native core
 asks `source` when it meets the first page in the tier of a client for which nothing was attached yet.
 
+Who gives a client a tier, takes the link of one away, or removes what a tier holds has the lock of the state
+directory meanwhile, for a process that is slow may otherwise find another's tier where it expects its own.
+
 Not for demotion (`demotion`), nor for what a tier is (`tiers.contract`). A kind of tier is imported by who
 has one: every command imports this. Threading: any thread.
 """
 
 import contextlib
+import fcntl
 import os
 import time
 import urllib.parse
@@ -30,6 +34,8 @@ _READERS_S = 60.0
 """How long a withdrawal waits for who reads from the tier: longer than a read that fails lasts."""
 _ENDING_S = 3.0
 """How long to wait for the manager to let go of a tier whose client is no more."""
+_ALONE_S = 60.0
+"""How long to wait for a command that has the lock."""
 _REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 
 Source = str | Callable[[list[int]], list[bytes | None]]
@@ -92,6 +98,13 @@ def assign(
     The same tier again changes nothing. Raises `TierError`: also if the client has another tier.
     """
     url, size_bytes = _full(paths, client, url, size_bytes)
+    with _alone(paths.state):
+        return _assign(paths, segment, client, url, size_bytes)
+
+
+def _assign(
+    paths: SegmentPaths, segment: "_native.Segment", client: "_native.Client", url: str, size_bytes: int
+) -> str:
     link = _link(paths, client)
     if (found := of(paths, client)) is not None:
         if found == url:
@@ -161,18 +174,34 @@ def withdraw(
         return
     try:
         client.tiered = False  # from here on nothing is demoted
-        # What is left the slots say: the counters may be off for a while after a death.
-        while left := _in_tier(client):
-            _lap(client, left, progress)
-    except TmemError:
-        client.tiered = True
+        while True:
+            # What is left the slots say: the counters may be off for a while after a death.
+            while left := _in_tier(client):
+                _lap(client, left, progress)
+            if _take_away(paths, segment, client):
+                return
+    except BaseException:
+        with contextlib.suppress(TmemError, OSError), _alone(paths.state):
+            if of(paths, client) is not None:
+                client.tiered = True
         raise
-    link = _link(paths, client)
-    # The epoch: another tier of this client may have ended just before, and still be there.
-    ended = link.with_name(f"{link.name.replace('tier-', 'ended-', 1)}-{client.tier_epoch}")
-    link.rename(ended)
-    with contextlib.suppress(TierDownError):  # the manager writes to it: then that removes it
-        end(segment, Assigned(ended, client.id, client.serial, _target(ended)))
+
+
+def _take_away(paths: SegmentPaths, segment: "_native.Segment", client: "_native.Client") -> bool:
+    """Take the client's tier away if nothing is there; False if something is."""
+    with _alone(paths.state):
+        if of(paths, client) is None:
+            return True  # another command was quicker
+        client.tiered = False  # or one that has failed has given it back meanwhile
+        if _in_tier(client):
+            return False
+        link = _link(paths, client)
+        # The epoch: another tier of this client may have ended just before, and still be there.
+        ended = link.with_name(f"{link.name.replace('tier-', 'ended-', 1)}-{client.tier_epoch}")
+        link.rename(ended)
+        with contextlib.suppress(TierDownError):  # the manager writes to it: then that removes it
+            _end(segment.nonce, Assigned(ended, client.id, client.serial, _target(ended)))
+        return True
 
 
 def _in_tier(client: "_native.Client") -> int:
@@ -214,11 +243,14 @@ def _links(paths: SegmentPaths, kind: str) -> Iterator[Assigned]:
 
 
 def end(segment: "_native.Segment", assigned: Assigned) -> None:
-    """Remove what a client stored in its tier, for it is no more or has nothing there; then the link.
+    """Remove what a client stored in its tier, for it is no more or has nothing there; then the link. Nothing
+    if somebody else has done so: what is there by now may be what the client has been given since.
 
     Raises `TierDownError` if the tier does not answer, or its writer has not let go of it: try again.
     """
-    _end(segment.nonce, assigned)
+    with _alone(assigned.link.parent, _ENDING_S):
+        if assigned.link.is_symlink():
+            _end(segment.nonce, assigned)
 
 
 def end_all(paths: SegmentPaths, nonce: int) -> None:
@@ -242,19 +274,44 @@ def _end(nonce: int, assigned: Assigned) -> None:
 
 
 def _await_end(paths: SegmentPaths, segment: "_native.Segment", url: str) -> None:
-    """Wait until what was there before is removed: by the manager, which looks often, or else by us."""
+    """Remove what was there before, once the manager has let go of it; that looks often."""
+    links = [
+        *ended_tiers(paths),
+        *assigned_tiers(paths),
+    ]  # first: who is none of the living after that is dead
     lives = {(client.id, client.serial) for client in segment.clients()}
     until = time.monotonic() + _ENDING_S
-    for old in [*ended_tiers(paths), *assigned_tiers(paths)]:
+    for old in links:
         if old.url != url or (old.link.name.startswith("tier-") and (old.client, old.serial) in lives):
             continue
         while old.link.is_symlink():
             try:
-                end(segment, old)
+                _end(segment.nonce, old)
             except TierDownError:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _alone(state: Path, patience_s: float | None = None) -> Iterator[None]:
+    """Hold the lock under which tiers come and go; `TierDownError` if others have it for long."""
+    until = time.monotonic() + (_ALONE_S if patience_s is None else patience_s)
+    descriptor = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TierDownError(
+                        "another command gives or takes away a tier: try again once it has ended"
+                    ) from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _state(segment: Path) -> Path:

@@ -1,5 +1,6 @@
 """Pages in a tier: they come back whole to whoever reads them, and what is wrong with one is an error."""
 
+import contextlib
 import os
 import threading
 import time
@@ -359,6 +360,28 @@ def test_pools_and_clients_with_pages_there_end(demoted: _native.Pool, small: _n
     assert small.check() == []
 
 
+class Wrapped:
+    """A client, of which tests replace methods."""
+
+    def __init__(self, client: _native.Client) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.client, name)
+
+    @property
+    def tiered(self) -> bool:
+        return self.client.tiered
+
+    @tiered.setter
+    def tiered(self, value: bool) -> None:
+        self.client.tiered = value
+
+    @property
+    def itself(self) -> _native.Client:
+        return cast("_native.Client", self)
+
+
 class TestFiles:
     """With a spill file, found by everybody who attaches the segment."""
 
@@ -505,11 +528,8 @@ class TestFiles:
         client = spilled.client
         second = file.with_name("second")
 
-        class Slow:
+        class Slow(Wrapped):
             """The client, whose tier is another one when it is opened."""
-
-            def __getattr__(self, name: str) -> object:
-                return getattr(client, name)
 
             def attach_tier(self, found: str, *epoch: int) -> None:
                 tiering.withdraw(paths, small, client)
@@ -520,8 +540,115 @@ class TestFiles:
                 writer.close()
                 client.attach_tier(found, *epoch)
 
-        assert tiering.attach(small, cast("_native.Client", Slow()))
+        assert tiering.attach(small, Slow(client).itself)
         assert got(spilled, 0, NPAGES) == data()
+
+    @pytest.mark.parametrize("other", ["fails", "again"])
+    def test_nothing_goes_there_between_the_last_look_and_the_end(
+        self,
+        persistent: _native.Pool,
+        small: _native.Segment,
+        paths: SegmentPaths,
+        file: Path,
+        other: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A command has found nothing in the tier; before it takes that away, another one gives it back, and
+        the manager goes on."""
+        monkeypatch.setattr(tiering, "_ALONE_S", 0.1)
+        client = persistent.client
+        tiering.assign(paths, small, client, str(file), 4 << 20)
+        writer = tiering.open_tier(f"file:{file}", tiering.identity(small, client), writer=True)
+        writer.retain([])
+        persistent.put(OID, 0, b"".join(data()))
+
+        class Failing(Wrapped):
+            """For a command that cannot bring back all that is there."""
+
+            def live(self, timeout_ms: int) -> bytes:
+                return bytes(8)
+
+            def promote(self, hand: int, most: int) -> tuple[int, int]:
+                raise TierDownError("it does not answer")
+
+        class Slow(Wrapped):
+            """For one that is stopped just as it has found nothing any more."""
+
+            looks = 0
+
+            def live(self, timeout_ms: int) -> bytes | None:
+                found = client.live(timeout_ms)
+                self.looks += 1
+                if self.looks > 2:
+                    return found
+                with contextlib.suppress(TierDownError):
+                    if other == "fails":
+                        tiering.withdraw(paths, small, Failing(client).itself)
+                    else:
+                        tiering.assign(paths, small, client, str(file), 4 << 20)
+                if client.tiered:
+                    demote(client, FaultyTier(writer, Faults()))
+                return found
+
+        tiering.withdraw(paths, small, Slow(client).itself)
+        writer.close()
+        assert client.statistics()["tier_pages"] == 0
+        assert not client.tiered
+        again = _native.attach(small.path)
+        assert got(again.client("guest").pools()[0], 0, NPAGES) == data()
+        again.close()
+
+    def test_interrupted_the_client_keeps_its_tier(
+        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths
+    ) -> None:
+        """With what came back in memory, and demotion going on."""
+
+        def interrupt(left_pages: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tiering.withdraw(paths, small, spilled.client, interrupt)
+        assert spilled.client.tiered
+        assert tiering.of(paths, spilled.client) is not None
+
+    def test_an_end_that_comes_late_removes_nothing_else(
+        self, small: _native.Segment, client: _native.Client, paths: SegmentPaths, file: Path
+    ) -> None:
+        """The manager has seen that a tier ended, and gets to it when the client has it again."""
+        tiering.assign(paths, small, client, str(file), 1 << 20)
+        held = tiering.open_tier(f"file:{file}", tiering.identity(small, client), writer=True)
+        tiering.withdraw(paths, small, client)
+        (ended,) = tiering.ended_tiers(paths)
+        held.close()
+        tiering.assign(paths, small, client, str(file), 1 << 20)
+        tiering.end(small, ended)
+        assert file.stat().st_size == 1 << 20
+
+    def test_two_clients_come_at_a_time_to_one_server(
+        self, small: _native.Segment, paths: SegmentPaths, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody takes the one for dead who was not there yet when the other looked who lives."""
+        world, url = MemoryWorld(), "redis://server"
+        monkeypatch.setattr(tiering, "open_tier", lambda url, who, writer: world.open(who, writer))
+        monkeypatch.setattr(tiering, "_ALONE_S", 0.1)
+
+        class Slow:
+            late: _native.Client | None = None
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(small, name)
+
+            def clients(self) -> list[_native.Client]:
+                found = small.clients()
+                self.late = small.client("late")
+                with contextlib.suppress(TierDownError):
+                    tiering.assign(paths, small, self.late, url, 0)
+                return found
+
+        slow = Slow()
+        tiering.assign(paths, cast("_native.Segment", slow), small.client("early"), url, 0)
+        assert slow.late is not None
+        assert slow.late.tiered == (tiering.of(paths, slow.late) is not None)
 
     @pytest.mark.parametrize("off", [-NPAGES, -1, 1])
     def test_withdrawn_while_the_counter_is_off(
@@ -533,17 +660,14 @@ class TestFiles:
     ) -> None:
         """Somebody was killed between a swap and its count: what is left the slots say."""
 
-        class Miscounted:
+        class Miscounted(Wrapped):
             """The client, whose pages in the tier are counted wrong."""
-
-            def __getattr__(self, name: str) -> object:
-                return getattr(spilled.client, name)
 
             def statistics(self) -> dict[str, int]:
                 counts = spilled.client.statistics()
                 return {**counts, "tier_pages": counts["tier_pages"] + off}
 
-        tiering.withdraw(paths, small, cast("_native.Client", Miscounted()))
+        tiering.withdraw(paths, small, Miscounted(spilled.client).itself)
         assert spilled.statistics()["tier_pages"] == 0
         assert got(spilled, 0, NPAGES) == data()
 

@@ -121,12 +121,15 @@ def _tier(paths: SegmentPaths, client: str, url: str | None, size_bytes: int) ->
     with closing(segment.attach(paths.name)) as opened:
         owner = opened.client(client)
         had = tiering.of(paths, owner)
+        assigned = False
         try:
             tiering.assign(paths, opened, owner, url, size_bytes)
+            assigned = True
             yield
         except BaseException:
             if had is None:
-                tiering.withdraw(paths, opened, owner)
+                if assigned:  # else it may have another one, that somebody else has given it just now
+                    tiering.withdraw(paths, opened, owner)
                 clients.end_if_unused(owner)
             raise
 
