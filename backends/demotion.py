@@ -30,8 +30,8 @@ from tmem.backends import tiering
 from tmem.backends.errands import Errand
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.prefetching import QUIET_S, Prefetch
-from tmem.backends.tiers.contract import Tier
-from tmem.errors import TierError, TierFullError, TmemError
+from tmem.backends.tiers.contract import Tier, TierIdentity
+from tmem.errors import TierDownError, TierError, TierFullError, TmemError
 from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -272,6 +272,8 @@ class Demotion:
         self._clock = clock
         self._room = room
         self._clients: dict[tuple[int, int], ClientDemotion] = {}
+        self._leaving: list[tuple[tuple[int, int], ClientDemotion]] = []
+        """Those that were dropped and have not let go of their tiers yet."""
         self._complaints: dict[str, str] = {}
         self._before_pages = self._before_cold_pages = 0  # that went to tiers which have ended
         self._before_prefetched_pages = self._before_prefetching_ns = 0  # of those tiers
@@ -395,12 +397,28 @@ class Demotion:
         self._drop(key)
         if url is not None:
             who = tiering.identity(self._segment, client)
-            opened = partial(tiering.open_tier, url, who, writer=True)
+            opened = partial(self._open, key, url, who)
             self._clients[key] = ClientDemotion(self._segment, client, url, epoch, opened, self._clock)
+
+    def _open(self, key: tuple[int, int], url: str, who: TierIdentity) -> Tier:
+        """Open a tier, in the thread of its client; `TierDownError`.
+
+        Files have a lock. Servers do not, and a writer that has just begun removes what it finds there and
+        nobody named when it looked: what another one that came after it has written, if both go on at a time.
+        """
+        if tiering.spill_path(url) is None:
+            for of, one in list(self._leaving):
+                if of == key and not one.errand.ended and tiering.spill_path(one.url) is None:
+                    raise TierDownError(
+                        f"waits for the tier before, {tiering.shown(one.url)}, to be let go of"
+                    )
+        return tiering.open_tier(url, who, writer=True)
 
     def _drop(self, key: tuple[int, int]) -> None:
         if (gone := self._clients.pop(key, None)) is not None:
             gone.end()
+            self._leaving = [(of, one) for of, one in self._leaving if not one.errand.ended]
+            self._leaving.append((key, gone))
             self._before_pages += gone.demoted_pages
             self._before_cold_pages += gone.cold_pages
             self._before_prefetched_pages += gone.prefetch.pages

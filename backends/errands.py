@@ -30,6 +30,11 @@ class Errand:
         """Whether it has not done yet what it was asked for last."""
         return not self._idle.is_set()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended, after `end`."""
+        return not self._thread.is_alive()
+
     def begin(self, do: Callable[[], None]) -> bool:
         """Have `do` done; False if it is busy. What `do` raises is logged."""
         if self.busy:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -11,13 +11,14 @@ from tmem.backends import _native, tiering
 from tmem.backends.demotion import Demotion, Marks
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.tiers import spill
-from tmem.backends.tiers.contract import TierIdentity
+from tmem.backends.tiers.contract import Tier, TierIdentity
 from tmem.backends.tiers.spill import SpillFile
 from tmem.errors import TierFullError
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 from ..waiting import wait_until
 from .pages import stamp_of, stamped
+from .tiers.memory import MemoryWorld
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -335,6 +336,67 @@ def test_a_tier_that_hangs_delays_its_own_client_only(
 
     wait_until(goes)
     bench.check()
+
+
+def test_a_server_has_one_writer_of_a_client_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client is given its tier again while the manager still waits for the servers: it is written for once
+    that has ended. Files have a lock, servers have none."""
+    world, goes_on, waits = MemoryWorld(10**6), threading.Event(), threading.Event()
+    writers: list[int] = [0]
+
+    class Counted:
+        def __init__(self, inner: Tier) -> None:
+            self.inner = inner
+            writers.append(writers[-1] + 1)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def write(self, records: "Sequence[Buffer]") -> list[int]:
+            if not goes_on.is_set():
+                waits.set()
+                goes_on.wait()
+            return self.inner.write(records)
+
+        def destroy(self) -> None:
+            self.inner.destroy()
+            self.close()
+
+        def close(self) -> None:
+            writers.append(writers[-1] - 1)
+
+    def opened(url: str, who: TierIdentity, writer: bool) -> Tier:
+        inner = world.open(who, writer)
+        return cast("Tier", Counted(inner)) if writer else inner
+
+    tiering.withdraw(bench.paths, bench.segment, bench.client)
+    url = "redis://server/0?replicas="
+    bench.client.cap_bytes = MIB
+    bench.put(0, 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiering, "open_tier", opened)
+        tiering.assign(bench.paths, bench.segment, bench.client, f"{url}1", 0)
+        bench.rounds(1)
+        bench.rounds(1)
+        assert waits.wait(40)
+        tiering.withdraw(bench.paths, bench.segment, bench.client)
+        tiering.assign(bench.paths, bench.segment, bench.client, f"{url}0", 0)
+        before = len(writers)
+        bench.rounds(3)
+        assert max(writers[before:], default=writers[-1]) == 1
+        assert "replicas=1" in bench.demotion.problems()["guest"]
+        goes_on.set()
+
+        def goes() -> bool:
+            bench.rounds(1)
+            return bench.demotion.problems() == {} and bench.client.statistics()["tier_pages"] > 50
+
+        wait_until(goes)
+        assert max(writers[before:]) == 1
+        bench.check()
+        bench.client.cap_bytes = 0
+        tiering.withdraw(bench.paths, bench.segment, bench.client)
+        bench.rounds(1)
 
 
 def test_cold_pages_go_although_there_is_memory(bench: Bench) -> None:
