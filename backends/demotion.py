@@ -7,7 +7,7 @@ marks, so that it does not begin and stop with each page. Pages that were not us
 it acknowledged, then let go of the memory, so a failure costs nothing but another try.
 
 With `tier_cold_s` set, pages that nobody has used for so long go although there is memory: by laps of the
-same clock that are so far apart, a batch a second at most. While there is plenty pages come back
+same clock that are so far apart, in a tenth of the time. While there is plenty pages come back
 (`prefetching`).
 
 Each client's tier is opened, written and asked in a thread of its own, and tiers that have ended are
@@ -41,6 +41,8 @@ BATCH_PAGES = 2048
 LEAST_PAGES = 32
 ROUND_S = 0.5
 """How long a round goes on demoting at most, so that the manager looks at other things."""
+COLD_ROUND_S = 0.1
+"""How long a round begins batches of cold pages: a tenth of the time, in which reads of the tier may wait."""
 PATIENCE_S = 1.0
 """How long a round waits for tiers at most; those that take longer are not waited for again."""
 GRACE_MS = 200
@@ -128,8 +130,8 @@ class ClientDemotion:
         try:
             if self._tier is None:
                 self._open()
-            if cold_s and need(self) is None:
-                self.cold_batch(cold_s, self._clock())
+            if cold_s:
+                self._cool(cold_s, need)
             while (wanted := need(self)) is not None and self._clock() < until_s and not self._ended:
                 self._quiet_from_s = self._clock() + QUIET_S
                 self.prefetch.stop()
@@ -197,25 +199,35 @@ class ClientDemotion:
         self._ready = True
         return True
 
-    def cold_batch(self, cold_s: int, now_s: float) -> None:
+    def _cool(self, cold_s: int, need: "Callable[[ClientDemotion], Need | None]") -> None:
+        """Demote cold pages, a batch or as many as there are in `COLD_ROUND_S`, while memory is not short."""
+        until_s = self._clock() + COLD_ROUND_S
+        while need(self) is None and self.cold_batch(cold_s, self._clock()) and not self._ended:
+            if self._clock() >= until_s:
+                break
+
+    def cold_batch(self, cold_s: int, now_s: float) -> bool:
         """Demote a batch of the pages that have not been used for `cold_s`, or make the next ones colder.
+
+        True if the lap goes on.
 
         Marks are taken away in laps of which each begins so long after the end of the one before, so a page
         without a mark has not been used for that time at least, and goes before twice that (and a lap).
         """
         if not self._cold_hand and now_s < self._marks_s + cold_s:
-            return
+            return False
         if self.client.phase != "none" or not self.client.tiered:
-            return
+            return False
         try:
             # Once a lap: what flushed and rewritten pages left in the tier may be used again.
             if not self._cold_hand and not self._tidy():
-                return
+                return False
             self._cold_hand, _, demoted = self._move(self._cold_hand, BATCH_PAGES, any_page=False)
             self.cold_pages += demoted
         except TierError as error:  # full, or down: nothing that anybody waits for
             _log.info("cold pages of %s stay in memory: %s", self.client.name, error)
             self._ready, self._cold_hand, self._marks_s = False, 0, now_s
+        return self._cold_hand != 0
 
     def _move(self, hand: int, most: int, any_page: bool) -> tuple[int, int, int]:
         """Demote pages from the hand on: where it is then, pages found, and those that went."""

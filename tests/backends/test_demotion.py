@@ -28,13 +28,14 @@ MIB = 1 << 20
 
 
 class Clock:
-    """Time goes on by a hundredth of a second with each look."""
+    """Time goes on by a hundredth of a second with each look, at first."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.look_s = 0.01
 
     def __call__(self) -> float:
-        self.now_s += 0.01
+        self.now_s += self.look_s
         return self.now_s
 
 
@@ -415,6 +416,25 @@ def test_cold_pages_go_although_there_is_memory(bench: Bench) -> None:
         assert bench.clock.now_s > since_s + 100 or bench.demotion.demoted_pages == 0
     assert bench.demotion.demoted_pages == bench.demotion.cold_pages == 497
     assert bench.pool.statistics()["pages_fetched"] == 0
+    bench.check()
+
+
+def test_cold_pages_that_have_gathered_go_in_a_tenth_of_the_time(bench: Bench) -> None:
+    """Many batches a round, or it would take hours; but one of a slow tier, whose reads wait for it."""
+    bench.segment.tier_cold_s = 100
+    bench.put(0, 2000)
+    bench.rounds(105)
+    assert bench.demotion.demoted_pages == 0
+    bench.clock.now_s += 100
+    bench.clock.look_s = 0.2
+    bench.rounds(1)
+    batch = bench.demotion.cold_pages
+    assert 300 < batch < 1000
+    bench.rounds(1)
+    assert bench.demotion.cold_pages < 2 * batch + 300
+    bench.clock.look_s = 0.001
+    bench.rounds(1)
+    assert bench.demotion.cold_pages == 2000
     bench.check()
 
 
