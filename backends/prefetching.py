@@ -50,7 +50,7 @@ class Room:
         waits for memory."""
         _, _, spare_bytes, margin_bytes = self._headroom.look()
         calm = self._stalls.share(time.monotonic()) <= sizing.STALLED
-        return max(spare_bytes - margin_bytes, 0) if calm else 0
+        return max(spare_bytes - margin_bytes, 0) if calm and margin_bytes else 0
 
 
 class Prefetch:

@@ -8,6 +8,7 @@ there from the start, since none can be started once memory is out. Not in the d
 the limits stay where they are.
 """
 
+import errno
 import logging
 import threading
 import time
@@ -123,7 +124,8 @@ class Resizer:
         stalled = self._stalls.share(now_s := time.monotonic())
         counts.stalled_percent = round(100 * stalled)
         least, most = segment.size_range
-        if least < most and seen["looks"]:
+        known = bool(seen["margin_bytes"])
+        if least < most and seen["looks"] and known:
             if self._sizer is None or self._sizer.range != (least, most):
                 self._sizer = sizing.Sizer(least, most)
             self._move(seen, stalled, now_s)
@@ -135,6 +137,8 @@ class Resizer:
             self._short and now_s < self._headroom.lowered_s + sizing.HOLD_S
         )
         self._headroom.give_back(self._reserve_bytes() if local else 0, local)
+        if seen["looks"] and not known:
+            raise OSError(errno.EIO, "/proc/meminfo cannot be read, so the size stays as it is")
 
     def _move(self, seen: dict[str, int], stalled: float, now_s: float) -> None:
         assert self._sizer is not None

@@ -96,10 +96,10 @@ static void look_at_rooms(struct headroom *h, struct headroom_look *look)
     look->margin = 0;
     if (read_text(h->meminfo, text, sizeof text) && number_after(text, "MemTotal:", &total)
         && number_after(text, "MemAvailable:", &available))
-        tightest(look, total <<= 10, available << 10);
+        tightest(look, h->total = total << 10, available << 10);
     for (struct headroom_group *g = h->groups; g < h->groups + h->ngroups; g++) {
         uint64_t limit = read_number(g->limit), usage;
-        if (limit >= total || (usage = read_number(g->usage)) == UINT64_MAX)
+        if (limit >= h->total || (usage = read_number(g->usage)) == UINT64_MAX)
             continue; /* none, or the group is gone */
         uint64_t room = limit > usage ? limit - usage : 0;
         if (room <= limit / 4) { /* else the rest is not worth the time */
@@ -111,6 +111,8 @@ static void look_at_rooms(struct headroom *h, struct headroom_look *look)
         }
         tightest(look, limit, room);
     }
+    if (!look->margin)
+        look->spare = 0;
 }
 
 static uint64_t bytes_in_use(const struct tm_segment *seg)
@@ -247,7 +249,11 @@ void headroom_run(struct tm_ctx *ctx, struct headroom *h)
         if (least < most) {
             struct headroom_look look;
             headroom_look(h, seg, &look);
-            d = headroom_decide(h, &look, least, most);
+            if (look.margin)
+                d = headroom_decide(h, &look, least, most);
+            else /* nobody says how much there is: what was said last counts */
+                d = (struct headroom_decision){.limit = look.limit, .persistent = limit_bytes(seg, chunk_limit(seg, true)),
+                                               .next_ns = MOST_LOOK_NS};
         }
         bool moved = move(ctx, h, &d), over = exceeds(seg, keep);
         uint64_t some = over ? tm_shrink(ctx, keep, d.hard, SLICE) : 0;

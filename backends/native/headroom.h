@@ -19,7 +19,7 @@ struct headroom_look {
     uint64_t used;   /* by the segment, its reserve included */
     uint64_t limit;  /* of the segment, in force */
     int64_t spare;   /* of the tightest room beyond its margin; negative if less */
-    uint64_t margin; /* of that room */
+    uint64_t margin; /* of that room; 0: neither is known */
 };
 
 struct headroom_decision {
@@ -34,6 +34,7 @@ struct headroom {
     int wake;    /* an eventfd: readable when something is to be looked at now */
     unsigned ngroups;
     struct headroom_group groups[HEADROOM_GROUPS];
+    uint64_t total; /* memory of the machine, when it could be read last */
     _Atomic uint64_t keep; /* bytes of backed memory that stay in any case */
     _Atomic bool local;    /* this machine swaps to the segment */
     _Atomic bool ending;

@@ -129,6 +129,22 @@ def test_makes_room_as_long_as_there_is_need(segment: "_native.Segment", machine
     segment.check()
 
 
+def test_nothing_moves_while_nobody_says_how_much_there_is(
+    segment: "_native.Segment", machine: Machine
+) -> None:
+    """A /proc that is served by a daemon, as in containers, fails while that is not there."""
+    pool = fill(segment, False, 14000)
+    segment.size_within(16 * MIB, 64 * MIB)
+    headroom, limits = machine.headroom(segment), segment.limits
+    machine.meminfo.write_text("")
+    assert headroom.look()[2:] == (0, 0)
+    with running(headroom):
+        until(lambda: headroom.statistics()["looks"] > 2, "looks")
+        assert (segment.limits, pool.statistics()["pages"]) == (limits, 14000)
+        machine.set(0)  # it is back
+        until(lambda: segment.limits[0] == 16 * MIB, "the limit")
+
+
 def test_persistent_pages_stay_and_looks_become_rare(segment: "_native.Segment", machine: Machine) -> None:
     pool = fill(segment, True, 8000)
     segment.size_within(16 * MIB, 64 * MIB)

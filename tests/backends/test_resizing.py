@@ -73,6 +73,26 @@ def fill(segment: "_native.Segment", npages: int) -> None:
         pool.put(oid(1), first, b"".join(pages("random", first, min(500, npages - first))))
 
 
+def test_does_not_grow_while_nobody_says_how_much_there_is(
+    segment: "_native.Segment", world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    segment.size_within(16 * MIB, 64 * MIB)
+    segment.set_limits(32 * MIB, 32 * MIB)
+    before = segment.limits
+    (world.proc / "meminfo").write_text("")
+    resizing = world.resizer(segment)
+
+    async def test() -> None:
+        await until(lambda: bool(caplog.records))
+        assert resizing.statistics.looks
+
+    with caplog.at_level(logging.WARNING):
+        beside(resizing.run, test)
+    assert "/proc/meminfo cannot be read" in caplog.records[0].getMessage()
+    assert segment.limits == before
+    caplog.clear()
+
+
 def test_gives_way_and_says_so_once(
     segment: "_native.Segment", world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
