@@ -568,10 +568,39 @@ class Reader:
         away_ms: int = 50,
     ) -> None: ...
     def serve(self, wake: int, timeout_ms: int, /) -> int:
-        """Answer hits until a request for libfuse can be read from `theirs` (1), the connection is over (2),
-        or the descriptor `wake` (-1: none) is readable, the time (-1: none) is over or a signal came (0).
+        """Answer hits until a request for libfuse can be read from `theirs` (1), one lies with `asked` (3),
+        the connection is over (2), or the descriptor `wake` (-1: none) is readable, the time (-1: none) is
+        over or a signal came (0).
 
         By one thread at a time; passes libfuse's replies on as well.
+        """
+
+    def open_shortcut(self) -> int:
+        """Have requests of names, listings and open files put by for `asked` from now on; `serve` returns 3.
+
+        Return a descriptor, the reader's, that is readable when a helper has put one there.
+        """
+
+    def asked(self) -> tuple[int, int, int, int, int, int, bytes] | None:
+        """Return the oldest that was put by, None if there is none: opcode, number, node, user, group and
+        process of who asks, and the argument as the kernel's fuse.h has it.
+
+        To be answered with `reply` or `enter`, but for a FORGET. By the thread that calls `serve`, as these.
+        """
+
+    def reply(self, number: int, error: int, argument: bytes = b"", /) -> None:
+        """Answer with a positive errno or 0, and an argument of at most 256 bytes or a page (`list`)."""
+
+    def look_up(self, directory: int, name: bytes, /) -> tuple[tuple[int, int], int, int] | int:
+        """Look a name, which ends with a zero, up in an open directory; an errno if that fails.
+
+        Return device and inode number, S_IFMT bits, and an O_PATH descriptor, which is the caller's.
+        """
+
+    def enter(self, number: int, node: int, generation: int, stored_to: bool, /) -> None:
+        """Answer a LOOKUP with what `look_up` has found last.
+
+        `stored_to`: its attributes are not to be believed.
         """
 
     def drain(self) -> None:

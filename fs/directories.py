@@ -14,7 +14,6 @@ import pyfuse3
 from tmem.fs.base import Handlers, errors
 from tmem.fs.identity import Version, is_settled, version_at, version_of
 from tmem.fs.inodes import Inode
-from tmem.fs.reading import Reading
 from tmem.fs.state import SavedListing
 
 if TYPE_CHECKING:
@@ -55,10 +54,14 @@ class Directories(Handlers):
     async def opendir(self, inode: int, ctx: "RequestContext") -> int:
         """Open a directory."""
         with errors():
-            node = self.table[inode]
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            descriptor = os.open(b".", flags, dir_fd=self.table.descriptor(node))
-            status = os.fstat(descriptor)
+            return self.open_directory(inode)
+
+    def open_directory(self, inode: int) -> int:
+        """Open a directory; return the handle. OSError."""
+        node = self.table[inode]
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        descriptor = os.open(b".", flags, dir_fd=self.table.descriptor(node))
+        status = os.fstat(descriptor)
         number = self._next_listing
         self._next_listing += 1
         # Directories have coarse stamps on some file systems whose files have fine ones (tmpfs).
@@ -85,19 +88,20 @@ class Directories(Handlers):
 
         With a native reader `start_id` is the request's number, which the reader knows more of.
         """
-        listing = self._listings[fh]
         with errors():
             if self.reading is not None:
-                self._report_page(self.reading, fh, listing, start_id)
+                self.report_page(fh, start_id)
             else:
-                self._report(listing, start_id, token)
+                self._report(self._listings[fh], start_id, token)
 
-    def _report_page(self, reading: Reading, fh: int, listing: _Listing, request: int) -> None:
-        """Have the reader reply to a request with as many entries as it has room for.
+    def report_page(self, fh: int, request: int) -> None:
+        """Have the native reader reply to a request with as many entries as it has room for. OSError.
 
         At best 12 us of CPU a name, the kernel's work among it (9,000 files in 10 directories, load 4).
         Of what the kernel was told lately, and still believes, it gets the name alone.
         """
+        listing, reading = self._listings[fh], self.reading
+        assert reading is not None, "it has the request"
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         page = reading.reader.page(request, lifetime)
         if page.start == 0:
@@ -153,7 +157,11 @@ class Directories(Handlers):
     async def releasedir(self, fh: int) -> None:
         """Close a directory."""
         with errors():
-            os.close(self._listings.pop(fh).descriptor)
+            self.close_directory(fh)
+
+    def close_directory(self, fh: int) -> None:
+        """Close a directory. OSError."""
+        os.close(self._listings.pop(fh).descriptor)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Make a directory's names durable."""

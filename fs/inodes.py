@@ -181,6 +181,12 @@ class InodeTable:
         key = (status.st_dev, status.st_ino)
         return self._meet(key, stat.S_IFMT(status.st_mode), descriptor), status
 
+    def meet(self, found: Found) -> Inode:
+        """Return the inode of a file that was looked up, and count the lookup; owns its descriptor."""
+        inode = self._meet(*found)
+        inode.lookups += 1
+        return inode
+
     def admit(self, found: Iterable[Found]) -> list[Inode]:
         """Return the inodes of files that were looked up, and count the lookups; owns their descriptors.
 

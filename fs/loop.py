@@ -23,7 +23,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from tmem.fs.reading import GONE, NOTHING, REQUEST, Reading
+from tmem.fs.reading import ASKED, GONE, NOTHING, REQUEST, Reading
 
 _TRIO_EVERY = 32  # requests; so that deadlines are seen under full load. A power of two.
 _LONGEST_WAIT_SECONDS = 1.0
@@ -226,13 +226,17 @@ class Readers:
         self._raise_if_stopping()  # from here until the request is read nothing else runs
 
     async def _read_natively(self, reading: Reading) -> None:
-        """Have the native reader answer hits until there is a request for pyfuse3."""
+        """Have the native reader answer hits, and answer shortcuts, until there is a request for pyfuse3."""
         self._idle += 1
         try:
             event = NOTHING
             while event != REQUEST:
                 if event == GONE or self._ended:
                     raise trio.ClosedResourceError("unmounted")
+                if event == ASKED:
+                    assert self._nursery is not None
+                    reading.answer(self._nursery.start_soon)
+                    event = NOTHING
                 if self._stopping:
                     event = await self._leave(reading)
                 elif self._may_block():
@@ -255,6 +259,8 @@ class Readers:
         """
         while self._stopping:
             reading.reader.drain()
+            assert self._nursery is not None
+            reading.answer(self._nursery.start_soon)
             if reading.has_request():
                 return REQUEST
             if not self._waiting and reading.reader.quiet:

@@ -43,12 +43,16 @@ class Namespace(Handlers):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups back; files that the kernel has forgotten keep their pages while they have a name."""
         for nodeid, count in inode_list:
-            inode = self.table.forget(nodeid, count)
-            if inode is None:
-                continue
-            if inode.state is not None:
-                self._retire(inode)
-            self.table.drop(inode)
+            self.take_back(nodeid, count)
+
+    def take_back(self, nodeid: int, count: int) -> None:
+        """Take `count` lookups of one file back."""
+        inode = self.table.forget(nodeid, count)
+        if inode is None:
+            return
+        if inode.state is not None:
+            self._retire(inode)
+        self.table.drop(inode)
 
     def _retire(self, inode: Inode) -> None:
         assert inode.state is not None

@@ -63,17 +63,21 @@ class Opening(Namespace):
     async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":
         """Open a file, and check whether its pages still show it."""
         with errors():
-            node = self.table[inode]
             if flags & os.O_TRUNC:
-                return await self._open_truncated(node, flags, Caller.of(ctx))
-            path = self.table.path(node)
-            unchanged: bool | None = None
-            if flags & os.O_ACCMODE != os.O_RDONLY:
-                # First with a descriptor that only reads: one of our own that writes hides other writers.
-                with contextlib.suppress(PermissionError):
-                    unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
-            return self._opened(node, descriptor, flags, Caller.of(ctx), unchanged)
+                return await self._open_truncated(self.table[inode], flags, Caller.of(ctx))
+            return self.open_file(inode, flags, Caller.of(ctx))
+
+    def open_file(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
+        """Open a file, without O_TRUNC. OSError, TmemError."""
+        node = self.table[inode]
+        path = self.table.path(node)
+        unchanged: bool | None = None
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            # First with a descriptor that only reads: one of our own that writes hides other writers.
+            with contextlib.suppress(PermissionError):
+                unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+        return self._opened(node, descriptor, flags, caller, unchanged)
 
     def _validate(self, inode: Inode, descriptor: int) -> bool:
         """Check with `descriptor`, which is closed, whether the file's pages still show it."""
@@ -228,23 +232,37 @@ class Opening(Namespace):
 
     async def release(self, fh: int) -> None:
         """Close; a file without a name loses its pages with its last close."""
-        file = self._files.pop(fh)
-        if file.ahead is not None and file.ahead.running:
-            with self._waiting():
-                await file.ahead.close()
-        if file.uses:  # for a program that was killed: its request was given up, and it has closed the file
-            with self._waiting():
-                await file.wait_unused()  # or the thread would read another file by this number, and put that
-        file.inode.opens -= 1
+        if self.is_used(fh):
+            await self.wait_unused(fh)
         with errors():
-            try:
-                if not file.inode.opens:
-                    if file.inode.backing:
-                        self._unback(file.inode, file.descriptor)
-                    self.discard_if_unlinked(file.descriptor)
-            finally:
-                if self.reading is None or not self.reading.close(fh):
-                    os.close(file.descriptor)
+            self.close_file(fh)
+
+    def is_used(self, fh: int) -> bool:
+        """Say whether a file that is to be closed is in use still, and `wait_unused` must come first."""
+        file = self._files[fh]
+        return bool(file.uses or (file.ahead is not None and file.ahead.running))
+
+    async def wait_unused(self, fh: int) -> None:
+        """Come back when nobody uses the descriptor of a file that is to be closed."""
+        file = self._files[fh]
+        with self._waiting():
+            if file.ahead is not None and file.ahead.running:
+                await file.ahead.close()
+            if file.uses:  # for a program that was killed: its request was given up, and the file is closed
+                await file.wait_unused()  # or the thread would read another file by this number, and put that
+
+    def close_file(self, fh: int) -> None:
+        """Close a file that is not in use. OSError, TmemError."""
+        file = self._files.pop(fh)
+        file.inode.opens -= 1
+        try:
+            if not file.inode.opens:
+                if file.inode.backing:
+                    self._unback(file.inode, file.descriptor)
+                self.discard_if_unlinked(file.descriptor)
+        finally:
+            if self.reading is None or not self.reading.close(fh):
+                os.close(file.descriptor)
 
     def read_by(self, reading: Reading | None) -> None:
         """Have hits answered by a native reader from now on, or not any more."""

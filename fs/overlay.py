@@ -28,7 +28,9 @@ from tmem.fs.mounts import PID_ATTRIBUTE, RESTART_ATTRIBUTE, STATISTICS_ATTRIBUT
 from tmem.fs.openfile import Pause, no_pause
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import Precache
+from tmem.fs.reading import Reading
 from tmem.fs.sharing import SharedCoherence
+from tmem.fs.shortcuts import Shortcuts
 from tmem.fs.state import SavedOverlay
 from tmem.fs.statistics import BeyondStatistics, MountStatistics, RestartStatus
 from tmem.fs.watch import Watch
@@ -48,6 +50,12 @@ class Overlay(Files, Directories):
     enable_acl = True  # or default_permissions would ignore access control lists
     restarts = RestartStatus()
     """What there is to say about restarts; set by `serving`."""
+
+    def read_by(self, reading: Reading | None) -> None:
+        """Have hits answered by a native reader from now on, or not any more; what it can, past libfuse."""
+        super().read_by(reading)
+        if reading is not None:
+            reading.answer_with(Shortcuts(self, reading.reader))
 
     def statistics(self) -> MountStatistics:
         """Return what the mount has counted."""

@@ -20,6 +20,7 @@ from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
     from tmem.backends._native import Pool, Reader, ReaderBuffer
+    from tmem.fs.shortcuts import Shortcuts, Start
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _COUNTERS = (
 )
 """What is counted there by the names of `Counters`."""
 
-NOTHING, REQUEST, GONE = range(3)
+NOTHING, REQUEST, GONE, ASKED = range(4)
 """What `Reader.serve` returns."""
 
 
@@ -80,6 +81,17 @@ class Reading:
         self._anything = select.epoll()
         for end in ends:
             self._anything.register(end, select.EPOLLIN)
+        self._shortcuts: Shortcuts | None = None
+
+    def answer_with(self, shortcuts: "Shortcuts") -> None:
+        """Have requests answered past libfuse by these from now on."""
+        self._shortcuts = shortcuts
+        self._anything.register(self.reader.open_shortcut(), select.EPOLLIN)
+
+    def answer(self, start_soon: "Start") -> None:
+        """Answer what does not go to libfuse."""
+        if self._shortcuts is not None:
+            self._shortcuts.answer(start_soon)
 
     def begin(self) -> None:
         """Take requests by the rings, if there are any; when memory is locked, or all of theirs would be."""

@@ -88,9 +88,15 @@ PyObject *client_promote(ClientObject *self, PyObject *args);
 PyObject *client_prefetch(ClientObject *self, PyObject *args);
 PyObject *client_live(ClientObject *self, PyObject *arg);
 
+/* py_shortcut.c: methods of a reader */
+struct reader;
+PyObject *shortcut_asked(struct reader *r);
+PyObject *shortcut_reply(struct reader *r, PyObject *args);
+PyObject *shortcut_look_up(struct reader *r, PyObject *args);
+PyObject *shortcut_enter(struct reader *r, PyObject *args);
+
 /* py_listing.c */
 struct nodes;
-struct reader;
 struct nodes *nodes_of(PyObject *nodes);
 PyObject *page_new(struct reader *r, PyObject *args);
 PyObject *page_list(struct reader *r, PyObject *page);

@@ -1,6 +1,7 @@
 /* Reader, Gate and ReaderBuffer: see reader.h. */
 #include "py.h"
 #include "reader.h"
+#include "reader_shortcut.h"
 
 #include <string.h>
 
@@ -339,6 +340,41 @@ static PyObject *set_nodes(ReaderObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *open_shortcut(ReaderObject *self, PyObject *unused)
+{
+    struct reader *r = reader_of(self);
+    (void)unused;
+    if (!r)
+        return NULL;
+    shortcut_open(reader_shortcut(r));
+    return PyLong_FromLong(reader_shortcut(r)->event);
+}
+
+static PyObject *asked(ReaderObject *self, PyObject *unused)
+{
+    struct reader *r = reader_of(self);
+    (void)unused;
+    return r ? shortcut_asked(r) : NULL;
+}
+
+static PyObject *reply(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    return r ? shortcut_reply(r, args) : NULL;
+}
+
+static PyObject *look_up(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    return r ? shortcut_look_up(r, args) : NULL;
+}
+
+static PyObject *enter_node(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    return r ? shortcut_enter(r, args) : NULL;
+}
+
 static PyObject *new_page(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
@@ -473,6 +509,11 @@ PyTypeObject *make_reader_type(void)
         {"use_rings", (PyCFunction)use_rings, METH_O, NULL},
         {"set_pool", (PyCFunction)set_pool, METH_O, NULL},
         {"set_nodes", (PyCFunction)set_nodes, METH_VARARGS, NULL},
+        {"open_shortcut", (PyCFunction)open_shortcut, METH_NOARGS, NULL},
+        {"asked", (PyCFunction)asked, METH_NOARGS, NULL},
+        {"reply", (PyCFunction)reply, METH_VARARGS, NULL},
+        {"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
+        {"enter", (PyCFunction)enter_node, METH_VARARGS, NULL},
         {"page", (PyCFunction)new_page, METH_VARARGS, NULL},
         {"list", (PyCFunction)list, METH_O, NULL},
         {"ends", (PyCFunction)ends, METH_VARARGS, NULL},

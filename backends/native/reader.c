@@ -4,6 +4,7 @@
 #include "reader_ahead.h"
 #include "reader_listing.h"
 #include "reader_rings.h"
+#include "reader_shortcut.h"
 #include "reader_waiting.h"
 
 #include <errno.h>
@@ -44,6 +45,7 @@ struct reader {
     struct buffers *buffers;
     struct passing passing;
     struct waiting waiting;
+    struct shortcut shortcut;
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
@@ -131,7 +133,7 @@ static void wake_standin(struct reader *r)
     pthread_mutex_unlock(&r->sleep_lock);
 }
 
-enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_PASSED_ON, TAKEN_GONE };
+enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
 
 static void look_after_interrupts(struct reader *r)
 {
@@ -207,6 +209,10 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
     }
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
+    if (shortcut_put(&r->shortcut, &r->passing, in, length, NULL, leads)) {
+        look_after_interrupts(r);
+        return TAKEN_ASKED;
+    }
     enum passed passed = pass_on(&r->passing, &d->request, length, NULL);
     look_after_interrupts(r);
     return passed == PASSED ? TAKEN_PASSED_ON : TAKEN_NONE;
@@ -240,7 +246,9 @@ static bool take_from_ring(void *with, unsigned ring, struct entry *e)
         entry_fill(e, d->request && d->data ? -EIO : -ENOMEM, NULL, 0);
         return true;
     }
-    if (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e))
+    in = (const void *)d->request->data;
+    if (!shortcut_put(&r->shortcut, &r->passing, in, length, e, false)
+        && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e)))
         (void)pass_on(&r->passing, &d->request, length, e);
     look_after_interrupts(r);
     return false;
@@ -269,14 +277,16 @@ static void set_wake(struct reader *r, int wake)
 /* One of the others is readable: pass replies on; what there is for the caller, if anything. */
 static bool look_at_others(struct reader *r, enum reader_event *event)
 {
-    struct pollfd p[3] = {{.fd = r->ours, .events = POLLIN},
+    struct pollfd p[4] = {{.fd = r->ours, .events = POLLIN},
                           {.fd = r->theirs, .events = POLLIN},
-                          {.fd = r->wake, .events = POLLIN}};
-    (void)poll(p, 3, 0);
+                          {.fd = r->wake, .events = POLLIN},
+                          {.fd = r->shortcut.event, .events = POLLIN}};
+    (void)poll(p, 4, 0);
     if (p[0].revents)
         passing_drain(&r->passing);
-    *event = p[1].revents ? READER_REQUEST : READER_NOTHING;
-    return p[1].revents || p[2].revents;
+    bool asked = p[3].revents && (!p[1].revents || r->looks++ % 2); /* neither kind waits for all of the other */
+    *event = asked ? READER_ASKED : p[1].revents ? READER_REQUEST : READER_NOTHING;
+    return *event != READER_NOTHING || p[2].revents;
 }
 
 static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
@@ -314,6 +324,8 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
             return READER_GONE;
         if (t == TAKEN_PASSED_ON)
             return READER_REQUEST;
+        if (t == TAKEN_ASKED)
+            return READER_ASKED;
         served += t == TAKEN_ANSWERED;
         flows = r->several && t == TAKEN_ANSWERED;
         if (timeout_ms == 0 && served >= BURST)
@@ -445,12 +457,14 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     waiting_init(&r->waiting, &r->hits, &r->passing);
     ends_init(&r->ends);
+    rc |= shortcut_init(&r->shortcut);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
         reader_free(r);
         errno = ENOMEM;
         return NULL;
     }
-    if (r->others < 0 || watch(r->others, ours) || watch(r->others, theirs)) {
+    if (r->others < 0 || watch(r->others, ours) || watch(r->others, theirs)
+        || watch(r->others, r->shortcut.event)) {
         int error = errno;
         reader_free(r);
         errno = error;
@@ -503,6 +517,7 @@ void reader_free(struct reader *r)
     if (atomic_load(&r->nodes))
         nodes_drop(atomic_load(&r->nodes));
     ends_free(&r->ends);
+    shortcut_free(&r->shortcut);
     desk_clear(&r->desk);
     ahead_clear(&r->ahead);
     buffers_free(r->buffers);
@@ -513,6 +528,26 @@ void reader_free(struct reader *r)
 }
 
 void reader_drain(struct reader *r) { passing_drain(&r->passing); }
+
+struct shortcut *reader_shortcut(struct reader *r) { return &r->shortcut; }
+
+void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
+{
+    passing_reply(&r->passing, unique, error, bytes, length);
+}
+
+void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
+                  bool stored_to)
+{
+    struct fuse_entry_out out = {.nodeid = nodeid, .generation = generation};
+    struct lifetimes lifetimes;
+    nodes_lifetimes(atomic_load(&r->nodes), &lifetimes);
+    (void)put_looked_up(&lifetimes, st, &out);
+    out.attr.ino = nodeid;
+    if (stored_to)
+        out.attr_valid = out.attr_valid_nsec = 0;
+    passing_reply(&r->passing, unique, 0, &out, sizeof out);
+}
 
 bool reader_full(const struct reader *r) { return passing_full(&r->passing); }
 
@@ -566,7 +601,8 @@ bool reader_quiet(struct reader *r)
     bool asleep = !atomic_load(&r->active) && !r->calls;
     pthread_mutex_unlock(&r->sleep_lock);
     /* In this order: each gives what it has in hand to the next. */
-    return asleep && waiting_quiet(&r->waiting) && passing_quiet(&r->passing) && poll(p, 2, 0) == 0;
+    return asleep && waiting_quiet(&r->waiting) && shortcut_quiet(&r->shortcut) && passing_quiet(&r->passing)
+        && poll(p, 2, 0) == 0;
 }
 
 void reader_set_pool(struct reader *r, const struct tm_handle *pool) { hits_use(&r->hits, pool); }

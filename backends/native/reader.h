@@ -4,9 +4,10 @@
  *
  * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
  * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
- * through it), `reader_hits` and, for misses that wait for the lower, `reader_waiting`; and here who serves.
+ * through it), `reader_shortcut` (requests for Python that do not go there), `reader_hits` and, for misses that wait for the
+ * lower, `reader_waiting`; and here who serves.
  *
- * A hit takes three system calls: poll, read, writev. Every other request goes on through the socket, and libfuse's
+ * A hit takes three system calls: poll, read, writev. Most other requests go on through the socket, and libfuse's
  * replies come back the same way; a reply to OPEN or OPENDIR is amended with what libfuse cannot ask for.
  *
  * Who reads: the thread that runs the event loop, in reader_serve, so that a request for Python needs no other
@@ -26,6 +27,8 @@
 
 #include "reader_buffers.h"
 #include "tm.h"
+
+#include <sys/stat.h>
 
 /* Where the pages of one file are; shared by all its open files. */
 struct gate;
@@ -48,7 +51,7 @@ struct reader_counters {
     uint64_t woken;                           /* times that a helper was woken */
 };
 
-enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE };
+enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE, READER_ASKED };
 
 struct reader;
 /* `device` is /dev/fuse (made non-blocking), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
@@ -61,7 +64,8 @@ struct rings;
 int reader_use_rings(struct reader *r, struct rings *rings);
 /* No thread may be in reader_serve. Ends the helpers. */
 void reader_free(struct reader *r);
-/* Serve until a request for libfuse lies in the socket (READER_REQUEST), the connection is over (READER_GONE), or
+/* Serve until a request for libfuse lies in the socket (READER_REQUEST), there is one that takes the short way
+ * (READER_ASKED), the connection is over (READER_GONE), or
  * `timeout_ms` (-1: none) passed, `wake` became readable (-1: none), or a signal came (READER_NOTHING). */
 enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms);
 /* Pass libfuse's replies on to the kernel, and return; reader_serve does it too. */
@@ -72,6 +76,14 @@ void reader_pause(struct reader *r, bool paused);
 bool reader_quiet(struct reader *r);
 /* Whether the device is left alone until libfuse has answered more: only the socket has events then. */
 bool reader_full(const struct reader *r);
+/* Where requests lie that Python answers itself; none before `shortcut_open`. */
+struct shortcut;
+struct shortcut *reader_shortcut(struct reader *r);
+/* Answer one of these (`passing_reply`); by the thread that calls reader_serve, as the next. */
+void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
+/* Answer a LOOKUP that found what `st` says of the node; `stored_to`: its attributes are not to be believed. */
+void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
+                  bool stored_to);
 /* A buffer of at least so many bytes, one reference; NULL: no memory. */
 struct buffer *reader_take(struct reader *r, size_t least);
 /* Have the READ that libfuse replies to with the 8 bytes of this number answered from `b`; 0: it is used already. */

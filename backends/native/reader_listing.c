@@ -74,12 +74,7 @@ static void count_seconds(struct page *p, double seconds)
 
 static void put_found(struct page *p, struct fuse_direntplus *entry, const struct stat *st, int fd)
 {
-    struct fuse_entry_out *out = &entry->entry_out;
-    double name = st->st_dev == p->lifetimes.device ? p->lifetimes.name : p->lifetimes.name_elsewhere;
-    double seconds = attributes_seconds(&p->lifetimes, st);
-    put_seconds(name, &out->entry_valid, &out->entry_valid_nsec);
-    put_seconds(seconds, &out->attr_valid, &out->attr_valid_nsec);
-    put_attributes(st, 0, &out->attr);
+    double seconds = put_looked_up(&p->lifetimes, st, &entry->entry_out);
     put_entry(entry, 0, st->st_mode);
     count_seconds(p, seconds);
     p->found[p->nfound++] = (struct listed){
@@ -131,18 +126,10 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         }
         if (put_known(p, &names[i], length, number + i))
             continue;
-        int fd;
-        do
-            fd = openat(directory, names[i].bytes, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-        while (fd < 0 && errno == EINTR);
-        if (fd >= 0 && !fstat(fd, &st)) {
-            put_found(p, append(p, &names[i], length, number + i), &st, fd);
-            continue;
-        }
-        int error = errno;
+        int fd = look_up_name(directory, names[i].bytes, &st);
         if (fd >= 0)
-            close(fd);
-        if (error != ENOENT) /* it has a name all the same */
+            put_found(p, append(p, &names[i], length, number + i), &st, fd);
+        else if (errno != ENOENT) /* it has a name all the same */
             put_unsaid(append(p, &names[i], length, number + i), NO_NODE, NULL);
     }
     return (int)i;

@@ -1,10 +1,13 @@
 #include "reader_nodes.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 struct node {
     uint64_t nodeid;  /* 0: a free place */
@@ -208,6 +211,30 @@ double attributes_seconds(const struct lifetimes *l, const struct stat *st)
     clock_gettime(CLOCK_REALTIME, &now);
     double age = (double)(now.tv_sec - st->st_ctim.tv_sec) + (double)(now.tv_nsec - st->st_ctim.tv_nsec) / 1e9;
     return age > l->age ? l->old : l->young;
+}
+
+double put_looked_up(const struct lifetimes *l, const struct stat *st, struct fuse_entry_out *out)
+{
+    double name = st->st_dev == l->device ? l->name : l->name_elsewhere;
+    double seconds = attributes_seconds(l, st);
+    put_seconds(name, &out->entry_valid, &out->entry_valid_nsec);
+    put_seconds(seconds, &out->attr_valid, &out->attr_valid_nsec);
+    put_attributes(st, 0, &out->attr);
+    return seconds;
+}
+
+int look_up_name(int directory, const char *name, struct stat *st)
+{
+    int fd;
+    do
+        fd = openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    while (fd < 0 && errno == EINTR);
+    if (fd < 0 || !fstat(fd, st))
+        return fd;
+    int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
 }
 
 bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out)

@@ -45,5 +45,9 @@ bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *ou
 void put_attributes(const struct stat *st, uint64_t nodeid, struct fuse_attr *out);
 void put_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds);
 double attributes_seconds(const struct lifetimes *l, const struct stat *st);
+/* The reply to a LOOKUP but for which node it is, or such a part of a listing; for how many seconds attributes are believed. */
+double put_looked_up(const struct lifetimes *l, const struct stat *st, struct fuse_entry_out *out);
+/* An O_PATH descriptor of what has this name, and what stat says of it; -1: errno. */
+int look_up_name(int directory, const char *name, struct stat *st);
 
 #endif

@@ -269,8 +269,10 @@ static void give_up(struct passing *p, struct flight *f)
     reply_error(p, f->entry, f->unique, -EINTR);
     f->entry = NULL; /* which brings others now */
     f->given_up = true;
-    if (f->given || f->held)
+    if (f->given || f->held) {
+        p->abandoned++;
         return;
+    }
     if (take_out(&p->unsent, f->unique) && f->opcode == FUSE_READ)
         p->reading -= f->size;
     (void)take_out(&p->later, f->unique);
@@ -410,15 +412,25 @@ enum passed pass_on(struct passing *p, struct buffer **request, size_t length, s
 
 /* ---- Requests that are waited for here --------------------------------------------------------------------- */
 
-bool passing_hold(struct passing *p, const struct fuse_in_header *in, struct entry *entry)
+bool passing_hold(struct passing *p, const struct fuse_in_header *in, size_t length, struct entry *entry)
 {
+    struct fuse_read_in listing;
+    bool closes = in->opcode == FUSE_RELEASE || in->opcode == FUSE_RELEASEDIR;
     pthread_mutex_lock(&p->lock);
-    struct flight *f = flights_add(&p->flights, in->unique);
+    /* What was given up may use the handle still: it must not be overtaken. */
+    struct flight *f = closes && p->abandoned ? NULL : flights_add(&p->flights, in->unique);
     if (f) {
         f->entry = entry;
         f->opcode = in->opcode;
         f->thread = in->pid;
-        f->held = f->may_be_given_up = true;
+        f->held = true;
+        f->may_be_given_up = may_be_given_up(in, length);
+        if (in->opcode == FUSE_OPEN) {
+            f->reads_only = opens_to_read((const uint8_t *)(in + 1));
+        } else if (in->opcode == FUSE_READDIRPLUS) {
+            memcpy(&listing, in + 1, sizeof listing);
+            note_listing(f, &listing);
+        }
         if (was_early(p, f->unique))
             note_interrupt(p, f);
     }
@@ -431,6 +443,7 @@ static bool take_held(struct passing *p, uint64_t unique, bool *interrupted, str
 {
     struct flight *f = flights_take(&p->flights, unique);
     bool given_up = f->given_up;
+    p->abandoned -= given_up;
     *entry = f->entry;
     *interrupted = f->interrupted && !given_up;
     if (*interrupted)

@@ -21,7 +21,7 @@
  * A request that is interrupted may be given up (`reader_interrupt`): it is answered at once, and stays a flight until libfuse
  * replies.
  *
- * For any thread, but `passing_drain`, which is for the one that runs libfuse. */
+ * For any thread, but `passing_drain` and `passing_reply`, which are for the one that runs libfuse. */
 #ifndef READER_PASSING_H
 #define READER_PASSING_H
 
@@ -58,6 +58,7 @@ struct passing {
     unsigned nearly;
     _Atomic uint32_t interrupted;   /* requests that were, and are not given up */
     _Atomic uint64_t given_up;      /* so far */
+    unsigned abandoned;             /* of those, that libfuse or a thread has still in hand */
     int64_t checked_ms;             /* when `passing_recheck` looked last */
     uint64_t own;                   /* numbers of requests that the kernel does not know of */
 };
@@ -94,12 +95,15 @@ bool passing_asks_for(struct passing *p, uint64_t unique, uint64_t *offset, uint
  * these are taken back. Only an error that libfuse replies with prevents that. */
 bool passing_list(struct passing *p, uint64_t unique, struct buffer *b, size_t length);
 
-/* A READ that is waited for here (`reader_waiting`) is a flight until one of the others: so it can be given up. False: no
- * memory. */
-bool passing_hold(struct passing *p, const struct fuse_in_header *in, struct entry *entry);
+/* A request that is answered here (`reader_waiting`, `reader_shortcut`) is a flight until one of the next three: so it can be
+ * given up. False: no memory, or it may not be answered before what libfuse has. */
+bool passing_hold(struct passing *p, const struct fuse_in_header *in, size_t length, struct entry *entry);
 /* Whether it is still to be answered, and where. */
 bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry);
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */
+/* Reply to it as libfuse would: amended, with a page from `passing_list`, or undone if it was given up. `error`: a positive
+ * errno, or 0. For the thread that calls `passing_drain`. */
+void passing_reply(struct passing *p, uint64_t unique, int error, const void *bytes, size_t length);
 
 /* For the half that passes replies back (`reader_returning.c`), with the lock held. */
 uint32_t room_for(size_t bytes); /* of the socket, for a reply of at most so many bytes */

@@ -57,19 +57,24 @@ static void reply_by_number(struct passing *p, const struct flight *f, size_t le
         buffer_drop(b);
 }
 
+static bool is_own(const struct flight *f) { return f->unique >= OWN_NUMBERS; }
+
 static struct flight *landed(struct passing *p, uint64_t unique)
 {
     pthread_mutex_lock(&p->lock);
     struct flight *f = unique ? flights_take(&p->flights, unique) : NULL;
     if (f) {
-        p->room_used -= f->room;
+        if (!f->held) {
+            p->room_used -= f->room;
+            atomic_fetch_sub(&p->expected, 1);
+        }
         if (f->opcode == FUSE_READ)
             p->reading -= f->size;
         if (f->opcode == FUSE_WRITE)
             p->writing -= f->size;
-        atomic_fetch_sub(&p->expected, 1);
         if (f->interrupted && !f->given_up)
             atomic_fetch_sub(&p->interrupted, 1);
+        p->abandoned -= f->given_up && !is_own(f);
     }
     pthread_mutex_unlock(&p->lock);
     return f;
@@ -138,6 +143,15 @@ static void pass_back(struct passing *p, size_t length)
     if (f && f->payload)
         buffer_drop(f->payload);
     free(f);
+}
+
+void passing_reply(struct passing *p, uint64_t unique, int error, const void *bytes, size_t length)
+{
+    struct fuse_out_header out = {.len = (uint32_t)(sizeof out + length), .error = -error, .unique = unique};
+    memcpy(p->reply, &out, sizeof out);
+    if (length)
+        memcpy(p->reply + sizeof out, bytes, length);
+    pass_back(p, out.len);
 }
 
 void passing_drain(struct passing *p)

@@ -120,7 +120,7 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
     }
     pthread_mutex_lock(&w->lock);
     waiter = w->ending ? NULL : find_idle(w);
-    if (waiter && !passing_hold(w->passing, in, entry)) {
+    if (waiter && !passing_hold(w->passing, in, length, entry)) {
         w->idle[w->nidle++] = waiter;
         waiter = NULL;
     }

@@ -5,6 +5,7 @@ import os
 import select
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,3 +136,14 @@ def world_readable() -> Iterator[Path]:
     directory.chmod(0o755)
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def program(eventually: Callable[..., None]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A program that no signal but SIGKILL reaches: it is stopped. So what it gets stays pending."""
+    process = subprocess.Popen(["sleep", "1000"])
+    process.send_signal(signal.SIGSTOP)
+    eventually(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
+    yield process
+    process.kill()
+    process.wait()

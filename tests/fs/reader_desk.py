@@ -113,6 +113,7 @@ def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB, away_ms: 
         end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, room_bytes)
     # A reply that has to wait for room waits for ever in a mount.
     libfuse.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("=qq", 0, 1))
+    kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("=qq", 30, 0))
     gate = _native.Gate()
     reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers, away_ms=away_ms)
     with kernel, device, ours, libfuse:

@@ -70,15 +70,17 @@ def test_the_kernel_keeps_a_listing(mounter: Mounter, eventually: Callable[..., 
 def test_a_listing_is_as_old_as_its_attributes_at_most(mounter: Mounter) -> None:
     """With lifetimes of nothing, nothing is kept."""
     place = mounter("loop=native,timeout=0,watch=off")
-    (place.lower / "d").mkdir()
-    for number in range(1000):
-        (place.lower / "d" / f"{number:04d}{'x' * 100}").touch()
-    costs = []
-    for _ in range(5):
-        before = switches(place.pid)
-        assert len(names(place.point / "d")) == 1000
-        costs.append(switches(place.pid) - before)
-    assert min(costs) * 4 > max(costs)
+    first: list[int] = []
+    again: list[int] = []
+    for directory in "abc":
+        (place.lower / directory).mkdir()
+        for number in range(1000):
+            (place.lower / directory / f"{number:04d}{'x' * 100}").touch()
+        for costs in (first, again, again):
+            before = switches(place.pid)
+            assert len(names(place.point / directory)) == 1000
+            costs.append(switches(place.pid) - before)
+    assert min(again) * 4 > min(first)  # a busy machine adds to some of them
 
 
 def test_a_listing_of_young_files_is_asked_for_again(mounter: Mounter) -> None:

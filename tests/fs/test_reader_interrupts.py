@@ -44,17 +44,6 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     yield from make(tmp_path)
 
 
-@pytest.fixture
-def program(eventually: Callable[..., None]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A program that no signal but SIGKILL reaches: it is stopped. So what it gets stays pending."""
-    process = subprocess.Popen(["sleep", "1000"])
-    process.send_signal(signal.SIGSTOP)
-    eventually(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "T")
-    yield process
-    process.kill()
-    process.wait()
-
-
 def begin(desk: Desk, opcode: int, body: bytes, pid: int) -> int:
     unique = desk.request(opcode, body, pid)
     assert desk.serve() == REQUEST

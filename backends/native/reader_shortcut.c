@@ -1,0 +1,117 @@
+#include "reader_shortcut.h"
+
+#include "reader_passing.h"
+
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+int shortcut_init(struct shortcut *s)
+{
+    atomic_init(&s->open, false);
+    pthread_mutex_init(&s->lock, NULL);
+    s->first = NULL;
+    s->last = &s->first;
+    s->told = false;
+    s->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return s->event < 0 ? -1 : 0;
+}
+
+void shortcut_free(struct shortcut *s)
+{
+    struct asked *a;
+    while ((a = shortcut_take(s)))
+        free(a);
+    if (s->event >= 0)
+        close(s->event);
+    pthread_mutex_destroy(&s->lock);
+}
+
+void shortcut_open(struct shortcut *s) { atomic_store_explicit(&s->open, true, memory_order_release); }
+
+/* What has its whole argument, and is answered without waiting for a worker thread. */
+static bool is_short(const struct fuse_in_header *in, size_t length)
+{
+    const uint8_t *body = (const uint8_t *)(in + 1);
+    size_t argument = length - sizeof *in;
+    struct fuse_open_in open;
+    switch (in->opcode) {
+    case FUSE_LOOKUP:
+        return argument && !body[argument - 1];
+    case FUSE_FORGET:
+        return argument >= sizeof(struct fuse_forget_in);
+    case FUSE_OPENDIR:
+        return argument >= sizeof(struct fuse_open_in);
+    case FUSE_READDIRPLUS:
+        return argument >= sizeof(struct fuse_read_in);
+    case FUSE_RELEASE:
+    case FUSE_RELEASEDIR:
+        return argument >= sizeof(struct fuse_release_in);
+    case FUSE_OPEN:
+        if (argument < sizeof open)
+            return false;
+        memcpy(&open, body, sizeof open);
+        return !(open.flags & O_TRUNC);
+    default:
+        return false;
+    }
+}
+
+/* Make the event readable, or not any more. The lock is held. */
+static void tell(struct shortcut *s, bool readable)
+{
+    uint64_t count = 1;
+    if (s->told == readable)
+        return;
+    ssize_t ignored = readable ? write(s->event, &count, sizeof count) : read(s->event, &count, sizeof count);
+    (void)ignored;
+    s->told = readable;
+}
+
+bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
+                  struct entry *entry, bool leads)
+{
+    if (!atomic_load_explicit(&s->open, memory_order_acquire) || !is_short(in, length))
+        return false;
+    struct asked *a = malloc(sizeof *a + length + 1);
+    if (!a)
+        return false;
+    a->next = NULL;
+    a->length = length;
+    memcpy(a->bytes, in, length);
+    a->bytes[length] = 0;
+    if (in->opcode != FUSE_FORGET && !passing_hold(passing, in, length, entry)) {
+        free(a);
+        return false;
+    }
+    pthread_mutex_lock(&s->lock);
+    *s->last = a;
+    s->last = &a->next;
+    if (!leads)
+        tell(s, true);
+    pthread_mutex_unlock(&s->lock);
+    return true;
+}
+
+struct asked *shortcut_take(struct shortcut *s)
+{
+    pthread_mutex_lock(&s->lock);
+    struct asked *a = s->first;
+    if (a && !(s->first = a->next))
+        s->last = &s->first;
+    if (!s->first)
+        tell(s, false);
+    pthread_mutex_unlock(&s->lock);
+    return a;
+}
+
+bool shortcut_quiet(struct shortcut *s)
+{
+    pthread_mutex_lock(&s->lock);
+    bool quiet = !s->first;
+    pthread_mutex_unlock(&s->lock);
+    return quiet;
+}

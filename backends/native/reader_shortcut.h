@@ -1,0 +1,49 @@
+/* Requests that Python answers itself, past libfuse: of names, listings and open files, which programs make most of.
+ *
+ * The way through the socket, libfuse, pyfuse3 and a turn of trio's scheduler costs more than most of these take. Whoever
+ * reads one puts it here, and the event loop's thread takes it (`Reader.asked`), does what is asked, and replies with
+ * `passing_reply`. Each is a flight until then, so it can be given up as others. Requests that may have to wait in Python are
+ * not taken. For any thread. */
+#ifndef READER_SHORTCUT_H
+#define READER_SHORTCUT_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+enum { MOST_REPLY = 256 }; /* bytes */
+
+struct fuse_in_header;
+struct passing;
+struct entry;
+
+struct asked {
+    struct asked *next;
+    size_t length;
+    uint8_t bytes[]; /* the request, header and all; a zero after it */
+};
+
+struct shortcut {
+    int event; /* readable from when another than the event loop's thread puts something here until all is taken */
+    _Atomic bool open;
+    pthread_mutex_t lock; /* of the rest */
+    struct asked *first, **last;
+    bool told; /* by the event */
+    struct stat found; /* what the event loop's thread has looked up last */
+};
+
+int shortcut_init(struct shortcut *s); /* -1: errno */
+void shortcut_free(struct shortcut *s);
+/* Take requests from now on. */
+void shortcut_open(struct shortcut *s);
+/* Take a request that was read. `leads`: by the event loop's thread, which looks here next. False: it is for libfuse. */
+bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
+                  struct entry *entry, bool leads);
+/* The oldest; the caller frees it. NULL: none. */
+struct asked *shortcut_take(struct shortcut *s);
+bool shortcut_quiet(struct shortcut *s);
+
+#endif

@@ -1,0 +1,125 @@
+"""Requests that are answered past libfuse: looking up, listing, opening and closing.
+
+They are what programs make most of beside reading, and the way through the socket, libfuse, pyfuse3 and a
+turn of trio's scheduler costs more than most of them take (backends/native/reader_shortcut.h). Everything is
+done by the handlers that pyfuse3 calls; here is only what it does around them: arguments, errors, replies.
+Threading: the event loop's thread.
+"""
+
+import errno
+import struct
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import pyfuse3
+
+from tmem.errors import TmemError, errno_of
+from tmem.fs.acting import Caller
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Reader
+    from tmem.fs.overlay import Overlay
+
+_LOOKUP, _FORGET, _OPEN, _RELEASE, _OPENDIR, _READDIRPLUS = 1, 2, 14, 18, 27, 44
+_MOST_AT_A_TIME = 32
+_DIRECT_IO, _KEEP_CACHE, _NONSEEKABLE = 1, 2, 4
+
+# From the kernel's include/uapi/linux/fuse.h, as far as they are looked at.
+_FORGET_IN = struct.Struct("=Q")
+_OPEN_IN = struct.Struct("=I")
+_HANDLE_IN = struct.Struct("=Q")
+_OPEN_OUT = struct.Struct("=QIi")
+_ENTRY_OUT = struct.Struct("=QQQQII88x")
+
+Start = Callable[[Callable[[int, int], Awaitable[None]], int, int], object]
+"""Starts a task that calls a function with two numbers."""
+
+
+class Shortcuts:
+    """Answers the requests that `reader` puts by for it, with the handlers of `overlay`."""
+
+    def __init__(self, overlay: "Overlay", reader: "Reader") -> None:
+        self._overlay = overlay
+        self._reader = reader
+
+    def answer(self, start_soon: Start) -> None:
+        """Answer what lies there; what has to wait goes on in a task that `start_soon` makes.
+
+        Not for as long as helpers bring more: there is other work, and `Reader.serve` tells of the rest.
+        """
+        reader = self._reader
+        for _ in range(_MOST_AT_A_TIME):
+            if (request := reader.asked()) is None:
+                return
+            opcode, unique, node, uid, gid, pid, body = request
+            if opcode == _FORGET:
+                self._overlay.take_back(node, *_FORGET_IN.unpack_from(body))
+                continue
+            try:
+                if opcode == _LOOKUP:
+                    self._look_up(unique, node, body)
+                elif opcode == _OPEN:
+                    self._open(unique, node, body, Caller(uid, gid, pid))
+                elif opcode == _OPENDIR:
+                    self._open_directory(unique, node)
+                else:
+                    (number,) = _HANDLE_IN.unpack_from(body)
+                    self._with_handle(opcode, unique, number, start_soon)
+            except (OSError, TmemError, pyfuse3.FUSEError) as error:
+                reader.reply(unique, _errno(error))
+
+    def _look_up(self, unique: int, node: int, name: bytes) -> None:
+        table = self._overlay.table
+        parent = table[node]
+        found = self._reader.look_up(table.descriptor(parent), name)
+        if isinstance(found, int):
+            self._miss(unique, self._overlay.lifetimes.of_absence(parent.key[0]), found)
+            return
+        inode = table.meet(found)
+        self._reader.enter(unique, inode.nodeid, inode.generation, inode.stored_to)
+
+    def _miss(self, unique: int, seconds: float, error: int) -> None:
+        """Reply to a LOOKUP that found nothing; a name that is absent is believed for `seconds`."""
+        if error == errno.ENOENT and seconds:
+            whole = int(seconds)
+            entry = _ENTRY_OUT.pack(0, 0, whole, 0, int((seconds - whole) * 1e9), 0)
+            self._reader.reply(unique, 0, entry)
+        else:
+            self._reader.reply(unique, error)
+
+    def _open(self, unique: int, node: int, body: bytes, caller: Caller) -> None:
+        (flags,) = _OPEN_IN.unpack_from(body)
+        info = self._overlay.open_file(node, flags, caller)
+        said = _DIRECT_IO * info.direct_io | _KEEP_CACHE * info.keep_cache | _NONSEEKABLE * info.nonseekable
+        self._reader.reply(unique, 0, _OPEN_OUT.pack(info.fh, said, 0))
+
+    def _open_directory(self, unique: int, node: int) -> None:
+        self._reader.reply(unique, 0, _OPEN_OUT.pack(self._overlay.open_directory(node), 0, 0))
+
+    def _with_handle(self, opcode: int, unique: int, number: int, start_soon: Start) -> None:
+        if opcode == _RELEASE and self._overlay.is_used(number):
+            start_soon(self._close_later, unique, number)
+            return
+        if opcode == _RELEASE:
+            self._overlay.close_file(number)
+        elif opcode == _READDIRPLUS:
+            self._overlay.report_page(number, unique)
+        else:
+            self._overlay.close_directory(number)
+        self._reader.reply(unique, 0)
+
+    async def _close_later(self, unique: int, number: int) -> None:
+        error = 0
+        try:
+            await self._overlay.wait_unused(number)
+            self._overlay.close_file(number)
+        except (OSError, TmemError, pyfuse3.FUSEError) as failure:
+            error = _errno(failure)
+        self._reader.reply(unique, error)
+
+
+def _errno(error: Exception) -> int:
+    """Return what a program gets to see of what a handler raised."""
+    if isinstance(error, TmemError):
+        return errno_of(error)
+    return getattr(error, "errno", None) or errno.EIO

@@ -1,0 +1,197 @@
+"""Requests that take the short way past libfuse: answered once, undone if given up, and never out of turn."""
+
+import os
+import select
+import signal
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tmem.backends import _native
+from tmem.fs.reading import ASKED, NOTHING, REQUEST
+from tmem.types import PAGE_SIZE
+
+from .reader_desk import FH, FORGET, GETATTR, OPEN, OPENDIR, Desk, make
+
+LOOKUP, RELEASE, RELEASEDIR, INTERRUPT = 1, 18, 29, 36
+EINTR = -4
+READ_ELSEWHERE = struct.pack("=QQIIQII", FH + 1, 0, PAGE_SIZE, 0, 0, 0, 0)
+CLOSE = struct.pack("=QIIQ", FH + 1, 0, 0, 0)
+READ = 15
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    for one in make(tmp_path):
+        one.reader.open_shortcut()
+        nodes = _native.Nodes()
+        nodes.believe(tmp_path.stat().st_dev, 7.5, 1.0, 2.0, 2.0, 60.0)
+        one.reader.set_nodes(nodes, False)
+        yield one
+
+
+def asked(desk: Desk) -> tuple[int, int, bytes]:
+    """Return opcode, number and argument of what was put by."""
+    request = desk.reader.asked()
+    assert request is not None
+    return request[0], request[1], request[6]
+
+
+def interrupted(desk: Desk, unique: int) -> None:
+    desk.request(INTERRUPT, struct.pack("=Q", unique))
+    desk.serve()
+
+
+def test_a_name_is_looked_up(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "name").write_bytes(bytes(1234))
+    unique = desk.request(LOOKUP, b"name\0", 77)
+    assert desk.serve() == ASKED
+    assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"name\0")
+    assert desk.reader.asked() is None
+    assert desk.silent()
+    assert not desk.reader.quiet
+    directory = os.open(tmp_path, os.O_RDONLY)
+    found = desk.reader.look_up(directory, b"name\0")
+    assert isinstance(found, tuple)
+    status = (tmp_path / "name").stat()
+    assert found[:2] == ((status.st_dev, status.st_ino), 0o100000)
+    assert os.path.samestat(os.fstat(found[2]), status)
+    assert desk.reader.look_up(directory, b"no such name\0") == 2
+    with pytest.raises(ValueError, match="ends with a zero"):
+        desk.reader.look_up(directory, b"name")
+    desk.reader.look_up(directory, b"name\0")
+    desk.reader.enter(unique, 99, 3, False)
+    number, error, entry = desk.answer()
+    assert (number, error) == (unique, 0)
+    assert struct.unpack_from("=QQQQII", entry) == (99, 3, 7, 2, 500_000_000, 0)
+    assert struct.unpack_from("=QQ", entry, 40) == (99, 1234)  # node and size
+    assert desk.reader.quiet
+
+
+def test_without_a_shortcut_all_is_for_libfuse(tmp_path: Path) -> None:
+    for desk in make(tmp_path):
+        unique = desk.request(LOOKUP, b"name\0")
+        assert desk.serve() == REQUEST
+        assert desk.forwarded() == (LOOKUP, unique)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (LOOKUP, b"name"),  # without its end
+        (OPEN, struct.pack("=II", os.O_RDWR | os.O_TRUNC, 0)),  # waits for the lower
+        (OPEN, b"123"),
+        (OPENDIR, b""),
+        (RELEASE, bytes(23)),
+        (GETATTR, bytes(16)),
+    ],
+)
+def test_what_is_for_libfuse(desk: Desk, opcode: int, body: bytes) -> None:
+    unique = desk.request(opcode, body)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (opcode, unique)
+    assert desk.reader.asked() is None
+
+
+def test_they_are_answered_in_any_order_each_once(desk: Desk) -> None:
+    first = desk.request(OPENDIR, bytes(8))
+    assert desk.serve() == ASKED
+    second = desk.request(OPEN, struct.pack("=II", os.O_RDONLY, 0))
+    assert desk.serve() == ASKED
+    assert [asked(desk)[1], asked(desk)[1]] == [first, second]
+    desk.reader.keep_listing(5, True)
+    desk.reader.reply(second, 0, struct.pack("=QIi", 6, 0, 0))
+    desk.reader.reply(first, 0, struct.pack("=QIi", 5, 0, 0))
+    no_flush, keep = 1 << 5, 1 << 1 | 1 << 3
+    assert desk.answer() == (second, 0, struct.pack("=QIi", 6, no_flush, 0))
+    assert desk.answer() == (first, 0, struct.pack("=QIi", 5, keep, 0))
+    with pytest.raises(ValueError, match="256 bytes"):
+        desk.reader.reply(second, 0, bytes(257))
+
+
+def test_forgotten_files_need_no_answer(desk: Desk) -> None:
+    desk.request(FORGET, struct.pack("=Q", 12))
+    assert desk.serve() == ASKED
+    assert not desk.reader.quiet
+    assert asked(desk)[::2] == (FORGET, struct.pack("=Q", 12))
+    assert desk.reader.quiet
+    assert desk.silent()
+
+
+def test_who_stands_in_tells_the_event_loop(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    for desk in make(tmp_path, away_ms=1):
+        event = desk.reader.open_shortcut()
+        unique = desk.request(LOOKUP, b"name\0")
+        eventually(lambda event=event: select.select([event], [], [], 0)[0])
+        assert desk.serve() == ASKED
+        assert asked(desk)[:2] == (LOOKUP, unique)
+        assert desk.serve() == NOTHING
+        desk.reader.reply(unique, 2)
+        assert desk.answer() == (unique, -2, b"")
+
+
+def test_neither_way_waits_for_the_other(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    for desk in make(tmp_path, away_ms=1):
+        event = desk.reader.open_shortcut()
+        desk.request(LOOKUP, b"name\0")
+        desk.request(GETATTR, bytes(16))
+        eventually(lambda event=event: select.select([event], [], [], 0)[0])
+        eventually(lambda desk=desk: desk.reader.counters()["forwarded"])
+        desk.reader.pause(True)
+        assert {desk.serve() for _ in range(2)} == {ASKED, REQUEST}
+
+
+def test_what_is_given_up_is_undone(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    lookup = desk.request(LOOKUP, b"name\0", program.pid)
+    desk.serve()
+    opened = desk.request(OPENDIR, bytes(8), program.pid)
+    desk.serve()
+    assert desk.silent()
+    program.send_signal(signal.SIGQUIT)
+    for unique in (lookup, opened):
+        interrupted(desk, unique)
+    answers = {desk.answer()[:2] for _ in range(2)}
+    assert answers == {(lookup, EINTR), (opened, EINTR)}
+    assert not desk.reader.quiet
+    asked(desk), asked(desk)
+    desk.reader.reply(lookup, 0, struct.pack("=Q120x", 99))
+    desk.reader.reply(opened, 0, struct.pack("=QIi", 5, 0, 0))
+    message = desk.forwarded_message()
+    assert struct.unpack_from("=IQQ", message, 4)[::2] == (FORGET, 99)
+    assert struct.unpack_from("=I", desk.forwarded_message(), 4) == (RELEASEDIR,)
+    assert desk.silent()
+
+
+def test_a_file_is_not_closed_before_a_read_that_was_given_up(
+    desk: Desk, program: "subprocess.Popen[bytes]"
+) -> None:
+    """Its handler may not have begun, and would look for the handle."""
+    read = desk.request(READ, READ_ELSEWHERE, program.pid)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (READ, read)
+    program.send_signal(signal.SIGQUIT)
+    interrupted(desk, read)
+    assert desk.answer() == (read, EINTR, b"")
+    closing = desk.request(RELEASE, CLOSE)
+    assert desk.serve() == REQUEST
+    assert desk.reader.asked() is None
+    assert desk.forwarded() == (RELEASE, closing)
+    desk.reply(read, b"")
+    desk.reply(closing)
+    assert desk.answer() == (closing, 0, b"")
+    desk.request(RELEASE, CLOSE)
+    assert desk.serve() == ASKED
+
+
+def test_what_is_left_is_told_of_again(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    for desk in make(tmp_path, away_ms=1):
+        desk.reader.open_shortcut()
+        uniques = [desk.request(LOOKUP, b"name\0") for _ in range(3)]
+        for unique in uniques:  # one at a time: there is other work
+            eventually(lambda desk=desk: desk.serve() == ASKED)
+            assert asked(desk)[1] == unique
+            desk.reader.reply(unique, 2)
+        assert desk.serve() == NOTHING
