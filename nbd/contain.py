@@ -1,7 +1,7 @@
 """Gives everything that is not ours a memory limit, so that it reclaims before the machine has no memory.
 
     RAM = what is taken outside of groups (the kernel, its watermarks, memory charged before a move)
-        + the segments at their largest + room for our processes and the kernel's growth
+        + the segments at their ceilings + room for our processes and the kernel's growth
         + the limits of everything else
 
 `look` reads the machine, `plan` decides (pure), `apply` does the steps one by one. Three kinds of machine,

@@ -59,10 +59,24 @@ def test_the_segment_that_is_there_counts(tmem: Tmem) -> None:
     assert tmem("start", "-d", "--memory", "32M").status == 0
     refused = tmem("contain", "--dry-run", "--memory", "64M")
     assert (refused.status, "leave out --memory" in refused.err) == (1, True)
-    assert "32M for segments" in tmem("contain", "--dry-run").out
+    same = tmem("contain", "--dry-run")
+    assert "32M for segments" in same.out
+    assert "ceiling" not in same.err
+    assert "--memory 16M changes nothing" in tmem("contain", "--dry-run", "--memory", "16M").err
     assert (
         tmem("--name", "other", "contain", "--dry-run", "--memory", "96M").out.count("128M for segments") == 1
     )
+
+
+def test_a_ceiling_counts_whatever_the_limit_is_now(tmem: Tmem) -> None:
+    """The limits of groups stay when the segment grows, and nobody may have to think of that then."""
+    assert tmem("start", "-d", "--memory", "16M..64M").status == 0
+    assert tmem("resize", "24M").status == 0
+    result = tmem("contain", "--dry-run")
+    assert "64M for segments" in result.out
+    assert "counts with its ceiling, 64M, though it may take no more than 24M now" in result.err
+    assert tmem("resize", "64M").status == 0
+    assert "ceiling" not in tmem("contain", "--dry-run").err
 
 
 def test_nothing_to_undo(tmem: Tmem, root: None) -> None:

@@ -4,9 +4,11 @@ They count, ask `tmem.nbd.contain` and `tmem.nbd.watermarks`, and print. What is
 output, advice to standard error.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     "--room",
     metavar="SIZE",
     callback=size_option,
-    help="Left for tmem's processes and the kernel. Default: 96M and a 64th of the RAM.",
+    help="Left for tmem's processes and the kernel. Default: 144M and a 64th of the RAM.",
 )
 @click.option(
     "--share",
@@ -78,7 +80,8 @@ def contain(
         raise TmemError("--permanent needs systemd: run 'tmem contain' at each start of this machine instead")
     own = family.everybody(runtime_dir())
     machine = containing.look(own)
-    wanted = containing.Wanted(_segments_bytes(segment_name(ctx), memory, machine), room, parsed, permanent)
+    segments_bytes, remarks = _segments(segment_name(ctx), memory, machine)
+    wanted = containing.Wanted(segments_bytes, room, parsed, permanent)
     plan = containing.plan(machine, wanted, groups.load())
     if dry_run:
         for step in plan.steps:
@@ -88,7 +91,7 @@ def contain(
 
         segment.prepare_runtime_dir()
         containing.apply(plan)
-    _report(machine, plan, wanted.segments_bytes)
+    _report(machine, plan, wanted.segments_bytes, remarks)
 
 
 @click.command()
@@ -157,14 +160,26 @@ def _shares(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _segments_bytes(name: str, memory: int | None, machine: "Machine") -> int:
-    """Return what all segments take when they are full, the one to be made included."""
+def _segments(name: str, memory: int | None, machine: "Machine") -> tuple[int, list[str]]:
+    """Return what all segments may come to, the one to be made included, and what is to be said of that.
+
+    That is their ceilings, whatever their limits are now: the limits of groups stay where they are when a
+    segment grows, and one that this machine swaps to does so at the worst moment. Nor does a lower bound
+    hold for certain: 'tmem resize' raises it again, and persistent pages and floors hold it up.
+    """
     directory = runtime_dir()
-    sizes = {}
+    sizes, remarks = {}, []
     for path in directory.iterdir() if directory.is_dir() else []:
         status = path.stat()
         if stat.S_ISREG(status.st_mode) and (directory / f"{path.name}.d").is_dir():
             sizes[path.name] = status.st_size
+            limit = _limit_bytes(path)
+            if limit < status.st_size:
+                remarks.append(
+                    f"segment {path.name!r} counts with its ceiling, {format_size(status.st_size)}, though "
+                    f"it may take no more than {format_size(limit)} now: limits of groups do not follow when "
+                    "it grows; if it need not, make it anew with a smaller --memory"
+                )
     if SegmentPaths.of(name).name not in sizes:
         sizes[name] = machine.ram_bytes // 2 if memory is None else memory
     elif memory is not None and memory > sizes[name]:
@@ -172,17 +187,33 @@ def _segments_bytes(name: str, memory: int | None, machine: "Machine") -> int:
             f"segment {name!r} exists with {format_size(sizes[name])}: leave out --memory, or end it first "
             f"with 'tmem --name {name} destroy --all'"
         )
-    return sum(sizes.values())
+    elif memory is not None and memory < sizes[name]:
+        remarks.append(
+            f"--memory {format_size(memory)} changes nothing: segment {name!r} exists with "
+            f"{format_size(sizes[name])}"
+        )
+    return sum(sizes.values()), remarks
 
 
-def _report(machine: "Machine", plan: "Plan", segments_bytes: int) -> None:
+def _limit_bytes(file: Path) -> int:
+    """Return what the segment may take now."""
+    from tmem.backends import segment
+
+    try:
+        with contextlib.closing(segment.core().attach(str(file))) as opened:
+            return int(opened.limits[0])
+    except (TmemError, OSError):  # damaged: it counts with its size all the same
+        return file.stat().st_size
+
+
+def _report(machine: "Machine", plan: "Plan", segments_bytes: int, remarks: Sequence[str]) -> None:
     for name, limit in sorted(plan.limits.items()):
         click.echo(f"{name} is limited to {format_size(limit)}")
     click.echo(
         f"that leaves {format_size(segments_bytes)} for segments and "
         f"{format_size(machine.ram_bytes - plan.budget_bytes - segments_bytes)} for the kernel and for tmem"
     )
-    advice = []
+    advice = list(remarks)
     if machine.misplaced:
         advice.append(
             "what runs of tmem keeps its memory charged where it was: take its devices and mounts away, "
