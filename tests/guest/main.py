@@ -3,12 +3,15 @@
 import importlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -28,6 +31,18 @@ _kernel = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Run tmem's scenarios on guests with real kernels."""
+    for number in _ENDING:
+        signal.signal(number, _end)
+
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C: guests, hosts and their segments are taken down on the way out, once."""
+    for one in (*_ENDING, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 @main.command("list")
@@ -70,6 +85,10 @@ def _run_once(scenario: Scenario, kernel: str, number: int, long: bool, logs: Pa
             record |= {"result": "ok", "figures": scenario.run(setting)}
     except (AssertionError, GuestError, subprocess.SubprocessError) as error:
         record |= {"result": str(error)}
+    except BaseException:  # somebody ends this
+        if logs is None:
+            shutil.rmtree(directory)
+        raise
     record["took_s"] = round(time.monotonic() - began, 1)
     click.echo(f"{scenario.name} on {kernel}, round {number}: {record['result']} ({record['took_s']} s)")
     if record["result"] == "ok":
