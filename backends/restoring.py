@@ -87,6 +87,7 @@ class Restorer:
         self._name = name
         self._chosen = chosen
         self._called = called
+        self._purpose = ""
         self._staged: dict[int, _Staged] = {}
         self._skipped: set[int] = set()
         self._expected_bytes = 0
@@ -111,6 +112,7 @@ class Restorer:
 
     def begin(self, frames: Iterator[Frame], purpose: str) -> Header:
         """Take the header, which must be for `purpose`, and refuse at once what cannot come to a good end."""
+        self._purpose = purpose
         frame = next(frames)
         if frame.kind is not Kind.HEADER:
             raise self._malformed(f"a {frame.kind.name} where its header belongs")
@@ -305,17 +307,20 @@ class Restorer:
             raise self._no_room("no memory")
 
     def _no_room(self, reason: str) -> SaveFileError:
+        fewer = "" if self._purpose == "handoff" else ", or choose clients with --client"
         return SaveFileError(
             f"{self._name} does not fit into segment {self._segment!r} ({reason}): it needs about "
             f"{format_size(self._expected_bytes)}, and {format_size(self._store.freeable_bytes())} are "
-            "left; use a larger segment, or choose clients with --client"
+            f"left; use a larger segment{fewer}"
         )
 
     def _taken(self, names: set[str]) -> SaveFileError:
-        return SaveFileError(
-            f"segment {self._segment!r} has {_listed(names)} already: destroy what is there, choose others "
-            "with --client, or give a single one another name with --as"
+        remedy = (
+            "destroy what is there, choose others with --client, or give a single one another name with --as"
         )
+        if self._purpose == "handoff":
+            remedy = "destroy it there, or hand over to another segment"
+        return SaveFileError(f"segment {self._segment!r} has {_listed(names)} already: {remedy}")
 
     def _malformed(self, what: str) -> SaveFileError:
         return SaveFileError(f"{self._name} cannot be: it has {what}; use the version of tmem that wrote it")

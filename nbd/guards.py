@@ -136,7 +136,8 @@ def room_guard(export: Export, memory_bytes: int) -> Guard:
         return Guard(_ROOM, State.ON, "the segment holds the whole device, even uncompressed")
     ratio = export.size_bytes / max(memory_bytes, 1)
     state = State.PARTIAL if ratio <= _FULL_RATIO else State.MISSING
-    remedy = f"make it no larger than {size_within(_FULL_RATIO * memory_bytes)}, or the segment larger"
+    most = size_within(memory_bytes * 15 // 16 if state is State.PARTIAL else _FULL_RATIO * memory_bytes)
+    remedy = f"make it no larger than {most}, or the segment larger"
     return Guard(_ROOM, state, f"the segment holds it if pages compress {ratio:.1f} to 1", remedy)
 
 

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmem.backends import cgroup, procfiles, scraping, segment, service, tierchecks
+from tmem.backends import cgroup, locking, procfiles, scraping, segment, service, tierchecks
 from tmem.backends.paths import SegmentPaths
 from tmem.config import reading
 from tmem.config.place import DEFAULT_PATH
@@ -50,7 +50,7 @@ def examine(paths: SegmentPaths, config: Path | None = None) -> list[Finding]:
     """Return all findings, group by group. `config` is the configuration in place of the usual one."""
     return [
         *_programs(),
-        *_kernel(),
+        *_kernel(paths),
         *_privileges(),
         *_configuration(config),
         *_segment(paths),
@@ -97,7 +97,7 @@ def _nbdkit() -> Finding:
     return Finding("program", "nbdkit", OK, detail)
 
 
-def _kernel() -> Iterator[Finding]:
+def _kernel(paths: SegmentPaths) -> Iterator[Finding]:
     if os.access("/dev/fuse", os.R_OK | os.W_OK):
         yield Finding("kernel", "fuse", OK, "/dev/fuse")
     else:
@@ -118,7 +118,7 @@ def _kernel() -> Iterator[Finding]:
     else:
         state = NOTE if _has_nbd_driver() else MISSING
         yield Finding("kernel", "loop devices", state, "none", "modprobe loop")
-    yield _noswap()
+    yield _noswap(paths)
     version = cgroup.version()
     if version is None:
         detail = "no memory control group; local swap cannot be contained"
@@ -133,15 +133,19 @@ def _kernel() -> Iterator[Finding]:
         yield Finding("kernel", "PSI", NOTE, "pressure is not measured", "boot with psi=1")
 
 
-def _noswap() -> Finding:
+def _noswap(paths: SegmentPaths) -> Finding:
     directory = Path("/run/tmem")
+    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    if release >= (6, 4) and paths.directory != directory and locking.swappable(paths.segment):
+        detail = f"{paths.directory} is a tmpfs that can be swapped out"
+        remedy = f"for local swap leave out TMEM_RUNTIME_DIR, so that segments lie in {directory}"
+        return Finding("kernel", "tmpfs noswap", NOTE, detail, remedy)
     mounted = segment.mount_options(directory)
     if mounted is not None and mounted[0] == "tmpfs":
         if "noswap" in mounted[1]:
             return Finding("kernel", "tmpfs noswap", OK, f"{directory} is never swapped out")
         detail = f"{directory} is a tmpfs that can be swapped out"
         return Finding("kernel", "tmpfs noswap", NOTE, detail, "use kernel 6.4 or newer for local swap")
-    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
     if release >= (6, 4):
         return Finding("kernel", "tmpfs noswap", OK, "this kernel has it")
     return Finding(

@@ -54,6 +54,7 @@ def test_after_one_that_failed_everything_is_copied_again(
     sender, receiver = hand_over(source, target)
     assert "stays in segment 'source': the receiver refused: segment 'target' has 'one' already" in sender
     assert "has 'one' already" in receiver
+    assert "--" not in sender  # a handoff has none of the options of 'restore'
     assert is_here(source)
     target.client("one").destroy()
     assert hand_over(source, target) == ("", "")

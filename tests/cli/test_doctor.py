@@ -27,6 +27,8 @@ def test_a_sound_segment(segment: "_native.Segment", capsys: pytest.CaptureFixtu
     assert "invariant" in found["segment", "default"]["detail"]
     assert found["segment", "manager"]["state"] == "note"
     assert "start -d" in found["segment", "manager"]["remedy"]
+    # Of the directory that is used, not of the usual one, which is no concern of this segment.
+    assert found["kernel", "tmpfs noswap"]["state"] == "note"
 
 
 def test_no_segment_is_no_failure(runtime_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Each guard's verdict on machines made of files, and on this one."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from tmem.nbd import containment, family, guards
 from tmem.nbd.export import Export
 from tmem.nbd.family import Member
 from tmem.nbd.guards import Guard, State
+from tmem.types import parse_size
 
 from .conftest import Server
 
@@ -311,6 +313,10 @@ def test_a_device_that_the_segment_cannot_hold(size: int, reserve: bool, state: 
     device = Export("guest1", size << 20, unix="/s", reserve=reserve)
     guard = guards.room_guard(device, 64 << 20)
     assert guard.state is state
+    if guard.remedy:  # which would make it better, if it is followed
+        size_bytes = parse_size(re.findall(r"no larger than (\d+M)", guard.remedy)[0])
+        advised = guards.room_guard(Export("guest1", size_bytes, unix="/s"), 64 << 20)
+        assert advised.state is (State.ON if state is State.PARTIAL else State.PARTIAL)
     found = [Guard("containment", State.ON, ""), guard]
     guards.require(found, force=True)
     if state is State.MISSING:

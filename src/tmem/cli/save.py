@@ -58,7 +58,8 @@ def save(ctx: click.Context, file: str, clients: tuple[str, ...], force: bool) -
             err=file == "-",
         )
     if file != "-":
-        click.echo(f"{file}: {len(done)} clients, {_rate(Path(file).stat().st_size, began)}")
+        clients_saved = "1 client" if len(done) == 1 else f"{len(done)} clients"
+        click.echo(f"{file}: {clients_saved}, {_rate(Path(file).stat().st_size, began)}")
 
 
 @click.command()

@@ -208,10 +208,12 @@ def _first_user(path: Path) -> str:
     try:
         line = path.read_text(encoding="utf-8").split("\n", 1)[0]
     except (OSError, UnicodeDecodeError):
-        raise TmemError(f"the file of pre-shared keys {path} cannot be read: make one with psktool") from None
+        raise TmemError(
+            f"the file of pre-shared keys {path} cannot be read: make one with psktool (gnutls-bin)"
+        ) from None
     user, colon, key = line.partition(":")
     if not (user and colon and key):
-        raise TmemError(f"{path} does not begin with a line USER:KEY: make one with psktool")
+        raise TmemError(f"{path} does not begin with a line USER:KEY: make one with psktool (gnutls-bin)")
     return user
 
 
