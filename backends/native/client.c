@@ -420,3 +420,14 @@ int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t ph
         }
     return rc;
 }
+
+/* Who hands the client over, or saves it, may be stopped (Ctrl-Z) or have died, and there may be no manager. */
+void client_help_copier(struct tm_segment *seg, uint32_t id)
+{
+    uint32_t copier = atomic_load(&seg->clients[id].copier);
+    struct tm_ctx *ctx = copier && atomic_load(&seg->super->alive) ? ctx_get(seg) : NULL;
+    if (!ctx)
+        return;
+    continue_if_stopped((int)seg->threads[copier - 1].pid);
+    tm_reap(ctx);
+}

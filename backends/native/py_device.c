@@ -136,7 +136,13 @@ static void wait_for(long ns)
     nanosleep(&pause, NULL);
 }
 
-static void wait_a_little(void) { wait_for(200000); }
+/* For the end of a handoff or save, which keeps the client frozen for some milliseconds. */
+static void wait_for_copier(const struct tm_device *d, unsigned tries)
+{
+    wait_for(200000);
+    if (tries % 256 == 255)
+        client_help_copier(d->pool.seg, d->pool.pool / TM_CLIENT_POOLS);
+}
 
 /* If the pages live elsewhere now, say so to who can end this server: its clients shall come there and ask again,
  * not get an error. -1 with an exception. */
@@ -164,10 +170,10 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
     }
     if (rc == TM_WAIT) { /* until the handoff is over, one way or the other */
         Py_BEGIN_ALLOW_THREADS
-        do {
-            wait_a_little();
+        for (unsigned tries = 0; rc == TM_WAIT; tries++) {
+            wait_for_copier(&request.dev, tries);
             rc = op(&request);
-        } while (rc == TM_WAIT);
+        }
         Py_END_ALLOW_THREADS
     }
     if (rc == TM_REFUSED && has_tier(self) && atomic_load(&self->waited) != demoted(self) + 1) {
@@ -176,9 +182,14 @@ static PyObject *run(DeviceObject *self, byte_op op, uint8_t *data, uint64_t off
         Py_BEGIN_ALLOW_THREADS
         uint64_t until = timing_now() + ROOM_NS;
         long pause_ns = 1000000; /* each try compresses a page in vain, beside the demoter: not more and more often */
+        unsigned tries = 0;
         do {
-            wait_for(pause_ns);
-            pause_ns = pause_ns < 10000000 ? pause_ns * 2 : 20000000;
+            if (rc == TM_WAIT) {
+                wait_for_copier(&request.dev, tries++);
+            } else {
+                wait_for(pause_ns);
+                pause_ns = pause_ns < 10000000 ? pause_ns * 2 : 20000000;
+            }
             rc = op(&request);
         } while (rc == TM_WAIT || (rc == TM_REFUSED && timing_now() < until));
         Py_END_ALLOW_THREADS
@@ -263,9 +274,9 @@ static PyObject *device_extents(DeviceObject *self, PyObject *const *args, Py_ss
     struct extents e = {PyList_New(0), offset, offset + count, flags & FLAG_REQ_ONE ? 1 : EXTENTS_MOST};
     uint64_t first = offset / TM_PAGE, last = (offset + count + TM_PAGE - 1) / TM_PAGE;
     int64_t rc = e.list && count ? tm_runs(&dev.pool, dev.oid, (uint32_t)first, last - first, add_extent, &e) : TM_OK;
-    while (rc == TM_WAIT) {
+    for (unsigned tries = 0; rc == TM_WAIT; tries++) {
         Py_BEGIN_ALLOW_THREADS
-        wait_a_little();
+        wait_for_copier(&dev, tries);
         Py_END_ALLOW_THREADS
         rc = tm_runs(&dev.pool, dev.oid, (uint32_t)first, last - first, add_extent, &e);
     }

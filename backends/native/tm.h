@@ -770,6 +770,7 @@ bool client_set(struct tm_ctx *ctx, uint32_t id, uint32_t serial, enum client_va
 int client_set_tiered(struct tm_ctx *ctx, uint32_t id, uint32_t serial, bool on); /* off: nothing is demoted any more */
 int client_hold(struct tm_ctx *ctx, uint32_t id, uint32_t serial);
 int client_handoff(struct tm_ctx *ctx, uint32_t id, uint32_t serial, uint32_t phase);
+void client_help_copier(struct tm_segment *seg, uint32_t id); /* for whom its being frozen keeps waiting; outside operations */
 struct pool_wish {
     bool persistent, exclusive;
     const uint8_t *uuid; /* NULL: private */

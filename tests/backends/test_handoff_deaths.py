@@ -1,12 +1,16 @@
 """Whoever dies or hangs when: a client that is handed over is in one place, whole, or an operator is told."""
 
+import os
 import random
+import signal
+import threading
 
 import pytest
 
 from tmem.backends import _native
 from tmem.backends.savefile import Kind
 from tmem.errors import PoolError
+from tmem.types import OID_SIZE
 
 from .handing import HASTY_S, KINDS, PAGES, Handoff, Once, expect_empty, is_here, run, works
 from .pages import oid, page
@@ -71,6 +75,52 @@ def test_a_sender_killed_when_its_commit_has_arrived(
         assert left.phase == "departed"
         left.destroy()
     expect_empty(source)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_no_device_waits_for_who_is_stopped_or_dead(source: _native.Segment, number: signal.Signals) -> None:
+    """Ctrl-Z, or the OOM killer, in the milliseconds in which the client is frozen; there is no manager."""
+    pool = source.client("one").new_pool(persistent=True)
+    device = _native.Device(pool, bytes(OID_SIZE), 1 << 20)
+    told, tells = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            client = _native.attach(source.path).client("one")
+            client.handoff("copy")
+            client.handoff("freeze")
+            os.read(told, 1)
+            os.kill(os.getpid(), number)
+            client.handoff("end")
+        finally:
+            os._exit(0)
+    there, goes = threading.Event(), threading.Event()
+
+    def write() -> None:
+        device.pread(None, bytearray(1), 0, 0)  # a new thread would look for the dead's place, and repair it
+        there.set()
+        goes.wait()
+        device.pwrite(None, page("text", 1), 0, 0)
+
+    writes = threading.Thread(target=write, daemon=True)
+    writes.start()
+    assert there.wait(40)
+    os.write(tells, b"x")
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    assert (os.WSTOPSIG if os.WIFSTOPPED(status) else os.WTERMSIG)(status) == number
+    goes.set()
+    writes.join(20)
+    waits = writes.is_alive()
+    if waits:  # else the segment cannot be closed
+        source.reap()
+    if number == signal.SIGSTOP:
+        os.kill(pid, signal.SIGCONT)
+        assert os.waitpid(pid, 0)[1] == 0
+    writes.join()
+    for descriptor in (told, tells):
+        os.close(descriptor)
+    assert not waits
+    assert source.client("one").phase == "none"
 
 
 LAST = [(Kind.DEPARTING, True), (Kind.COMMIT, False), (Kind.COMMIT, True)]
