@@ -81,6 +81,7 @@ class Resizer:
         self._lowered = 0
         self._short = self._news = False
         self._complaint = ""
+        self._ending = threading.Event()
 
     @property
     def statistics(self) -> ResizeStatistics:
@@ -105,6 +106,7 @@ class Resizer:
                 await pressed.wait(LOOK_S)
                 await trio.sleep(PRESSED_LOOK_S)
         finally:
+            self._ending.set()
             self._headroom.end()
             giver.join()  # it ends with its slice, in some ten milliseconds
 
@@ -160,11 +162,16 @@ class Resizer:
             self._lowered += now < limit
 
     def _make_room(self) -> None:
-        """The thread that does."""
-        try:
-            self._headroom.run()
-        except _TROUBLES as error:
-            _log.warning("memory is not given back: %s", error)
+        """The thread that does. It goes on after troubles: without it others would get nothing back."""
+        complaint = ""
+        while self._segment.alive and not self._ending.is_set():
+            try:
+                self._headroom.run()
+            except _TROUBLES as error:
+                if complaint != str(error):  # once
+                    _log.warning("memory is not given back: %s", error)
+                complaint = str(error)
+                self._ending.wait(LOOK_S)
 
 
 def files_of_groups(proc: Path) -> list[tuple[str, str, str]]:

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import trio
 
 from tmem.backends.resizing import Resizer
+from tmem.errors import SegmentError
 
 from .. import waiting
 from .pages import oid, pages
@@ -90,6 +91,39 @@ def test_does_not_grow_while_nobody_says_how_much_there_is(
         beside(resizing.run, test)
     assert "/proc/meminfo cannot be read" in caplog.records[0].getMessage()
     assert segment.limits == before
+    caplog.clear()
+
+
+def test_the_thread_that_gives_back_goes_on_after_a_trouble(
+    segment: "_native.Segment", world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There may have been no room for another thread in the segment's table, in that moment."""
+    fill(segment, 14000)
+    segment.size_within(16 * MIB, 16 * MIB)
+    resizing = world.resizer(segment)
+    core = resizing._headroom
+    fails = [True]
+
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(core, name)
+
+        def run(self) -> None:
+            if fails:
+                fails.pop()
+                raise SegmentError("no room for another thread")
+            core.run()
+
+    resizing._headroom = cast("_native.Headroom", Failing())
+
+    async def test() -> None:
+        await until(lambda: sum(segment.occupied[:2]) <= 16 * MIB)
+
+    with caplog.at_level(logging.WARNING):
+        beside(resizing.run, test)
+    assert [record.getMessage() for record in caplog.records] == [
+        "memory is not given back: no room for another thread"
+    ]
     caplog.clear()
 
 
