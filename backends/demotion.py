@@ -31,7 +31,7 @@ from tmem.backends.errands import Errand
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.prefetching import QUIET_S, Prefetch
 from tmem.backends.tiers.contract import Tier, TierIdentity
-from tmem.errors import TierDownError, TierError, TierFullError, TmemError
+from tmem.errors import PoolError, TierDownError, TierError, TierFullError, TmemError
 from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -139,19 +139,20 @@ class ClientDemotion:
                     break
             if not self.trouble and self._clock() >= self._quiet_from_s:
                 self.prefetch.round(back_pages, cold_s > 0, lambda: self._may_come_back(need))
-        except TierError as error:
-            if self._complaint != str(error):
-                _log.warning("tier of %s: %s", self.client.name, error)
-            self._complaint = str(error)
-        except TmemError:  # the client ends; the next look sees it
+            self._complaint = ""
+        except PoolError:  # the client ends; the next look sees it
             pass
+        except Exception as error:  # whatever it is, nothing goes, and people shall know
+            if self._complaint != (words := _words(error)):
+                _log.warning("tier of %s: %s", self.client.name, words)
+            self._complaint = words
 
     def _may_come_back(self, need: "Callable[[ClientDemotion], Need | None]") -> bool:
         return need(self) is None and self.client.tiered and self.client.phase == "none" and not self._ended
 
     def _open(self) -> None:
         self._tier = self._open_tier()
-        self._complaint = ""
+        self._complaint = ""  # so that pages may come back at once
 
     def end(self) -> None:
         """Let go of the tier, once what is under way is done; waits for that, but not for long."""
@@ -287,6 +288,7 @@ class Demotion:
         self._leaving: list[tuple[tuple[int, int], ClientDemotion]] = []
         """Those that were dropped and have not let go of their tiers yet."""
         self._complaints: dict[str, str] = {}
+        self._unfollowed: dict[str, str] = {}  # why a client's tier is not looked after at all
         self._before_pages = self._before_cold_pages = 0  # that went to tiers which have ended
         self._before_prefetched_pages = self._before_prefetching_ns = 0  # of those tiers
         self._ending = Errand("tiers that have ended")
@@ -313,7 +315,7 @@ class Demotion:
 
     def problems(self) -> dict[str, str]:
         """Return why pages of clients stay in memory, by the client's name."""
-        found = dict(self._complaints)
+        found = {**self._complaints, **self._unfollowed}
         found.update({one.client.name: one.trouble for one in self._clients.values() if one.trouble})
         return found
 
@@ -370,11 +372,20 @@ class Demotion:
         # The links first: a client of a link that is not there after that is no more, and not yet to come.
         links = list(tiering.assigned_tiers(self._paths))
         lives = self._lives()
+        unfollowed = {}
         for assigned in links:
             key = (assigned.client, assigned.serial)
-            if key in lives:
-                with contextlib.suppress(TmemError):  # the client ends; the next look sees it
+            if key not in lives:
+                continue
+            with contextlib.suppress(PoolError):  # the client ends; the next look sees it
+                name = lives[key].name
+                try:
                     self._follow(key, lives[key])
+                except (OSError, MemoryError, RuntimeError) as error:  # the last: no thread can be started
+                    unfollowed[name] = words = _words(error)
+                    if self._unfollowed.get(name) != words:
+                        _log.warning("tier of %s: %s", name, words)
+        self._unfollowed = unfollowed
         there = {(one.client, one.serial) for one in tiering.assigned_tiers(self._paths)}
         for key in [key for key in self._clients if key not in there or key not in lives]:
             self._drop(key)
@@ -441,3 +452,8 @@ class Demotion:
         for key in list(self._clients):
             self._drop(key)
         self._ending.end(lambda: None, PATIENCE_S)
+
+
+def _words(error: Exception) -> str:
+    """Return what there is to say about an error; some have no words of their own."""
+    return str(error) or type(error).__name__

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tmem.backends import _native, tiering
+from tmem.backends import _native, demotion, tiering
 from tmem.backends.demotion import Demotion, Marks
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.tiers import spill
@@ -196,6 +196,28 @@ def test_a_file_that_is_gone_is_shown(bench: Bench) -> None:
     bench.rounds(2)
     assert "cannot be opened" in bench.demotion.problems()["guest"]
     assert bench.demotion.demoted_pages == 0
+    bench.check()
+
+
+def test_whatever_goes_wrong_is_shown_and_over_when_it_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody has thought of, and what comes before there is anything to write to."""
+
+    def fails(*args: object) -> list[int]:
+        raise MemoryError
+
+    bench.client.cap_bytes = MIB
+    bench.put(0, 10**6)
+    for owner, name in ((demotion, "Errand"), (SpillFile, "write")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            bench.rounds(3)
+            assert bench.demotion.problems() == {"guest": "MemoryError"}
+            assert bench.demotion.demoted_pages == 0
+    bench.rounds(5)
+    assert bench.demotion.problems() == {}
+    assert bench.demotion.demoted_pages > 100
     bench.check()
 
 
