@@ -555,7 +555,8 @@ class Reader:
     what it replies to a READ is one from `send`, or nothing.
 
     Up to `helpers` threads serve beside the caller of `serve` when several requests wait; another one stands
-    in for it once nobody has been in `serve` for `away_ms` (0: never). See backends/native/reader.h.
+    in for it once nobody has been in `serve` for `away_ms` (0: never). A lower that usually answers within
+    `quick_us` is waited for in `serve`. See backends/native/reader.h.
     """
 
     def __init__(
@@ -566,6 +567,7 @@ class Reader:
         helpers: int = 1,
         largest_bytes: int = 1 << 20,
         away_ms: int = 50,
+        quick_us: int = 100,
     ) -> None: ...
     def serve(self, wake: int, timeout_ms: int, /) -> int:
         """Answer hits until a request for libfuse can be read from `theirs` (1), one lies with `asked` (3),

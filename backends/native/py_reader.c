@@ -5,6 +5,9 @@
 
 #include <string.h>
 
+/* Two switches of threads are some 10 us where nothing else runs, and several times that where much does. */
+enum { QUICK_US = 100 };
+
 typedef struct {
     PyObject_HEAD
     struct gate *gate;
@@ -146,18 +149,19 @@ static struct reader *reader_of(ReaderObject *self)
 
 static int init(ReaderObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"device", "ours", "theirs", "helpers", "largest_bytes", "away_ms", NULL};
+    static char *names[] = {"device", "ours", "theirs", "helpers", "largest_bytes", "away_ms",
+                            "quick_us", NULL};
     int device, ours, theirs;
-    unsigned int helpers = 1, away_ms = 50;
+    unsigned int helpers = 1, away_ms = 50, quick_us = QUICK_US;
     Py_ssize_t largest = 1 << 20;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iii|InI:Reader", names, &device, &ours, &theirs, &helpers, &largest,
-                                     &away_ms))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iii|InII:Reader", names, &device, &ours, &theirs, &helpers, &largest,
+                                     &away_ms, &quick_us))
         return -1;
     if (self->reader || largest < TM_PAGE || largest > (1 << 26)) {
         PyErr_SetString(PyExc_ValueError, "a reader is made once, for requests of 4096 to 67108864 bytes");
         return -1;
     }
-    if (!(self->reader = reader_new(device, ours, theirs, helpers, (size_t)largest, away_ms))) {
+    if (!(self->reader = reader_new(device, ours, theirs, helpers, (size_t)largest, away_ms, quick_us))) {
         PyErr_SetFromErrno(PyExc_OSError);
         return -1;
     }

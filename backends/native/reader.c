@@ -163,6 +163,16 @@ static bool find_at_hand(struct reader *r, const struct fuse_in_header *in, cons
     return true;
 }
 
+/* Wait for the lower, and be away from requests meanwhile, so that the stand-in comes if it takes long. */
+static bool wait_here(struct reader *r, struct desk *d, size_t length)
+{
+    atomic_fetch_add(&r->turns, 1);
+    wake_standin(r);
+    bool done = waiting_do(&r->waiting, &d->request, &d->data, length);
+    atomic_fetch_add(&r->turns, 1);
+    return done;
+}
+
 /* `leads`: for the event loop's thread, which wakes helpers. */
 static enum taken take(struct reader *r, struct desk *d, bool leads)
 {
@@ -196,6 +206,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
                 ahead_fetch(&r->ahead, &r->hits, r->buffers, read_in);
             return TAKEN_ANSWERED;
         }
+        if (found == FOUND_IF_WAITING && leads && !r->several && waiting_is_quick(&r->waiting) && wait_here(r, d, length))
+            return TAKEN_ANSWERED;
         if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL)) {
             look_after_interrupts(r);
             return TAKEN_NONE;
@@ -440,7 +452,8 @@ static void clocked_cond_init(pthread_cond_t *cond)
     pthread_condattr_destroy(&attr);
 }
 
-struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms)
+struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms,
+                          unsigned quick_us)
 {
     struct reader *r = calloc(1, sizeof *r);
     if (!r)
@@ -455,7 +468,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     r->others = epoll_create1(EPOLL_CLOEXEC);
     r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
-    waiting_init(&r->waiting, &r->hits, &r->passing);
+    waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
     ends_init(&r->ends);
     rc |= shortcut_init(&r->shortcut);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {

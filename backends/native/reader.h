@@ -56,8 +56,10 @@ enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE, READER_ASKED };
 struct reader;
 /* `device` is /dev/fuse (made non-blocking), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
  * libfuse reads and writes; all stay the caller's. `largest` is the most bytes of a request or a reply. The stand-in
- * reads when nobody has been in reader_serve for `away_ms`; 0: there is none. NULL: errno. */
-struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms);
+ * reads when nobody has been in reader_serve for `away_ms`; 0: there is none. A lower that usually answers within
+ * `quick_us` is waited for in reader_serve. NULL: errno. */
+struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms,
+                          unsigned quick_us);
 /* Take requests by these rings, which are the reader's from now on, as soon as the reply to INIT has asked for them; at most
  * once. -1: errno; requests then come by the device. */
 struct rings;

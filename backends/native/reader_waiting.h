@@ -3,7 +3,11 @@
  * Each is a flight meanwhile (`reader_passing.h`): its program may be killed, and is then answered at once, whatever the
  * lower does; the thread goes on, and its bytes are for the pool alone. A file that is closed meanwhile stays open until
  * then (`files_hold`). What cannot be answered here after all goes to libfuse. Threads are started as they are needed; when
- * all wait, READs go to libfuse at once, which has threads of its own. */
+ * all wait, READs go to libfuse at once, which has threads of its own.
+ *
+ * A lower that usually answers about as fast as threads are switched (`quick_us`) is waited for by who has read the request,
+ * if no other one waits. The first answer that takes longer ends that, until many quick ones have followed: so others wait for at most
+ * one slow answer, and for one that does not come until the stand-in takes over. */
 #ifndef READER_WAITING_H
 #define READER_WAITING_H
 
@@ -18,6 +22,8 @@ struct errand;
 struct waiting {
     struct hits *hits;
     struct passing *passing;
+    int64_t quick_ns;
+    _Atomic int64_t usual_ns; /* that such a READ takes: the last that took longer, or less and less */
     pthread_mutex_t lock;
     unsigned nthreads, nidle;
     bool ending;
@@ -30,7 +36,7 @@ struct waiting {
     } waiters[WAITERS_MOST];
 };
 
-void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing);
+void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing, unsigned quick_us);
 /* Whether no READ is in hand. One that is not under way any more (`passing_quiet`) may still have to be answered. */
 bool waiting_quiet(struct waiting *w);
 /* Take no more READs, and wait for those that there are, and so for the lower. */
@@ -39,6 +45,11 @@ void waiting_free(struct waiting *w); /* once nobody calls `waiting_give` any mo
 /* Have the READ in `*request` found by way of `*data`: buffers that are not the caller's any more, and NULL, if it
  * comes back true. `entry` brought it (NULL: the device). */
 bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry);
+
+/* Whether it will probably be quick. */
+bool waiting_is_quick(const struct waiting *w);
+/* The same, done at once by the caller; false: it was not. */
+bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length);
 
 /* Start a thread of the reader: with a small stack, and no signals: those are for the threads that Python knows. */
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg);

@@ -97,7 +97,9 @@ class Desk:
         return True
 
 
-def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB, away_ms: int = 0) -> Iterator[Desk]:
+def make(
+    tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB, away_ms: int = 0, quick_us: int = 100
+) -> Iterator[Desk]:
     segment = _native.create(str(tmp_path / "segment"), 16 << 20)
     pool = segment.client("c").new_pool(persistent=False, exclusive=False)
     content = random.Random(1).randbytes(PAGES * PAGE_SIZE - 1000)
@@ -115,7 +117,8 @@ def make(tmp_path: Path, helpers: int = 0, room_bytes: int = 32 * MIB, away_ms: 
     libfuse.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("=qq", 0, 1))
     kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("=qq", 30, 0))
     gate = _native.Gate()
-    reader = _native.Reader(device.fileno(), ours.fileno(), libfuse.fileno(), helpers, away_ms=away_ms)
+    ends = (device.fileno(), ours.fileno(), libfuse.fileno())
+    reader = _native.Reader(*ends, helpers, away_ms=away_ms, quick_us=quick_us)
     with kernel, device, ours, libfuse:
         reader.set_pool(pool)
         gate.set(OID, len(content), True)
