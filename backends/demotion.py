@@ -381,6 +381,11 @@ class Demotion:
                 name = lives[key].name
                 try:
                     self._follow(key, lives[key])
+                    if not lives[key].tiered:  # whoever was killed at it cannot say so
+                        unfollowed[name] = (
+                            "its tier is being taken away; if no command is at that, give it again: "
+                            f"tmem --name {self._paths.name} set {name} --tier {tiering.shown(assigned.url)}"
+                        )
                 except (OSError, MemoryError, RuntimeError) as error:  # the last: no thread can be started
                     unfollowed[name] = words = _words(error)
                     if self._unfollowed.get(name) != words:

@@ -221,6 +221,19 @@ def test_whatever_goes_wrong_is_shown_and_over_when_it_is(
     bench.check()
 
 
+def test_a_command_that_was_killed_is_shown(bench: Bench) -> None:
+    """It took the client's tier away, or was about to give it: nothing goes there."""
+    bench.client.tiered = False
+    bench.rounds(1)
+    said = bench.demotion.problems()["guest"]
+    assert said.endswith(f"give it again: tmem --name {bench.paths.name} set guest --tier file:{bench.file}")
+    assert (
+        tiering.assign(bench.paths, bench.segment, bench.client, str(bench.file), 0) == f"file:{bench.file}"
+    )
+    bench.rounds(1)
+    assert bench.demotion.problems() == {}
+
+
 def test_withdrawn_the_manager_removes_the_file(bench: Bench) -> None:
     bench.client.cap_bytes = MIB
     bench.put(0, 10**6)

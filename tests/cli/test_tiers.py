@@ -25,6 +25,9 @@ def test_a_tier_is_given_and_taken_away(segment: "_native.Segment", tmem: Tmem, 
     assert (listed["tier_pages"], listed["tier_problem"]) == (0, None)
     assert f"web has 0B of pages in file:{file}" in tmem("list").out
     assert tmem("set", "web", "--tier", str(tmp_path), "--tier-size", "1M").status == 0
+    client.tiered = False  # as a command that was killed leaves it, of which the list says what to do
+    assert tmem("set", "web", "--tier", f"file:{file}").status == 0
+    assert client.tiered
     other = tmem("set", "web", "--tier", f"{tmp_path}/other?size=1M")
     assert other.status == 1
     assert "take that away first, with --tier none" in other.err

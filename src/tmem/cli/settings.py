@@ -83,7 +83,8 @@ def _set_tier(
     if url == "none":
         tiering.withdraw(paths, opened, client)
         return
-    if size_bytes is None and "size=" not in url and url.startswith(("/", "file:")):
+    has = tiering.of(paths, client) == url
+    if size_bytes is None and "size=" not in url and url.startswith(("/", "file:")) and not has:
         raise click.UsageError("say how large the file is to be: --tier-size SIZE, or PATH?size=SIZE")
     tiering.assign(paths, opened, client, url, size_bytes or 0)
 
