@@ -2,52 +2,82 @@
 manager has to say of them.
 
 Yields states and words; `doctor` makes findings of them. Nothing is changed by looking: a server is asked
-what it is, for `TIMEOUT_SECONDS` at most. Threading: plain functions.
+what it is, for `TIMEOUT_SECONDS` at most. What the kernel says of disks: `filesystems`. Threading: plain
+functions.
 """
 
-import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmem.backends import procfiles, service, tiering
+from tmem.backends import filesystems, service, tiering
+from tmem.backends.filesystems import Place
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import ServiceError, TmemError
+from tmem.types import format_size
 
 if TYPE_CHECKING:
     from tmem.backends import _native
 
 TIMEOUT_SECONDS = 3.0
 _IN_MEMORY = ("tmpfs", "ramfs")
+_OVER_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "lustre", "virtiofs", "ocfs2", "gfs2")
+_AGAIN = (
+    "tmem --name {segment} set {client} --tier none, then "
+    "tmem --name {segment} set {client} --tier /DISK/{client}.spill --tier-size SIZE"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one client's tier."""
+
+    client: str
+    """The client's name."""
+    well: bool
+    """It does what a tier is for."""
+    detail: str
+    """The tier, and what is wrong or should be known."""
+    remedy: str = ""
+    """What mends it; also where all is well, but not as well as it could be."""
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """What is wrong with a tier, or should at least be known (`minor`)."""
+
+    detail: str
+    remedy: str
+    minor: bool = False
 
 
 def examine(
-    paths: SegmentPaths, opened: "_native.Segment", mounts: Path = Path("/proc/self/mountinfo")
-) -> Iterator[tuple[str, bool, str, str]]:
-    """Yield the name of each client that has a tier, whether all is well, what was found, what mends it."""
+    paths: SegmentPaths, opened: "_native.Segment", local: Collection[str] = (), only: str | None = None
+) -> Iterator[Verdict]:
+    """Yield a verdict on each client that has a tier, or on the one called `only`. This machine swaps to the
+    devices of the clients `local`."""
     problems = _problems(paths)
     for client in sorted(opened.clients(), key=lambda one: one.name):
+        if only not in (None, client.name):
+            continue
         try:
             name, url = client.name, tiering.of(paths, client)
             if url is None:
                 continue
             where = tiering.shown(url)
             file = tiering.spill_path(url)
-            trouble = _of_file(file, mounts) if file is not None else _of_servers(url)
+            found = of_file(file, name in local) if file is not None else _of_servers(url, name in local)
         except TmemError as error:
-            yield name, False, str(error), f"tmem --name {paths.name} list {name}"
+            yield Verdict(name, False, str(error), f"tmem --name {paths.name} list {name}")
             continue
-        if trouble is None and problems.get(name):
-            trouble = problems[name], f"tmem --name {paths.name} list {name}"
-        if trouble is None:
-            yield name, True, where, ""
+        if (found is None or found.minor) and problems.get(name):
+            found = _Trouble(problems[name], f"tmem --name {paths.name} list {name}")
+        if found is None:
+            yield Verdict(name, True, where)
         else:
-            yield name, False, f"{where}: {trouble[0]}", _named(trouble[1], paths.name, name)
-
-
-def _named(remedy: str, segment: str, client: str) -> str:
-    return remedy.replace("{segment}", segment).replace("{client}", client)
+            remedy = found.remedy.replace("{segment}", paths.name).replace("{client}", name)
+            yield Verdict(name, found.minor, f"{where}: {found.detail}", remedy)
 
 
 def _problems(paths: SegmentPaths) -> dict[str, str]:
@@ -59,40 +89,81 @@ def _problems(paths: SegmentPaths) -> dict[str, str]:
     return problems if isinstance(problems, dict) else {}
 
 
-def _of_file(file: Path, mounts: Path) -> tuple[str, str] | None:
-    """Return what is wrong with a spill file, and what mends it."""
-    again = (
-        "tmem --name {segment} set {client} --tier none, then "
-        "tmem --name {segment} set {client} --tier /DISK/{client}.spill --tier-size SIZE"
-    )
+def of_file(file: Path, local: bool) -> _Trouble | None:
+    """Return what is wrong with a spill file, the worst first, or what should be known of it."""
     try:
         status = file.stat()
+        place = filesystems.place_of(file)
     except OSError as error:
-        return f"the file cannot be reached ({error.strerror})", "mount its file system, or bring it back"
-    kind, source = file_system(file, mounts)
-    if kind in _IN_MEMORY:
-        return f"lies on {kind}, which is memory (and may be swapped out): nothing is gained", again
-    if source.startswith("/dev/zram"):
-        return f"lies on {source}, which is memory: nothing is gained", again
-    if status.st_blocks * 512 < status.st_size * 0.9:
-        return "has holes, so a full disk can refuse pages later", again
+        return _Trouble(
+            f"the file cannot be reached ({error.strerror})", "mount its file system, or bring it back"
+        )
+    found = of_place(place, local, filesystems.swap_disks())
+    if (found is None or found.minor) and status.st_blocks * 512 < status.st_size * 0.9:
+        return _Trouble("has holes, so a full disk can refuse pages later", _AGAIN)
+    return found
+
+
+def of_place(place: Place, local: bool, swap_disks: dict[str, str]) -> _Trouble | None:
+    """Return what speaks against a spill file at `place`, the worst first."""
+    if place.kind in _IN_MEMORY:
+        return _Trouble(
+            f"lies on {place.kind}, which is memory (and may be swapped out): nothing is gained", _AGAIN
+        )
+    if zram := next((name for name in place.devices if name.startswith("zram")), None):
+        return _Trouble(f"lies on /dev/{zram}, which is memory: nothing is gained", _AGAIN)
+    beyond = _beyond_this_kernel(place)
+    if local and beyond:
+        return _Trouble(
+            f"lies on {beyond}: to write there can need memory, and so wait for ever, where this machine "
+            "swaps to the device",
+            f"a disk of this machine: {_AGAIN}",
+        )
+    if place.direct is False:
+        return _Trouble(
+            f"lies on {place.kind} that takes direct I/O through the page cache (ext4 does with "
+            "data=journal): that takes memory when it is short",
+            _AGAIN,
+        )
+    if place.rewrites_in_place is False:
+        return _Trouble(
+            f"lies on {place.kind}, which writes elsewhere what is written again: on a full disk pages are "
+            f"refused, though the file has all of its size ({format_size(place.free_bytes)} are free now)",
+            f"keep room free there, or make it anew (on btrfs it is then made to stay where it is): {_AGAIN}",
+            minor=True,
+        )
+    if beyond:
+        detail = f"lies on {beyond}: who reads a page waits for that; not for a device of this machine"
+        return _Trouble(detail, f"a disk of this machine: {_AGAIN}", minor=True)
+    if disk := place.rotating:
+        return _Trouble(
+            f"lies on {disk}, which rotates, as far as the kernel knows: whoever reads a page waits for that",
+            f"a disk that does not; where the kernel is wrong, as with virtual disks: "
+            f"echo 0 > /sys/block/{disk}/queue/rotational",
+            minor=True,
+        )
+    if shared := next((name for name in place.devices if name in swap_disks), None):
+        return _Trouble(
+            f"lies on {shared}, as the swap area {swap_disks[shared]}: both are busy when memory is short",
+            f"another disk: {_AGAIN}",
+            minor=True,
+        )
     return None
 
 
-def file_system(file: Path, mounts: Path = Path("/proc/self/mountinfo")) -> tuple[str, str]:
-    """Return type and source of the file system that `file` lies on; empty where that cannot be told."""
-    device = file.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in procfiles.lines(mounts):
-        before, _, after = line.partition(" - ")
-        if before.split(" ")[2] == wanted:
-            kind, source, *_ = after.split(" ")
-            return kind, source
-    return "", ""
+def _beyond_this_kernel(place: Place) -> str:
+    """Return what a file depends on beside this machine's kernel, nothing if there is no such thing."""
+    if place.kind in _OVER_NETWORK:
+        return f"{place.kind}, which is over a network or another machine's"
+    if place.kind.startswith("fuse") and place.kind != "fuseblk":
+        return f"{place.kind}, which a process serves"
+    if nbd := next((name for name in place.devices if name.startswith(("nbd", "drbd", "rbd"))), None):
+        return f"/dev/{nbd}, which is over a network"
+    return ""
 
 
-def _of_servers(url: str) -> tuple[str, str] | None:
-    """Return what is wrong with the servers at `url`: not there, evicting, without replicas."""
+def _of_servers(url: str, local: bool) -> _Trouble | None:
+    """Return what is wrong with the servers at `url`: not there, evicting, without replicas, for us."""
     from tmem.backends.tiers.redis_fitness import Fitness
     from tmem.backends.tiers.redis_nodes import Nodes
     from tmem.backends.tiers.redis_url import RedisAddress
@@ -103,7 +174,14 @@ def _of_servers(url: str) -> tuple[str, str] | None:
         Fitness(nodes).look()
     except TmemError as error:
         what, _, remedy = str(error).partition(": ")
-        return what, remedy or "start the servers, or 'tmem --name {segment} set {client} --tier none'"
+        return _Trouble(
+            what, remedy or "start the servers, or 'tmem --name {segment} set {client} --tier none'"
+        )
     finally:
         nodes.close()
+    if local:
+        return _Trouble(
+            "reading from servers takes memory, and this machine swaps to the device: it can wait for itself",
+            f"a spill file on a disk of this machine: {_AGAIN}",
+        )
     return None

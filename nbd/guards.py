@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tmem.backends import cgroup, locking, meminfo, procfiles, segment
 from tmem.backends.paths import SegmentPaths
-from tmem.errors import AttachError, SegmentError
+from tmem.errors import AttachError, SegmentError, TmemError
 from tmem.nbd import contain, containment, family, server, watermarks
-from tmem.nbd.export import Export, load_all
+from tmem.nbd.export import Export, load, load_all
 from tmem.nbd.family import KEEPER, MANAGER, NBDFUSE, SERVER, STANDBY, Member
 from tmem.types import format_size, size_within
 
@@ -63,6 +63,17 @@ def report(paths: SegmentPaths) -> list[Guard]:
         for found in attached
         for guard in inspect(paths, found)
     ]
+
+
+def swapped_to(paths: SegmentPaths) -> list[str]:
+    """Return the clients to whose devices this machine swaps, as far as their records can be read."""
+    found = []
+    for record in paths.state.glob("swap-*.json"):
+        with contextlib.suppress(TmemError, OSError):
+            export = load(paths, record.stem.removeprefix("swap-"))
+            if export.attachment is not None:
+                found.append(export.client)
+    return found
 
 
 def inspect(paths: SegmentPaths, export: Export, proc: Path = Path("/proc")) -> list[Guard]:

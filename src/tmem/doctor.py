@@ -212,8 +212,9 @@ def _segment(paths: SegmentPaths) -> Iterator[Finding]:
             running = ", ".join(f"{one['name']} ({one['state']})" for one in services) or "nothing"
             yield Finding("segment", "manager", OK, f"runs and supervises {running}")
             yield from _metrics(paths)
-        for client, well, detail, remedy in tierchecks.examine(paths, opened):
-            yield Finding("tier", client, OK if well else MISSING, detail, remedy)
+        for one in tierchecks.examine(paths, opened, guards.swapped_to(paths)):
+            state = MISSING if not one.well else NOTE if one.remedy else OK
+            yield Finding("tier", one.client, state, one.detail, one.remedy)
         violations = opened.check()
         if not violations:
             detail = f"{format_size(opened.memory_bytes)}, every invariant holds"

@@ -1,11 +1,13 @@
 """``doctor`` of tiers: where files lie, whether servers may be trusted, each with what mends it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tmem.backends import tierchecks, tiering
+from tmem.backends.filesystems import Place
 from tmem.backends.paths import SegmentPaths
 from tmem.cli.main import run
 
@@ -17,39 +19,86 @@ if TYPE_CHECKING:
 SIZE = 8 << 20
 
 
-def looked(segment: "_native.Segment", **changes: Path) -> tuple[bool, str, str]:
-    ((name, *found),) = tierchecks.examine(SegmentPaths.of("default"), segment, **changes)
-    assert name == "one"
-    well, detail, remedy = found
-    return bool(well), str(detail), str(remedy)
+DISK = Place("ext4", "/dev/sda1", ("sda1", "sda"), 1 << 30, True, True, None)
 
 
-def test_a_spill_file(segment: "_native.Segment", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    client = segment.client("one")
+def looked(segment: "_native.Segment", *local: str) -> tuple[bool, str, str]:
+    (found,) = tierchecks.examine(SegmentPaths.of("default"), segment, local)
+    assert found.client == "one"
+    return found.well, found.detail, found.remedy
+
+
+def test_a_spill_file(
+    segment: "_native.Segment", tmp_path: Path, runtime_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, client = SegmentPaths.of("default"), segment.client("one")
     segment.client("without")
     file = tmp_path / "one.spill"
-    tiering.assign(SegmentPaths.of("default"), segment, client, str(file), SIZE)
-    device = file.stat().st_dev
-    number = f"{device >> 8 & 0xFFF}:{device & 0xFF | device >> 12 & 0xFFF00}"
-
-    def on(kind: str, source: str) -> Path:
-        mounts = tmp_path / "mountinfo"
-        mounts.write_text(f"21 1 {number} / /x rw shared:1 - {kind} {source} rw\n")
-        return mounts
-
-    assert looked(segment, mounts=on("ext4", "/dev/sda1"))[0]
-    for kind, source in (("tmpfs", "tmpfs"), ("ext4", "/dev/zram0")):
-        well, detail, remedy = looked(segment, mounts=on(kind, source))
-        assert not well
-        assert "is memory" in detail
-        assert "tmem --name default set one --tier none" in remedy
+    tiering.assign(paths, segment, client, str(file), SIZE)
+    assert looked(segment)[0]
+    assert [*tierchecks.examine(paths, segment, only="without")] == []
     run(["doctor", "--json"])
     assert '"tier"' in capsys.readouterr().out
     file.rename(tmp_path / "elsewhere")
     well, detail, _ = looked(segment)
     assert (well, "cannot be reached" in detail) == (False, True)
     (tmp_path / "elsewhere").rename(file)
-    tiering.withdraw(SegmentPaths.of("default"), segment, client)
+    with file.open("r+b") as opened:
+        opened.truncate(1 << 20)
+        opened.truncate(SIZE)
+    assert "has holes" in looked(segment)[1]
+    tiering.withdraw(paths, segment, client)
+
+
+def test_one_in_memory_is_told_when_it_is_made(
+    segment: "_native.Segment", runtime_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runtime directories of tests are on a tmpfs, which takes direct I/O from Linux 6.6 on."""
+    segment.client("one")
+    if run(["set", "one", "--tier", str(runtime_dir / "one.spill"), "--tier-size", "8M"]):
+        assert "no direct I/O" in capsys.readouterr().err
+        return
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("tmem: the tier of one: ")
+    well, detail, remedy = looked(segment)
+    assert not well
+    assert "is memory" in detail
+    assert "tmem --name default set one --tier none" in remedy
+    assert told.endswith(f"{detail}; {remedy}")
+    assert run(["set", "one", "--tier", "none"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "local", "guest"),
+    [
+        (DISK, None, None),
+        (replace(DISK, kind="xfs", devices=("dm-0", "nvme0n1p2", "nvme0n1")), None, None),
+        (replace(DISK, kind="fuseblk"), None, None),
+        (replace(DISK, direct=None, rewrites_in_place=None), None, None),
+        (replace(DISK, kind="tmpfs", devices=()), "!is memory", "!is memory"),
+        (replace(DISK, devices=("dm-0", "zram0")), "!/dev/zram0, which is memory", "!/dev/zram0, which is"),
+        (replace(DISK, kind="nfs4", devices=()), "!nfs4, which is over a network", "waits for that"),
+        (replace(DISK, kind="fuse.sshfs", devices=()), "!a process serves", "a process serves"),
+        (replace(DISK, devices=("nbd0",)), "!/dev/nbd0, which is over a network", "/dev/nbd0"),
+        (replace(DISK, direct=False), "!through the page cache", "!through the page cache"),
+        (replace(DISK, kind="btrfs", rewrites_in_place=False), "1G are free now", "1G are free now"),
+        (replace(DISK, rotating="sda"), "sda, which rotates", "sda, which rotates"),
+        (replace(DISK, devices=("sdb1", "sdb")), "the swap area /dev/sdb2", "the swap area /dev/sdb2"),
+    ],
+    ids=lambda one: f"{one.kind}-{'-'.join(one.devices)}" if isinstance(one, Place) else "",
+)
+def test_a_place(place: Place, local: str | None, guest: str | None) -> None:
+    """What is told of a device that this machine swaps to, and of a guest's; ``!``: it is no place for it."""
+    for here, expected in ((True, local), (False, guest)):
+        found = tierchecks.of_place(place, here, {"sdb": "/dev/sdb2"})
+        if expected is None:
+            assert found is None
+            continue
+        assert found is not None
+        assert expected.removeprefix("!") in found.detail
+        assert found.minor is not expected.startswith("!")
+        assert found.remedy
 
 
 def test_servers(segment: "_native.Segment", tmp_path: Path) -> None:
@@ -57,6 +106,8 @@ def test_servers(segment: "_native.Segment", tmp_path: Path) -> None:
     with single(tmp_path) as server:
         tiering.assign(paths, segment, client, f"redis://{server.address}/0?replicas=0", 0)
         assert looked(segment)[0]
+        well, detail, _ = looked(segment, "one")
+        assert (well, "this machine swaps to the device" in detail) == (False, True)
         server.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         well, detail, remedy = looked(segment)
         assert not well

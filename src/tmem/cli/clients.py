@@ -13,6 +13,7 @@ import click
 
 from tmem.backends import segment
 from tmem.backends.clients import clients_by_name
+from tmem.backends.paths import SegmentPaths
 from tmem.cli.context import client_names, segment_name
 from tmem.errors import PoolError
 
@@ -71,3 +72,16 @@ def require_one(client: str | None, everything: bool) -> None:
     """Raise the usage error unless exactly one of a client and ``--all`` was given."""
     if everything == (client is not None):
         raise click.UsageError("say which client, or --all")
+
+
+def warn_of_tier(paths: SegmentPaths, opened: "_native.Segment", client: str, *, local: bool) -> None:
+    """Say on standard error what speaks against the tier that the client has got, as 'tmem doctor' does.
+
+    `local`: this machine is about to swap to the client's device."""
+    from tmem.backends import tierchecks
+    from tmem.nbd import guards
+
+    swapped_to = [client] if local else guards.swapped_to(paths)
+    for one in tierchecks.examine(paths, opened, swapped_to, only=client):
+        if not one.well:
+            click.echo(f"tmem: the tier of {client}: {one.detail}; {one.remedy}", err=True)

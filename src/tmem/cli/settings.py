@@ -11,7 +11,7 @@ import click
 from tmem.backends import tiering
 from tmem.backends.clients import change
 from tmem.backends.paths import SegmentPaths, check_name
-from tmem.cli.clients import attached, find_client
+from tmem.cli.clients import attached, find_client, warn_of_tier
 from tmem.cli.context import client_names, segment_name, size_option, tier_option
 from tmem.errors import PoolError
 from tmem.types import CODECS, MOST_WEIGHT, format_size
@@ -87,6 +87,7 @@ def _set_tier(
     if size_bytes is None and "size=" not in url and url.startswith(("/", "file:")) and not has:
         raise click.UsageError("say how large the file is to be: --tier-size SIZE, or PATH?size=SIZE")
     tiering.assign(paths, opened, client, url, size_bytes or 0)
+    warn_of_tier(paths, opened, client.name, local=False)
 
 
 @click.command()

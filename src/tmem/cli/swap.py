@@ -89,7 +89,7 @@ def add(
     paths = SegmentPaths.of(segment_name(ctx))
     check_name(client, "client name")
     socket = str(Path(unix).absolute()) if unix is not None else lifecycle.default_socket(paths, client)
-    with _tier(paths, client, tier, size_bytes):
+    with _tier(paths, client, tier, size_bytes, local):
         made = lifecycle.add(
             paths,
             Export(
@@ -111,9 +111,10 @@ def add(
 
 
 @contextmanager
-def _tier(paths: SegmentPaths, client: str, url: str | None, size_bytes: int) -> Iterator[None]:
+def _tier(paths: SegmentPaths, client: str, url: str | None, size_bytes: int, local: bool) -> Iterator[None]:
     """Give the client its tier, if it is to have one; take it away again if what comes then fails."""
     from tmem.backends import clients, segment, tiering
+    from tmem.cli.clients import warn_of_tier
 
     if url is None:
         yield
@@ -125,6 +126,7 @@ def _tier(paths: SegmentPaths, client: str, url: str | None, size_bytes: int) ->
         try:
             tiering.assign(paths, opened, owner, url, size_bytes)
             assigned = True
+            warn_of_tier(paths, opened, client, local=local)
             yield
         except BaseException:
             if had is None:
