@@ -114,22 +114,35 @@ def _assign(
             f"{client.name} has the tier {shown(found)} already: take that away first, with --tier none"
         )
     _await_end(paths, segment, url)
-    file = spill_path(url)
+    # Mostly nothing: but the link may have gone with the state directory, and the pages wait for it.
+    there = memoryview(_locations(client)).cast("Q")
+    file, who = spill_path(url), identity(segment, client)
     if file is not None:
         from tmem.backends.tiers import orphans, spill
 
-        _refuse_if_used(file, segment)
-        orphans.remove(file.parent, _living(segment), orphans.started_s())
-        spill.create(file, identity(segment, client), size_bytes)
+        if not there:
+            _refuse_if_used(file, segment)
+            orphans.remove(file.parent, _living(segment), orphans.started_s())
+            spill.create(file, who, size_bytes)
+        elif not file.exists() or spill.identity_of(file) != who:
+            raise _elsewhere(client)
     else:
-        tier = open_tier(url, identity(segment, client), writer=True)
+        tier = open_tier(url, who, writer=True)
         try:
-            tier.retain([])  # it must answer now
+            if there and tier.read(there[:1].tolist()) == [None]:
+                raise _elsewhere(client)
+            tier.retain(there)  # it must answer now
         finally:
             tier.close()
     link.symlink_to(url)
     client.tiered = True
     return url
+
+
+def _elsewhere(client: "_native.Client") -> TierError:
+    return TierError(
+        f"{client.name} has pages in another tier, which this segment knows of no more: give that one"
+    )
 
 
 def attach(segment: "_native.Segment", client: "_native.Client") -> bool:
@@ -176,7 +189,7 @@ def withdraw(
         client.tiered = False  # from here on nothing is demoted
         while True:
             # What is left the slots say: the counters may be off for a while after a death.
-            while left := _in_tier(client):
+            while left := len(_locations(client)) // 8:
                 _lap(client, left, progress)
             if _take_away(paths, segment, client):
                 return
@@ -193,7 +206,7 @@ def _take_away(paths: SegmentPaths, segment: "_native.Segment", client: "_native
         if of(paths, client) is None:
             return True  # another command was quicker
         client.tiered = False  # or one that has failed has given it back meanwhile
-        if _in_tier(client):
+        if _locations(client):
             return False
         link = _link(paths, client)
         # The epoch: another tier of this client may have ended just before, and still be there.
@@ -204,13 +217,13 @@ def _take_away(paths: SegmentPaths, segment: "_native.Segment", client: "_native
         return True
 
 
-def _in_tier(client: "_native.Client") -> int:
-    """Return how many pages are in the tier, by their slots, once nobody reads others any more."""
+def _locations(client: "_native.Client") -> bytes:
+    """Return what slots name in the tier, 8 bytes each, once nobody reads anything else any more."""
     until = time.monotonic() + _READERS_S
     while (live := client.live(200)) is None:
         if time.monotonic() > until:
             raise TierError(f"somebody still reads from the tier of {client.name}: try again")
-    return len(live) // 8
+    return live
 
 
 def _lap(client: "_native.Client", left_pages: int, progress: Callable[[int], None]) -> None:

@@ -624,6 +624,38 @@ class TestFiles:
         tiering.end(small, ended)
         assert file.stat().st_size == 1 << 20
 
+    def test_a_link_that_is_gone_is_made_again(
+        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+    ) -> None:
+        """The state directory was removed, with what told where the pages are; they wait to be found."""
+        client = spilled.client
+        (link,) = [one.link for one in tiering.assigned_tiers(paths)]
+        link.unlink()
+        with pytest.raises(TierError, match="has pages in another tier"):
+            tiering.assign(paths, small, client, f"{file}2", 4 << 20)
+        assert tiering.assign(paths, small, client, str(file), 1 << 20) == tiering.of(paths, client)
+        assert got(spilled, 0, NPAGES) == data()
+
+    def test_a_link_to_a_server_that_is_gone_is_made_again(
+        self,
+        persistent: _native.Pool,
+        small: _native.Segment,
+        paths: SegmentPaths,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        client, worlds = persistent.client, {"redis://one": MemoryWorld(), "redis://other": MemoryWorld()}
+        monkeypatch.setattr(tiering, "open_tier", lambda url, who, writer: worlds[url].open(who, writer))
+        tiering.assign(paths, small, client, "redis://one", 0)
+        persistent.put(OID, 0, b"".join(data()))
+        writer = tiering.open_tier("redis://one", tiering.identity(small, client), writer=True)
+        assert demote(client, FaultyTier(writer, Faults())) == NPAGES
+        (link,) = [one.link for one in tiering.assigned_tiers(paths)]
+        link.unlink()
+        with pytest.raises(TierError, match="has pages in another tier"):
+            tiering.assign(paths, small, client, "redis://other", 0)
+        tiering.assign(paths, small, client, "redis://one", 0)
+        assert got(persistent, 0, NPAGES) == data()
+
     def test_two_clients_come_at_a_time_to_one_server(
         self, small: _native.Segment, paths: SegmentPaths, monkeypatch: pytest.MonkeyPatch
     ) -> None:
