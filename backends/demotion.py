@@ -84,6 +84,8 @@ class ClientDemotion:
         clock: Callable[[], float],
     ) -> None:
         self.client = client
+        self.name = client.name
+        """The client's, also when that is no more."""
         self.url = url
         self.epoch = epoch
         """Of the client before its URL was read: the core demotes for no other."""
@@ -94,7 +96,7 @@ class ClientDemotion:
         """Why nothing can be demoted now; empty if something can, or need not."""
         self.short = False
         """Memory is short for this client: demotion goes on up to the high mark."""
-        self.errand = Errand(f"tier of {client.name}")
+        self.errand = Errand(f"tier of {self.name}")
         self.prefetch = Prefetch(segment, client, clock)
         self._open_tier = open_tier
         self._clock = clock
@@ -144,7 +146,7 @@ class ClientDemotion:
             pass
         except Exception as error:  # whatever it is, nothing goes, and people shall know
             if self._complaint != (words := _words(error)):
-                _log.warning("tier of %s: %s", self.client.name, words)
+                _log.warning("tier of %s: %s", self.name, words)
             self._complaint = words
 
     def _may_come_back(self, need: "Callable[[ClientDemotion], Need | None]") -> bool:
@@ -186,7 +188,7 @@ class ClientDemotion:
 
     def _rest(self, error: TierError, now_s: float) -> None:
         if not self._rest_until:
-            _log.warning("pages of %s stay in memory: %s", self.client.name, error)
+            _log.warning("pages of %s stay in memory: %s", self.name, error)
         self.problem = str(error)
         self._rest_until = now_s + RETRY_S
 
@@ -226,7 +228,7 @@ class ClientDemotion:
             self._cold_hand, _, demoted = self._move(self._cold_hand, BATCH_PAGES, any_page=False)
             self.cold_pages += demoted
         except TierError as error:  # full, or down: nothing that anybody waits for
-            _log.info("cold pages of %s stay in memory: %s", self.client.name, error)
+            _log.info("cold pages of %s stay in memory: %s", self.name, error)
             self._ready, self._cold_hand, self._marks_s = False, 0, now_s
         return self._cold_hand != 0
 
@@ -316,7 +318,7 @@ class Demotion:
     def problems(self) -> dict[str, str]:
         """Return why pages of clients stay in memory, by the client's name."""
         found = {**self._complaints, **self._unfollowed}
-        found.update({one.client.name: one.trouble for one in self._clients.values() if one.trouble})
+        found.update({one.name: one.trouble for one in self._clients.values() if one.trouble})
         return found
 
     def round(self) -> bool:

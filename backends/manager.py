@@ -253,11 +253,17 @@ class _Manager:
     async def _demote(self) -> None:
         """Move cold persistent pages to the tiers of their clients (`demotion`), and back."""
         demotion = Demotion(self._paths, self._segment, room=Room(self._segment))
+        complaint = ""
         try:
             while True:
                 hurry = False
-                with suppress(*_TROUBLES):  # or the next round says it
+                try:
                     hurry = await trio.to_thread.run_sync(demotion.round)
+                    complaint = ""
+                except _TROUBLES as error:
+                    if str(error) != complaint:  # once
+                        _log.warning("tiers: %s", error)
+                    complaint = str(error)
                 self.statistics.demoted_pages = demotion.demoted_pages
                 self.statistics.demoted_cold_pages = demotion.cold_pages
                 self.statistics.prefetched_pages = demotion.prefetched_pages

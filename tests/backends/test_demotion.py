@@ -234,6 +234,16 @@ def test_a_command_that_was_killed_is_shown(bench: Bench) -> None:
     assert bench.demotion.problems() == {}
 
 
+def test_a_client_with_a_problem_may_end(bench: Bench) -> None:
+    """Between a round and the question what the problems are, of which the manager ended."""
+    bench.file.unlink()
+    bench.rounds(1)
+    bench.client.destroy()
+    assert "cannot be opened" in bench.demotion.problems()["guest"]
+    bench.rounds(1)
+    assert bench.demotion.problems() == {}
+
+
 def test_withdrawn_the_manager_removes_the_file(bench: Bench) -> None:
     bench.client.cap_bytes = MIB
     bench.put(0, 10**6)
