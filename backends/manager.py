@@ -310,7 +310,7 @@ class _Manager:
             return {"error": str(error)}
         except (KeyError, TypeError, ValueError) as error:
             return {"error": f"request {message['op']!r} lacks or misuses {error}"}
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # which must not end the manager
             _log.exception("request %r failed", message["op"])
             return {"error": f"the manager failed: {error}"}
 

@@ -25,7 +25,7 @@ import trio
 from tmem.backends import processes
 from tmem.backends.paths import NAME_BYTES, SegmentPaths, check_name
 from tmem.backends.processes import Process
-from tmem.errors import PoolError, SegmentError, ServiceError
+from tmem.errors import PoolError, SegmentError, ServiceError, TmemError
 
 MARKER = "TMEM_SERVICE"
 """Environment variable by which a server is found that was started but not yet recorded."""
@@ -33,6 +33,7 @@ MARKER = "TMEM_SERVICE"
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 10.0
 # A server that has run this long had come up: when it is killed, the next start is immediate again.
 _SETTLED_S = 1.0
+_TROUBLED_S = 0.1
 
 OUTPUT_BYTES = 1 << 20
 """How much of what a service says is kept at most."""
@@ -179,7 +180,10 @@ class Supervisor:
         if service is None:
             return False
         service.stopping = True
-        service.save()
+        with suppress(
+            OSError
+        ):  # no room for the record: who comes after us may start it again, but it stops now
+            service.save()
         service.asked_to_stop.set()
         if service.process:
             _signal(service.process, signal.SIGTERM)
@@ -201,11 +205,24 @@ class Supervisor:
         if service is None or service.stopping:
             raise ServiceError(f"{name} is not kept running here: there is nothing to restart")
         service.argv, service.env, service.replacing = argv, env, True
-        service.save()
+        with suppress(OSError):  # it is saved once more when it runs
+            service.save()
         if service.process:
             _signal(service.process, signal.SIGKILL)
 
     async def _keep(self, service: _Service) -> None:
+        """Follow one service to its end, whatever goes wrong: no memory or descriptor ends the manager."""
+        complaint = ""
+        while True:
+            try:
+                return await self._follow(service)
+            except (TmemError, OSError, MemoryError, RuntimeError) as error:
+                if complaint != str(error):  # once
+                    _log.warning("%s: %s", service.name, error)
+                complaint = str(error)
+            await trio.sleep(_TROUBLED_S)
+
+    async def _follow(self, service: _Service) -> None:
         """Follow one service until it is to stop and has stopped, or has nobody left to serve."""
         delay_s = 0.0
         while True:
@@ -255,6 +272,8 @@ class Supervisor:
             return segment.client(client, create=False).phase == "departed"
         except PoolError:
             return True
+        except SegmentError:  # no room for another thread there
+            return False
         finally:
             segment.close()
 

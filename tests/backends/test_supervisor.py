@@ -1,5 +1,6 @@
 """Services are kept running, found again after a restart of their supervisor, and never killed."""
 
+import errno
 import json
 import os
 import signal
@@ -54,6 +55,45 @@ def test_a_killed_service_is_started_again(paths: SegmentPaths) -> None:
             pid = await pid_other_than(supervisor, pid)
         assert supervisor.statistics()[0].starts == 4
         await supervisor.unsupervise("one", 30)
+
+    supervised(paths, body)
+
+
+def test_a_service_is_kept_through_want_of_descriptors(
+    paths: SegmentPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was none to wait with: that ended the manager, and with it everything that it keeps running."""
+    fails, real = [OSError(errno.EMFILE, "Too many open files"), MemoryError()], Process.open_pidfd
+
+    def scarce(process: Process) -> int | None:
+        if fails:
+            raise fails.pop()
+        return real(process)
+
+    monkeypatch.setattr(Process, "open_pidfd", scarce)
+
+    async def body(supervisor: Supervisor) -> None:
+        pid = start(supervisor)
+        while fails:
+            await trio.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        await pid_other_than(supervisor, pid)
+        assert supervisor.statistics()[0].starts == 2
+        await supervisor.unsupervise("one", 30)
+
+    supervised(paths, body)
+
+
+def test_a_service_is_stopped_although_that_cannot_be_recorded(paths: SegmentPaths) -> None:
+    """The tmpfs is full, which a service that goes may help."""
+
+    async def body(supervisor: Supervisor) -> None:
+        pid = start(supervisor)
+        (paths.state / "service-one.new").mkdir()  # so that nothing can be written there
+        supervisor.restart("one", ["sleep", "301"], {})
+        await pid_other_than(supervisor, pid)
+        assert await supervisor.unsupervise("one", 30)
+        assert supervisor.statistics() == []
 
     supervised(paths, body)
 
