@@ -71,7 +71,7 @@ class Files(Opening):
             if first + npages > file.marker:
                 ahead.reached(first, first + npages)
             if found < npages and ahead.running:
-                with self._waiting():
+                with self._waiting(), file.used():  # it goes on with the handle after that
                     moved = await ahead.wait(first + found, first + npages)
                 if moved:
                     counters.hit_pages -= found

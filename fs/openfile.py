@@ -53,13 +53,13 @@ class OpenFile:
     accessed: bool = False
     """Whether its access time needs no more care."""
     uses: int = 0
-    """Worker threads that have the descriptor, or are going to."""
+    """Reads and the like that wait, and use the descriptor meanwhile or after that."""
     unused: trio.Event | None = None
     """For who waits until there are none."""
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Bracket the wait for a worker thread that was given the descriptor."""
+        """Bracket the wait of one that uses the file: for a thread that was given the descriptor, say."""
         self.uses += 1
         try:
             yield
@@ -69,7 +69,7 @@ class OpenFile:
                 self.unused.set()
 
     async def wait_unused(self) -> None:
-        """Come back when no worker thread has the descriptor any more."""
+        """Come back when nobody is within `used` any more."""
         while self.uses:
             self.unused = trio.Event()
             await self.unused.wait()

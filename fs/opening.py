@@ -243,13 +243,18 @@ class Opening(Namespace):
         return bool(file.uses or (file.ahead is not None and file.ahead.running))
 
     async def wait_unused(self, fh: int) -> None:
-        """Come back when nobody uses the descriptor of a file that is to be closed."""
+        """Come back when nobody uses the descriptor of a file that is to be closed.
+
+        It is in use after its last close only for a program that was killed: its request was given up. A
+        thread would read another file by this number, and put that.
+        """
         file = self._files[fh]
         with self._waiting():
-            if file.ahead is not None and file.ahead.running:
-                await file.ahead.close()
-            if file.uses:  # for a program that was killed: its request was given up, and the file is closed
-                await file.wait_unused()  # or the thread would read another file by this number, and put that
+            while self.is_used(fh):
+                if file.ahead is not None and file.ahead.running:
+                    await file.ahead.close()
+                else:
+                    await file.wait_unused()  # who goes on may begin to read ahead
 
     def close_file(self, fh: int) -> None:
         """Close a file that is not in use. OSError, TmemError."""

@@ -34,6 +34,8 @@ class Gate:
         self._point = ""
         self.reached = threading.Event()
         self.opened = threading.Event()
+        self.failure: OSError | None = None
+        """What the thread fails with, once it may go on."""
 
     def arm(self, point: str) -> None:
         self._point = point
@@ -43,6 +45,8 @@ class Gate:
             self._point = ""
             self.reached.set()
             assert self.opened.wait(10), "nobody opened the gate"
+            if self.failure is not None:
+                raise self.failure
 
     async def wait(self) -> None:
         assert await trio.to_thread.run_sync(self.reached.wait, 10), "nobody came to the gate"
@@ -313,3 +317,45 @@ def test_a_read_of_a_file_that_was_forgotten_meanwhile_does_not_put(overlay: Ove
 
     trio.run(main)
     assert overlay.statistics().overtaken_pages == 1
+
+
+def test_a_file_is_not_closed_under_a_read_that_waits_for_what_is_read_ahead(
+    overlay: Overlay, gate: Gate, tmp_path: Path
+) -> None:
+    """A program that was killed has closed it: its read was given up, and goes on here."""
+    content = b"".join(number.to_bytes(8, "big") for number in range(256 * PAGE_SIZE // 8))
+
+    async def main() -> None:
+        fh = await opened(overlay, os.O_RDONLY)
+        for page in range(2):  # two misses that follow each other begin a stream
+            assert await read(overlay, fh, page * PAGE_SIZE) == content[page * PAGE_SIZE :][:PAGE_SIZE]
+        ahead = overlay._files[fh].ahead
+        assert ahead is not None
+        with trio.fail_after(10):
+            while ahead.running:
+                await trio.sleep(0.001)
+        gate.arm("read:lower-read")
+        await read(overlay, fh, 2 * PAGE_SIZE)  # reaches the mark: the next window is read
+        await gate.wait()
+        beyond = ahead._ready * PAGE_SIZE
+        got: list[bytes] = []
+
+        async def wait_for_it() -> None:
+            got.append(await read(overlay, fh, beyond))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_it)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(overlay.release, fh)
+            await trio.testing.wait_all_tasks_blocked()
+            gate.opened.set()
+        assert got == [content[beyond:][:PAGE_SIZE]]
+        assert not overlay.used_by_files()
+
+    for _ in range(8):  # whoever of the two goes on first
+        gate.opened.clear()
+        gate.reached.clear()
+        gate.failure = OSError(5, "the lower has not answered")
+        (tmp_path / "file").unlink()
+        (tmp_path / "file").write_bytes(content)
+        trio.run(main)
