@@ -25,7 +25,7 @@ import trio
 
 from tmem.fs.reading import ASKED, GONE, NOTHING, REQUEST, Reading
 
-_TRIO_EVERY = 32  # requests; so that deadlines are seen under full load. A power of two.
+_TRIO_EVERY = 32  # requests; so that deadlines are seen under full load
 _LONGEST_WAIT_SECONDS = 1.0
 _MAX_TASKS = 99
 _PAUSE_SECONDS = 0.001
@@ -235,7 +235,7 @@ class Readers:
                     raise trio.ClosedResourceError("unmounted")
                 if event == ASKED:
                     assert self._nursery is not None
-                    reading.answer(self._nursery.start_soon)
+                    self._count += max(reading.answer(self._nursery.start_soon) - 1, 0)
                     event = NOTHING
                 if self._stopping:
                     event = await self._leave(reading)
@@ -271,8 +271,11 @@ class Readers:
     def _may_block(self) -> bool:
         """Say whether the event loop has nothing else to do."""
         self._count += 1
+        if self._count >= _TRIO_EVERY:
+            self._count = 0
+            return False
         # Another task may be due in this very turn of the scheduler, and would wait as long as requests come.
-        return bool(self._fast and not self._waiting and self._count % _TRIO_EVERY and not self._due.tasks)
+        return self._fast and not self._waiting and not self._due.tasks
 
     def _seconds_left(self) -> float:
         seconds: float = self._runner.deadlines.next_deadline() - self._runner.clock.current_time()

@@ -88,10 +88,9 @@ class Reading:
         self._shortcuts = shortcuts
         self._anything.register(self.reader.open_shortcut(), select.EPOLLIN)
 
-    def answer(self, start_soon: "Start") -> None:
-        """Answer what does not go to libfuse."""
-        if self._shortcuts is not None:
-            self._shortcuts.answer(start_soon)
+    def answer(self, start_soon: "Start") -> int:
+        """Answer what does not go to libfuse; return how many requests that were."""
+        return self._shortcuts.answer(start_soon) if self._shortcuts is not None else 0
 
     def begin(self) -> None:
         """Take requests by the rings, if there are any; when memory is locked, or all of theirs would be."""

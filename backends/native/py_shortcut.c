@@ -12,7 +12,7 @@
 PyObject *shortcut_asked(struct reader *r)
 {
     struct fuse_in_header in;
-    struct asked *a = shortcut_take(reader_shortcut(r));
+    struct asked *a = reader_asked(r);
     if (!a)
         Py_RETURN_NONE;
     memcpy(&in, a->bytes, sizeof in);

@@ -11,6 +11,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
@@ -543,6 +544,19 @@ void reader_free(struct reader *r)
 void reader_drain(struct reader *r) { passing_drain(&r->passing); }
 
 struct shortcut *reader_shortcut(struct reader *r) { return &r->shortcut; }
+
+struct asked *reader_asked(struct reader *r)
+{
+    struct fuse_in_header in;
+    struct asked *a;
+    while ((a = shortcut_take(&r->shortcut))) {
+        memcpy(&in, a->bytes, sizeof in);
+        if (passing_wants_held(&r->passing, in.unique)) /* a FORGET is no flight */
+            break;
+        free(a);
+    }
+    return a;
+}
 
 void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
 {

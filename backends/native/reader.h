@@ -81,7 +81,10 @@ bool reader_full(const struct reader *r);
 /* Where requests lie that Python answers itself; none before `shortcut_open`. */
 struct shortcut;
 struct shortcut *reader_shortcut(struct reader *r);
-/* Answer one of these (`passing_reply`); by the thread that calls reader_serve, as the next. */
+/* The oldest that was not given up before anybody began with it; the caller frees it. NULL: none. By the thread that calls
+ * reader_serve, as the next. */
+struct asked *reader_asked(struct reader *r);
+/* Answer one of these (`passing_reply`). */
 void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
 /* Answer a LOOKUP that found what `st` says of the node; `stored_to`: its attributes are not to be believed. */
 void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,

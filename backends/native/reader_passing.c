@@ -461,6 +461,17 @@ bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry)
     return wanted;
 }
 
+bool passing_wants_held(struct passing *p, uint64_t unique)
+{
+    struct entry *entry;
+    bool interrupted;
+    pthread_mutex_lock(&p->lock);
+    const struct flight *f = flights_find(&p->flights, unique);
+    bool wanted = !f || !f->given_up || take_held(p, unique, &interrupted, &entry);
+    pthread_mutex_unlock(&p->lock);
+    return wanted;
+}
+
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;

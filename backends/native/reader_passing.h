@@ -95,11 +95,13 @@ bool passing_asks_for(struct passing *p, uint64_t unique, uint64_t *offset, uint
  * these are taken back. Only an error that libfuse replies with prevents that. */
 bool passing_list(struct passing *p, uint64_t unique, struct buffer *b, size_t length);
 
-/* A request that is answered here (`reader_waiting`, `reader_shortcut`) is a flight until one of the next three: so it can be
+/* A request that is answered here (`reader_waiting`, `reader_shortcut`) is a flight until one of the next four: so it can be
  * given up. False: no memory, or it may not be answered before what libfuse has. */
 bool passing_hold(struct passing *p, const struct fuse_in_header *in, size_t length, struct entry *entry);
 /* Whether it is still to be answered, and where. */
 bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry);
+/* Whether it is not given up yet; else it is held no longer. */
+bool passing_wants_held(struct passing *p, uint64_t unique);
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */
 /* Reply to it as libfuse would: amended, with a page from `passing_list`, or undone if it was given up. `error`: a positive
  * errno, or 0. For the thread that calls `passing_drain`. */

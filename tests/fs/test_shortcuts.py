@@ -5,20 +5,25 @@ import select
 import signal
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from tmem.backends import _native
+from tmem.fs.loop import Readers
 from tmem.fs.reading import ASKED, NOTHING, REQUEST
+from tmem.fs.shortcuts import Shortcuts
 from tmem.types import PAGE_SIZE
 
-from .reader_desk import FH, FORGET, GETATTR, OPEN, OPENDIR, Desk, make
+from .reader_desk import FH, FORGET, GETATTR, OPEN, OPENDIR, READDIRPLUS, Desk, make
 
 LOOKUP, RELEASE, RELEASEDIR, INTERRUPT = 1, 18, 29, 36
 EINTR = -4
 READ_ELSEWHERE = struct.pack("=QQIIQII", FH + 1, 0, PAGE_SIZE, 0, 0, 0, 0)
+LISTING = struct.pack("=QQIIQII", FH + 1, 0, PAGE_SIZE, 0, 0, 0, 0)
 CLOSE = struct.pack("=QIIQ", FH + 1, 0, 0, 0)
 READ = 15
 
@@ -149,6 +154,7 @@ def test_what_is_given_up_is_undone(desk: Desk, program: "subprocess.Popen[bytes
     desk.serve()
     opened = desk.request(OPENDIR, bytes(8), program.pid)
     desk.serve()
+    asked(desk), asked(desk)
     assert desk.silent()
     program.send_signal(signal.SIGQUIT)
     for unique in (lookup, opened):
@@ -156,13 +162,32 @@ def test_what_is_given_up_is_undone(desk: Desk, program: "subprocess.Popen[bytes
     answers = {desk.answer()[:2] for _ in range(2)}
     assert answers == {(lookup, EINTR), (opened, EINTR)}
     assert not desk.reader.quiet
-    asked(desk), asked(desk)
     desk.reader.reply(lookup, 0, struct.pack("=Q120x", 99))
     desk.reader.reply(opened, 0, struct.pack("=QIi", 5, 0, 0))
     message = desk.forwarded_message()
     assert struct.unpack_from("=IQQ", message, 4)[::2] == (FORGET, 99)
     assert struct.unpack_from("=I", desk.forwarded_message(), 4) == (RELEASEDIR,)
     assert desk.silent()
+
+
+def test_what_is_given_up_before_its_turn_is_not_done(desk: Desk, program: "subprocess.Popen[bytes]") -> None:
+    """Its directory is closed by way of libfuse, and that may come first: the handle is gone then."""
+    listing = desk.request(READDIRPLUS, LISTING, program.pid)
+    assert desk.serve() == ASKED
+    program.send_signal(signal.SIGQUIT)
+    interrupted(desk, listing)
+    assert desk.answer() == (listing, EINTR, b"")
+    closing = desk.request(RELEASEDIR, CLOSE)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (RELEASEDIR, closing)
+    desk.reply(closing)
+    assert desk.answer() == (closing, 0, b"")
+    assert desk.reader.asked() is None
+    assert desk.silent()
+    assert desk.reader.quiet
+    closing = desk.request(RELEASEDIR, CLOSE)
+    assert desk.serve() == ASKED
+    assert asked(desk)[1] == closing
 
 
 def test_a_file_is_not_closed_before_a_read_that_was_given_up(
@@ -195,3 +220,72 @@ def test_what_is_left_is_told_of_again(tmp_path: Path, eventually: Callable[...,
             assert asked(desk)[1] == unique
             desk.reader.reply(unique, 2)
         assert desk.serve() == NOTHING
+
+
+class Flood:
+    """A native reader whose helpers bring `AT_A_TIME` requests whenever it is looked; `most` in all."""
+
+    AT_A_TIME = 20
+
+    def __init__(self, most: int) -> None:
+        self.reader = self
+        self.full = False
+        self.left = most
+        self.answered = self.since = self.longest = 0
+        self._event = os.eventfd(1)
+
+    def fileno(self) -> int:
+        return self._event
+
+    def serve(self, wake: int, timeout_ms: int) -> int:
+        return ASKED if self.left > 0 else REQUEST
+
+    def answer(self, start_soon: object) -> int:
+        self.left -= self.AT_A_TIME
+        self.since += self.AT_A_TIME
+        self.longest = max(self.longest, self.since)
+        return self.AT_A_TIME
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Note that trio looks at its descriptors and deadlines."""
+        self.since = 0
+
+
+def test_trio_has_its_turn_however_many_come() -> None:
+    flood = Flood(2000)
+
+    async def main() -> None:
+        readers = Readers()
+        assert readers._find_trio(flood.fileno())
+        readers._fast = True
+        trio.lowlevel.add_instrument(flood)  # type: ignore[arg-type]  # the part that it looks at
+        async with trio.open_nursery() as readers._nursery:
+            await readers._read_natively(flood)  # type: ignore[arg-type]
+        trio.lowlevel.remove_instrument(flood)  # type: ignore[arg-type]
+
+    trio.run(main)
+    os.close(flood.fileno())
+    assert flood.left <= 0
+    assert flood.longest <= 64
+
+
+def test_a_slow_lower_ends_a_turn(tmp_path: Path) -> None:
+    """Who brings results of worker threads need not wait for all that lies there."""
+
+    class Slow:
+        def take_back(self, node: int, count: int) -> None:
+            began = time.monotonic()
+            while time.monotonic() < began + 0.003:
+                pass
+
+    for desk in make(tmp_path, away_ms=1):
+        desk.reader.open_shortcut()
+        shortcuts = Shortcuts(Slow(), desk.reader)  # type: ignore[arg-type]
+        for _ in range(3):
+            desk.request(FORGET, struct.pack("=Q", 1))
+        answered = 0
+        while answered < 3:
+            if desk.reader.serve(-1, 1000) == ASKED:
+                assert shortcuts.answer(lambda *_: None) == 1
+                answered += 1
+        assert desk.reader.asked() is None
