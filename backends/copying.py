@@ -165,9 +165,11 @@ class ClientCopy:
             for pool in self._pools:
                 exporter = pool.export(changes=True)
                 while True:
-                    block = blocks.block()
-                    length = exporter.fill(block[HEAD_BYTES:])
-                    blocks.data(self._number, pool.id, block, length)
+                    block, length = blocks.block(), 0
+                    try:
+                        length = exporter.fill(block[HEAD_BYTES:])
+                    finally:  # or who comes next waits for the block
+                        blocks.data(self._number, pool.id, block, length)
                     if not length:
                         break
                     size += length

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,6 +268,21 @@ def test_a_client_that_ends_meanwhile_is_left_out(source: _native.Segment, targe
         put_all(source.client(name).new_pool(persistent=True), {(oid(1), 1): page("text", 1)})
     content = save_with(source, Meddler(source.client("one").destroy, 1))
     assert restored(target, content).clients == ("two",)
+
+
+def test_any_number_of_clients_may_end_meanwhile(source: _native.Segment, target: _native.Segment) -> None:
+    """Each took a block with it that its pages were to go to: after three the save waited for ever."""
+    names = [f"client{number}" for number in range(5)]
+    for name in names:
+        put_all(source.client(name).new_pool(persistent=True), {(oid(1), 1): page("text", 1)})
+    left = [source.client(name) for name in reversed(names[:4])]
+    saved: list[bytes] = []
+    meddler = Meddler(lambda: left.pop().destroy(), 4)
+    thread = threading.Thread(target=lambda: saved.append(save_with(source, meddler)), daemon=True)
+    thread.start()
+    thread.join(40)
+    assert saved
+    assert restored(target, saved[0]).clients == (names[4],)
 
 
 def test_a_client_that_ends_before_its_turn_is_left_out(
