@@ -310,7 +310,13 @@ def _await_end(paths: SegmentPaths, segment: "_native.Segment", url: str) -> Non
 def _alone(state: Path, patience_s: float | None = None) -> Iterator[None]:
     """Hold the lock under which tiers come and go; `TierDownError` if others have it for long."""
     until = time.monotonic() + (_ALONE_S if patience_s is None else patience_s)
-    descriptor = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise TierDownError(
+            f"{state} cannot be opened ({error.strerror}): 'tmem --name {state.stem} start -d' makes it "
+            "if it is gone; if it is another user's, run this as that user or as root"
+        ) from None
     try:
         while True:
             try:

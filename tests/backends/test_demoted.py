@@ -624,6 +624,14 @@ class TestFiles:
         tiering.end(small, ended)
         assert file.stat().st_size == 1 << 20
 
+    def test_without_a_state_directory_nothing_is_made(
+        self, small: _native.Segment, client: _native.Client, paths: SegmentPaths, file: Path
+    ) -> None:
+        paths.state.rmdir()
+        with pytest.raises(TierError, match="start -d' makes it if it is gone"):
+            tiering.assign(paths, small, client, str(file), 1 << 20)
+        assert not file.exists()
+
     def test_a_link_that_is_gone_is_made_again(
         self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
     ) -> None:
