@@ -61,7 +61,11 @@ class Directories(Handlers):
         node = self.table[inode]
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         descriptor = os.open(b".", flags, dir_fd=self.table.descriptor(node))
-        status = os.fstat(descriptor)
+        try:
+            status = os.fstat(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
         number = self._next_listing
         self._next_listing += 1
         # Directories have coarse stamps on some file systems whose files have fine ones (tmpfs).

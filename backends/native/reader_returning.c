@@ -11,6 +11,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+enum { MOST_ERROR = 512 }; /* ERESTARTSYS: from here on the kernel refuses the reply, and who waits for it waits for ever */
+
 #define OWN_NUMBERS (UINT64_C(1) << 62) /* the kernel does not come so far */
 
 void reply_bytes(const struct passing *p, struct entry *entry, uint64_t unique, const uint8_t *data, size_t length)
@@ -125,8 +127,10 @@ static void reply_whole(struct passing *p, const struct flight *f, size_t length
 
 static void pass_back(struct passing *p, size_t length)
 {
-    const struct fuse_out_header *out = (const void *)p->reply;
+    struct fuse_out_header *out = (void *)p->reply;
     struct flight *f = landed(p, out->unique);
+    if (out->error <= -MOST_ERROR) /* a lower has let out what no program should see */
+        out->error = -EIO;
     if (f && f->given_up) {
         drop_late(p, f, length);
     } else if (out->len != length) { /* cut off: larger than anything that was asked for */

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tmem.fs.reading import GONE, NOTHING, REQUEST
+from tmem.fs.reading import ASKED, GONE, NOTHING, REQUEST
 from tmem.types import PAGE_SIZE
 
 from .reader_desk import CREATE, FH, GETATTR, OID, OPEN, OPENDIR, READ, Desk, make
@@ -218,6 +218,23 @@ def test_who_only_reads_need_not_wait_at_close(desk: Desk) -> None:
     assert desk.serve() == REQUEST
     desk.reply(unique, error=-13)
     assert desk.answer() == (unique, -13, b"")
+
+
+@pytest.mark.parametrize(("error", "told"), [(511, 511), (512, 5), (524, 5)])
+def test_an_error_that_the_kernel_refuses_is_another_one(desk: Desk, error: int, told: int) -> None:
+    """ENOTSUPP, say, which file systems have let out: the program would wait for ever."""
+    opening = struct.pack("=II", os.O_RDONLY, 0)
+    unique = desk.request(OPEN, opening)
+    assert desk.serve() == REQUEST
+    assert desk.forwarded() == (OPEN, unique)
+    desk.reply(unique, error=-error)
+    assert desk.answer() == (unique, -told, b"")
+    desk.reader.open_shortcut()
+    unique = desk.request(OPEN, opening)
+    assert desk.serve() == ASKED
+    assert desk.reader.asked() is not None
+    desk.reader.reply(unique, error)
+    assert desk.answer() == (unique, -told, b"")
 
 
 def test_notifications_go_to_the_kernel(desk: Desk) -> None:
