@@ -1,23 +1,14 @@
 /* Who reads requests, and when: the event loop's thread, its helpers, and who stands in for it. See reader.h. */
-#include "reader.h"
-
-#include "reader_ahead.h"
-#include "reader_listing.h"
-#include "reader_rings.h"
-#include "reader_shortcut.h"
-#include "reader_waiting.h"
+#include "reader_inside.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
-    HELPERS_MOST = 8,
     HELPER_PATIENCE_MS = 2, /* for which a helper waits for more before it sleeps */
     POLL_EVERY = 32,        /* requests, of those that need no waiting: replies and the event loop want to be seen */
     LOOK_EVERY = 8,         /* requests: whether more than one waits */
@@ -27,55 +18,9 @@ enum {
     POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
 };
 
-/* One thread's buffers; whoever sleeps gives them back. */
-struct desk {
-    struct buffer *request, *data; /* NULL: none */
-};
-
-struct helper {
-    struct reader *reader;
-    struct desk desk;
-    pthread_t thread;
-};
-
-struct reader {
-    int device, ours, theirs;
-    int others; /* epoll of everything but the device: to poll two descriptors costs half of what four do */
-    int wake;   /* what else is in there, -1 nothing */
-    struct hits hits;
-    struct buffers *buffers;
-    struct passing passing;
-    struct waiting waiting;
-    struct shortcut shortcut;
-    _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
-    struct ends ends;
-    struct desk desk; /* of who calls reader_serve */
-    struct ahead ahead;
-    struct rings *rings; /* NULL: all requests come by the device */
-    struct desk *ring_desks;
-    _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
-
-    pthread_mutex_t sleep_lock;
-    pthread_cond_t awake;
-    unsigned nhelpers, calls;
-    bool ending;
-    _Atomic uint32_t idle, active;
-    _Atomic bool paused;
-    struct helper helpers[HELPERS_MOST];
-    struct helper standin;
-    bool has_standin;
-    unsigned away_ms; /* after which it takes the place of the event loop's thread */
-    _Atomic bool rests; /* the stand-in sleeps until the event loop's thread goes away, or is needed otherwise */
-    pthread_cond_t needed;
-    uint32_t looks, asked; /* asked: whether there is one CPU only */
-    bool several, one_cpu; /* more than one request waited when it was looked last */
-
-    _Atomic uint64_t woken, attributes, ended;
-};
-
 /* ---- Buffers ---------------------------------------------------------------------------------------------- */
 
-static bool desk_fill(struct reader *r, struct desk *d)
+bool desk_fill(struct reader *r, struct desk *d)
 {
     if (!d->request)
         d->request = buffer_take(r->buffers, 0);
@@ -84,7 +29,7 @@ static bool desk_fill(struct reader *r, struct desk *d)
     return d->request && d->data;
 }
 
-static void desk_clear(struct desk *d)
+void desk_clear(struct desk *d)
 {
     if (d->request)
         buffer_drop(d->request);
@@ -232,7 +177,7 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
 }
 
 /* The same for what a ring has brought. */
-static bool take_from_ring(void *with, unsigned ring, struct entry *e)
+bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
 {
     struct reader *r = with;
     struct desk *d = &r->ring_desks[ring];
@@ -274,7 +219,7 @@ static int64_t now_ms(void)
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-static int watch(int epoll, int fd)
+int reader_watch(int epoll, int fd)
 {
     struct epoll_event event = {.events = EPOLLIN};
     return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
@@ -284,7 +229,7 @@ static void set_wake(struct reader *r, int wake)
 {
     if (r->wake >= 0)
         (void)epoll_ctl(r->others, EPOLL_CTL_DEL, r->wake, NULL);
-    r->wake = wake >= 0 && watch(r->others, wake) == 0 ? wake : -1;
+    r->wake = wake >= 0 && reader_watch(r->others, wake) == 0 ? wake : -1;
 }
 
 /* One of the others is readable: pass replies on; what there is for the caller, if anything. */
@@ -357,7 +302,7 @@ enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms)
     return event;
 }
 
-static void *help(void *arg)
+void *reader_help(void *arg)
 {
     struct helper *h = arg;
     struct reader *r = h->reader;
@@ -420,7 +365,7 @@ static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
 /* The stand-in: serves as long as the event loop's thread does not come back, because a handler of its own waits for
  * the lower, say. Hits go on; the rest is passed on to where that thread will find it. It also sees to requests that
  * were interrupted, wherever that thread is. */
-static void *stand_in(void *arg)
+void *reader_stand_in(void *arg)
 {
     struct helper *h = arg;
     struct reader *r = h->reader;
@@ -440,237 +385,4 @@ static void *stand_in(void *arg)
     }
     pthread_mutex_unlock(&r->sleep_lock);
     return NULL;
-}
-
-/* ---- Life ------------------------------------------------------------------------------------------------- */
-
-static void clocked_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attr;
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(cond, &attr);
-    pthread_condattr_destroy(&attr);
-}
-
-struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms,
-                          unsigned quick_us)
-{
-    struct reader *r = calloc(1, sizeof *r);
-    if (!r)
-        return NULL;
-    r->device = device;
-    r->ours = ours;
-    r->theirs = theirs;
-    r->wake = -1;
-    pthread_mutex_init(&r->sleep_lock, NULL);
-    pthread_cond_init(&r->awake, NULL);
-    clocked_cond_init(&r->needed);
-    r->others = epoll_create1(EPOLL_CLOEXEC);
-    r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
-    int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
-    waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
-    ends_init(&r->ends);
-    rc |= shortcut_init(&r->shortcut);
-    if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
-        reader_free(r);
-        errno = ENOMEM;
-        return NULL;
-    }
-    if (r->others < 0 || watch(r->others, ours) || watch(r->others, theirs)
-        || watch(r->others, r->shortcut.event)) {
-        int error = errno;
-        reader_free(r);
-        errno = error;
-        return NULL;
-    }
-    for (unsigned i = 0; i < helpers && i < HELPERS_MOST; i++) {
-        struct helper *h = &r->helpers[i];
-        h->reader = r;
-        if (reader_thread(&h->thread, help, h))
-            break; /* fewer will do */
-        r->nhelpers++;
-    }
-    r->standin.reader = r;
-    r->away_ms = away_ms;
-    r->has_standin = away_ms && reader_thread(&r->standin.thread, stand_in, &r->standin) == 0;
-    return r;
-}
-
-int reader_use_rings(struct reader *r, struct rings *rings)
-{
-    r->rings = rings;
-    r->ring_desks = calloc(rings_count(rings), sizeof *r->ring_desks);
-    return rings_start(rings, r->device, r->ring_desks ? take_from_ring : NULL, r);
-}
-
-void reader_free(struct reader *r)
-{
-    pthread_mutex_lock(&r->sleep_lock);
-    r->ending = true;
-    pthread_cond_broadcast(&r->awake);
-    pthread_cond_signal(&r->needed);
-    pthread_mutex_unlock(&r->sleep_lock);
-    atomic_store(&r->paused, true);
-    for (unsigned i = 0; i < r->nhelpers; i++)
-        pthread_join(r->helpers[i].thread, NULL);
-    if (r->has_standin)
-        pthread_join(r->standin.thread, NULL);
-    waiting_end(&r->waiting);
-    if (r->rings) /* only now: they commit what those have answered */
-        rings_stop(r->rings);
-    waiting_free(&r->waiting);
-    for (unsigned i = 0; r->ring_desks && i < rings_count(r->rings); i++)
-        desk_clear(&r->ring_desks[i]);
-    free(r->ring_desks);
-    rings_free(r->rings);
-    if (r->others >= 0)
-        close(r->others);
-    hits_free(&r->hits);
-    passing_free(&r->passing);
-    if (atomic_load(&r->nodes))
-        nodes_drop(atomic_load(&r->nodes));
-    ends_free(&r->ends);
-    shortcut_free(&r->shortcut);
-    desk_clear(&r->desk);
-    ahead_clear(&r->ahead);
-    buffers_free(r->buffers);
-    pthread_mutex_destroy(&r->sleep_lock);
-    pthread_cond_destroy(&r->awake);
-    pthread_cond_destroy(&r->needed);
-    free(r);
-}
-
-void reader_drain(struct reader *r) { passing_drain(&r->passing); }
-
-struct shortcut *reader_shortcut(struct reader *r) { return &r->shortcut; }
-
-struct asked *reader_asked(struct reader *r)
-{
-    struct fuse_in_header in;
-    struct asked *a;
-    while ((a = shortcut_take(&r->shortcut))) {
-        memcpy(&in, a->bytes, sizeof in);
-        if (passing_wants_held(&r->passing, in.unique)) /* a FORGET is no flight */
-            break;
-        free(a);
-    }
-    return a;
-}
-
-void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
-{
-    passing_reply(&r->passing, unique, error, bytes, length);
-}
-
-void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
-                  bool stored_to)
-{
-    struct fuse_entry_out out = {.nodeid = nodeid, .generation = generation};
-    struct lifetimes lifetimes;
-    nodes_lifetimes(atomic_load(&r->nodes), &lifetimes);
-    (void)put_looked_up(&lifetimes, st, &out);
-    out.attr.ino = nodeid;
-    if (stored_to)
-        out.attr_valid = out.attr_valid_nsec = 0;
-    passing_reply(&r->passing, unique, 0, &out, sizeof out);
-}
-
-bool reader_full(const struct reader *r) { return passing_full(&r->passing); }
-
-struct buffer *reader_take(struct reader *r, size_t least) { return buffer_take(r->buffers, least); }
-
-uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length)
-{
-    return buffers_send(r->buffers, b, start, length);
-}
-
-struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length)
-{
-    return passing_payload(&r->passing, number, start, length);
-}
-
-void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers)
-{
-    if (atomic_load(&r->nodes))
-        return;
-    nodes_hold(nodes);
-    atomic_store(&r->nodes, nodes);
-    atomic_store_explicit(&r->answering, answers ? nodes : NULL, memory_order_release);
-}
-
-int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset)
-{
-    struct nodes *nodes = atomic_load(&r->nodes);
-    uint32_t size;
-    if (!nodes || !passing_asks_for(&r->passing, number, offset, &size))
-        return EINVAL;
-    struct buffer *b = buffer_take(r->buffers, sizeof(struct fuse_out_header) + size);
-    if (!b)
-        return ENOMEM;
-    page_begin(p, b, size, nodes, name);
-    return 0;
-}
-
-bool reader_list(struct reader *r, uint64_t number, const struct page *p)
-{
-    return passing_list(&r->passing, number, p->buffer, p->length);
-}
-
-void reader_ends(struct reader *r, uint64_t fh, uint64_t number) { ends_note(&r->ends, fh, number); }
-
-void reader_pause(struct reader *r, bool paused) { atomic_store(&r->paused, paused); }
-
-bool reader_quiet(struct reader *r)
-{
-    struct pollfd p[2] = {{.fd = r->ours, .events = POLLIN}, {.fd = r->theirs, .events = POLLIN}};
-    pthread_mutex_lock(&r->sleep_lock);
-    bool asleep = !atomic_load(&r->active) && !r->calls;
-    pthread_mutex_unlock(&r->sleep_lock);
-    /* In this order: each gives what it has in hand to the next. */
-    return asleep && waiting_quiet(&r->waiting) && shortcut_quiet(&r->shortcut) && passing_quiet(&r->passing)
-        && poll(p, 2, 0) == 0;
-}
-
-void reader_set_pool(struct reader *r, const struct tm_handle *pool) { hits_use(&r->hits, pool); }
-
-int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool local)
-{
-    return files_add(&r->hits.files, fh, fd, gate, local);
-}
-
-bool reader_close(struct reader *r, uint64_t fh) { return files_remove(&r->hits.files, fh); }
-
-bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset) { return files_follows(&r->hits.files, fh, offset); }
-
-void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->hits.files, fh, offset); }
-
-int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id)
-{
-    return amend_file(&r->passing.amendments, fh, backing_id);
-}
-
-int reader_keep_listing(struct reader *r, uint64_t fh, bool believe)
-{
-    return amend_listing(&r->passing.amendments, fh, believe);
-}
-
-void reader_counters(struct reader *r, struct reader_counters *out)
-{
-    out->hit_reads = atomic_load(&r->hits.reads);
-    out->hit_pages = atomic_load(&r->hits.pages);
-    out->hit_bytes = atomic_load(&r->hits.bytes);
-    out->ahead_reads = atomic_load(&r->hits.ahead_reads);
-    out->miss_reads = atomic_load(&r->hits.miss_reads);
-    out->miss_pages = atomic_load(&r->hits.miss_pages);
-    out->lower_ns = atomic_load(&r->hits.lower_ns);
-    out->put_ns = atomic_load(&r->hits.put_ns);
-    out->put_pages = atomic_load(&r->hits.put_pages);
-    out->refused_pages = atomic_load(&r->hits.refused_pages);
-    out->overtaken_pages = atomic_load(&r->hits.overtaken_pages);
-    out->forwarded = atomic_load(&r->passing.passed);
-    out->given_up = atomic_load(&r->passing.given_up);
-    out->attributes = atomic_load(&r->attributes);
-    out->ends = atomic_load(&r->ended);
-    out->woken = atomic_load(&r->woken);
 }

@@ -1,0 +1,68 @@
+/* What a reader is made of, for its two halves: who reads requests (`reader.c`), and its life with what Python tells and asks
+ * of it (`reader_life.c`). */
+#ifndef READER_INSIDE_H
+#define READER_INSIDE_H
+
+#include "reader.h"
+#include "reader_ahead.h"
+#include "reader_listing.h"
+#include "reader_rings.h"
+#include "reader_shortcut.h"
+#include "reader_waiting.h"
+
+enum { HELPERS_MOST = 8 };
+
+/* One thread's buffers; whoever sleeps gives them back. */
+struct desk {
+    struct buffer *request, *data; /* NULL: none */
+};
+
+struct helper {
+    struct reader *reader;
+    struct desk desk;
+    pthread_t thread;
+};
+
+struct reader {
+    int device, ours, theirs;
+    int others; /* epoll of everything but the device: to poll two descriptors costs half of what four do */
+    int wake;   /* what else is in there, -1 nothing */
+    struct hits hits;
+    struct buffers *buffers;
+    struct passing passing;
+    struct waiting waiting;
+    struct shortcut shortcut;
+    _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
+    struct ends ends;
+    struct desk desk; /* of who calls reader_serve */
+    struct ahead ahead;
+    struct rings *rings; /* NULL: all requests come by the device */
+    struct desk *ring_desks;
+    _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
+
+    pthread_mutex_t sleep_lock;
+    pthread_cond_t awake;
+    unsigned nhelpers, calls;
+    bool ending;
+    _Atomic uint32_t idle, active;
+    _Atomic bool paused;
+    struct helper helpers[HELPERS_MOST];
+    struct helper standin;
+    bool has_standin;
+    unsigned away_ms; /* after which it takes the place of the event loop's thread */
+    _Atomic bool rests; /* the stand-in sleeps until the event loop's thread goes away, or is needed otherwise */
+    pthread_cond_t needed;
+    uint32_t looks, asked; /* asked: whether there is one CPU only */
+    bool several, one_cpu; /* more than one request waited when it was looked last */
+
+    _Atomic uint64_t woken, attributes, ended;
+};
+
+bool desk_fill(struct reader *r, struct desk *d);
+void desk_clear(struct desk *d);
+int reader_watch(int epoll, int fd); /* -1: errno */
+bool reader_take_from_ring(void *with, unsigned ring, struct entry *e);
+void *reader_help(void *arg);     /* a thread; `arg` is a helper */
+void *reader_stand_in(void *arg); /* the same */
+
+#endif

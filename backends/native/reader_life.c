@@ -1,0 +1,245 @@
+/* A reader's life, and what Python tells and asks of it. See reader.h. */
+#include "reader_inside.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- Beginning and end ------------------------------------------------------------------------------------- */
+
+static void clocked_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attr);
+    pthread_condattr_destroy(&attr);
+}
+
+struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms,
+                          unsigned quick_us)
+{
+    struct reader *r = calloc(1, sizeof *r);
+    if (!r)
+        return NULL;
+    r->device = device;
+    r->ours = ours;
+    r->theirs = theirs;
+    r->wake = -1;
+    pthread_mutex_init(&r->sleep_lock, NULL);
+    pthread_cond_init(&r->awake, NULL);
+    clocked_cond_init(&r->needed);
+    r->others = epoll_create1(EPOLL_CLOEXEC);
+    r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
+    int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
+    waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
+    ends_init(&r->ends);
+    rc |= shortcut_init(&r->shortcut);
+    if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
+        reader_free(r);
+        errno = ENOMEM;
+        return NULL;
+    }
+    if (r->others < 0 || reader_watch(r->others, ours) || reader_watch(r->others, theirs)
+        || reader_watch(r->others, r->shortcut.event)) {
+        int error = errno;
+        reader_free(r);
+        errno = error;
+        return NULL;
+    }
+    for (unsigned i = 0; i < helpers && i < HELPERS_MOST; i++) {
+        struct helper *h = &r->helpers[i];
+        h->reader = r;
+        if (reader_thread(&h->thread, reader_help, h))
+            break; /* fewer will do */
+        r->nhelpers++;
+    }
+    r->standin.reader = r;
+    r->away_ms = away_ms;
+    r->has_standin = away_ms && reader_thread(&r->standin.thread, reader_stand_in, &r->standin) == 0;
+    return r;
+}
+
+int reader_use_rings(struct reader *r, struct rings *rings)
+{
+    r->rings = rings;
+    r->ring_desks = calloc(rings_count(rings), sizeof *r->ring_desks);
+    return rings_start(rings, r->device, r->ring_desks ? reader_take_from_ring : NULL, r);
+}
+
+void reader_free(struct reader *r)
+{
+    pthread_mutex_lock(&r->sleep_lock);
+    r->ending = true;
+    pthread_cond_broadcast(&r->awake);
+    pthread_cond_signal(&r->needed);
+    pthread_mutex_unlock(&r->sleep_lock);
+    atomic_store(&r->paused, true);
+    for (unsigned i = 0; i < r->nhelpers; i++)
+        pthread_join(r->helpers[i].thread, NULL);
+    if (r->has_standin)
+        pthread_join(r->standin.thread, NULL);
+    waiting_end(&r->waiting);
+    if (r->rings) /* only now: they commit what those have answered */
+        rings_stop(r->rings);
+    waiting_free(&r->waiting);
+    for (unsigned i = 0; r->ring_desks && i < rings_count(r->rings); i++)
+        desk_clear(&r->ring_desks[i]);
+    free(r->ring_desks);
+    rings_free(r->rings);
+    if (r->others >= 0)
+        close(r->others);
+    hits_free(&r->hits);
+    passing_free(&r->passing);
+    if (atomic_load(&r->nodes))
+        nodes_drop(atomic_load(&r->nodes));
+    ends_free(&r->ends);
+    shortcut_free(&r->shortcut);
+    desk_clear(&r->desk);
+    ahead_clear(&r->ahead);
+    buffers_free(r->buffers);
+    pthread_mutex_destroy(&r->sleep_lock);
+    pthread_cond_destroy(&r->awake);
+    pthread_cond_destroy(&r->needed);
+    free(r);
+}
+
+/* ---- What Python tells and asks --------------------------------------------------------------------------- */
+
+void reader_drain(struct reader *r) { passing_drain(&r->passing); }
+
+struct shortcut *reader_shortcut(struct reader *r) { return &r->shortcut; }
+
+struct asked *reader_asked(struct reader *r)
+{
+    struct fuse_in_header in;
+    struct asked *a;
+    while ((a = shortcut_take(&r->shortcut))) {
+        memcpy(&in, a->bytes, sizeof in);
+        if (passing_wants_held(&r->passing, in.unique)) /* a FORGET is no flight */
+            break;
+        free(a);
+    }
+    return a;
+}
+
+void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
+{
+    passing_reply(&r->passing, unique, error, bytes, length);
+}
+
+void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
+                  bool stored_to)
+{
+    struct fuse_entry_out out = {.nodeid = nodeid, .generation = generation};
+    struct lifetimes lifetimes;
+    nodes_lifetimes(atomic_load(&r->nodes), &lifetimes);
+    (void)put_looked_up(&lifetimes, st, &out);
+    out.attr.ino = nodeid;
+    if (stored_to)
+        out.attr_valid = out.attr_valid_nsec = 0;
+    passing_reply(&r->passing, unique, 0, &out, sizeof out);
+}
+
+bool reader_full(const struct reader *r) { return passing_full(&r->passing); }
+
+struct buffer *reader_take(struct reader *r, size_t least) { return buffer_take(r->buffers, least); }
+
+uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length)
+{
+    return buffers_send(r->buffers, b, start, length);
+}
+
+struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length)
+{
+    return passing_payload(&r->passing, number, start, length);
+}
+
+void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers)
+{
+    if (atomic_load(&r->nodes))
+        return;
+    nodes_hold(nodes);
+    atomic_store(&r->nodes, nodes);
+    atomic_store_explicit(&r->answering, answers ? nodes : NULL, memory_order_release);
+}
+
+int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset)
+{
+    struct nodes *nodes = atomic_load(&r->nodes);
+    uint32_t size;
+    if (!nodes || !passing_asks_for(&r->passing, number, offset, &size))
+        return EINVAL;
+    struct buffer *b = buffer_take(r->buffers, sizeof(struct fuse_out_header) + size);
+    if (!b)
+        return ENOMEM;
+    page_begin(p, b, size, nodes, name);
+    return 0;
+}
+
+bool reader_list(struct reader *r, uint64_t number, const struct page *p)
+{
+    return passing_list(&r->passing, number, p->buffer, p->length);
+}
+
+void reader_ends(struct reader *r, uint64_t fh, uint64_t number) { ends_note(&r->ends, fh, number); }
+
+void reader_pause(struct reader *r, bool paused) { atomic_store(&r->paused, paused); }
+
+bool reader_quiet(struct reader *r)
+{
+    struct pollfd p[2] = {{.fd = r->ours, .events = POLLIN}, {.fd = r->theirs, .events = POLLIN}};
+    pthread_mutex_lock(&r->sleep_lock);
+    bool asleep = !atomic_load(&r->active) && !r->calls;
+    pthread_mutex_unlock(&r->sleep_lock);
+    /* In this order: each gives what it has in hand to the next. */
+    return asleep && waiting_quiet(&r->waiting) && shortcut_quiet(&r->shortcut) && passing_quiet(&r->passing)
+        && poll(p, 2, 0) == 0;
+}
+
+void reader_set_pool(struct reader *r, const struct tm_handle *pool) { hits_use(&r->hits, pool); }
+
+int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool local)
+{
+    return files_add(&r->hits.files, fh, fd, gate, local);
+}
+
+bool reader_close(struct reader *r, uint64_t fh) { return files_remove(&r->hits.files, fh); }
+
+bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset) { return files_follows(&r->hits.files, fh, offset); }
+
+void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->hits.files, fh, offset); }
+
+int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id)
+{
+    return amend_file(&r->passing.amendments, fh, backing_id);
+}
+
+int reader_keep_listing(struct reader *r, uint64_t fh, bool believe)
+{
+    return amend_listing(&r->passing.amendments, fh, believe);
+}
+
+void reader_counters(struct reader *r, struct reader_counters *out)
+{
+    out->hit_reads = atomic_load(&r->hits.reads);
+    out->hit_pages = atomic_load(&r->hits.pages);
+    out->hit_bytes = atomic_load(&r->hits.bytes);
+    out->ahead_reads = atomic_load(&r->hits.ahead_reads);
+    out->miss_reads = atomic_load(&r->hits.miss_reads);
+    out->miss_pages = atomic_load(&r->hits.miss_pages);
+    out->lower_ns = atomic_load(&r->hits.lower_ns);
+    out->put_ns = atomic_load(&r->hits.put_ns);
+    out->put_pages = atomic_load(&r->hits.put_pages);
+    out->refused_pages = atomic_load(&r->hits.refused_pages);
+    out->overtaken_pages = atomic_load(&r->hits.overtaken_pages);
+    out->forwarded = atomic_load(&r->passing.passed);
+    out->given_up = atomic_load(&r->passing.given_up);
+    out->attributes = atomic_load(&r->attributes);
+    out->ends = atomic_load(&r->ended);
+    out->woken = atomic_load(&r->woken);
+}
