@@ -6,6 +6,7 @@ carry. Not for pools and pages: those are methods of the native objects. Threadi
 from any thread; `prepare_runtime_dir` takes a lock, so two processes at once mount only one tmpfs.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -155,7 +156,7 @@ def destroy(name: str) -> None:
         raise SegmentError(f"there is no segment {name!r}: nothing to destroy")
     if paths.segment.exists() and not stat.S_ISREG(paths.segment.lstat().st_mode):
         raise SegmentError(f"{paths.segment} is no file, and so no segment: move it away")
-    nonce = _nonce(paths.segment)
+    nonce = _ending_nonce(paths)
     if paths.segment.exists():
         try:
             _remove(paths.segment)
@@ -166,6 +167,19 @@ def destroy(name: str) -> None:
     if nonce is not None:
         tiering.end_all(paths, nonce)
     shutil.rmtree(paths.state, ignore_errors=True)
+
+
+def _ending_nonce(paths: SegmentPaths) -> int | None:
+    """Return which life of the segment is to end, also if that has begun and whoever did was killed."""
+    record = paths.state / "ending"
+    nonce = _nonce(paths.segment)
+    if nonce is None:
+        with contextlib.suppress(OSError, ValueError):
+            nonce = int(record.read_text(encoding="ascii"))
+    else:
+        with contextlib.suppress(OSError):  # no room: then what tiers hold stays, if we are killed now
+            record.write_text(str(nonce), encoding="ascii")
+    return nonce
 
 
 def _nonce(path: Path) -> int | None:

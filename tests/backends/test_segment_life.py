@@ -63,6 +63,26 @@ def test_spill_files_end_with_it(runtime_dir: Path, tmp_path: Path) -> None:
     assert list(runtime_dir.iterdir()) == []
 
 
+def test_spill_files_end_with_it_although_that_was_cut_off(
+    runtime_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who ends it is killed when the segment is gone, and with it what tells whose the file is."""
+
+    def killed(paths: SegmentPaths, nonce: int) -> None:
+        raise KeyboardInterrupt
+
+    made = segment.create("one", 16 * MIB)
+    tiering.assign(SegmentPaths.of("one"), made, made.client("web"), str(tmp_path / "spill"), MIB)
+    made.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(tiering, "end_all", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment.destroy("one")
+    assert not segment.exists("one")
+    segment.destroy("one")
+    assert not (tmp_path / "spill").exists()
+
+
 def test_nothing_there_says_what_to_do(runtime_dir: Path) -> None:
     with pytest.raises(SegmentError, match="start -d"):
         segment.attach("one")
