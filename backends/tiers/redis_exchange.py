@@ -5,8 +5,9 @@ with an answer in it would give it to somebody else. Not for choosing nodes or t
 Threading: one thread; the pools are for any.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+import select
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,10 @@ from redis.exceptions import (
     ResponseError,
     TryAgainError,
 )
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from tmem.backends.tiers.redis_wire import Pieces, Reply, Taken, Wire, Word, whole
 from tmem.errors import TierDownError, TierError, TierFullError
-
-Word = bytes | str | int | float
-Pieces = tuple[bytes | memoryview, ...]
-"""A word that lies in pieces, which must stay as they are until the command is done."""
-Reply = Any
-"""What Redis answers: bytes, a number, None, or a list of these."""
 
 _PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
 """What a cluster answers while it changes."""
@@ -42,7 +39,7 @@ FAILURES = (RedisError, RedisClusterException, OSError, IndexError)
 makes of a node that knows of no slots, as one that was reset."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Command:
     """One command about one key."""
 
@@ -75,8 +72,10 @@ class Exchange:
         group: Sequence[Open],
         demanded: int,
         seconds: float,
+        taken: Taken = whole,
         replica: bool = False,
     ) -> None:
+        """`seconds` is how long the node may be silent."""
         self.name = name
         self.left: list[Open] = []
         self.trouble = "is not there"
@@ -84,18 +83,24 @@ class Exchange:
         self._pool = pool
         self._group = group
         self._demanded = demanded
+        self._seconds = seconds
+        self._taken = taken
         self._replica = replica
-        # Less than the socket waits: servers look at the clock ten times a second.
+        # Less than we wait: servers look at the clock ten times a second.
         self._wait_ms = max(int(min(seconds * 0.8, seconds - 0.15) * 1000), 1)
         self._connection: Any = None
+        self._wire: Wire | None = None
+        self._done = 0
+        self.until_s = 0.0
+        """When to give up, if nothing comes or goes."""
 
-    def __len__(self) -> int:
-        return len(self._group)
+    @property
+    def wire(self) -> Wire | None:
+        """What to wait for; None before it begins and once it is over."""
+        return self._wire
 
-    def send(self) -> None:
-        """Send everything; reads nothing."""
-        if self._pool is None:
-            return
+    def begin(self, replies: list[Reply]) -> None:
+        """Connect, which may take as long as the node may be silent; answers will go into their places."""
         commands: list[tuple[Word | Pieces, ...]] = []
         if self._replica:
             commands.append(("READONLY",))
@@ -108,47 +113,92 @@ class Exchange:
         if self._demanded:
             commands.append(("WAIT", self._demanded, self._wait_ms))
         try:
-            self._connection = self._pool.get_connection()
-            self._connection.send_packed_command(_encoded(commands))
+            if self._pool is not None:
+                self._connection = self._pool.get_connection()
+                self._wire = Wire(self._connection, commands, len(commands), self._taken)
         except FAILURES as error:
             self._broken(error)
-
-    def receive(self, replies: list[Reply]) -> None:
-        """Read every answer into its place."""
-        if self._connection is None:
+        if self._wire is None:
             self.left = list(self._group)
-            self._release()
             return
-        done = 0
+        self._meaning = self._understand(replies)
+        next(self._meaning)
+        self.until_s = time.monotonic() + self._seconds
+
+    def send(self) -> bool:
+        """Send some of it; whether anything was."""
+        assert self._wire is not None
         try:
-            if self._replica:
-                self._connection.read_response()
-            for one in self._group:
-                if one.asked is not None:
-                    self._connection.read_response()
-                    one.asked = None
-                try:
-                    replies[one.place] = self._connection.read_response()
-                except ResponseError as error:
-                    self._judge(one, error)
-                else:
-                    if self._replica and replies[one.place] is None:
-                        self.left.append(one)
-                done += 1
-            if self._replica:
-                self._connection.read_response()
-            if self._demanded:
-                acknowledged = int(self._connection.read_response())
-                if acknowledged < self._demanded and self.refusal is None:
-                    self.trouble = f"only {acknowledged} of the {self._demanded} replicas demanded have it"
-                    self.left = list(self._group)  # they count together
+            sent = self._wire.send()
         except FAILURES as error:
-            self._broken(error)
-            for one in self._group[done:]:
-                one.asked = None
-            self.left = list(self._group) if self._demanded else [*self.left, *self._group[done:]]
-        finally:
+            self._failed(error)
+            return False
+        if sent:
+            self.until_s = time.monotonic() + self._seconds
+        return sent
+
+    def receive(self) -> None:
+        """Read what is there."""
+        assert self._wire is not None
+        self.until_s = time.monotonic() + self._seconds
+        try:
+            for answer in self._wire.receive():
+                self._meaning.send(answer)
+        except StopIteration:
+            self._end()
+        except FAILURES as error:
+            self._failed(error)
+
+    def expire(self) -> None:
+        """It has been silent for too long."""
+        self._failed(RedisTimeoutError("Timeout reading from socket"))
+
+    def abandon(self) -> None:
+        """Close the connection, whatever is under way."""
+        if self._wire is not None:
+            self._connection.disconnect()
             self._release()
+
+    def _understand(self, replies: list[Reply]) -> Generator[None, Reply, None]:
+        """Take one answer after the other; ends with the last."""
+        if self._replica:
+            _certain((yield))
+        for one in self._group:
+            if one.asked is not None:
+                _certain((yield))
+                one.asked = None
+            answer = yield
+            if not isinstance(answer, Exception):
+                replies[one.place] = answer
+                if self._replica and answer is None:
+                    self.left.append(one)
+            elif isinstance(answer, ResponseError):
+                self._judge(one, answer)
+            else:
+                raise answer
+            self._done += 1
+        if self._replica:
+            _certain((yield))
+        if self._demanded:
+            acknowledged = int(_certain((yield)))
+            if acknowledged < self._demanded and self.refusal is None:
+                self.trouble = f"only {acknowledged} of the {self._demanded} replicas demanded have it"
+                self.left = list(self._group)  # they count together
+
+    def _end(self) -> None:
+        assert self._wire is not None
+        try:
+            self._wire.end()
+        except FAILURES:  # what was asked for is there, but who knows what else
+            self._connection.disconnect()
+        self._release()
+
+    def _failed(self, error: Exception) -> None:
+        self._broken(error)
+        rest = self._group[self._done :]
+        for one in rest:
+            one.asked = None
+        self.left = list(self._group) if self._demanded else [*self.left, *rest]
 
     def _judge(self, one: Open, error: ResponseError) -> None:
         self.trouble = describe(error)
@@ -173,71 +223,61 @@ class Exchange:
             self._release()
 
     def _release(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._wire = self._connection, None, None
         if connection is not None and self._pool is not None:
             self._pool.release(connection)
 
 
-_SENT_BYTES = 256 << 10
-"""How much is put together for one call of the kernel: what follows is, while servers read that."""
-
-
-def _encoded(commands: Iterable[tuple[Word | Pieces, ...]]) -> Iterator[bytes]:
-    """Yield what to send for the commands. Bytes are copied once, where the package does it twice."""
-    parts: list[bytes | memoryview] = []
-    size_bytes = 0
-    for words in commands:
-        parts.append(b"*%d\r\n" % len(words))
-        for word in words:
-            if isinstance(word, tuple):
-                length = sum(map(len, word))
-                parts += (b"$%d\r\n" % length, *word, b"\r\n")
-                size_bytes += length
-            else:
-                raw = word if isinstance(word, bytes) else str(word).encode()
-                parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
-                size_bytes += len(raw)
-        if size_bytes >= _SENT_BYTES:
-            yield b"".join(parts)
-            parts.clear()
-            size_bytes = 0
-    yield b"".join(parts)
-
-
-_ALONE = 32
-"""Fewer commands are sent and answered before threads are started."""
+def _certain(answer: Reply) -> Reply:
+    """Return an answer that must be none of the server's complaints."""
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
-    """Do them all, side by side: none of the nodes waits for another one."""
-    if sum(map(len, exchanges)) < _ALONE:
+    """Do them all, side by side: once they are connected none of the nodes waits for another one.
+
+    One thread does: with one a node the CPU time of a batch was half as much again (docs/benchmarks.md).
+    """
+    try:
         for exchange in exchanges:
-            exchange.send()
-        for exchange in exchanges:  # every one, or connections would go back with answers in them
-            exchange.receive(replies)
-        return
-    errors: list[BaseException] = []
+            exchange.begin(replies)
+        _finish([exchange for exchange in exchanges if exchange.wire is not None])
+    finally:
+        for exchange in exchanges:  # of what was interrupted
+            exchange.abandon()
 
-    def do(exchange: Exchange) -> None:
-        try:
-            exchange.send()
-            exchange.receive(replies)
-        except BaseException as error:
-            errors.append(error)
 
-    threads = [threading.Thread(target=do, args=(exchange,), daemon=True) for exchange in exchanges[1:]]
-    started = []
-    for thread, exchange in zip(threads, exchanges[1:], strict=True):
-        try:
-            thread.start()
-            started.append(thread)
-        except RuntimeError:  # there is no memory for one
-            do(exchange)
-    do(exchanges[0])
-    for thread in started:
-        thread.join()
-    if errors:
-        raise errors[0]
+def _finish(open_ones: Sequence[Exchange]) -> None:
+    poll = select.poll()
+    of: dict[int, Exchange] = {}
+    for exchange in open_ones:
+        assert exchange.wire is not None
+        of[exchange.wire.fileno()] = exchange
+    asked: dict[int, int] = {}
+    while of:
+        while sending := [one for one in of.values() if one.wire is not None and one.wire.sending]:
+            if not sum(one.send() for one in sending):  # a chunk to each, so that all have something to do
+                break
+        now = time.monotonic()
+        for number, exchange in list(of.items()):
+            if exchange.wire is not None and now >= exchange.until_s:
+                exchange.expire()
+            if exchange.wire is None:
+                del of[number]
+                if asked.pop(number, 0):
+                    poll.unregister(number)
+                continue
+            wanted = select.POLLIN | (select.POLLOUT if exchange.wire.sending else 0)
+            if asked.get(number) != wanted:
+                poll.register(number, wanted)
+                asked[number] = wanted
+        if of:
+            until_s = min(exchange.until_s for exchange in of.values())
+            for number, event in poll.poll(max(until_s - now, 0) * 1000 + 1):
+                if event & ~select.POLLOUT:
+                    of[number].receive()
 
 
 def talk(pool: redis.ConnectionPool, words: Sequence[Word]) -> Reply:

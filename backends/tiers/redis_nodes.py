@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.crc import key_slot
 from redis.credentials import CredentialProvider
+from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
 from tmem.backends.tiers.redis_exchange import (
@@ -32,13 +33,12 @@ from tmem.backends.tiers.redis_exchange import (
     Command,
     Exchange,
     Open,
-    Reply,
-    Word,
     exchange_all,
     refused,
     talk,
 )
 from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.backends.tiers.redis_wire import Reply, Taken, Word, whole
 from tmem.errors import TierDownError, TierError
 
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.02, 0.25
@@ -62,9 +62,14 @@ class Nodes:
             )
 
     def run(
-        self, commands: Sequence[Command], *, replicated: bool = False, anywhere: bool = False
+        self,
+        commands: Sequence[Command],
+        *,
+        replicated: bool = False,
+        anywhere: bool = False,
+        taken: Taken = whole,
     ) -> list[Reply]:
-        """Do the commands and return the answer of each, in order.
+        """Do the commands and return the answer of each, in order: of a value what `taken` makes of it.
 
         `replicated`: they count only once as many replicas as are demanded have them. `anywhere`: they read
         what is written once, so what a replica has is as good where the primary does not answer; nobody then
@@ -78,9 +83,9 @@ class Nodes:
         pause = _FIRST_PAUSE_SECONDS
         while left:
             troubles: list[str] = []
-            left = self._attempt(left, replies, replicated, troubles)
+            left = self._attempt(left, replies, replicated, troubles, taken)
             if left and anywhere:
-                left = self._ask_replicas(left, replies)
+                left = self._ask_replicas(left, replies, taken)
             if not left:
                 break
             if time.monotonic() + pause > deadline:
@@ -153,6 +158,13 @@ class Nodes:
                 return max(1, len(nodes) - 1)
         return 1
 
+    def owner(self, key: bytes) -> str:
+        """Return which node has a key, by what is known now; "" if nobody has. TierDownError."""
+        try:
+            return self._node_of()(key)
+        except (LookupError, RedisClusterException):
+            return ""
+
     def refresh(self) -> None:
         """Ask the cluster who has which slots now; if nobody answers, begin with the URL's servers again."""
         cluster = self._cluster
@@ -177,7 +189,12 @@ class Nodes:
                 cluster.close()
 
     def _attempt(
-        self, wanted: list[Open], replies: list[Reply], replicated: bool, troubles: list[str]
+        self,
+        wanted: list[Open],
+        replies: list[Reply],
+        replicated: bool,
+        troubles: list[str],
+        taken: Taken = whole,
     ) -> list[Open]:
         """Try every command once; return those that must be tried again, and say why in `troubles`."""
         groups: dict[str, list[Open]] = {}
@@ -195,7 +212,7 @@ class Nodes:
         exchanges = []
         for name, group in groups.items():
             demanded = self.demanded_of(name, key_slot(group[0].command.key)) if replicated else 0
-            exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds))
+            exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds, taken))
         exchange_all(exchanges, replies)
         left = []
         for exchange in exchanges:
@@ -210,7 +227,7 @@ class Nodes:
                 troubles.append(f"{exchange.name}: {exchange.trouble}")
         return left
 
-    def _ask_replicas(self, wanted: list[Open], replies: list[Reply]) -> list[Open]:
+    def _ask_replicas(self, wanted: list[Open], replies: list[Reply], taken: Taken) -> list[Open]:
         """Ask for each command every replica that there is of its slot; return those without an answer."""
         cluster = self._cluster
         if cluster is None:
@@ -228,7 +245,7 @@ class Nodes:
                 else:
                     others.append(one)
             exchanges = [
-                Exchange(name, pools.get(name), group, 0, self._attempt_seconds, replica=True)
+                Exchange(name, pools.get(name), group, 0, self._attempt_seconds, taken, replica=True)
                 for name, group in groups.items()
             ]
             exchange_all(exchanges, replies)

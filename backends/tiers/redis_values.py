@@ -18,9 +18,10 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tmem.backends.tiers.contract import MAX_LOCATION, TierIdentity
+from tmem.backends.tiers.redis_wire import Pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -40,40 +41,51 @@ _GROUP_BITS = 4
 """So many values that follow each other have one hash slot, so that small batches concern one node."""
 
 
-def group(records: Sequence["Buffer"]) -> list[list[bytes | memoryview]]:
-    """Return the records, in order, as many together as go into a value."""
+def packed(records: Sequence["Buffer"]) -> list[Pieces]:
+    """Return the values that hold the records, in order, as many in each as go into it: its lengths, and
+    each record, which stays where it is."""
     views = [record if isinstance(record, bytes) else memoryview(record).cast("B") for record in records]
-    ends = list(accumulate(len(view) + 2 for view in views))
-    groups, start, done = [], 0, 0
+    lengths = list(map(len, views))
+    ends = list(accumulate(map((2).__add__, lengths)))
+    found, start, done = [], 0, 0
     while start < len(views):
         end = bisect_right(ends, done + VALUE_BYTES - 1, start, min(start + MAX_RECORDS, len(views)))
-        groups.append(views[start:end])
+        head = struct.pack(f"<B{end - start}H", end - start, *lengths[start:end])
+        found.append(Pieces(1 + ends[end - 1] - done, (head, *views[start:end])))
         start, done = end, ends[end - 1]
-    return groups
-
-
-def pieces(records: Sequence["bytes | memoryview"]) -> tuple["bytes | memoryview", ...]:
-    """Return the value that holds `records`, in which an empty one stands for none, in pieces."""
-    lengths = [len(record) for record in records]
-    return (struct.pack(f"<B{len(lengths)}H", len(lengths), *lengths), *records)
+    return found
 
 
 def pack(records: Sequence["bytes | memoryview"]) -> bytes:
-    """Return the value that holds `records` in one piece."""
-    return b"".join(pieces(records))
+    """Return the value that holds `records`, in which an empty one stands for none, in one piece."""
+    return struct.pack(f"<B{len(records)}H", len(records), *map(len, records)) + b"".join(records)
 
 
-def unpack(value: bytes) -> list[bytes]:
-    """Return the records of a value, b"" where there is none. Of a damaged one: those that are whole."""
-    if not value:
-        return []
-    ends = list(accumulate(lengths(value), initial=1 + 2 * value[0]))
-    while ends[-1] > len(value):
+class Records(NamedTuple):
+    """The records of a value."""
+
+    records: list[bytes | None]
+    """By place, None where there is none. Of a damaged value: those that are whole."""
+    ends: list[int]
+    """Where the record of each place begins in some numbering, and where the last one ends."""
+    sparse: bool
+    """There may be None among them."""
+
+
+def unpack(read: bytes, start: int, end: int) -> Records:
+    """Return the records of the value that `read` holds from `start` to `end`."""
+    count = read[start] if start < end else 0
+    first = start + 1 + 2 * count
+    if not count or first > end:
+        return Records([], [0], True)
+    known: tuple[int, ...] = _LENGTHS[count].unpack_from(read, start + 1)
+    ends = list(accumulate(known, initial=first))
+    while ends[-1] > end:
         ends.pop()
-        if not ends:
-            return []
-    return [value[start:end] for start, end in pairwise(ends)]
+    return Records([read[a:b] or None for a, b in pairwise(ends)], ends, 0 in known)
 
+
+_LENGTHS = [struct.Struct(f"<{count}H") for count in range(256)]
 
 HEADER_BYTES = 1 + 2 * MAX_RECORDS
 """How much of a value `lengths` needs at most."""

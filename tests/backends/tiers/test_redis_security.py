@@ -26,7 +26,7 @@ def use(url: str) -> None:
     tier = opened(url)
     tier.check()
     tier.retain([])
-    check(tier, tier.write(records(0, 20)), records(0, 20))
+    check(tier, tier.write(records(0, 600)), records(0, 600))  # 1 MB, more than goes at a time
     tier.destroy()
 
 

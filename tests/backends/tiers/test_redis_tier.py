@@ -12,6 +12,7 @@ from tmem.backends.tiers.redis_exchange import Command
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.backends.tiers.redis_wire import Taken, whole
 from tmem.errors import TierDownError, TierFullError
 
 from ...waiting import wait_until
@@ -167,10 +168,15 @@ def test_what_a_dead_writer_still_sends_harms_nothing(server: Server, removed: b
 
     class Late(Nodes):
         def run(
-            self, commands: Sequence[Command], *, replicated: bool = False, anywhere: bool = False
+            self,
+            commands: Sequence[Command],
+            *,
+            replicated: bool = False,
+            anywhere: bool = False,
+            taken: Taken = whole,
         ) -> list[object]:
             late.extend(commands)
-            return super().run(commands, replicated=replicated, anywhere=anywhere)
+            return super().run(commands, replicated=replicated, anywhere=anywhere, taken=taken)
 
     dead._nodes = Late(RedisAddress.parse(url_of(server)))
     dead.retain(list(kept))

@@ -1,6 +1,8 @@
 """Packing of records into values, and their names."""
 
 import random
+from array import array
+from itertools import pairwise
 
 import pytest
 
@@ -10,28 +12,44 @@ from tmem.backends.tiers.contract import MAX_LOCATION, MAX_RECORD_BYTES, MIN_REC
 from .contract import IDENTITY, OTHERS, record, records
 
 
+def unpacked(value: bytes) -> list[bytes | None]:
+    """The records of a value beside which others lie."""
+    return values.unpack(value + bytes(5000), 0, len(value)).records
+
+
 def test_records_come_back_in_order() -> None:
     batch = records(0, 300)
-    groups = values.group(batch)
-    assert [bytes(one) for group in groups for one in group] == batch
-    for group in groups:
-        packed = values.pack(group)
-        assert len(packed) <= values.VALUE_BYTES
-        assert values.unpack(packed) == group
+    found = values.packed([memoryview(array("B", one)) for one in batch])
+    at = 0
+    for value in found:
+        packed = b"".join(value.parts)
+        group = batch[at : at + len(value.parts) - 1]
+        at += len(group)
+        assert value.size_bytes == len(packed) <= values.VALUE_BYTES
+        assert packed == values.pack(group)
+        assert unpacked(packed) == group
+        around = b"$9\r\n" + packed + b"\r\n"
+        found_records = values.unpack(around, 4, 4 + len(packed))
+        assert found_records.records == group
+        assert [b - a for a, b in pairwise(found_records.ends)] == list(map(len, group))
+        assert not found_records.sparse
         assert values.lengths(packed[: values.HEADER_BYTES]) == tuple(map(len, group))
+    assert at == len(batch)
 
 
 @pytest.mark.parametrize("length", [MIN_RECORD_BYTES, 1850, MAX_RECORD_BYTES])
 def test_values_are_filled(length: int) -> None:
-    groups = values.group([record(n, length) for n in range(200)])
-    for group in groups[:-1]:
-        full = len(group) == values.MAX_RECORDS
-        assert full or len(values.pack(group)) + length + 2 > values.VALUE_BYTES
+    found = values.packed([record(n, length) for n in range(200)])
+    for value in found[:-1]:
+        full = len(value.parts) - 1 == values.MAX_RECORDS
+        assert full or value.size_bytes + length + 2 > values.VALUE_BYTES
 
 
 def test_dead_records_leave_their_places() -> None:
-    assert values.unpack(values.pack([b"", b"one", b"", b"two"])) == [b"", b"one", b"", b"two"]
-    assert values.unpack(values.pack([])) == []
+    sparse = values.pack([b"", b"one", b"", b"two"])
+    assert unpacked(sparse) == [None, b"one", None, b"two"]
+    assert values.unpack(sparse, 0, len(sparse)).sparse
+    assert unpacked(values.pack([])) == []
 
 
 def test_damaged_values_give_no_foreign_bytes() -> None:
@@ -39,11 +57,11 @@ def test_damaged_values_give_no_foreign_bytes() -> None:
     batch = records(10, 12)
     packed = values.pack(batch)
     for end in [0, 1, 2, 24, 25, *rng.sample(range(len(packed)), 50)]:
-        found = values.unpack(packed[:end])
+        found = unpacked(packed[:end])
         assert found == batch[: len(found)]
         assert len(found) < 12
     for _ in range(200):  # whatever it is, it is no exception
-        values.unpack(rng.randbytes(rng.randrange(300)))
+        unpacked(rng.randbytes(rng.randrange(300)))
         values.lengths(rng.randbytes(rng.randrange(10)))
 
 

@@ -1,0 +1,185 @@
+"""What is made of a server's answers, and of one that lies, dies or says nothing: scripted servers."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import hiredis
+import pytest
+import redis
+
+from tmem.backends.tiers.redis_exchange import Command, Exchange, Open, exchange_all
+from tmem.backends.tiers.redis_nodes import Nodes
+from tmem.backends.tiers.redis_url import RedisAddress
+from tmem.errors import TierDownError, TierFullError
+
+VALUE = bytes(range(256)) * 300
+WHOLE = b"$%d\r\n%b\r\n" % (len(VALUE), VALUE)
+GETS = [Command(b"k%d" % n, ("GET", b"k%d" % n)) for n in range(4)]
+
+
+class Scripted:
+    """Answers each command with what `answer` says: of which connection it is, and the command's words.
+
+    None: not at all. b"": by closing the connection.
+    """
+
+    def __init__(self, answer: Callable[[int, list[bytes]], bytes | None]) -> None:
+        self._answer = answer
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self.connections += 1
+                number = self.connections
+                threading.Thread(target=self._serve, args=(connection, number), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, number: int) -> None:
+        reader = hiredis.Reader()
+        with connection, contextlib.suppress(OSError):
+            while chunk := connection.recv(65536):
+                reader.feed(chunk)
+                while words := reader.gets():
+                    answer = b"+OK\r\n" if words[0] == b"CLIENT" else self._answer(number, words)
+                    if answer == b"":
+                        return
+                    connection.sendall(answer or b"")
+
+    def pool(self) -> redis.ConnectionPool:
+        return redis.ConnectionPool(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=5)
+
+    def nodes(self, timeout_s: float = 5) -> Nodes:
+        url = f"redis://127.0.0.1:{self.port}/0?replicas=1&timeout={timeout_s}"
+        return Nodes(RedisAddress.parse(url))
+
+    def end(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[Callable[[int, list[bytes]], bytes | None]], Scripted]]:
+    made: list[Scripted] = []
+
+    def make(answer: Callable[[int, list[bytes]], bytes | None]) -> Scripted:
+        made.append(Scripted(answer))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+Make = Callable[[Callable[[int, list[bytes]], bytes | None]], Scripted]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [WHOLE[:40_000], WHOLE[:3], WHOLE + b"$2\r\nabcd\r\n", b"?\r\n", WHOLE[:-1] + b"x", b":5"],
+    ids=["cut value", "cut head", "long value", "no answer", "no end", "cut number"],
+)
+def test_a_server_that_dies_in_a_value_or_talks_nonsense(scripted: Make, wrong: bytes) -> None:
+    """It is asked again over another connection, and no answer goes to another question."""
+
+    def answer(connection: int, words: list[bytes]) -> bytes | None:
+        if connection > 1:
+            return WHOLE
+        return {b"k0": WHOLE, b"k1": wrong}.get(words[1], b"")
+
+    server = scripted(answer)
+    nodes = server.nodes()
+    assert nodes.run(GETS) == [VALUE] * 4
+    assert server.connections == 2
+    nodes.close()
+
+
+def test_a_server_that_answers_more_than_it_was_asked(scripted: Make) -> None:
+    """What was asked for is there; the connection is used by nobody else."""
+    server = scripted(lambda connection, words: WHOLE + (b"+OK\r\n" if words[1] == b"k3" else b""))
+    nodes = server.nodes()
+    for n in range(3):
+        assert nodes.run(GETS) == [VALUE] * 4
+        assert server.connections == n + 1
+    nodes.close()
+
+
+def test_nobody_waits_for_a_server_that_is_silent(scripted: Make) -> None:
+    good, silent = scripted(lambda *_: WHOLE), scripted(lambda *_: None)
+    replies: list[object] = [None] * 8
+    exchanges = [
+        Exchange(name, server.pool(), [Open(first + n, one) for n, one in enumerate(GETS)], 0, seconds)
+        for first, (name, server, seconds) in zip(
+            (0, 4), (("silent", silent, 0.3), ("good", good, 5.0)), strict=True
+        )
+    ]
+    start = time.monotonic()
+    exchange_all(exchanges, replies)
+    assert time.monotonic() - start < 3
+    assert replies == [None] * 4 + [VALUE] * 4
+    assert [len(one.left) for one in exchanges] == [4, 0]
+    assert "imeout" in exchanges[0].trouble
+
+
+def test_a_call_that_is_interrupted_leaves_no_answers_behind(scripted: Make) -> None:
+    server = scripted(lambda *_: WHOLE)
+    nodes = server.nodes()
+
+    def interrupted(read: bytes, start: int, end: int) -> object:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nodes.run(GETS, taken=interrupted)
+    assert nodes.run(GETS) == [VALUE] * 4
+    assert server.connections == 2
+    nodes.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "asked", "refusal"),
+    [
+        (b"-MOVED 7 127.0.0.1:5\r\n", None, None),
+        (b"-ASK 7 127.0.0.1:5\r\n", "127.0.0.1:5", None),
+        (b"-TRYAGAIN later\r\n", None, None),
+        (b"-CLUSTERDOWN it is\r\n", None, None),
+        (b"-READONLY replica\r\n", None, None),
+        (b"-LOADING memory\r\n", None, None),
+        (b"-NOREPLICAS enough\r\n", None, None),
+        (b"-OOM used\r\n", None, TierFullError),
+        (b"-NOAUTH required\r\n", None, TierDownError),
+        (b"-WRONGTYPE kind\r\n", None, TierDownError),
+    ],
+    ids=lambda value: value.split()[0].decode() if isinstance(value, bytes) else "",
+)
+@pytest.mark.parametrize("copies", [1, 0])
+def test_what_errors_mean(
+    scripted: Make, error: bytes, asked: str | None, refusal: type[Exception] | None, copies: int
+) -> None:
+    """The batch waits for `copies` of one replica, so without it all of it is left."""
+
+    def answer(_connection: int, words: list[bytes]) -> bytes:
+        if words[0] == b"WAIT":
+            return b":%d\r\n" % copies
+        return error if words[1] == b"k2" else b"+OK\r\n"
+
+    server = scripted(answer)
+    group = [Open(n, Command(b"k%d" % n, ("SET", b"k%d" % n, VALUE))) for n in range(4)]
+    replies: list[object] = [None] * 4
+    exchange = Exchange("it", server.pool(), group, 1, 5.0)
+    exchange_all([exchange], replies)
+    assert (refusal is None) == (exchange.refusal is None)
+    if refusal is not None:
+        assert isinstance(exchange.refusal, refusal)
+    elif error.startswith(b"-LOADING") or not copies:
+        assert exchange.left == group
+    else:
+        assert exchange.left == [group[2]]
+        assert replies == [b"OK", b"OK", None, b"OK"]
+    if not error.startswith((b"-LOADING", b"-NOAUTH")):  # those close the connection
+        assert group[2].asked == asked
