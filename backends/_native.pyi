@@ -27,6 +27,13 @@ def names(directory: int, /) -> tuple[list[bytes], bytes, int]:
 def handle(descriptor: int, /) -> bytes | None:
     """Return an open file's handle as `syscalls.file_handle` does; None also if it cannot be asked for."""
 
+def unpack(read: bytes, start: int, end: int) -> tuple[list[bytes | None], list[int], bool]:
+    """Return the records of the value that `read` holds from `start` to `end` (`tiers.redis_values`).
+
+    The records by place, None where there is none (of a damaged value those that are whole); where the
+    record of each place begins in `read`, and where the last one ends; and whether any is None.
+    """
+
 def checksum(data: Buffer) -> int:
     """XXH3 of `data`, 64 bits; what save files and handoffs are protected with. Releases the GIL."""
 

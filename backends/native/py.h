@@ -102,6 +102,9 @@ PyObject *page_new(struct reader *r, PyObject *args);
 PyObject *page_list(struct reader *r, PyObject *page);
 PyObject *names(PyObject *module, PyObject *directory); /* a function of the module */
 
+/* py_records.c */
+PyObject *records_unpack(PyObject *module, PyObject *args); /* a function of the module */
+
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 
 /* py_client.c: a whole number of 0 to `most`, else an error that names it */

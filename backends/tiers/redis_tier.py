@@ -306,7 +306,9 @@ class RedisTier:
                 if cursor == b"0":
                     break
 
-    def _fetch(self, numbers: Sequence[int]) -> Iterator[tuple[int, values.Records]]:
+    def _fetch(
+        self, numbers: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[list[bytes | None], list[int], bool]]]:
         """Yield the records of each of these values that is there."""
         for start in range(0, len(numbers), _AT_ONCE):
             chunk = numbers[start : start + _AT_ONCE]

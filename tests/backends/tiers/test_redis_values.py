@@ -14,7 +14,7 @@ from .contract import IDENTITY, OTHERS, record, records
 
 def unpacked(value: bytes) -> list[bytes | None]:
     """The records of a value beside which others lie."""
-    return values.unpack(value + bytes(5000), 0, len(value)).records
+    return values.unpack(b"before" + value + bytes(5000), 6, 6 + len(value))[0]
 
 
 def test_records_come_back_in_order() -> None:
@@ -29,11 +29,10 @@ def test_records_come_back_in_order() -> None:
         assert packed == values.pack(group)
         assert unpacked(packed) == group
         around = b"$9\r\n" + packed + b"\r\n"
-        found_records = values.unpack(around, 4, 4 + len(packed))
-        assert found_records.records == group
-        assert [b - a for a, b in pairwise(found_records.ends)] == list(map(len, group))
-        assert not found_records.sparse
-        assert values.lengths(packed[: values.HEADER_BYTES]) == tuple(map(len, group))
+        cut, ends, sparse = values.unpack(around, 4, 4 + len(packed))
+        assert cut == group
+        assert [around[a:b] for a, b in pairwise(ends)] == group
+        assert not sparse
     assert at == len(batch)
 
 
@@ -48,7 +47,7 @@ def test_values_are_filled(length: int) -> None:
 def test_dead_records_leave_their_places() -> None:
     sparse = values.pack([b"", b"one", b"", b"two"])
     assert unpacked(sparse) == [None, b"one", None, b"two"]
-    assert values.unpack(sparse, 0, len(sparse)).sparse
+    assert values.unpack(sparse, 0, len(sparse))[2]
     assert unpacked(values.pack([])) == []
 
 
@@ -61,8 +60,24 @@ def test_damaged_values_give_no_foreign_bytes() -> None:
         assert found == batch[: len(found)]
         assert len(found) < 12
     for _ in range(200):  # whatever it is, it is no exception
-        unpacked(rng.randbytes(rng.randrange(300)))
+        noise = rng.randbytes(rng.randrange(300))
+        assert unpacked(noise) == unpacked_slowly(noise)
         values.lengths(rng.randbytes(rng.randrange(10)))
+    for start, end in ((-1, 5), (3, 2), (0, 11)):
+        with pytest.raises(ValueError, match="must lie in"):
+            values.unpack(bytes(10), start, end)
+
+
+def unpacked_slowly(value: bytes) -> list[bytes | None]:
+    """What `unpack` finds, in Python."""
+    found: list[bytes | None] = []
+    at = 1 + 2 * value[0] if value else 0
+    for length in values.lengths(value):
+        if at + length > len(value):
+            break
+        found.append(value[at : at + length] or None)
+        at += length
+    return found
 
 
 def test_keys() -> None:
