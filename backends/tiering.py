@@ -14,6 +14,7 @@ has one: every command imports this. Threading: any thread.
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 import urllib.parse
@@ -37,6 +38,8 @@ _ENDING_S = 3.0
 _ALONE_S = 60.0
 """How long to wait for a command that has the lock."""
 _REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
+
+_log = logging.getLogger(__name__)
 
 Source = str | Callable[[list[int]], list[bytes | None]]
 
@@ -267,10 +270,16 @@ def end(segment: "_native.Segment", assigned: Assigned) -> None:
 
 
 def end_all(paths: SegmentPaths, nonce: int) -> None:
-    """Remove what all clients of a segment that is no more stored in tiers, as far as those answer."""
+    """Remove what all clients of a segment that is no more stored in tiers; what stays is told."""
     for assigned in [*assigned_tiers(paths), *ended_tiers(paths)]:
-        with contextlib.suppress(TierError):
+        try:
             _end(nonce, assigned)
+        except TierError as error:
+            _log.warning(
+                "%s: what was stored in %s stays there, and nobody needs it: remove it by hand",
+                error,
+                shown(assigned.url),
+            )
 
 
 def _end(nonce: int, assigned: Assigned) -> None:

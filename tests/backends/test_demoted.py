@@ -507,7 +507,12 @@ class TestFiles:
         assert [one.serial for one in tiering.assigned_tiers(paths)] == [again.serial]
 
     def test_two_withdrawn_one_after_the_other_are_both_removed(
-        self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
+        self,
+        spilled: _native.Pool,
+        small: _native.Segment,
+        paths: SegmentPaths,
+        file: Path,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         client, second = spilled.client, file.with_name("second")
         tiering.withdraw(paths, small, client)
@@ -520,6 +525,11 @@ class TestFiles:
         assert not second.exists()
         assert file.exists()  # whose writer still has it
         assert len(list(tiering.ended_tiers(paths))) == 1
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert said.endswith(
+            f"what was stored in file:{str(file).replace(' ', '%20')} stays there, and "
+            "nobody needs it: remove it by hand"
+        )
 
     def test_another_tier_comes_while_one_is_opened(
         self, spilled: _native.Pool, small: _native.Segment, paths: SegmentPaths, file: Path
