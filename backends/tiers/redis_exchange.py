@@ -243,6 +243,8 @@ def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
     try:
         for exchange in exchanges:
             exchange.begin(replies)
+            if exchange.wire is not None:
+                exchange.send()  # it has something to do while the next one is begun
         _finish([exchange for exchange in exchanges if exchange.wire is not None])
     finally:
         for exchange in exchanges:  # of what was interrupted

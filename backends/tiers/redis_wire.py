@@ -38,7 +38,7 @@ class Pieces(NamedTuple):
 
 Parts = list[bytes | memoryview]
 
-SENT_BYTES = 256 << 10
+SENT_BYTES = 128 << 10
 """How much is put together for one call of the kernel: what follows is, while servers read that."""
 _SENT_PARTS = 900
 """The kernel takes 1024; a value brings up to 66."""
@@ -134,9 +134,9 @@ class Inbox:
             return None, 0
         line, end = chunk[start + 1 : line_end], line_end + 2
         if kind == _VALUE:
-            length = _number(line)
-            if length == -1:
+            if line == b"-1":
                 return None, end
+            length = _number(line)
             if not 0 <= length <= _LARGEST_BYTES:
                 raise InvalidResponse(f"a value of {length} bytes")
             first, end = end, end + length + 2
