@@ -63,7 +63,7 @@ def pack(records: Sequence["bytes | memoryview"]) -> bytes:
 
 
 unpack = _native.unpack
-"""Returns the records of a value, of which there are 17 in most: in Python that takes three times as long."""
+"""Returns the records of a value, of which there are 17 in most: in Python that takes twice as long."""
 
 HEADER_BYTES = 1 + 2 * MAX_RECORDS
 """How much of a value `lengths` needs at most."""

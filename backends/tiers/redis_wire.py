@@ -200,7 +200,7 @@ class Wire:
             sent = 0
             try:
                 if not self._tls:
-                    sent = self._socket.sendmsg(parts)  # copies nothing, which takes half the time
+                    sent = self._socket.sendmsg(parts)  # from where they lie
             finally:
                 if self._tls or sent < sum(map(len, parts)):
                     self._rest = memoryview(b"".join(parts))[sent:]
