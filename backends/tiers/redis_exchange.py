@@ -123,6 +123,10 @@ class Exchange:
             return
         self._meaning = self._understand(replies)
         next(self._meaning)
+        self.be_patient()
+
+    def be_patient(self) -> None:
+        """Let the node be silent for its time from now on."""
         self.until_s = time.monotonic() + self._seconds
 
     def send(self) -> bool:
@@ -134,13 +138,13 @@ class Exchange:
             self._failed(error)
             return False
         if sent:
-            self.until_s = time.monotonic() + self._seconds
+            self.be_patient()
         return sent
 
     def receive(self) -> None:
         """Read what is there."""
         assert self._wire is not None
-        self.until_s = time.monotonic() + self._seconds
+        self.be_patient()
         try:
             for answer in self._wire.receive():
                 self._meaning.send(answer)
@@ -256,6 +260,7 @@ def _finish(open_ones: Sequence[Exchange]) -> None:
     of: dict[int, Exchange] = {}
     for exchange in open_ones:
         assert exchange.wire is not None
+        exchange.be_patient()  # to connect to others has taken its time
         of[exchange.wire.fileno()] = exchange
     asked: dict[int, int] = {}
     while of:

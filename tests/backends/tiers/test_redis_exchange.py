@@ -1,6 +1,7 @@
 """What is made of a server's answers, and of one that lies, dies or says nothing: scripted servers."""
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -125,6 +126,24 @@ def test_nobody_waits_for_a_server_that_is_silent(scripted: Make) -> None:
     assert replies == [None] * 4 + [VALUE] * 4
     assert [len(one.left) for one in exchanges] == [4, 0]
     assert "imeout" in exchanges[0].trouble
+
+
+def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -> None:
+    """One node is long to connect to, and has no time left then; the other has answered long before."""
+    server = scripted(lambda _connection, _words: b"$1\r\nv\r\n")
+    quick = Exchange("quick", server.pool(), [Open(0, GETS[0])], 0, 0.5)
+
+    class Slow(Exchange):
+        def begin(self, replies: list[object]) -> None:
+            while time.monotonic() < quick.until_s:
+                select.select([], [], [], quick.until_s - time.monotonic() + 0.001)
+            super().begin(replies)
+
+    slow = Slow("slow", None, [Open(1, GETS[1])], 0, 0.5)
+    replies: list[object] = [None, None]
+    exchange_all([quick, slow], replies)
+    assert replies == [b"v", None]
+    assert (quick.left, len(slow.left)) == ([], 1)
 
 
 def test_a_call_that_is_interrupted_leaves_no_answers_behind(scripted: Make) -> None:
