@@ -205,6 +205,12 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
         return true;
     }
     in = (const void *)d->request->data;
+    if (in->opcode == FUSE_FORGET) { /* of an entry of a listing that the kernel did not take in: by a ring it waits for that */
+        if (!shortcut_put(&r->shortcut, &r->passing, in, length, NULL, false))
+            (void)pass_on(&r->passing, &d->request, length, NULL);
+        entry_fill(e, 0, NULL, 0);
+        return true;
+    }
     if (!shortcut_put(&r->shortcut, &r->passing, in, length, e, false)
         && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e)))
         (void)pass_on(&r->passing, &d->request, length, e);

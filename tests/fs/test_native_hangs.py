@@ -1,6 +1,7 @@
 """A lower that does not answer, and the native reader: hits go on, and who is killed ends at once."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -89,6 +90,16 @@ def test_who_is_killed_ends_at_once(
     assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_what_cannot_be_looked_up_is_listed(place: Place, faulty: Faulty) -> None:
+    """The kernel gives such an entry back at once; if that comes by a ring, it waits for an answer."""
+    faulty.fail("lookup", errno=errno.EIO)
+    for _ in range(2):
+        with program(LIST, place.point) as listing:
+            assert listing.wait(10) == 0
+    faulty.heal()
+    assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
 
 
 def test_who_is_killed_at_the_end_of_a_file_ends_at_once(
