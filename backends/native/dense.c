@@ -2,7 +2,8 @@
  *
  * A visit goes over chunks. A page that was neither put nor got between the last two visits of its chunk is cold, and is
  * compressed again with zstd; a condensed page that was got in both intervals is stored as LZ4 again, because it costs
- * four times as much to read, unless memory is short (`may_expand`), for that takes more of it. Loose pages (codec.c) are compressed at any age when memory is not in plenty any more.
+ * four times as much to read, unless memory is short (`may_expand`), for that takes more of it. Loose pages (codec.c) are
+ * compressed at any age when memory is not in plenty any more.
  *
  * What is done to a page is what a put of the same bytes would do: write a block, swap the slot if it is as it was when
  * the page was read, free the old block. So readers, writers, evictions and deaths meet nothing new. Nothing is
