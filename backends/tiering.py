@@ -14,7 +14,6 @@ has one: every command imports this. Threading: any thread.
 
 import contextlib
 import fcntl
-import logging
 import os
 import time
 import urllib.parse
@@ -38,8 +37,6 @@ _ENDING_S = 3.0
 _ALONE_S = 60.0
 """How long to wait for a command that has the lock."""
 _REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
-
-_log = logging.getLogger(__name__)
 
 Source = str | Callable[[list[int]], list[bytes | None]]
 
@@ -275,7 +272,9 @@ def end_all(paths: SegmentPaths, nonce: int) -> None:
         try:
             _end(nonce, assigned)
         except TierError as error:
-            _log.warning(
+            import logging  # a command that lists clients need not load it
+
+            logging.getLogger(__name__).warning(
                 "%s: what was stored in %s stays there, and nobody needs it: remove it by hand",
                 error,
                 shown(assigned.url),
