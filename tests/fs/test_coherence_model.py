@@ -79,9 +79,13 @@ class File:
         return self.shown_since(page, self.since[side][page])
 
     def shown_since(self, page: int, first: int) -> list[bytes]:
-        """Return what may be shown of a page from a content on: its size may be known before its bytes."""
+        """Return what may be shown of a page from a content on: its size may be known before its bytes.
+
+        Also a larger one, by an own write beyond the end that did not see what had changed underneath.
+        """
         pages = [page_of(content, page) for content in self.contents[first:]]
-        return [content[:size] for content in pages for size in {len(each) for each in pages}]
+        sizes = {len(each) for each in pages}
+        return [content[:size].ljust(size, b"\0") for content in pages for size in sizes]
 
 
 @dataclass(eq=False)

@@ -177,10 +177,13 @@ def test_a_file_that_is_too_large(disk: Disk, segment: "_native.Segment", mounte
     assert (place.point / "file").read_bytes() == CONTENT
 
 
-def test_a_lower_that_becomes_read_only(small: Path, segment: "_native.Segment", mounter: Mounter) -> None:
+def test_a_lower_that_becomes_read_only(
+    small: Path, segment: "_native.Segment", mounter: Mounter, eventually: Callable[..., None]
+) -> None:
     place = mounter("timeout=0", lower=small)
     (place.point / "file").write_bytes(b"x" * 5000)
-    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    remount = ["mount", "-o", "remount,ro", str(small)]  # busy until the daemon has closed the file, too
+    eventually(lambda: subprocess.run(remount, stderr=subprocess.DEVNULL).returncode == 0)
     assert (place.point / "file").read_bytes() == b"x" * 5000
     for work in (
         lambda: (place.point / "file").open("ab"),

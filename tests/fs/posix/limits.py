@@ -101,6 +101,15 @@ def unnamed_file(case: Path) -> object:
         return descriptor > 0
 
 
+@limit(True, False)
+def access_time_of_an_empty_file_that_is_sent(case: Path) -> object:
+    """The kernel knows that there is nothing to ask for."""
+    with opened(case / "empty", os.O_RDWR | os.O_CREAT) as source, opened(case / "x", os.O_RDWR) as target:
+        os.utime(case / "empty", ns=(1, 2))
+        os.sendfile(target, source, 0, 100)
+    return (case / "empty").stat().st_atime_ns > 1
+
+
 @limit(6000, 6000)
 def copy_file_range(case: Path) -> object:
     """The kernel copies through pages."""

@@ -8,7 +8,8 @@ from .kinds import KINDS
 from .table import OPERATIONS
 from .test_table import KNOWN, WAITING
 
-EXCLUDED = {operation for _, operation in KNOWN} | ({"set_list_default"} if WAITING else set())
+# `send` is of a file that may be empty by then: the kernel asks nobody, and its access time stays.
+EXCLUDED = {operation for _, operation in KNOWN} | {"send"} | ({"set_list_default"} if WAITING else set())
 STEPS = st.tuples(
     st.sampled_from([name for name in OPERATIONS if name not in EXCLUDED]), st.sampled_from(USERS)
 )
