@@ -7,7 +7,6 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
-#include <time.h>
 
 #ifndef RWF_DONTCACHE
 #define RWF_DONTCACHE 0x80
@@ -72,13 +71,6 @@ static int64_t fetch(struct hits *h, const struct target *t, uint32_t first, uin
 static bool pool_takes(const struct hits *h)
 {
     return h->has_pool && !mode_of(h->pool.seg, payer_of(h->pool.seg, h->pool.pool));
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
 /* Put what was read in the turn of `m`, if nothing was said to the gate since; how many pages. */
@@ -152,13 +144,13 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
     enum found result = FOUND_NOT;
     if (m.target.size == t->size && !memcmp(m.target.oid, t->oid, TM_OID)) {
         uint64_t there = t->size - start < bytes ? t->size - start : bytes, count = 0;
-        uint64_t begun = now_ns();
+        uint64_t begun = timing_now();
         KP(96);
         if (waits || (npages <= MISS_PAGES && m.tries))
             count = read_lower(h, t->fd, start, data, bytes, waits);
         if (!waits && npages <= MISS_PAGES)
             files_had(&h->files, fh, count);
-        uint64_t read_by = now_ns();
+        uint64_t read_by = timing_now();
         KP(97);
         if (count == there) {
             memset(data + there, 0, bytes - there);
@@ -167,7 +159,7 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
             if (t->unnoted)
                 files_noted(&h->files, fh);
             add(&h->lower_ns, read_by - begun);
-            add(&h->put_ns, now_ns() - read_by);
+            add(&h->put_ns, timing_now() - read_by);
             add(&h->miss_reads, 1);
             add(&h->miss_pages, npages);
             result = FOUND;

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 /* What libfuse's binding says of an entry that gets no attributes, and of "." and "..": kernels look at neither. */
@@ -100,20 +99,13 @@ static bool put_known(struct page *p, const struct name *name, size_t length, ui
     return true;
 }
 
-static int64_t monotonic_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full)
 {
     struct stat st;
     unsigned i;
     p->nfound = 0;
     *full = false;
-    p->now_ns = monotonic_ns();
+    p->now_ns = (int64_t)timing_now();
     for (i = 0; i < n && p->nfound < MOST_FOUND; i++) {
         size_t length = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + names[i].length);
         if ((*full = length > p->size - p->length))

@@ -2,7 +2,6 @@
 
 #include <signal.h>
 #include <stdlib.h>
-#include <time.h>
 
 enum {
     STACK_BYTES = 256 << 10,
@@ -30,13 +29,6 @@ int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
     return rc;
 }
 
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 static void note_time(struct waiting *w, int64_t took_ns)
 {
     int64_t usual_ns = atomic_load_explicit(&w->usual_ns, memory_order_relaxed);
@@ -50,9 +42,9 @@ static void run_errand(struct waiting *w, struct errand *e)
     const struct fuse_in_header *in = (const void *)e->request->data;
     struct answer answer;
     struct entry *entry;
-    int64_t begun_ns = now_ns();
+    uint64_t begun_ns = timing_now();
     enum found found = hits_find(w->hits, (const void *)(in + 1), e->data->data, true, &answer);
-    note_time(w, now_ns() - begun_ns);
+    note_time(w, (int64_t)(timing_now() - begun_ns));
     if (found != FOUND)
         passing_pass_held(w->passing, &e->request, e->length);
     else if (passing_end_held(w->passing, in->unique, &entry))
