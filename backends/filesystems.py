@@ -1,7 +1,8 @@
 """Where a file lies: its file system, the disks below that, and what the kernel says of both.
 
 Facts only, from /proc, /sys and two system calls; what they mean for a spill file is the business of
-`tierchecks`. What cannot be told is empty, or None. Nothing is changed. Threading: plain functions.
+`tierchecks`. What cannot be told is empty, or None. Nothing is changed but by `keep_in_place`. Threading:
+plain functions.
 """
 
 import array
@@ -22,7 +23,7 @@ _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000  # Linux 6.1
 _STATX_BYTES = 256
 _MASK, _DIO_MEMORY_ALIGN = 0, 152  # offsets in struct statx
-_GET_FLAGS = 0x80086601  # FS_IOC_GETFLAGS
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
 _NOCOW = 0x00800000  # FS_NOCOW_FL: 'chattr +C'
 _DEEP = 8
 
@@ -55,8 +56,7 @@ _ELSEWHERE = ("zfs", "bcachefs", "nilfs2")
 
 def place_of(file: Path, mounts: Path = procfiles.MOUNTS, sys: Path = Path("/sys")) -> Place:
     """Return where `file` lies. OSError if it cannot be reached."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
+    with _opened(file) as descriptor:
         kind, source = _mounted(descriptor, mounts)
         free = os.fstatvfs(descriptor)
         in_place = True if kind in _IN_PLACE else False if kind in _ELSEWHERE else None
@@ -72,8 +72,6 @@ def place_of(file: Path, mounts: Path = procfiles.MOUNTS, sys: Path = Path("/sys
             in_place,
             next((name for name in devices if _rotates(sys, name)), None),
         )
-    finally:
-        os.close(descriptor)
 
 
 def swap_disks(swaps: Path = SWAPS, sys: Path = Path("/sys")) -> dict[str, str]:
@@ -82,14 +80,27 @@ def swap_disks(swaps: Path = SWAPS, sys: Path = Path("/sys")) -> dict[str, str]:
     lines = procfiles.lines(swaps) if swaps.exists() else []  # a kernel may have no swap
     for line in lines[1:]:
         area = procfiles.unescape(line.split()[0])
-        with contextlib.suppress(OSError):
-            descriptor = os.open(area, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                for name in _devices(descriptor, area, sys, _DEEP):
-                    found.setdefault(name, area)
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError), _opened(area) as descriptor:
+            for name in _devices(descriptor, area, sys, _DEEP):
+                found.setdefault(name, area)
     return found
+
+
+def keep_in_place(descriptor: int) -> None:
+    """Have btrfs write the blocks of a file, which is empty yet, where they are. Others refuse: OSError."""
+    flags = _flags(descriptor)
+    flags[0] |= _NOCOW
+    fcntl.ioctl(descriptor, _SET_FLAGS, flags)
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[int]:
+    """Open a file or a device to ask about it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _mounted(descriptor: int, mounts: Path) -> tuple[str, str]:
@@ -128,12 +139,8 @@ def _below(name: str, sys: Path, deep: int) -> Iterator[str]:
         yield from _below(part, sys, deep - 1)
     backing = _text(sys / "class/block" / name / "loop/backing_file")
     if backing:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(backing, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                yield from _devices(descriptor, backing, sys, deep - 1)
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError), _opened(backing) as descriptor:
+            yield from _devices(descriptor, backing, sys, deep - 1)
 
 
 def _parts(sys: Path, name: str) -> list[str]:
@@ -172,10 +179,14 @@ def _direct(descriptor: int) -> bool | None:
     return bool(align) if mask & _STATX_DIOALIGN else None
 
 
-def _is_nocow(descriptor: int) -> bool | None:
+def _flags(descriptor: int) -> "array.array[int]":
     flags = array.array("I", [0])
+    fcntl.ioctl(descriptor, _GET_FLAGS, flags)
+    return flags
+
+
+def _is_nocow(descriptor: int) -> bool | None:
     try:
-        fcntl.ioctl(descriptor, _GET_FLAGS, flags)
+        return bool(_flags(descriptor)[0] & _NOCOW)
     except OSError:
         return None
-    return bool(flags[0] & _NOCOW)

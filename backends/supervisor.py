@@ -180,9 +180,7 @@ class Supervisor:
         if service is None:
             return False
         service.stopping = True
-        with suppress(
-            OSError
-        ):  # no room for the record: who comes after us may start it again, but it stops now
+        with suppress(OSError):  # without room for that whoever comes after us may start it, but it stops now
             service.save()
         service.asked_to_stop.set()
         if service.process:

@@ -36,15 +36,22 @@ Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 """Brackets a handler's wait for a worker thread, so that the loop can have another task read requests."""
 
 
+FAILURES = (OSError, TmemError)
+"""What a handler may fail with before `errors` has made a reply of it."""
+
+
+def errno_seen(failure: OSError | TmemError) -> int:
+    """Return the errno that a program sees of a failure."""
+    return errno_of(failure) if isinstance(failure, TmemError) else failure.errno or errno.EIO
+
+
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
     """Turn the errors of system calls and of tmem into what pyfuse3 replies with."""
     try:
         yield
-    except OSError as error:
-        raise pyfuse3.FUSEError(error.errno or 5) from None
-    except TmemError as error:
-        raise pyfuse3.FUSEError(errno_of(error)) from None
+    except FAILURES as failure:
+        raise pyfuse3.FUSEError(errno_seen(failure)) from None
 
 
 class Handlers(pyfuse3.Operations):

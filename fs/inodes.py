@@ -181,9 +181,12 @@ class InodeTable:
         key = (status.st_dev, status.st_ino)
         return self._meet(key, stat.S_IFMT(status.st_mode), descriptor), status
 
-    def meet(self, found: Found) -> Inode:
-        """Return the inode of a file that was looked up, and count the lookup; owns its descriptor."""
-        inode = self._meet(*found)
+    def meet(self, found: Found, opens: bool = True) -> Inode:
+        """Return the inode of a file that was looked up, and count the lookup; owns its descriptor.
+
+        Unless `opens`, an inode whose descriptor was closed is left so.
+        """
+        inode = self._meet(*found, opens=opens)
         inode.lookups += 1
         return inode
 
@@ -192,12 +195,7 @@ class InodeTable:
 
         Files of a listing are many, and few of them are used next: a descriptor that was closed stays closed.
         """
-        inodes = []
-        for key, kind, descriptor in found:
-            inode = self._meet(key, kind, descriptor, opens=False)
-            inode.lookups += 1
-            inodes.append(inode)
-        return inodes
+        return [self.meet(one, opens=False) for one in found]
 
     def remember(self, inode: Inode) -> None:
         """Count one lookup that the kernel will forget one day."""

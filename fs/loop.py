@@ -234,8 +234,7 @@ class Readers:
                 if event == GONE or self._ended:
                     raise trio.ClosedResourceError("unmounted")
                 if event == ASKED:
-                    assert self._nursery is not None
-                    self._count += max(reading.answer(self._nursery.start_soon) - 1, 0)
+                    self._count += max(self._answer(reading) - 1, 0)
                     event = NOTHING
                 if self._stopping:
                     event = await self._leave(reading)
@@ -252,6 +251,11 @@ class Readers:
         finally:
             self._idle -= 1
 
+    def _answer(self, reading: Reading) -> int:
+        """Answer shortcuts that lie there; return how many."""
+        assert self._nursery is not None
+        return reading.answer(self._nursery.start_soon)
+
     async def _leave(self, reading: Reading) -> int:
         """Read no more; return REQUEST if there is one all the same, and NOTHING if reading goes on.
 
@@ -259,8 +263,7 @@ class Readers:
         """
         while self._stopping:
             reading.reader.drain()
-            assert self._nursery is not None
-            reading.answer(self._nursery.start_soon)
+            self._answer(reading)
             if reading.has_request():
                 return REQUEST
             if not self._waiting and reading.reader.quiet:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pyfuse3
 
-from tmem.errors import TmemError, errno_of
 from tmem.fs.acting import Caller
+from tmem.fs.base import FAILURES, errno_seen
 
 if TYPE_CHECKING:
     from tmem.backends._native import Reader
@@ -83,8 +83,10 @@ class Shortcuts:
             else:
                 (number,) = _HANDLE_IN.unpack_from(body)
                 self._with_handle(opcode, unique, number, start_soon)
-        except (OSError, TmemError, pyfuse3.FUSEError) as error:
-            self._reader.reply(unique, _errno(error))
+        except FAILURES as failure:
+            self._reader.reply(unique, errno_seen(failure))
+        except pyfuse3.FUSEError as failure:
+            self._reader.reply(unique, failure.errno)
 
     def _look_up(self, unique: int, node: int, name: bytes) -> None:
         table = self._overlay.table
@@ -129,15 +131,7 @@ class Shortcuts:
     async def _close_later(self, unique: int, number: int) -> None:
         error = 0
         try:
-            await self._overlay.wait_unused(number)
-            self._overlay.close_file(number)
-        except (OSError, TmemError, pyfuse3.FUSEError) as failure:
-            error = _errno(failure)
+            await self._overlay.release(number)
+        except pyfuse3.FUSEError as failure:
+            error = failure.errno
         self._reader.reply(unique, error)
-
-
-def _errno(error: Exception) -> int:
-    """Return what a program gets to see of what a handler raised."""
-    if isinstance(error, TmemError):
-        return errno_of(error)
-    return getattr(error, "errno", None) or errno.EIO

@@ -15,7 +15,6 @@ Servers read natively (`tier.c`), never by `read`, which serves tests and the co
 contract says. Buffers are made when the file is opened; writing allocates next to nothing.
 """
 
-import array
 import contextlib
 import errno
 import fcntl
@@ -28,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tmem.backends import filesystems
 from tmem.backends.tiers.contract import MAX_RECORD_BYTES, TierIdentity, TierStatistics
 from tmem.errors import TierCorruptError, TierDownError, TierError, TierFullError
 from tmem.types import PAGE_SIZE, format_size
@@ -40,9 +40,6 @@ STEP_BYTES = 64
 MAX_FILE_BYTES = STEP_BYTES << 34
 PIECE_BYTES = 1 << 20
 """How much is written at a time at most: enough for any disk, and small enough to wait in locked memory."""
-
-_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
-_NOCOW = 0x00800000  # FS_NOCOW_FL
 
 _HEAD = struct.Struct("<8sIIIIQQ")
 _MAGIC = b"tmemspl\n"
@@ -62,7 +59,11 @@ def create(path: Path, identity: TierIdentity, size_bytes: int) -> None:
     if path.exists() or path.is_symlink():
         remove_unused(path)
     with _nameless(path) as descriptor:
-        _keep_in_place(descriptor)
+        # Else on btrfs each block that is written again takes a new one, and where the disk is full there is
+        # none. It has no checksums then, which records have themselves. Other file systems refuse: they do so
+        # anyway, or never.
+        with contextlib.suppress(OSError):
+            filesystems.keep_in_place(descriptor)
         try:
             os.posix_fallocate(descriptor, 0, size_bytes)
             head = mmap.mmap(-1, BLOCK_BYTES)
@@ -106,18 +107,6 @@ def _nameless(path: Path) -> Iterator[int]:
         raise
     finally:
         os.close(descriptor)
-
-
-def _keep_in_place(descriptor: int) -> None:
-    """Have btrfs write the blocks of the file, which is empty yet, where they are (as 'chattr +C' does).
-
-    Else each block that is written again takes a new one, and where the disk is full there is none. It has no
-    checksums then, which records have themselves. Other file systems refuse: they do so anyway, or never."""
-    flags = array.array("I", [0])
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(descriptor, _GET_FLAGS, flags)
-        flags[0] |= _NOCOW
-        fcntl.ioctl(descriptor, _SET_FLAGS, flags)
 
 
 def _name(descriptor: int, path: Path) -> None:
