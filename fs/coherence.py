@@ -10,7 +10,8 @@ starts empty.
 *Own changes* (through the mount) bracket the lower operation: flush, change, flush. They change the version
 too; if the file was as validated just before and nobody opened it meanwhile, the version after it is adopted
 (the rule of NFS' weak cache consistency) and all other pages stay. What this cannot see is a foreign write to
-another page of the same file while one of our own writes to it is in the kernel.
+another page of the same file while one of our own writes to it is in the kernel; a report of it
+can (`reported`).
 
 *Reads that are overtaken.* A miss reads lower bytes, and before it puts them a write may flush, write and
 flush: the put would bring stale bytes back for good. So each file has an epoch, which every change raises
@@ -60,6 +61,8 @@ class FileState:
     """The lower file's size as last seen."""
     version: Version | None = None
     """What the pages in the pool are valid for; None: nothing may be served after the next open."""
+    quiet: bool = False
+    """Whether nobody had the file open for writing when `version` was seen: none of its bytes came later."""
     epoch: int = 0
     """Raised when a change begins or is found; bytes read in an older epoch may not be put."""
     changes: int = 0
@@ -105,7 +108,7 @@ class FileState:
         """Return the state that was `saved`."""
         name, oid, fine_stamps, size, version, epoch, served, top = saved
         known = None if version is None else Version(*version)
-        return cls(name, oid, fine_stamps, size, known, epoch, served=served, top=top)
+        return cls(name, oid, fine_stamps, size, known, epoch=epoch, served=served, top=top)
 
 
 class Coherence:
@@ -192,10 +195,12 @@ class Coherence:
     def reported(self, state: FileState, descriptor: int) -> None:
         """Drop every page of a file that is reported to have changed underneath.
 
-        Unless they are valid for what it is now: then they came after the change. `descriptor` may be O_PATH.
+        Unless they are valid for what it is now: then they came after the change. Not so if that version is
+        one that an own change has left, which a foreign one beside it may have had a part in. `descriptor`
+        may be O_PATH.
         """
         version = version_at(descriptor)
-        if version is not None and state.version == version:
+        if version is not None and state.version == version and state.quiet:
             return
         self._precache.counters.foreign_changes += state.version is not None
         self._suspect(state)
@@ -268,6 +273,7 @@ class Coherence:
         state.overtake()
         self._drop(state)
         state.version = self._trusted(state, version, quiet)
+        state.quiet = quiet is True
 
     def _trusted(self, state: FileState, version: Version, quiet: bool | None) -> Version | None:
         if quiet is None:  # an old stamp is then all that speaks against a write under way
@@ -301,6 +307,7 @@ class Coherence:
             self._start_over(state, version, quiet=False)
         elif state.version is not None:
             state.version = self._trusted(state, version, quiet=True)  # it was when it was validated
+            state.quiet = False
 
 
 class Change:
