@@ -109,25 +109,38 @@ class Opening(Namespace):
     ) -> tuple["FileInfo", "EntryAttributes"]:
         """Create a file and open it."""
         with errors():
-            wanted = (flags & (_KEPT_FLAGS | os.O_EXCL)) | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            directory = self.table.descriptor(self.table[parent_inode])
-            with acting_as(ctx):
-                descriptor = os.open(name, wanted & ~os.O_TRUNC, stat.S_IMODE(mode), dir_fd=directory)
+            descriptor = self._made(parent_inode, name, mode, flags, ctx)
             try:
-                entry = self.enter(self.table[parent_inode], name)
-                node = self.table[entry.st_ino]
-                if flags & os.O_TRUNC:  # it may have come into being underneath
-                    with self.coherence.change(node.state, descriptor) as change:
-                        change.flush(0, None)
-                        os.ftruncate(descriptor, 0)
-                        change.flush(0, None)
+                status = os.fstat(descriptor)
+                # Not by its name, which may be another file's by now.
+                beside = os.open(proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
             except BaseException:
                 os.close(descriptor)
                 raise
-            info = self._opened(node, descriptor, flags, Caller.of(ctx))
-            if node.stored_to:
-                entry.attr_timeout = 0.0
-            return info, entry
+            key = (status.st_dev, status.st_ino)
+            node = self.table.meet((key, stat.S_IFMT(status.st_mode), beside))
+            try:
+                info = self._opened(node, descriptor, flags, Caller.of(ctx))
+            except BaseException:
+                self.take_back(node.nodeid, 1)
+                raise
+            return info, self.attributes(node, status)
+
+    def _made(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: "RequestContext") -> int:
+        """Return the descriptor of a new file. OSError(ESTALE) if the name has come into being underneath.
+
+        Then the kernel looks it up and opens what it finds: it must check whether the caller may, and to
+        open a pipe takes as long as nobody is at the other end.
+        """
+        wanted = (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        directory = self.table.descriptor(self.table[parent_inode])
+        try:
+            with acting_as(ctx):
+                return os.open(name, wanted, stat.S_IMODE(mode), dir_fd=directory)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            raise OSError(errno.ESTALE, "made underneath") from None
 
     def _opened(
         self,

@@ -54,6 +54,8 @@ class Fault:
     """Reads find the end of the file at `begin`, whatever its size."""
     size: int = -1
     """The size that attributes say."""
+    replaced_by: str = ""
+    """Once a file was created, this one takes its place; it is called ``replaced`` then."""
 
 
 class Faulty:
@@ -203,9 +205,16 @@ class _Server(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: "RequestContext"
     ) -> tuple["FileInfo", "EntryAttributes"]:
-        await self.fault("create", name)
-        os.close(os.open(name, os.O_CREAT | os.O_WRONLY, mode, dir_fd=self.root))
+        fault = await self.fault("create", name)
+        try:
+            os.close(os.open(name, flags & os.O_EXCL | os.O_CREAT | os.O_WRONLY, mode, dir_fd=self.root))
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         entry = self.attributes(name)
+        if fault.replaced_by:
+            self.names[entry.st_ino] = b"replaced"
+            os.rename(name, b"replaced", src_dir_fd=self.root, dst_dir_fd=self.root)
+            os.rename(fault.replaced_by, name, src_dir_fd=self.root, dst_dir_fd=self.root)
         return pyfuse3.FileInfo(fh=entry.st_ino, direct_io=True), entry
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
