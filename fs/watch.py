@@ -68,7 +68,9 @@ class _Later:
             self.do_now()
 
     def do_now(self) -> None:
-        waiting, self._waiting, self._some = self._waiting, {}, trio.Event()
+        waiting, self._waiting = self._waiting, {}
+        some, self._some = self._some, trio.Event()
+        some.set()  # `run` waits for this one if nothing was added
         self._do(waiting)
 
 

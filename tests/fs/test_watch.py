@@ -394,6 +394,13 @@ def test_a_file_that_the_kernel_is_only_just_told_of_is_left_alone_for_a_moment(
             overlay.watch.catch_up()
             overlay.saved()  # other code goes on, and knows nothing of what is held back
             assert told(overlay).attributes == [young, young, young]
+            await trio.sleep(watch.REPEAT_SECONDS)
+            before = told(overlay).attributes.copy()
+            overlay.saved()  # but it could not take over: what comes after that is told as before
+            underneath(os.chmod, lower / "file", 0o600)
+            overlay.watch.catch_up()
+            await trio.sleep(watch.TAKEN_IN_SECONDS * 1.5)
+            assert told(overlay).attributes == [*before, young]
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
