@@ -6,7 +6,7 @@ For each report that concerns a file which the kernel knows through the mount:
   are asked for again;
 - changed attributes, links or place: its attributes are asked for again;
 - changed entries of a directory: its attributes, and all names (`kernel`);
-- reports were lost: all of this for all files.
+- reports were lost, or do not say what they are about: all of this for all files.
 
 The mount's own changes are reported too, under the daemon's own process id, and left out: `coherence`
 brackets them, and the kernel has made them itself. A read calls `catch_up` before it asks the pool, so it
@@ -22,6 +22,7 @@ Threading: the event loop's thread.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable
 
@@ -45,6 +46,7 @@ TAKEN_IN_SECONDS = 0.02
 """After this, a reply that introduces a file has been taken in, if its process got a CPU."""
 
 _REMEMBERED_HANDLES = 10_000
+_GONE = (errno.ESTALE, errno.ENOENT)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -107,19 +109,25 @@ class Watch:
 
     def catch_up(self) -> None:
         """Apply every change that was over when this was called."""
-        names = False
+        names = lost = False
         for event in self._events.read():
-            if event.pid != self._pid:
+            if event.pid == self._pid:
+                continue
+            if event.mask & fanotify.OVERFLOW or not event.handle:  # the kernel had no memory for that
+                lost = True
+                continue
+            try:
                 names |= self._apply(event)
-        if names:
+            except OSError:  # nor have we, or no descriptor is left: whatever the report was about
+                lost = True
+        if lost:
+            self._suspect_all()
+        if names or lost:
             self._kernel.forget_names()
             self._repeated.add(None)
 
     def _apply(self, event: Event) -> bool:
-        """Apply one report; True if names have changed."""
-        if event.mask & fanotify.OVERFLOW:
-            self._suspect_all()
-            return True
+        """Apply one report; True if names have changed. OSError if it cannot be told what it is about."""
         inode = self._find(event.handle)
         if inode is None:
             return False
@@ -160,12 +168,14 @@ class Watch:
                 self._coherence.reported(inode.state, self._table.descriptor(inode))
 
     def _find(self, handle: bytes) -> Inode | None:
-        """Return the inode with this handle, if the kernel knows it."""
+        """Return the inode with this handle, if the kernel knows it. OSError if that cannot be told."""
         key = self._keys.get(handle)
         if key is None:
             try:
                 descriptor = syscalls.open_handle(self._table.root, handle, _PATH_FLAGS)
-            except OSError:  # it is gone
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
                 return None
             try:
                 status = os.fstat(descriptor)

@@ -6,6 +6,7 @@ report is there before the change returns.
 
 import errno
 import os
+import resource
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from trio.testing import MockClock
 
 from tmem.backends.paths import SegmentPaths
 from tmem.fs import fanotify, watch
-from tmem.fs.fanotify import Events
+from tmem.fs.fanotify import Event, Events
 from tmem.fs.kernel import Kernel
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.precache import Precache
@@ -345,6 +346,51 @@ def test_lost_reports_make_everything_suspect(overlay: Overlay, underneath: Unde
     trio.run(main)
 
 
+def test_a_report_that_cannot_be_looked_up_makes_everything_suspect(
+    overlay: Overlay, underneath: Underneath, lower: Path
+) -> None:
+    """No descriptor is left to find out which file it is about."""
+
+    async def main() -> None:
+        fh = await cached(overlay)
+        underneath(other.write, lower / "file", 0, NEW)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            assert overlay.watch is not None
+            overlay.watch.catch_up()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await read(overlay, fh, 0, 2 * PAGE_SIZE) == NEW + OLD
+        assert overlay.statistics().lost_reports == 1
+
+    trio.run(main)
+
+
+class Nameless(Events):
+    """Reports as the kernel makes them when it has no memory for the handle of the file."""
+
+    def read(self) -> Iterator[Event]:
+        for event in super().read():
+            yield event._replace(handle=b"")
+
+
+def test_a_report_that_names_no_file_makes_everything_suspect(
+    overlay: Overlay, underneath: Underneath, lower: Path
+) -> None:
+    async def main() -> None:
+        assert overlay.watch is not None
+        overlay.watch_with(Nameless(os.dup(overlay.watch.descriptor)))
+        fh = await cached(overlay)
+        underneath(other.write, lower / "file", 0, NEW)
+        assert await read(overlay, fh, 0, 2 * PAGE_SIZE) == NEW + OLD
+        assert overlay.statistics().lost_reports >= 1  # of whatever changes on this file system
+
+    trio.run(main)
+
+
 def many_files(directory: Path, count: int) -> None:
     for number in range(count):
         os.close(os.open(directory / str(number), os.O_CREAT | os.O_WRONLY))
@@ -394,7 +440,7 @@ def test_a_file_that_the_kernel_is_only_just_told_of_is_left_alone_for_a_moment(
             overlay.watch.catch_up()
             overlay.saved()  # other code goes on, and knows nothing of what is held back
             assert told(overlay).attributes == [young, young, young]
-            await trio.sleep(watch.REPEAT_SECONDS)
+            await trio.sleep(watch.REPEAT_SECONDS * 1.5)
             before = told(overlay).attributes.copy()
             overlay.saved()  # but it could not take over: what comes after that is told as before
             underneath(os.chmod, lower / "file", 0o600)
