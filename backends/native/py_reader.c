@@ -496,7 +496,8 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"given_up", c.given_up},
                {"attributes", c.attributes},
                {"ends", c.ends},
-               {"woken", c.woken}};
+               {"woken", c.woken},
+               {"found_awake", c.found_awake}};
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
         if (set_number(dict, all[i].name, (int64_t)all[i].value))

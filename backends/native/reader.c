@@ -16,6 +16,9 @@ enum {
     BURST = 64,             /* requests of a call that may not wait */
     FULL_MS = 10,           /* between two looks for room where no event tells */
     POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
+    TOGETHER = 4,           /* hits that are answered together at most */
+    SMALL_BYTES = 16 << 10, /* of a READ that may wait for others: some 5 us */
+    SMALL_ROOM = SMALL_BYTES + TM_PAGE, /* for its pages, wherever in the first it begins */
 };
 
 /* ---- Buffers ---------------------------------------------------------------------------------------------- */
@@ -35,7 +38,9 @@ void desk_clear(struct desk *d)
         buffer_drop(d->request);
     if (d->data)
         buffer_drop(d->data);
-    *d = (struct desk){NULL, NULL};
+    if (d->together)
+        buffer_drop(d->together);
+    *d = (struct desk){0};
 }
 
 /* ---- Helpers ---------------------------------------------------------------------------------------------- */
@@ -79,7 +84,27 @@ static void wake_standin(struct reader *r)
     pthread_mutex_unlock(&r->sleep_lock);
 }
 
-enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
+/* NONE: there was no request, or it is left where it is. ELSEWHERE: another thread answers it, or passes it on. HELD: its
+ * answer is to be sent. */
+enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_HELD, TAKEN_ELSEWHERE, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
+
+/* Answers to small READs that are going to be sent, one right after the other. */
+struct together {
+    uint8_t *data; /* SMALL_ROOM for the pages of each */
+    unsigned count;
+    struct {
+        uint64_t unique;
+        struct answer answer;
+    } held[TOGETHER];
+};
+
+static void send_together(struct reader *r, struct together *all)
+{
+    for (unsigned i = 0; all && i < all->count; i++)
+        reply_bytes(&r->passing, NULL, all->held[i].unique, all->held[i].answer.bytes, all->held[i].answer.length);
+    if (all)
+        all->count = 0;
+}
 
 static void look_after_interrupts(struct reader *r)
 {
@@ -119,8 +144,9 @@ static bool wait_here(struct reader *r, struct desk *d, size_t length)
     return done;
 }
 
-/* `leads`: for the event loop's thread, which wakes helpers. */
-static enum taken take(struct reader *r, struct desk *d, bool leads)
+/* `leads`: for the event loop's thread, which wakes helpers. `all`: has room for a small hit, which is not answered then; what
+ * it has is sent before anything else is done. NULL: there is none. */
+static enum taken take(struct reader *r, struct desk *d, bool leads, struct together *all)
 {
     if (!desk_fill(r, d)) /* no memory: later */
         return TAKEN_NONE;
@@ -133,19 +159,30 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
     const struct fuse_in_header *in = (const void *)d->request->data;
     if (length < sizeof *in)
         return TAKEN_NONE;
-    if (leads && r->looks++ % LOOK_EVERY == 0) { /* before the answer: after it one client is enough */
+    if (leads && !all && r->looks++ % LOOK_EVERY == 0) { /* before the answer: after it one client is enough */
         r->several = more_waits(r); /* a read that finds nothing costs what it would have saved */
         if (r->several)
             wake_helper(r);
     }
-    if (length >= sizeof *in + sizeof(struct fuse_read_in) && in->opcode == FUSE_READ) {
-        const struct fuse_read_in *read_in = (const void *)(in + 1);
+    const struct fuse_read_in *read_in = (const void *)(in + 1);
+    bool reads = length >= sizeof *in + sizeof *read_in && in->opcode == FUSE_READ;
+    bool holds = all && reads && read_in->size <= SMALL_BYTES;
+    if (!holds)
+        send_together(r, all);
+    if (reads) {
         if (leads && read_in->size >= LARGE_BYTES && more_waits(r))
             wake_helper(r);
         struct answer answer;
+        uint8_t *data = holds ? all->data + (size_t)all->count * SMALL_ROOM : d->data->data;
         enum found found = leads && ahead_has(&r->ahead, &r->hits, read_in, &answer)
                                ? FOUND
-                               : hits_find(&r->hits, read_in, d->data->data, false, &answer);
+                               : hits_find(&r->hits, read_in, data, false, &answer);
+        if (found == FOUND && holds) {
+            all->held[all->count].unique = in->unique;
+            all->held[all->count++].answer = answer;
+            return TAKEN_HELD;
+        }
+        send_together(r, all);
         if (found == FOUND) {
             reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
             if (leads && ahead_expects(&r->ahead, read_in) && !has_one_cpu(r) && !more_waits(r))
@@ -156,7 +193,7 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
             return TAKEN_ANSWERED;
         if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL)) {
             look_after_interrupts(r);
-            return TAKEN_NONE;
+            return TAKEN_ELSEWHERE;
         }
     }
     struct fuse_attr_out at_hand;
@@ -173,7 +210,30 @@ static enum taken take(struct reader *r, struct desk *d, bool leads)
     }
     enum passed passed = pass_on(&r->passing, &d->request, length, NULL);
     look_after_interrupts(r);
-    return passed == PASSED ? TAKEN_PASSED_ON : TAKEN_NONE;
+    return passed == PASSED ? TAKEN_PASSED_ON : TAKEN_ELSEWHERE;
+}
+
+/* Where several wait, answer small hits together: the first reply has to wake a CPU that has halted, the others find it
+ * awake. One by one, each has to if its program is done with it before the next is there: a third of what a hit takes.
+ * `more`: whether others may be left. */
+static enum taken take_together(struct reader *r, bool *more)
+{
+    struct desk *d = &r->desk;
+    if (!d->together && !(d->together = buffer_take(r->buffers, TOGETHER * SMALL_ROOM)))
+        return take(r, d, true, NULL);
+    struct together all = {.data = d->together->data, .count = 0};
+    enum taken t = TAKEN_HELD;
+    while (t == TAKEN_HELD && all.count < TOGETHER)
+        t = take(r, d, true, &all);
+    unsigned held = all.count;
+    if (t == TAKEN_NONE) {
+        *more = false;
+        r->several = held > 1;
+    } else if (t == TAKEN_HELD) {
+        wake_helper(r);
+    }
+    send_together(r, &all);
+    return held ? TAKEN_ANSWERED : t;
 }
 
 /* The same for what a ring has brought. */
@@ -257,21 +317,25 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
 {
     int64_t until = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
     enum reader_event event = READER_NOTHING;
-    unsigned served = 0;
+    unsigned served = 0, looked = 0;
     bool flows = false; /* there is probably another request: do not wait for it */
+    eager_end(&r->eager);
     if (wake != r->wake)
         set_wake(r, wake);
     if (passing_expects(&r->passing))
         passing_drain(&r->passing);
     for (;;) {
         bool full = passing_full(&r->passing);
-        if (full || !flows || served % POLL_EVERY == 0) {
+        bool eager = !full && !flows && eager_looks(&r->eager, timing_now());
+        if (full || !(flows || eager) || looked++ % POLL_EVERY == 0) {
             int64_t left = timeout_ms > 0 ? until - now_ms() : timeout_ms;
             if (timeout_ms > 0 && left <= 0)
                 return READER_NOTHING; /* whoever set the deadline is due, however many requests wait */
             struct pollfd p[2] = {{.fd = full ? -1 : r->device, .events = POLLIN}, {.fd = r->others, .events = POLLIN}};
             bool looks_again = full && (left < 0 || left > FULL_MS);
-            int n = poll(p, 2, looks_again ? FULL_MS : (int)left);
+            int n = poll(p, 2, eager ? 0 : looks_again ? FULL_MS : (int)left);
+            if (!n && eager)
+                continue;
             if (!n && looks_again) {
                 passing_drain(&r->passing);
                 continue;
@@ -283,7 +347,14 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
             if (!p[0].revents)
                 continue;
         }
-        enum taken t = take(r, &r->desk, true);
+        bool more = true;
+        enum taken t = r->several ? take_together(r, &more) : take(r, &r->desk, true, NULL);
+        if (t == TAKEN_NONE && eager)
+            continue;
+        if (eager) {
+            eager_found(&r->eager);
+            atomic_fetch_add_explicit(&r->found_awake, 1, memory_order_relaxed);
+        }
         if (t == TAKEN_GONE)
             return READER_GONE;
         if (t == TAKEN_PASSED_ON)
@@ -291,7 +362,9 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
         if (t == TAKEN_ASKED)
             return READER_ASKED;
         served += t == TAKEN_ANSWERED;
-        flows = r->several && t == TAKEN_ANSWERED;
+        flows = r->several && more && t == TAKEN_ANSWERED;
+        if (t == TAKEN_ANSWERED && timeout_ms)
+            eager_answered(&r->eager, timing_now());
         if (timeout_ms == 0 && served >= BURST)
             return READER_NOTHING;
     }
@@ -327,7 +400,7 @@ void *reader_help(void *arg)
         bool flows = false;
         while (!atomic_load(&r->paused) && !passing_full(&r->passing)
                && (flows || poll(&p, 1, HELPER_PATIENCE_MS) > 0)) {
-            enum taken t = take(r, &h->desk, false);
+            enum taken t = take(r, &h->desk, false, NULL);
             if (t == TAKEN_GONE)
                 break;
             flows = t == TAKEN_ANSWERED;
@@ -362,7 +435,7 @@ static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
     struct pollfd p = {.fd = r->device, .events = POLLIN};
     while (!atomic_load(&r->paused) && atomic_load(&r->turns) == turns && !passing_full(&r->passing)) {
         int n = poll(&p, 1, POLL_MS);
-        if (n < 0 || (n > 0 && take(r, d, false) == TAKEN_GONE))
+        if (n < 0 || (n > 0 && take(r, d, false, NULL) == TAKEN_GONE))
             return;
         passing_recheck(&r->passing);
     }

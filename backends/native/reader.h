@@ -7,7 +7,7 @@
  * through it), `reader_shortcut` (requests for Python that do not go there), `reader_hits` and, for misses that wait for the
  * lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
  *
- * A hit takes three system calls: poll, read, writev. Most other requests go on through the socket, and libfuse's
+ * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`). Most other requests go on through the socket, and libfuse's
  * replies come back the same way; a reply to OPEN or OPENDIR is amended with what libfuse cannot ask for.
  *
  * Who reads: the thread that runs the event loop, in reader_serve, so that a request for Python needs no other
@@ -49,6 +49,7 @@ struct reader_counters {
     uint64_t given_up;                        /* requests of programs that were killed, answered before libfuse did */
     uint64_t attributes, ends;                /* GETATTRs, and ends of listings, answered */
     uint64_t woken;                           /* times that a helper was woken */
+    uint64_t found_awake;                     /* requests that were looked for, and came, before anybody slept */
 };
 
 enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE, READER_ASKED };

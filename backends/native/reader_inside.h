@@ -5,6 +5,7 @@
 
 #include "reader.h"
 #include "reader_ahead.h"
+#include "reader_eager.h"
 #include "reader_listing.h"
 #include "reader_rings.h"
 #include "reader_shortcut.h"
@@ -15,6 +16,7 @@ enum { HELPERS_MOST = 8 };
 /* One thread's buffers; whoever sleeps gives them back. */
 struct desk {
     struct buffer *request, *data; /* NULL: none */
+    struct buffer *together;       /* answers that are sent together; NULL: none yet, or none ever */
 };
 
 struct helper {
@@ -36,6 +38,7 @@ struct reader {
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
+    struct eager eager;
     struct rings *rings; /* NULL: all requests come by the device */
     struct desk *ring_desks;
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
@@ -55,7 +58,7 @@ struct reader {
     uint32_t looks, asked; /* asked: whether there is one CPU only */
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
-    _Atomic uint64_t woken, attributes, ended;
+    _Atomic uint64_t woken, attributes, ended, found_awake;
 };
 
 bool desk_fill(struct reader *r, struct desk *d);

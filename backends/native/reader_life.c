@@ -242,4 +242,5 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->attributes = atomic_load(&r->attributes);
     out->ends = atomic_load(&r->ended);
     out->woken = atomic_load(&r->woken);
+    out->found_awake = atomic_load(&r->found_awake);
 }

@@ -1,0 +1,34 @@
+/* Whether to look for the next request again and again for a moment, instead of sleeping until it comes.
+ *
+ * To sleep costs a hit more than all else where the client has a CPU of its own: two threads that take turns on two CPUs
+ * have both CPUs halt and be woken for each request. And where client and daemon share a CPU, the client has often run
+ * by the time its reply is written, so that its next request is there already. But a look that finds nothing keeps
+ * a CPU from others. So it is tried where it has paid lately: a failure weighs as much as LOSS successes, and
+ * after some failures it is left alone for a number of requests, longer each time.
+ *
+ * For one thread; no clock of its own, so that it can be tested. */
+#ifndef READER_EAGER_H
+#define READER_EAGER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct eager {
+    uint64_t until_ns;     /* look until then; 0: sleep */
+    unsigned credit;       /* at most EAGER_MOST; 0: only tried when `left_out` are over */
+    unsigned left_out;     /* requests after which it is not even tried */
+    unsigned next_left_out; /* how many it will be after the next failure */
+};
+
+enum { EAGER_NS = 50000, EAGER_MOST = 16, EAGER_LOSS = 4, EAGER_LEFT_OUT = 64, EAGER_LEFT_OUT_MOST = 4096 };
+
+/* A request was answered: its program may have another one. */
+void eager_answered(struct eager *e, uint64_t now_ns);
+/* Whether to look now. */
+bool eager_looks(struct eager *e, uint64_t now_ns);
+/* A request was there. */
+void eager_found(struct eager *e);
+/* What is waited for is something else: no verdict. */
+static inline void eager_end(struct eager *e) { e->until_ns = 0; }
+
+#endif
