@@ -37,7 +37,7 @@ from tmem.backends.tiers.redis_exchange import Command
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierError
-from tmem.fs.identity import Content
+from tmem.fs.identity import Content, stamps_of
 from tmem.fs.statistics import BeyondStatistics
 from tmem.types import PAGE_SIZE
 
@@ -154,7 +154,7 @@ class Beyond:
         self._nodes.close()
 
     def _identity(self, content: Content) -> bytes:
-        stamps = struct.pack("<qqq", *content.version)
+        stamps = stamps_of(content.version)
         return hashlib.blake2b(self._shared + stamps + content.name, digest_size=20).digest()
 
     def _count(self, **more: int) -> None:

@@ -59,10 +59,17 @@ def object_id(device: int, inode: int, handle: bytes | None, mark: bytes = b"") 
     return hashlib.blake2b(place + name, digest_size=OID_SIZE).digest()
 
 
+def stamps_of(version: Version) -> bytes:
+    """Return the version as bytes of its own. Stamps may lie beyond 2262, where 64 bits of ns end."""
+    try:
+        return struct.pack("<qqq", *version)
+    except struct.error:
+        return b"".join(number.to_bytes(16, "little", signed=True) for number in version)
+
+
 def version_object_id(name: bytes, version: Version) -> bytes:
     """Return the 24 bytes that name one version of the file called `name` (its `object_id`)."""
-    stamps = struct.pack("<qqq", *version)
-    return hashlib.blake2b(name + stamps, digest_size=OID_SIZE).digest()
+    return hashlib.blake2b(name + stamps_of(version), digest_size=OID_SIZE).digest()
 
 
 def common_name(handle: bytes | None, inode: int) -> bytes:

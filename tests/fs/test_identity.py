@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tmem.fs.identity import Round, are_fine, has_fine_stamps
+from tmem.fs.identity import Round, Version, are_fine, has_fine_stamps, version_object_id, version_of
 
 MS = 1_000_000
 SLOW, QUICK = 5 * MS, MS // 50
@@ -43,3 +43,16 @@ def test_a_machine_that_is_busy_at_first_does_not_make_stamps_coarse(tmp_path: P
         assert has_fine_stamps(directory, lambda: next(clock))
     finally:
         os.close(directory)
+
+
+def test_versions_of_any_time_have_names(runtime_dir: Path) -> None:
+    """Whoever owns a file can give it a time of which 64 bits of nanoseconds know nothing, on tmpfs say."""
+    path = runtime_dir / "far"
+    versions = [Version(0, 0, 0)]
+    for second in (20_000_000_000, 20_000_000_001, -20_000_000_000):
+        path.touch()
+        os.utime(path, (second, second))
+        versions.append(version_of(path.stat()))
+    path.unlink()
+    assert max(version.mtime_ns for version in versions) > 1 << 63
+    assert len({version_object_id(bytes(24), version) for version in versions}) == 4
