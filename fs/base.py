@@ -36,13 +36,21 @@ Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 """Brackets a handler's wait for a worker thread, so that the loop can have another task read requests."""
 
 
-FAILURES = (OSError, TmemError)
-"""What a handler may fail with before `errors` has made a reply of it."""
+FAILURES = (OSError, TmemError, MemoryError)
+"""What a handler may fail with before `errors` has made a reply of it. Anything else ends the mount."""
+
+_MOST_ERROR = 511
+"""From the next one on (ERESTARTSYS) the kernel refuses the reply, and who waits for it waits for ever."""
 
 
-def errno_seen(failure: OSError | TmemError) -> int:
+def errno_seen(failure: OSError | TmemError | MemoryError) -> int:
     """Return the errno that a program sees of a failure."""
-    return errno_of(failure) if isinstance(failure, TmemError) else failure.errno or errno.EIO
+    if isinstance(failure, TmemError):
+        return errno_of(failure)
+    if isinstance(failure, MemoryError):
+        return errno.ENOMEM
+    number = failure.errno or errno.EIO
+    return number if 0 < number <= _MOST_ERROR else errno.EIO
 
 
 @contextlib.contextmanager
@@ -86,9 +94,21 @@ class Handlers(pyfuse3.Operations):
         self._waiting = waiting
 
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run blocking work in a worker thread; the loop goes on meanwhile."""
+        """Run blocking work in a worker thread; the loop goes on meanwhile. If there is none, here."""
+        begun = False
+
+        def run() -> T:
+            nonlocal begun
+            begun = True
+            return work(*arguments)
+
         with self._waiting():
-            return await trio.to_thread.run_sync(work, *arguments)
+            try:
+                return await trio.to_thread.run_sync(run)
+            except RuntimeError:  # threads are limited (pids.max of a container, say)
+                if begun:
+                    raise
+                return work(*arguments)
 
     def attributes(self, inode: Inode, status: os.stat_result) -> "EntryAttributes":
         """Return what the kernel is told about an inode."""

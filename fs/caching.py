@@ -60,5 +60,8 @@ class CacheRule:
         now = self._clock()
         if now >= self._next_look:
             self._next_look = now + _LOOK_SECONDS
-            self._small = self._plenty()
+            try:
+                self._small = self._plenty()
+            except (OSError, ValueError, LookupError):  # what served /proc in a container is gone, say
+                self._small = False
         return self._small

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pyfuse3
 
 from tmem.fs import lower
-from tmem.fs.base import errors
+from tmem.fs.base import FAILURES, errno_seen, errors
 from tmem.fs.buffers import Buffers
 from tmem.fs.loading import Loader
 from tmem.fs.openfile import OpenFile, Pause, no_pause
@@ -39,6 +39,13 @@ class Files(Opening):
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """Read; the bytes up to the end of the file. Returns what `Buffers.reply` does."""
+        try:
+            return await self._read(fh, off, size)
+        except FAILURES as failure:
+            raise pyfuse3.FUSEError(errno_seen(failure)) from None
+
+    async def _read(self, fh: int, off: int, size: int) -> bytes:
+        """Do that. OSError, TmemError, MemoryError."""
         file = self._files[fh]
         if self.watch is not None:
             self.watch.catch_up()  # what is over now must show
@@ -48,8 +55,7 @@ class Files(Opening):
         if pool is None or not state.served or file.inode.declined or end > MAX_INDEX * PAGE_SIZE:
             return await self._pass_through(file, off, size)
         if end > state.size or state.changes:
-            with errors():
-                status = os.fstat(file.descriptor)
+            status = os.fstat(file.descriptor)
             if status.st_size != state.size and not state.changes:
                 self.coherence.validate(state, status, file.descriptor)
             # Some file systems say 0 of files that have content. And while a file changes, its last page in
@@ -76,7 +82,7 @@ class Files(Opening):
                 if moved:
                     counters.hit_pages -= found
                     self._loader.buffers.give(buffer)
-                    return await self.read(fh, off, size)
+                    return await self._read(fh, off, size)
         if found == npages:
             if not file.accessed:
                 file.accessed = True
@@ -87,8 +93,7 @@ class Files(Opening):
         counters.miss_reads += 1
         counters.miss_pages += npages - found
         try:
-            with errors():
-                filled = await self._loader.fill(file, buffer, first, found, npages)
+            filled = await self._loader.fill(file, buffer, first, found, npages)
         except BaseException:
             self._loader.buffers.give(buffer)
             raise
@@ -102,16 +107,15 @@ class Files(Opening):
             file.exact = False
             lower.read_exactly(file.descriptor, False)
         try:
-            with errors():
-                count = lower.read_cached(file.descriptor, off, wanted)
-                end = os.fstat(file.descriptor).st_size
-                if count < size and (off + count < end or not end):
-                    with file.used():
-                        count += await self.in_thread(
-                            lower.read_fully, file.descriptor, off + count, wanted[count:]
-                        )
+            count = lower.read_cached(file.descriptor, off, wanted)
+            end = os.fstat(file.descriptor).st_size
+            if count < size and (off + count < end or not end):
+                with file.used():
+                    count += await self.in_thread(
+                        lower.read_fully, file.descriptor, off + count, wanted[count:]
+                    )
         except BaseException as error:
-            if isinstance(error, pyfuse3.FUSEError):
+            if isinstance(error, OSError):
                 self.precache.counters.lower_errors += 1
             self._loader.buffers.give(buffer)
             raise

@@ -155,6 +155,7 @@ class Opening(Namespace):
             self.precache.pool()  # senses a segment that has appeared
             state = self.state_of(inode)
             status = os.fstat(descriptor)
+            cached = self._cached(status)
             if unchanged is None:
                 unchanged = self.coherence.validate(state, status, descriptor)
             number = self._next_file
@@ -181,7 +182,6 @@ class Opening(Namespace):
         inode.opens += 1
         if self.reading is not None and not inode.declined:
             self._read_natively(self.reading, file)
-        cached = self._cached(status)
         if cached and not unchanged:
             self.kernel.forget_attributes(inode.nodeid)  # an old size must not cut reads
         return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=cached and unchanged)
