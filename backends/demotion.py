@@ -20,13 +20,13 @@ which tier (`tiering`). Threading: one thread at a time calls; the only writer o
 import contextlib
 import logging
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tmem.backends import tiering
+from tmem.backends.batches import Batches
 from tmem.backends.errands import Errand
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.prefetching import QUIET_S, Prefetch
@@ -89,9 +89,8 @@ class ClientDemotion:
         self.url = url
         self.epoch = epoch
         """Of the client before its URL was read: the core demotes for no other."""
-        self.demoted_pages = 0
         self.cold_pages = 0
-        """Of those, pages that went although there was memory."""
+        """Pages that went although there was memory."""
         self.problem = ""
         """Why nothing can be demoted now; empty if something can, or need not."""
         self.short = False
@@ -101,9 +100,9 @@ class ClientDemotion:
         self._open_tier = open_tier
         self._clock = clock
         self._tier: Tier | None = None
+        self._batches = Batches(client, epoch, tiering.batch_bytes(url), tiering.batches_at_once(url))
         self._ended = False
         self._complaint = ""  # why the tier cannot be opened
-        self._buffer = bytearray(tiering.batch_bytes(url) + 8192)
         self._hand = 0
         self._lap_s: float | None = None  # when this lap of the clock began
         self._lap_pages = 0  # that it has found
@@ -114,6 +113,11 @@ class ClientDemotion:
         self._marks_s = clock()  # when marks were taken away last, as far as we know
         self._cold_hand = 0  # where a lap for cold pages goes on; 0: none is under way
         self._quiet_from_s = clock() + QUIET_S  # from when on memory is in plenty again
+
+    @property
+    def demoted_pages(self) -> int:
+        """Pages that have left memory for this tier."""
+        return self._batches.demoted_pages
 
     @property
     def trouble(self) -> str:
@@ -137,8 +141,9 @@ class ClientDemotion:
             while (wanted := need(self)) is not None and self._clock() < until_s and not self._ended:
                 self._quiet_from_s = self._clock() + QUIET_S
                 self.prefetch.stop()
-                if self.batch(wanted, self._clock()) is None:
+                if not self.batch(wanted, self._clock()):
                     break
+            self._land()
             if not self.trouble and self._clock() >= self._quiet_from_s:
                 self.prefetch.round(back_pages, cold_s > 0, lambda: self._may_come_back(need))
             self._complaint = ""
@@ -148,6 +153,8 @@ class ClientDemotion:
             if self._complaint != (words := _words(error)):
                 _log.warning("tier of %s: %s", self.name, words)
             self._complaint = words
+        finally:
+            self._batches.drop()  # nothing is under way unless this fails
 
     def _may_come_back(self, need: "Callable[[ClientDemotion], Need | None]") -> bool:
         return need(self) is None and self.client.tiered and self.client.phase == "none" and not self._ended
@@ -166,41 +173,44 @@ class ClientDemotion:
         if tier is not None:
             tier.close()
 
-    def batch(self, need: "Need", now_s: float) -> int | None:
-        """Demote up to a batch of pages; the number, None if there is nothing to be done now."""
+    def batch(self, need: "Need", now_s: float) -> bool:
+        """Have the tier begin with a batch of pages, or wait for one; False if nothing can be done now."""
         if now_s < self._rest_until:
-            return None
+            return False
+        acknowledged = self._batches.acknowledged
         try:
-            if not self._ready and not self._tidy():
-                return None
-            return self._batch(need, now_s)
-        except TierFullError as error:
-            # What pages have left behind there may do: the next batch asks for it first.
-            self._ready = False
-            if not self.problem:
-                self.problem = str(error)
-                return 0
-            self._rest(error, now_s)
+            goes_on = self._batch(need, now_s)
         except TierError as error:
-            self._ready = False
-            self._rest(error, now_s)
-        return None
+            return self._failed(error, now_s)
+        if self._batches.acknowledged != acknowledged:
+            self.problem, self._rest_until = "", 0.0
+        return goes_on
 
-    def _rest(self, error: TierError, now_s: float) -> None:
+    def _land(self) -> None:
+        """Wait for what is under way."""
+        try:
+            self._batches.land_all()
+        except TierError as error:
+            self._failed(error, self._clock())
+
+    def _failed(self, error: TierError, now_s: float) -> bool:
+        """See to what a tier says; whether to ask it again at once."""
+        self._ready = False
+        if isinstance(error, TierFullError) and not self.problem:
+            # What pages have left behind there may do: the next batch asks for it first.
+            self.problem = str(error)
+            return True
         if not self._rest_until:
             _log.warning("pages of %s stay in memory: %s", self.name, error)
         self.problem = str(error)
         self._rest_until = now_s + RETRY_S
+        return False
 
     def _tidy(self) -> bool:
         """Tell the tier what lives; False while somebody may still read something else."""
-        live = self.client.live(GRACE_MS)
-        if live is None:
-            return False
         assert self._tier is not None
-        self._tier.retain(memoryview(live).cast("Q"))
-        self._ready = True
-        return True
+        self._ready = self._batches.tidy(self._tier, GRACE_MS)
+        return self._ready
 
     def _cool(self, cold_s: int, need: "Callable[[ClientDemotion], Need | None]") -> None:
         """Demote cold pages, a batch or as many as there are in `COLD_ROUND_S`, while memory is not short."""
@@ -225,48 +235,43 @@ class ClientDemotion:
             # Once a lap: what flushed and rewritten pages left in the tier may be used again.
             if not self._cold_hand and not self._tidy():
                 return False
-            self._cold_hand, _, demoted = self._move(self._cold_hand, BATCH_PAGES, any_page=False)
-            self.cold_pages += demoted
+            before = self.demoted_pages
+            self._cold_hand, _ = self._start(self._cold_hand, BATCH_PAGES, any_page=False)
+            self._batches.land_all()  # one at a time: reads may wait for it, and nobody waits for memory
+            self.cold_pages += self.demoted_pages - before
         except TierError as error:  # full, or down: nothing that anybody waits for
             _log.info("cold pages of %s stay in memory: %s", self.name, error)
             self._ready, self._cold_hand, self._marks_s = False, 0, now_s
         return self._cold_hand != 0
 
-    def _move(self, hand: int, most: int, any_page: bool) -> tuple[int, int, int]:
-        """Demote pages from the hand on: where it is then, pages found, and those that went."""
+    def _start(self, hand: int, most: int, any_page: bool) -> tuple[int, int]:
+        """Begin with a batch of the pages from the hand on: where it is then, and how many they are."""
         self._marks_s = self._clock()
-        hand, places, pages = self.client.collect(hand, self._buffer, most, any_page, self.epoch)
-        if not places:
-            return hand, 0, 0
-        with memoryview(self._buffer) as view:
-            records = [view[at : at + length] for at, length in places]
-            assert self._tier is not None
-            locations = self._tier.write(records)
-            for record in records:
-                record.release()
-        demoted = self.client.demote(pages, array("Q", locations))
-        self.demoted_pages += demoted
-        return hand, len(places), demoted
+        assert self._tier is not None
+        return self._batches.start(self._tier, hand, most, any_page)
 
-    def _batch(self, need: "Need", now_s: float) -> int | None:
-        urgent = need.urgent
-        most = min(max(need.size_bytes // PAGE_SIZE, LEAST_PAGES), BATCH_PAGES)
+    def _batch(self, need: "Need", now_s: float) -> bool:
+        if not self._ready and not self._tidy():
+            return False
+        urgent, under_way_bytes = need.urgent, self._batches.under_way_bytes
+        if under_way_bytes and (under_way_bytes >= need.size_bytes or not self._hand):
+            # Enough is on its way; or a lap has ended, and the next one would find the same pages again.
+            self._batches.land()
+            return True
+        most = min(max((need.size_bytes - under_way_bytes) // PAGE_SIZE, LEAST_PAGES), BATCH_PAGES)
         if not self._hand:  # once around
             if self._lap_s is not None and now_s < self._lap_s + LAP_S and not urgent:
-                return None
+                return False
             # The first time around finds nothing, for it only takes marks away. Without any cold page after
             # that, those that are not may have to do.
             self._empty_laps = 0 if self._lap_s is None or self._lap_pages else self._empty_laps + 1
             self._any = urgent and self._empty_laps >= 2
             self._lap_s, self._lap_pages = now_s, 0
         self._cold_hand = 0  # its marks are younger from here on
-        self._hand, found, demoted = self._move(self._hand, most, self._any)
+        self._hand, found = self._start(self._hand, most, self._any)
         self._lap_pages += found
-        if self._any and not self._hand and not self._lap_pages:
-            return None  # there is nothing but pages of one repeated word
-        if found:
-            self.problem, self._rest_until = "", 0.0
-        return demoted
+        # Else there is nothing but pages of one repeated word.
+        return not (self._any and not self._hand and not self._lap_pages)
 
 
 class Demotion:

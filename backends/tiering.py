@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends.paths import SegmentPaths
-from tmem.backends.tiers.contract import Tier, TierIdentity
+from tmem.backends.tiers.contract import MAX_BEGUN, Tier, TierIdentity
 from tmem.errors import TierCorruptError, TierDownError, TierError, TmemError
 from tmem.types import parse_size
 
@@ -81,6 +81,12 @@ def open_tier(url: str, identity: TierIdentity, writer: bool) -> Tier:
 def batch_bytes(url: str) -> int:
     """Return how much to write to the tier at `url` at a time: servers make every batch wait for replicas."""
     return 1 << 20 if spill_path(url) is not None else 4 << 20
+
+
+def batches_at_once(url: str) -> int:
+    """Return how many batches are on their way there at a time: servers work on one while the next is
+    collected, a disk is written by who asks."""
+    return 1 if spill_path(url) is not None else MAX_BEGUN
 
 
 def identity(segment: "_native.Segment", client: "_native.Client") -> TierIdentity:

@@ -20,11 +20,16 @@ How the store uses a tier (docs/concurrency.md has the whole protocol):
 
 What an implementation must be:
 
-- **One writer, many readers.** `write`, `retain` and `destroy` are called by one thread at a time of the one
-  process that opened the tier with `writer=True`; `read` by any thread of any process that opened it, at
-  the same time as everything else.
+- **One writer, many readers.** `write`, `begin` and what it returned, `retain` and `destroy` are called by
+  one thread at a time of the one process that opened the tier with `writer=True`; `read` by any thread of any
+  process that opened it, at the same time as everything else.
 - **Atomic and durable batches.** Either `write` returns, and from then on every reader finds every record at
   its location until a `retain` without it, or it raises, and nothing of the batch is named by anybody.
+- **Batches that overlap.** `begin` and `Writing.end` are the two halves of `write`, so that the next batch is
+  made while servers work on this one. Batches know nothing of each other: one may fail, or be given up, and
+  the other be acknowledged. **Nobody names what was not acknowledged, so `retain` would forget it**: from
+  when the caller looks which locations live until `retain` has returned, no batch may be on its way, not
+  even one that was acknowledged and is not named yet. A tier may refuse a `retain` between the two halves.
 - **Deaf to the dead.** A writer may be killed at any instant, and another one opens the tier. What the dead
   one still had in flight must never change a record that was acknowledged, or one that is written from now
   on. After it was opened a writer calls `retain` before its first `write`.
@@ -50,6 +55,9 @@ MIN_RECORD_BYTES, MAX_RECORD_BYTES = 17, 16 + 4096
 
 MAX_BATCH_RECORDS = 4096
 """How many records one `write` brings at most; one `read` asks for at most as many."""
+
+MAX_BEGUN = 2
+"""How many batches are on their way at a time at most."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,32 @@ class TierStatistics:
     """Records that were asked for and are not there."""
 
 
+class Writing(Protocol):
+    """A batch that was begun. Either `end` or `drop` comes, once."""
+
+    def end(self) -> list[int]:
+        """Wait until it is stored; returns and raises what `Tier.write` does."""
+        ...
+
+    def drop(self) -> None:
+        """Give it up, at once; never raises. Its records take up room until the next `retain`."""
+        ...
+
+
+class Written:
+    """A batch of a tier that stores it as it is begun."""
+
+    def __init__(self, locations: list[int]) -> None:
+        self._locations = locations
+
+    def end(self) -> list[int]:
+        """Return where the records are."""
+        return self._locations
+
+    def drop(self) -> None:
+        """Do nothing: nobody names them."""
+
+
 class Tier(Protocol):
     """One client's place for demoted pages, opened by one process."""
 
@@ -95,6 +129,13 @@ class Tier(Protocol):
         Locations are in 1..`MAX_LOCATION`, all different, and none of them was kept by the last `retain` or
         written since. Takes any contiguous buffers and keeps no reference. Neighbours in a batch are likely
         to be read together. Raises `TierFullError` or `TierDownError`, and then nothing is stored.
+        """
+        ...
+
+    def begin(self, records: Sequence["Buffer"]) -> Writing:
+        """Begin to `write` the records, whose bytes must stay as they are until that has ended.
+
+        Raises as `write`, for this batch alone. At most `MAX_BEGUN` are on their way at a time.
         """
         ...
 

@@ -239,52 +239,79 @@ def _certain(answer: Reply) -> Reply:
     return answer
 
 
-def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
-    """Do them all, side by side: once they are connected none of the nodes waits for another one.
+class Traffic:
+    """Exchanges that go on side by side: while one thing is waited for, everything else goes on, too.
 
-    One thread does: with one a node the CPU time of a batch was half as much again (docs/benchmarks.md).
+    One thread does them all: with one a node the CPU time of a batch was half as much again
+    (docs/benchmarks.md). It belongs to that thread.
     """
-    try:
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._of: dict[int, Exchange] = {}  # by descriptor: those that are not over
+        self._asked: dict[int, int] = {}  # what the poll was told of each
+
+    def begin(self, exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
+        """Begin them, and send what the kernel takes. None of the nodes waits for another once connected."""
         for exchange in exchanges:
             exchange.begin(replies)
             if exchange.wire is not None:
+                self._of[exchange.wire.fileno()] = exchange
                 exchange.send()  # it has something to do while the next one is begun
-        _finish([exchange for exchange in exchanges if exchange.wire is not None])
-    finally:
-        for exchange in exchanges:  # of what was interrupted
+        self._send()
+
+    def finish(self, exchanges: Sequence[Exchange]) -> None:
+        """Go on with all until these are over."""
+        for exchange in self._of.values():
+            exchange.be_patient()  # nobody has looked at it meanwhile
+        while any(exchange.wire is not None for exchange in exchanges):
+            self._send()
+            now = time.monotonic()
+            for number, exchange in list(self._of.items()):
+                if exchange.wire is not None and now >= exchange.until_s:
+                    exchange.expire()
+                if exchange.wire is None:
+                    self._forget(number)
+                    continue
+                wanted = select.POLLIN | (select.POLLOUT if exchange.wire.sending else 0)
+                if self._asked.get(number) != wanted:
+                    self._poll.register(number, wanted)
+                    self._asked[number] = wanted
+            if self._of:
+                until_s = min(exchange.until_s for exchange in self._of.values())
+                for number, event in self._poll.poll(max(until_s - now, 0) * 1000 + 1):
+                    if event & ~select.POLLOUT:
+                        self._of[number].receive()
+                        if self._of[number].wire is None:
+                            self._forget(number)
+
+    def abandon(self, exchanges: Sequence[Exchange]) -> None:
+        """Close the connections of those that are not over."""
+        for exchange in exchanges:
             exchange.abandon()
+        for number, exchange in list(self._of.items()):
+            if exchange.wire is None:
+                self._forget(number)
 
+    def _forget(self, number: int) -> None:
+        del self._of[number]
+        if self._asked.pop(number, 0):
+            self._poll.unregister(number)
 
-def _finish(open_ones: Sequence[Exchange]) -> None:
-    poll = select.poll()
-    of: dict[int, Exchange] = {}
-    for exchange in open_ones:
-        assert exchange.wire is not None
-        exchange.be_patient()  # to connect to others has taken its time
-        of[exchange.wire.fileno()] = exchange
-    asked: dict[int, int] = {}
-    while of:
-        while sending := [one for one in of.values() if one.wire is not None and one.wire.sending]:
+    def _send(self) -> None:
+        while sending := [one for one in self._of.values() if one.wire is not None and one.wire.sending]:
             if not sum(one.send() for one in sending):  # a chunk to each, so that all have something to do
                 break
-        now = time.monotonic()
-        for number, exchange in list(of.items()):
-            if exchange.wire is not None and now >= exchange.until_s:
-                exchange.expire()
-            if exchange.wire is None:
-                del of[number]
-                if asked.pop(number, 0):
-                    poll.unregister(number)
-                continue
-            wanted = select.POLLIN | (select.POLLOUT if exchange.wire.sending else 0)
-            if asked.get(number) != wanted:
-                poll.register(number, wanted)
-                asked[number] = wanted
-        if of:
-            until_s = min(exchange.until_s for exchange in of.values())
-            for number, event in poll.poll(max(until_s - now, 0) * 1000 + 1):
-                if event & ~select.POLLOUT:
-                    of[number].receive()
+
+
+def exchange_all(exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
+    """Do them all, side by side."""
+    traffic = Traffic()
+    try:
+        traffic.begin(exchanges, replies)
+        traffic.finish(exchanges)
+    finally:
+        traffic.abandon(exchanges)  # what was interrupted
 
 
 def talk(pool: redis.ConnectionPool, words: Sequence[Word]) -> Reply:

@@ -4,7 +4,8 @@
 to all nodes at a time, and asks each at the end how many replicas have what it was told
 (`WAIT`, on the same connection, as Redis wants it). What did not succeed because a node died, a slot moved or
 too few replicas answered is sent again, to whom the cluster then names, until the time is up. So **every
-command must bear being done twice**, and none may depend on another of the same call.
+command must bear being done twice**, and none may depend on another of the same call. `Nodes.begin` does the
+first half of it, so that whoever has something else to do need not wait.
 
 The `redis` package knows the topology, connects, authenticates, and does TLS; its own cluster pipeline cannot
 `WAIT`, retries by counting instead of by the clock, and so is not used. Connections are pooled, made when
@@ -33,6 +34,7 @@ from tmem.backends.tiers.redis_exchange import (
     Command,
     Exchange,
     Open,
+    Traffic,
     exchange_all,
     refused,
     talk,
@@ -49,8 +51,9 @@ class Nodes:
 
     def __init__(self, address: RedisAddress) -> None:
         self.address = address
-        self._seconds = address.timeout_seconds
-        self._attempt_seconds = min(5.0, max(self._seconds / 4, min(self._seconds, 0.25)))
+        self.seconds = address.timeout_seconds
+        """How long to try again what did not succeed."""
+        self._attempt_seconds = min(5.0, max(self.seconds / 4, min(self.seconds, 0.25)))
         self._lock = threading.Lock()
         self._cluster: RedisCluster | None = None
         self._single: redis.ConnectionPool | None = None
@@ -77,25 +80,22 @@ class Nodes:
         no memory for one of them, TierDownError if time is up or a server refuses: some of them may have
         been done, or be done yet.
         """
-        deadline = time.monotonic() + self._seconds
-        replies: list[Reply] = [None] * len(commands)
-        left = [Open(place, command) for place, command in enumerate(commands)]
-        pause = _FIRST_PAUSE_SECONDS
-        while left:
-            troubles: list[str] = []
-            left = self._attempt(left, replies, replicated, troubles, taken)
-            if left and anywhere:
-                left = self._ask_replicas(left, replies, taken)
-            if not left:
-                break
-            if time.monotonic() + pause > deadline:
-                raise TierDownError(
-                    f"{self.address} does not answer, tried for {self._seconds:g} s: {troubles[-1]}"
-                )
-            time.sleep(pause)
-            pause = min(pause * 2, _LAST_PAUSE_SECONDS)
-            self.refresh()
-        return replies
+        return self.begin(commands, Traffic(), replicated=replicated, anywhere=anywhere, taken=taken).end()
+
+    def begin(
+        self,
+        commands: Sequence[Command],
+        traffic: Traffic,
+        *,
+        replicated: bool = False,
+        anywhere: bool = False,
+        taken: Taken = whole,
+    ) -> "Running":
+        """Send the commands as far as that goes at once; the rest of `run` is `Running.end`.
+
+        What else goes on in `traffic`, which is the caller's thread's own, goes on meanwhile.
+        """
+        return Running(self, commands, traffic, replicated, anywhere, taken)
 
     def once(self, commands: Sequence[Command]) -> tuple[list[Reply], str]:
         """Try each command a single time, connecting to no cluster; the answers, and what the trouble was.
@@ -189,14 +189,17 @@ class Nodes:
                 cluster.close()
 
     def _attempt(
-        self,
-        wanted: list[Open],
-        replies: list[Reply],
-        replicated: bool,
-        troubles: list[str],
-        taken: Taken = whole,
+        self, wanted: list[Open], replies: list[Reply], replicated: bool, troubles: list[str]
     ) -> list[Open]:
         """Try every command once; return those that must be tried again, and say why in `troubles`."""
+        exchanges, left = self.exchanges(wanted, replicated, troubles, whole)
+        exchange_all(exchanges, replies)
+        return left + self.left_of(exchanges, troubles)
+
+    def exchanges(
+        self, wanted: list[Open], replicated: bool, troubles: list[str], taken: Taken
+    ) -> tuple[list[Exchange], list[Open]]:
+        """Return what to say to whom, and what nobody can be told now."""
         groups: dict[str, list[Open]] = {}
         try:
             pools = self._pools()
@@ -205,15 +208,18 @@ class Nodes:
                 groups.setdefault(one.asked or node_of(one.command.key), []).append(one)
         except (*FAILURES, TierError) as error:
             troubles.append(str(error))
-            return wanted
+            return [], wanted
         except KeyError as error:
             troubles.append(f"no server has slot {error}")
-            return wanted
+            return [], wanted
         exchanges = []
         for name, group in groups.items():
             demanded = self.demanded_of(name, key_slot(group[0].command.key)) if replicated else 0
             exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds, taken))
-        exchange_all(exchanges, replies)
+        return exchanges, []
+
+    def left_of(self, exchanges: Sequence[Exchange], troubles: list[str]) -> list[Open]:
+        """Return what these exchanges have left to be tried again."""
         left = []
         for exchange in exchanges:
             if exchange.refusal is not None:
@@ -227,7 +233,7 @@ class Nodes:
                 troubles.append(f"{exchange.name}: {exchange.trouble}")
         return left
 
-    def _ask_replicas(self, wanted: list[Open], replies: list[Reply], taken: Taken) -> list[Open]:
+    def ask_replicas(self, wanted: list[Open], replies: list[Reply], taken: Taken) -> list[Open]:
         """Ask for each command every replica that there is of its slot; return those without an answer."""
         cluster = self._cluster
         if cluster is None:
@@ -308,6 +314,72 @@ class Nodes:
                 "ssl_check_hostname": address.tls_hostname,
             }
         return keywords
+
+
+class Running:
+    """Commands that were begun (`Nodes.begin`), of one thread. Either `end` or `drop` comes, once."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        commands: Sequence[Command],
+        traffic: Traffic,
+        replicated: bool,
+        anywhere: bool,
+        taken: Taken,
+    ) -> None:
+        self._nodes = nodes
+        self._traffic = traffic
+        self._replicated = replicated
+        self._anywhere = anywhere
+        self._taken = taken
+        self._replies: list[Reply] = [None] * len(commands)
+        self._left = [Open(place, command) for place, command in enumerate(commands)]
+        self._exchanges: list[Exchange] = []
+        self._troubles: list[str] = []
+        self._deadline = time.monotonic() + nodes.seconds
+        self._attempt()
+
+    def end(self) -> list[Reply]:
+        """Wait for the answers, and try again what did not succeed; the rest of `Nodes.run`."""
+        nodes, pause = self._nodes, _FIRST_PAUSE_SECONDS
+        try:
+            while self._unanswered():
+                if time.monotonic() + pause > self._deadline:
+                    raise TierDownError(
+                        f"{nodes.address} does not answer, tried for {nodes.seconds:g} s: "
+                        f"{self._troubles[-1]}"
+                    )
+                time.sleep(pause)
+                pause = min(pause * 2, _LAST_PAUSE_SECONDS)
+                nodes.refresh()
+                self._attempt()
+            return self._replies
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Wait for nothing any more: connections with answers to come are closed."""
+        self._traffic.abandon(self._exchanges)
+
+    def _attempt(self) -> None:
+        self._troubles = []
+        self._exchanges, self._left = self._nodes.exchanges(
+            self._left, self._replicated, self._troubles, self._taken
+        )
+        try:
+            self._traffic.begin(self._exchanges, self._replies)
+        except BaseException:
+            self.drop()
+            raise
+
+    def _unanswered(self) -> bool:
+        """Wait for this attempt's end; whether something must be tried again."""
+        self._traffic.finish(self._exchanges)
+        self._left += self._nodes.left_of(self._exchanges, self._troubles)
+        if self._left and self._anywhere:
+            self._left = self._nodes.ask_replicas(self._left, self._replies, self._taken)
+        return bool(self._left)
 
 
 def _pools_of(cluster: RedisCluster) -> dict[str, redis.ConnectionPool]:

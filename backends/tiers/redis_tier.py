@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 from tmem.backends.tiers import redis_values as values
 from tmem.backends.tiers.contract import TierIdentity, TierStatistics
-from tmem.backends.tiers.redis_exchange import Command
+from tmem.backends.tiers.redis_exchange import Command, Traffic
 from tmem.backends.tiers.redis_fitness import Fitness
-from tmem.backends.tiers.redis_nodes import Nodes
+from tmem.backends.tiers.redis_nodes import Nodes, Running
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.backends.tiers.redis_wire import Pieces, Word
 from tmem.errors import TierDownError, TierError, TierFullError
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _AT_ONCE = 256
-"""How many values are on their way at a time: 8 MiB, all of a batch, so that it waits for replicas once."""
+"""How many values are read, or written again, at a time: 8 MiB. A batch is written in one go, so that it
+waits for replicas once."""
 _RESERVED = 1024
 """How many numbers are reserved at a time."""
 _RUN = 8
@@ -76,6 +77,27 @@ class _Value:
     """A bit for each place whose record lives."""
 
 
+class _Batch:
+    """Values that are on their way: see `Writing`."""
+
+    def __init__(self, tier: "RedisTier", numbers: list[int]) -> None:
+        self._tier = tier
+        self.numbers = numbers
+        self.locations: list[int] = []
+        self.length = 0
+        """Of its records."""
+        self.running: Running | None = None
+
+    def end(self) -> list[int]:
+        """See the contract."""
+        self._tier._end(self)
+        return self.locations
+
+    def drop(self) -> None:
+        """See the contract. What comes to the servers yet the next `retain` removes."""
+        self._tier._drop(self)
+
+
 class RedisTier:
     """The records of `identity` at `address`."""
 
@@ -93,6 +115,8 @@ class RedisTier:
         self._values: dict[int, _Value] | None = None  # until the first retain
         self._numbers: Iterator[int] = iter(())
         self._lock = threading.Lock()
+        self._traffic = Traffic()
+        self._begun: set[_Batch] = set()
         self._counts = dict.fromkeys(_COUNTS, 0)
 
     def check(self) -> None:
@@ -101,39 +125,48 @@ class RedisTier:
 
     def write(self, records: Sequence["Buffer"]) -> list[int]:
         """See the contract. Also raises TierDownError while the servers are not fit (`redis_fitness`)."""
-        with self._counting():
-            return self._write(records)
+        return self.begin(records).end()
 
-    def _write(self, records: Sequence["Buffer"]) -> list[int]:
+    def begin(self, records: Sequence["Buffer"]) -> "_Batch":
+        """See the contract; otherwise as `write`."""
         known = self._known()
-        if not records:
-            return []
-        self._fitness.check()
-        stored = values.packed(records)
-        numbers = self._take(len(stored))
-        locations: list[int] = []
+        with self._counting():
+            if records:
+                self._fitness.check()
+            stored = values.packed(records)
+            batch = _Batch(self, self._take(len(stored)))
+            commands = []
+            for number, value in zip(batch.numbers, stored, strict=True):
+                count = len(value.parts) - 1
+                known[number] = _Value(value.size_bytes, count, 0)
+                commands.append(self._command("SET", number, value))
+                first = number << values.PLACE_BITS
+                batch.locations.extend(range(first, first + count))
+                batch.length += value.size_bytes - 1 - 2 * count
+            batch.running = self._nodes.begin(commands, self._traffic, replicated=True)
+            self._begun.add(batch)
+            return batch
+
+    def _end(self, batch: "_Batch") -> None:
+        """Wait until the values of a batch are stored."""
+        self._begun.remove(batch)
+        assert batch.running is not None
         try:
-            for start in range(0, len(stored), _AT_ONCE):
-                commands = []
-                chunk = slice(start, start + _AT_ONCE)
-                for number, value in zip(numbers[chunk], stored[chunk], strict=True):
-                    count = len(value.parts) - 1
-                    known[number] = _Value(value.size_bytes, count, 0)
-                    commands.append(self._command("SET", number, value))
-                    first = number << values.PLACE_BITS
-                    locations.extend(range(first, first + count))
-                self._nodes.run(commands, replicated=True)
+            with self._counting():
+                batch.running.end()
         except TierFullError:
             with contextlib.suppress(TierError):  # else the next retain does it
-                self._remove(numbers)
+                self._remove(batch.numbers)
             raise
-        length = 0
-        for number, value in zip(numbers, stored, strict=True):
-            present = known[number].present
-            known[number].live = (1 << present) - 1
-            length += value.size_bytes - 1 - 2 * present
-        self._count(written_records=len(records), written_bytes=length)
-        return locations
+        known = self._known()
+        for number in batch.numbers:
+            known[number].live = (1 << known[number].present) - 1
+        self._count(written_records=len(batch.locations), written_bytes=batch.length)
+
+    def _drop(self, batch: "_Batch") -> None:
+        self._begun.discard(batch)
+        if batch.running is not None:
+            batch.running.drop()
 
     def read(self, locations: Sequence[int]) -> list[bytes | None]:
         """See the contract."""
@@ -158,6 +191,7 @@ class RedisTier:
 
     def retain(self, live: Sequence[int]) -> None:
         """See the contract."""
+        assert not self._begun, "a batch is on its way, which nobody names yet"
         with self._counting():
             self._retain(live)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmem.backends import filesystems
-from tmem.backends.tiers.contract import MAX_RECORD_BYTES, TierIdentity, TierStatistics
+from tmem.backends.tiers.contract import MAX_RECORD_BYTES, TierIdentity, TierStatistics, Written
 from tmem.errors import TierCorruptError, TierDownError, TierError, TierFullError
 from tmem.types import PAGE_SIZE, format_size
 
@@ -174,6 +174,10 @@ class SpillFile:
         self._written += len(locations)
         self._live_records += len(locations)
         return locations
+
+    def begin(self, records: Sequence["Buffer"]) -> Written:
+        """Store the records; a disk has nothing else to do meanwhile that we would wait for."""
+        return Written(self.write(records))
 
     def _place(self, lengths: list[int]) -> list[tuple[int, list[tuple[int, int]]]]:
         """Find room: (first block, where each of the next records begins and ends) of each run."""

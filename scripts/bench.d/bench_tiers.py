@@ -10,13 +10,14 @@ import random
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 from common import ROOT, judged, medians, paired_ratio, take_turns
 
 from tmem.backends.tiers import redis_values
-from tmem.backends.tiers.contract import TierIdentity
+from tmem.backends.tiers.contract import MAX_BEGUN, TierIdentity, Writing
 from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.bench.grounds import workplace
@@ -88,11 +89,16 @@ def run(rounds: int, batches: int) -> dict[str, object]:
 
 
 def demotion(tier: RedisTier, records: list[bytes], batches: int) -> float:
-    """Return the values a second that are stored."""
+    """Return the values a second that are stored, in batches that overlap as the manager's do."""
     tier.retain([])
     start = time.perf_counter()
+    begun: deque[Writing] = deque()
     for _ in range(batches):
-        tier.write(records)
+        if len(begun) == MAX_BEGUN:
+            begun.popleft().end()
+        begun.append(tier.begin(records))
+    while begun:
+        begun.popleft().end()
     return batches * BATCH_VALUES / (time.perf_counter() - start)
 
 

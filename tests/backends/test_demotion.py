@@ -11,12 +11,13 @@ from tmem.backends import _native, demotion, tiering
 from tmem.backends.demotion import Demotion, Marks
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.tiers import spill
-from tmem.backends.tiers.contract import Tier, TierIdentity
+from tmem.backends.tiers.contract import Tier, TierIdentity, Written
 from tmem.backends.tiers.spill import SpillFile
-from tmem.errors import TierFullError
+from tmem.errors import TierDownError, TierError, TierFullError
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 from ..waiting import wait_until
+from .overlapping import OverlappingTier, OverlappingWriting, Servers
 from .pages import stamp_of, stamped
 from .tiers.memory import MemoryWorld
 
@@ -404,6 +405,9 @@ def test_a_server_has_one_writer_of_a_client_at_a_time(bench: Bench, monkeypatch
                 goes_on.wait()
             return self.inner.write(records)
 
+        def begin(self, records: "Sequence[Buffer]") -> Written:
+            return Written(self.write(records))
+
         def destroy(self) -> None:
             self.inner.destroy()
             self.close()
@@ -521,3 +525,99 @@ def test_a_tier_that_refuses_cold_pages_is_asked_again_after_that_time(
     bench.rounds(110)
     assert bench.demotion.cold_pages == 300
     bench.check()
+
+
+class Busy(OverlappingTier):
+    """A tier in servers; notes how many batches were on their way at a time."""
+
+    most = 0
+
+    def begin(self, records: "Sequence[Buffer]") -> OverlappingWriting:
+        writing = super().begin(records)
+        Busy.most = max(Busy.most, len(self.begun))
+        return writing
+
+
+@pytest.fixture
+def servers(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Servers:
+    """The bench's client has a tier in servers, where batches overlap."""
+    made = Servers()
+    monkeypatch.setattr(tiering, "open_tier", lambda url, who, writer: Busy(made))
+    monkeypatch.setattr(Busy, "most", 0)
+    tiering.withdraw(bench.paths, bench.segment, bench.client)
+    tiering.assign(bench.paths, bench.segment, bench.client, "redis://server/0", 0)
+    return made
+
+
+def test_while_servers_work_on_a_batch_the_next_is_collected(bench: Bench, servers: Servers) -> None:
+    """And what is under way counts: no more goes than is wanted."""
+    bench.put(0, 10**6)
+    bench.rounds()
+    assert Busy.most == 2
+    assert 3 / 16 <= bench.free_share < 1 / 3
+    assert bench.demotion.problems() == {}
+    bench.check()
+
+
+@pytest.mark.parametrize("complaint", [TierDownError("no answer"), TierFullError("it is full")])
+def test_servers_that_fail_with_a_batch_acknowledged(
+    bench: Bench, servers: Servers, complaint: TierError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was acknowledged is there, the rest stays; what failed arrives all the same, and names nothing."""
+    ended: list[int] = []
+    end = OverlappingWriting.end
+
+    def fails_later(writing: OverlappingWriting) -> list[int]:
+        if len(ended) > 0:
+            servers.fail.append(complaint)
+        locations = end(writing)
+        ended.append(len(locations))
+        return locations
+
+    bench.put(0, 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(OverlappingWriting, "end", fails_later)
+        bench.rounds(3)
+    assert bench.demotion.problems() == {"guest": str(complaint)}
+    assert bench.client.statistics()["tier_pages"] == bench.demotion.demoted_pages == ended[0]
+    servers.fail.clear()
+    for writing in servers.late:
+        writing.arrive()
+    bench.check()
+    bench.rounds()
+    assert bench.demotion.problems() == {}
+    assert bench.free_share >= 3 / 16
+    bench.check()
+
+
+@pytest.mark.parametrize("end", ["withdrawn", "given another", "destroyed"])
+def test_a_client_whose_tier_ends_with_batches_under_way(
+    bench: Bench, servers: Servers, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, begun = Busy.begin, 0
+
+    def ends(tier: Busy, records: "Sequence[Buffer]") -> OverlappingWriting:
+        nonlocal begun
+        begun += 1
+        writing = begin(tier, records)
+        if begun == 2 and end == "destroyed":
+            bench.client.destroy()
+        elif begun == 2:
+            bench.client.cap_bytes = 0
+            tiering.withdraw(bench.paths, bench.segment, bench.client)
+            if end != "withdrawn":
+                tiering.assign(bench.paths, bench.segment, bench.client, f"{bench.file}2", 32 * MIB)
+        return writing
+
+    bench.client.cap_bytes = MIB
+    bench.put(0, 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Busy, "begin", ends)
+        bench.rounds(1)
+    assert begun == 2
+    assert bench.demotion.demoted_pages == 0
+    if end != "destroyed":
+        assert bench.client.statistics()["tier_pages"] == 0
+        bench.check()
+    bench.rounds(2)
+    assert not any(tiering.ended_tiers(bench.paths))

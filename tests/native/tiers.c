@@ -152,6 +152,53 @@ static void leaf_used_again(struct world *w)
     check(w);
 }
 
+/* Two batches are under way, and both have the page: the hand went around meanwhile. The first is acknowledged and the page
+ * goes; perhaps it comes back, or is put, flushed, or everything is as it was before. Then the second one is acknowledged. */
+static void two_batches(struct world *w)
+{
+    uint8_t buffer[2][4128];
+    struct tm_candidate pages[2];
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    uint32_t id, serial;
+    client_open(ctx, "test", false, &id, &serial);
+    client_set_tiered(ctx, id, serial, true);
+    for (unsigned between = 0; between < 5; between++) {
+        put(&w->pool, 1, 1);
+        uint64_t locations[2];
+        for (unsigned i = 0; i < 2; i++) {
+            uint64_t hand = 0;
+            uint32_t epoch = atomic_load(&w->seg->clients[id].tier_epoch), at = 0;
+            expect(tm_collect(ctx, id, serial, epoch, true, &hand, buffer[i], sizeof buffer[i], &pages[i], 1) == 1, "nothing collected");
+            while (atomic_load(&shelf->used[at]))
+                at++;
+            memcpy(shelf->records[at], buffer[i], pages[i].length);
+            shelf->client[at] = id;
+            atomic_store(&shelf->used[at], 1);
+            locations[i] = at + 1;
+        }
+        expect(tm_demote(ctx, id, serial, &pages[0], &locations[0], 1) == 1 && location_of(w, 1) == locations[0], "the page did not go");
+        uint64_t back = 0;
+        uint32_t version = between == 2 || between == 4 ? 2 : 1;
+        if (between == 1)
+            expect(tm_promote(ctx, id, serial, &back, 64) == 1, "it did not come back");
+        else if (between == 2)
+            put(&w->pool, 1, 2);
+        else if (between == 3)
+            tm_flush(&w->pool, oid, 1, 1);
+        else if (between == 4) { /* another tier's page by now */
+            put(&w->pool, 1, 2);
+            client_set_tiered(ctx, id, serial, false);
+            client_set_tiered(ctx, id, serial, true);
+        }
+        expect(tm_demote(ctx, id, serial, &pages[1], &locations[1], 1) == 0, "it went twice (%u)", between);
+        expect(location_of(w, 1) == (between ? 0 : locations[0]), "its slot names something else (%u)", between);
+        expect(between == 3 ? !holds(&w->pool, 1, 1) : holds(&w->pool, 1, version), "the page is lost, or came again (%u)", between);
+        check(w);
+        expect(tidy(w, 1000) && !atomic_load(&shelf->used[locations[1] - 1]), "the second record is kept");
+        expect(between == 3 || holds(&w->pool, 1, version), "the page's record was forgotten (%u)", between);
+    }
+}
+
 /* The demoter dies at each of its steps: the page is in memory, or in the tier, and nothing is leaked. */
 static void demoter_dies(struct world *w)
 {
@@ -687,7 +734,7 @@ int main(int argc, char **argv)
 {
     static const struct scenario all[] = {
         {"there_and_back", there_and_back}, {"put_while_demoted", put_while_demoted},
-        {"leaf_used_again", leaf_used_again}, {"demoter_dies", demoter_dies},
+        {"leaf_used_again", leaf_used_again}, {"two_batches", two_batches}, {"demoter_dies", demoter_dies},
         {"reader_and_put", reader_and_put}, {"grace_for_readers", grace_for_readers},
         {"clients_apart", clients_apart}, {"part_and_everything_again", part_and_everything_again}, {"take_from_tier", take_from_tier},
         {"wrong_records", wrong_records}, {"withdrawn_while_demoted", withdrawn_while_demoted},

@@ -239,6 +239,41 @@ class TierContract:
         check(again, again.write(batch), batch)
         again.destroy()
 
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_batches_overlap(self, tier: Tier, order: tuple[int, int]) -> None:
+        """Either may be acknowledged first, and buffers are the caller's again from then on."""
+        batches = [records(0, 60), records(100, 60)]
+        kept = [[bytearray(one) for one in batch] for batch in batches]
+        writings = [tier.begin(batch) for batch in kept]
+        locations: dict[int, list[int]] = {}
+        for which in order:
+            locations[which] = writings[which].end()
+            check_locations(locations[which], 60)
+            for one in kept[which]:
+                one[:] = bytes(len(one))
+        assert not set(locations[0]) & set(locations[1])
+        for which in order:
+            check(tier, locations[which], batches[which])
+        tier.retain(sorted(locations[0] + locations[1]))
+        assert tier.statistics().records == 120
+        tier.close()
+
+    @pytest.mark.parametrize("dropped", [0, 1])
+    def test_a_batch_that_is_given_up(self, tier: Tier, dropped: int) -> None:
+        """The other one knows nothing of it, and its room is used again after the next retain."""
+        batches = [records(0, 60), records(100, 60)]
+        writings = [tier.begin(batch) for batch in batches]
+        writings[dropped].drop()
+        locations = writings[1 - dropped].end()
+        check(tier, locations, batches[1 - dropped])
+        tier.retain(sorted(locations))
+        check(tier, locations, batches[1 - dropped])
+        later = tier.write(records(300, 60))
+        assert not set(locations) & set(later)
+        check(tier, later, records(300, 60))
+        assert tier.statistics().records == 120
+        tier.close()
+
     def test_closing_twice_is_once(self, tier: Tier) -> None:
         tier.close()
         tier.close()

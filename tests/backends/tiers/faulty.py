@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tmem.backends.tiers.contract import Tier, TierStatistics
+from tmem.backends.tiers.contract import Tier, TierStatistics, Writing
 from tmem.errors import TierDownError, TierFullError
 
 if TYPE_CHECKING:
@@ -32,6 +32,24 @@ class Faults:
     """So many reads of several records return them in another order."""
 
 
+class FaultyWriting:
+    """The second half of a write."""
+
+    def __init__(self, inner: Writing, tier: "FaultyTier") -> None:
+        self._inner = inner
+        self._tier = tier
+
+    def end(self) -> list[int]:
+        locations = self._inner.end()
+        if self._tier.faults.lost_acknowledgements:
+            self._tier.faults.lost_acknowledgements -= 1
+            raise TierDownError("stored, but the answer got lost")
+        return locations
+
+    def drop(self) -> None:
+        self._inner.drop()
+
+
 class FaultyTier:
     """Hands on to `inner`, with faults."""
 
@@ -45,15 +63,14 @@ class FaultyTier:
             raise TierDownError(f"no answer ({errno.errorcode[errno.ETIMEDOUT]})")
 
     def write(self, records: Sequence["Buffer"]) -> list[int]:
+        return self.begin(records).end()
+
+    def begin(self, records: Sequence["Buffer"]) -> Writing:
         self._may_be_down()
         if self.faults.full:
             self.faults.full -= 1
             raise TierFullError("no room")
-        locations = self._inner.write(records)
-        if self.faults.lost_acknowledgements:
-            self.faults.lost_acknowledgements -= 1
-            raise TierDownError("stored, but the answer got lost")
-        return locations
+        return FaultyWriting(self._inner.begin(records), self)
 
     def read(self, locations: Sequence[int]) -> list[bytes | None]:
         self._may_be_down()

@@ -4,12 +4,13 @@ The model is what slots do: a dictionary from location to record, changed only b
 A test module subclasses `TierMachine`, gives it a `new_world`, and runs its ``TestCase``.
 """
 
+import contextlib
 from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tmem.backends.tiers.contract import MAX_LOCATION
+from tmem.backends.tiers.contract import MAX_BEGUN, MAX_LOCATION, Writing
 from tmem.errors import TierDownError, TierFullError
 
 from .contract import IDENTITY, OTHERS, World, record
@@ -38,6 +39,7 @@ class TierMachine(RuleBasedStateMachine):
         self.named: list[dict[int, bytes]] = [{}, {}]
         self.tiers = [FaultyTier(self.world.open(who, writer=True), self.faults) for who in self.identities]
         self.seed = 0
+        self.begun: list[list[tuple[Writing, list[bytes]]]] = [[], []]
 
     @initialize()
     def begin(self) -> None:
@@ -45,6 +47,8 @@ class TierMachine(RuleBasedStateMachine):
             tier.retain([])
 
     def teardown(self) -> None:
+        for who in (0, 1):
+            self.drop_all(who)
         for tier in self.tiers:
             tier.close()
         self.end_world()
@@ -64,10 +68,38 @@ class TierMachine(RuleBasedStateMachine):
                 held = self.tiers[who].statistics().records
                 assert held + count > self.world.capacity_records or held > self.world.capacity_records // 4
             return
-        assert len(set(locations)) == count
+        self.name(who, locations, batch)
+
+    def name(self, who: int, locations: list[int], batch: list[bytes]) -> None:
+        assert len(set(locations)) == len(batch)
         assert all(1 <= location <= MAX_LOCATION for location in locations)
         assert not self.named[who].keys() & set(locations), "a record that is kept was overwritten"
         self.named[who].update(zip(locations, batch, strict=True))
+
+    @precondition(lambda self: any(len(begun) < MAX_BEGUN for begun in self.begun))
+    @rule(count=st.integers(0, 1000))
+    def begin_one(self, count: int) -> None:
+        """A batch that is on its way while anything else happens but a retain."""
+        who = min((0, 1), key=lambda one: len(self.begun[one]))
+        batch = [record(self.seed + i) for i in range(count % self.batch_records)]
+        self.seed += len(batch)
+        with contextlib.suppress(TierDownError, TierFullError):
+            self.begun[who].append((self.tiers[who].begin(batch), batch))
+
+    @precondition(lambda self: any(self.begun))
+    @rule(which=st.integers(0, 3), dropped=st.sampled_from((False, False, True)))
+    def end_one(self, which: int, dropped: bool) -> None:
+        who = which % 2 if self.begun[which % 2] else 1 - which % 2
+        writing, batch = self.begun[who].pop(which // 2 % len(self.begun[who]))
+        if dropped:
+            writing.drop()
+            return
+        with contextlib.suppress(TierDownError, TierFullError):
+            self.name(who, writing.end(), batch)
+
+    def drop_all(self, who: int) -> None:
+        while self.begun[who]:
+            self.begun[who].pop()[0].drop()
 
     @rule(who=st.integers(0, 1), every=st.integers(1, 5), offset=st.integers(0, 4))
     def change_pages(self, who: int, every: int, offset: int) -> None:
@@ -77,6 +109,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def retain(self, who: int) -> None:
+        self.drop_all(who)
         try:
             self.tiers[who].retain(sorted(self.named[who]))
         except TierDownError:
@@ -99,6 +132,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def open_again(self, who: int) -> None:
+        self.drop_all(who)
         self.tiers[who].close()
         self.tiers[who] = FaultyTier(self.world.open(self.identities[who], writer=True), self.faults)
         before, self.faults.down = self.faults.down, 0
@@ -107,6 +141,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def destroy(self, who: int) -> None:
+        self.drop_all(who)
         self.tiers[who].destroy()
         self.named[who].clear()
         self.tiers[who] = FaultyTier(self.world.open(self.identities[who], writer=True), self.faults)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tmem.backends.tiers.contract import Tier, TierIdentity, TierStatistics
+from tmem.backends.tiers.contract import Tier, TierIdentity, TierStatistics, Written
 from tmem.errors import TierFullError
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class MemoryTier:
                 self._written_bytes += len(one)
             self._written += len(locations)
             return locations
+
+    def begin(self, records: Sequence["Buffer"]) -> Written:
+        return Written(self.write(records))
 
     def read(self, locations: Sequence[int]) -> list[bytes | None]:
         with self._shelf.lock:

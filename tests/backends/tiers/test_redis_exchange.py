@@ -11,7 +11,7 @@ import hiredis
 import pytest
 import redis
 
-from tmem.backends.tiers.redis_exchange import Command, Exchange, Open, exchange_all
+from tmem.backends.tiers.redis_exchange import Command, Exchange, Open, Traffic, exchange_all
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError, TierFullError
@@ -126,6 +126,24 @@ def test_nobody_waits_for_a_server_that_is_silent(scripted: Make) -> None:
     assert replies == [None] * 4 + [VALUE] * 4
     assert [len(one.left) for one in exchanges] == [4, 0]
     assert "imeout" in exchanges[0].trouble
+
+
+SETS = [Command(b"k%d" % n, ("SET", b"k%d" % n, b"v")) for n in range(4)]
+
+
+def test_what_was_begun_goes_on_beside_the_rest(scripted: Make) -> None:
+    """Over connections of their own; one that is given up closes its own, and the other one ends."""
+    server = scripted(lambda _connection, words: b":1\r\n" if words[0] == b"WAIT" else b"+OK\r\n")
+    nodes, traffic = server.nodes(), Traffic()
+    first = nodes.begin(SETS, traffic, replicated=True)
+    given_up = nodes.begin(SETS, traffic, replicated=True)
+    last = nodes.begin(SETS, traffic, replicated=True)
+    given_up.drop()
+    assert last.end() == first.end() == [b"OK"] * 4
+    assert server.connections == 3
+    assert nodes.begin(SETS, traffic, replicated=True).end() == [b"OK"] * 4
+    assert server.connections == 3
+    nodes.close()
 
 
 def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -> None:

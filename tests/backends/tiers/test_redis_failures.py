@@ -4,12 +4,14 @@ import contextlib
 import signal
 import threading
 import time
+from collections import deque
 
 import pytest
 import redis
 from redis.crc import key_slot
 
 from tmem.backends.tiers import redis_values as values
+from tmem.backends.tiers.contract import MAX_BEGUN, Writing
 from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError
@@ -26,7 +28,7 @@ def opened(cluster: Cluster, options: str = "") -> RedisTier:
 
 
 class Demotion:
-    """Writes batch after batch in a thread, as a manager does, and remembers what was acknowledged."""
+    """Writes batches that overlap in a thread, as a manager does, and remembers what was acknowledged."""
 
     def __init__(self, tier: RedisTier) -> None:
         self._tier = tier
@@ -39,16 +41,26 @@ class Demotion:
         self._thread.start()
 
     def _run(self) -> None:
+        begun: deque[tuple[Writing, list[bytes]]] = deque()
+        number = 0
         try:
             while not self._ended.is_set():
-                batch = [record(self.batches * 100 + n, 1700 + n) for n in range(100)]
+                number += 1
+                batch = [record(number * 100 + n, 1700 + n) for n in range(100)]
                 with contextlib.suppress(TierDownError):
-                    self.stored.update(zip(self._tier.write(batch), batch, strict=True))
+                    begun.append((self._tier.begin(batch), batch))
+                    if len(begun) < MAX_BEGUN:
+                        continue
+                    writing, batch = begun.popleft()
+                    self.stored.update(zip(writing.end(), batch, strict=True))
                     self.batches += 1
                     continue
                 self.refused += 1
         except BaseException as error:
             self.error = error
+        finally:
+            for writing, _batch in begun:
+                writing.drop()
 
     def until(self, batches: int) -> None:
         wait_until(lambda: self.batches >= batches or self.error, what=f"{batches} batches")
