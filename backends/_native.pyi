@@ -455,6 +455,9 @@ class Nodes:
     For any thread.
     """
 
+    missed_lately: bool
+    """Whether, within a second, a name of the lower was not at hand that the event loop may not wait for."""
+
     def __init__(self) -> None: ...
     def believe(
         self,
@@ -495,6 +498,8 @@ class ListingPage:
     """Number of the first name that was not looked up."""
     full: bool
     """Whether there is no room for that one."""
+    waits: bool
+    """Whether that one would have to be waited for."""
     length: int
     """Bytes of the entries so far."""
     short_lived: int
@@ -503,9 +508,11 @@ class ListingPage:
     """For how many seconds those are at least."""
 
     def look_up(
-        self, directory: int, names: list[bytes], places: bytes, /
+        self, directory: int, names: list[bytes], places: bytes, may_wait: bool, /
     ) -> list[tuple[tuple[int, int], int, int]]:
         """Look up the next names of the directory open at `directory`, a few at a time.
+
+        Unless it `may_wait`, only as far as the kernel has them at hand (or the lower is quick).
 
         Returns for each file (st_dev, st_ino), the S_IFMT bits and an O_PATH descriptor, the caller's from
         now on. Names that are gone get no entry; "." and ".." and what cannot be looked up get one without a
@@ -590,9 +597,9 @@ class Reader:
         Return a descriptor, the reader's, that is readable when a helper has put one there.
         """
 
-    def asked(self) -> tuple[int, int, int, int, int, int, bytes] | None:
+    def asked(self) -> tuple[int, int, int, int, int, int, bytes, int] | None:
         """Return the oldest that was put by, None if there is none: opcode, number, node, user, group and
-        process of who asks, and the argument as the kernel's fuse.h has it.
+        process of who asks, the argument as the kernel's fuse.h has it, and how often it was fetched for.
 
         To be answered with `reply` or `enter`, but for a FORGET. By the thread that calls `serve`, as these.
         """
@@ -600,10 +607,21 @@ class Reader:
     def reply(self, number: int, error: int, argument: bytes = b"", /) -> None:
         """Answer with a positive errno or 0, and an argument of at most 256 bytes or a page (`list`)."""
 
-    def look_up(self, directory: int, name: bytes, /) -> tuple[tuple[int, int], int, int] | int:
+    def look_up(
+        self, directory: int, name: bytes, may_wait: bool, /
+    ) -> tuple[tuple[int, int], int, int] | int:
         """Look a name, which ends with a zero, up in an open directory; an errno if that fails.
 
+        Unless it `may_wait`, EAGAIN if the kernel does not have it at hand (and the lower is not quick).
+
         Return device and inode number, S_IFMT bits, and an O_PATH descriptor, which is the caller's.
+        """
+
+    def fetch(self, directory: int, names: list[bytes], /) -> bool:
+        """Have threads look at names in an open directory, and the request asked last asked once more then.
+
+        After that the kernel has the names at hand. No names: all that the directory says of itself. False:
+        there is no memory, descriptor or thread for it, and who is asked has to wait itself.
         """
 
     def enter(self, number: int, node: int, generation: int, stored_to: bool, /) -> None:

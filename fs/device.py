@@ -5,8 +5,8 @@ the kernel's INIT request is handed through it, pyfuse3 answers, the answer is a
 kernel, and then N is made the device itself (dup2), so that afterwards nothing stands between pyfuse3 and
 the kernel; or, with a native reader (`reading`), the pair stays and the reader is in between. Amended: mmap
 with MAP_SHARED on direct_io files (ENODEV without it), that the umask is ours to apply, since a default
-access control list takes its place, that files may be passed through (`backing`), and that requests come over
-io_uring (`uring`).
+access control list takes its place, that names of one directory may be asked for side by side, that files may
+be passed through (`backing`), and that requests come over io_uring (`uring`).
 
 Request and answer are kept. New code that takes over a device whose connection is open (`restart`) hands
 the same request to its own libfuse: if that answers as the old one did, it will understand what the kernel
@@ -47,6 +47,7 @@ _IN_FLAGS, _IN_FLAGS2 = _IN_HEADER + 12, _IN_HEADER + 16
 _OUT_FLAGS, _OUT_FLAGS2 = _OUT_HEADER + 12, _OUT_HEADER + 32
 _INIT_EXT = 1 << 30
 _DONT_MASK = 1 << 6
+_PARALLEL_DIROPS = 1 << 18
 _DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
 _PASSTHROUGH = 1 << (37 - 32)
 _OVER_IO_URING = 1 << (41 - 32)
@@ -215,6 +216,8 @@ async def agree(device: Device) -> None:
             device.passthrough = True
     if offered & _DONT_MASK:
         _set_bits(reply, _OUT_FLAGS, _DONT_MASK)
+    if offered & _PARALLEL_DIROPS:  # or of a directory one name at a time is asked for
+        _set_bits(reply, _OUT_FLAGS, _PARALLEL_DIROPS)
     if device.wants_rings:
         _ask_for_rings(device, more if offered & _INIT_EXT else 0, reply)
     device.reply = bytes(reply)

@@ -14,6 +14,7 @@ import pyfuse3
 from tmem.fs.base import Handlers, errors
 from tmem.fs.identity import Version, is_settled, version_at, version_of
 from tmem.fs.inodes import Inode
+from tmem.fs.reading import Reading
 from tmem.fs.state import SavedListing
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _DOTS = (b".", b"..")
 _DOTS_PLACES = bytes(16 * len(_DOTS))
 _FEW = 5
 """Attributes that are asked for one by one cost about so many times as much as in a listing."""
+_AT_A_TIME = 64
+"""Names that are fetched together; a page of the kernel's usual size has room for some 25."""
 _NO_NODE = 1 << 63  # beyond all node ids in use; the kernel sends it back to be forgotten
 
 
@@ -39,6 +42,8 @@ class _Listing:
     shortest: float = 0.0
     failure: OSError | None = None
     """What ended the listing early."""
+    fetched: bool = False
+    """Whether the kernel was made to fetch the names since the last page."""
     version: Version | None = None
     """Of the directory while it was open, if every later change must show in it."""
 
@@ -94,36 +99,61 @@ class Directories(Handlers):
         """
         with errors():
             if self.reading is not None:
-                self.report_page(fh, start_id)
+                self.report_page(fh, start_id, may_wait=True)  # a shortcut that was not taken, which is rare
             else:
                 self._report(self._listings[fh], start_id, token)
 
-    def report_page(self, fh: int, request: int) -> None:
+    def report_page(self, fh: int, request: int, may_wait: bool) -> bool:
         """Have the native reader reply to a request with as many entries as it has room for. OSError.
 
         At best 12 us of CPU a name, the kernel's work among it (9,000 files in 10 directories, load 4).
-        Of what the kernel was told lately, and still believes, it gets the name alone.
+        Of what the kernel was told lately, and still believes, it gets the name alone. Unless it `may_wait`,
+        names that would have to be waited for are left for the next page. If even the first one would, they
+        are fetched, the request is asked once more then, and this is False.
         """
         listing, reading = self._listings[fh], self.reading
         assert reading is not None, "it has the request"
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         page = reading.reader.page(request, lifetime)
         if page.start == 0:
+            if self._fetches_content(listing, reading, may_wait):
+                return False
             reading.reader.ends(fh, 0)
             _begin(listing, lifetime, listing.inode.key[0] == self.table.device)
+        looked_up = False
         while page.next < len(listing.names) and not page.full:
-            found = page.look_up(listing.descriptor, listing.names, listing.places)
+            found = page.look_up(listing.descriptor, listing.names, listing.places, may_wait)
             page.identify(
                 [(inode.nodeid, inode.generation, inode.stored_to) for inode in self.table.admit(found)]
             )
+            looked_up = looked_up or bool(found)
+            if page.waits:
+                if looked_up:  # is told at once: later it might be wrong
+                    break
+                names = listing.names[page.next : page.next + _AT_A_TIME]
+                if reading.reader.fetch(listing.descriptor, names):
+                    return False
+                may_wait = True
+        listing.fetched = False
         listing.short_lived += page.short_lived
         listing.shortest = min(listing.shortest, page.shortest)
-        if not page.full:
+        if page.next >= len(listing.names):
             _end(listing, lifetime, page.length > 0)
             if listing.failure is None:  # every listing is asked for what comes after its end
                 reading.reader.ends(fh, page.next)
         if page.length:
             reading.reader.list(page)  # nothing may fail from here on
+        return True
+
+    def _fetches_content(self, listing: _Listing, reading: Reading, may_wait: bool) -> bool:
+        """Have the kernel fetch what a directory says of itself, if that is probably not at hand.
+
+        It does not tell; but where a name was not, the directories are seldom.
+        """
+        if may_wait or listing.fetched or not self.table.nodes.missed_lately:
+            return False
+        listing.fetched = reading.reader.fetch(listing.descriptor, [])
+        return listing.fetched
 
     def _report(self, listing: _Listing, start: int, token: "ReaddirToken") -> None:
         """Report entries to libfuse, one by one."""

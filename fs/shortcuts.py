@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _LOOKUP, _FORGET, _OPEN, _RELEASE, _OPENDIR, _READDIRPLUS = 1, 2, 14, 18, 27, 44
 _MOST_AT_A_TIME = 32
 _LONGEST_SECONDS = 0.002
+_TRIES = 3
+"""After so many a listing waits for names itself: what was fetched may be gone again, but not for ever."""
 _DIRECT_IO, _KEEP_CACHE, _NONSEEKABLE = 1, 2, 4
 
 # From the kernel's include/uapi/linux/fuse.h, as far as they are looked at.
@@ -69,29 +71,35 @@ class Shortcuts:
         gid: int,
         pid: int,
         body: bytes,
+        fetched: int,
     ) -> None:
         if opcode == _FORGET:
             self._overlay.take_back(node, *_FORGET_IN.unpack_from(body))
             return
         try:
             if opcode == _LOOKUP:
-                self._look_up(unique, node, body)
+                self._look_up(unique, node, body, may_wait=fetched > 0)
             elif opcode == _OPEN:
                 self._open(unique, node, body, Caller(uid, gid, pid))
             elif opcode == _OPENDIR:
                 self._open_directory(unique, node)
             else:
                 (number,) = _HANDLE_IN.unpack_from(body)
-                self._with_handle(opcode, unique, number, start_soon)
+                self._with_handle(opcode, unique, number, start_soon, may_wait=fetched >= _TRIES)
         except FAILURES as failure:
             self._reader.reply(unique, errno_seen(failure))
         except pyfuse3.FUSEError as failure:
             self._reader.reply(unique, failure.errno)
 
-    def _look_up(self, unique: int, node: int, name: bytes) -> None:
+    def _look_up(self, unique: int, node: int, name: bytes, may_wait: bool) -> None:
         table = self._overlay.table
         parent = table[node]
-        found = self._reader.look_up(table.descriptor(parent), name)
+        directory = table.descriptor(parent)
+        found = self._reader.look_up(directory, name, may_wait)
+        if found == errno.EAGAIN and not may_wait:
+            if self._reader.fetch(directory, [name[:-1]]):
+                return
+            found = self._reader.look_up(directory, name, True)
         if isinstance(found, int):
             self._miss(unique, self._overlay.lifetimes.of_absence(parent.key[0]), found)
             return
@@ -116,14 +124,15 @@ class Shortcuts:
     def _open_directory(self, unique: int, node: int) -> None:
         self._reader.reply(unique, 0, _OPEN_OUT.pack(self._overlay.open_directory(node), 0, 0))
 
-    def _with_handle(self, opcode: int, unique: int, number: int, start_soon: Start) -> None:
+    def _with_handle(self, opcode: int, unique: int, number: int, start_soon: Start, may_wait: bool) -> None:
         if opcode == _RELEASE and self._overlay.is_used(number):
             start_soon(self._close_later, unique, number)
             return
         if opcode == _RELEASE:
             self._overlay.close_file(number)
         elif opcode == _READDIRPLUS:
-            self._overlay.report_page(number, unique)
+            if not self._overlay.report_page(number, unique, may_wait):
+                return
         else:
             self._overlay.close_directory(number)
         self._reader.reply(unique, 0)

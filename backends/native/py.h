@@ -93,6 +93,7 @@ struct reader;
 PyObject *shortcut_asked(struct reader *r);
 PyObject *shortcut_reply(struct reader *r, PyObject *args);
 PyObject *shortcut_look_up(struct reader *r, PyObject *args);
+PyObject *shortcut_fetch(struct reader *r, PyObject *args);
 PyObject *shortcut_enter(struct reader *r, PyObject *args);
 
 /* py_listing.c */

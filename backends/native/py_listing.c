@@ -173,6 +173,13 @@ static PyObject *doubt(NodesObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *get_missed_lately(NodesObject *self, void *unused)
+{
+    struct patience *p = nodes_patience(self->nodes);
+    (void)unused;
+    return PyBool_FromLong(patience_missed_lately(p) && !patience_is_quick(p));
+}
+
 PyTypeObject *make_nodes_type(void)
 {
     static PyMethodDef methods[] = {{"believe", (PyCFunction)believe, METH_VARARGS, NULL},
@@ -182,9 +189,12 @@ PyTypeObject *make_nodes_type(void)
                                     {"retire", (PyCFunction)retire, METH_O, NULL},
                                     {"doubt", (PyCFunction)doubt, METH_NOARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
+    static PyGetSetDef getset[] = {{"missed_lately", (getter)get_missed_lately, NULL, NULL, NULL},
+                                   {NULL, NULL, NULL, NULL, NULL}};
     static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
                                   {Py_tp_dealloc, (void *)nodes_dealloc},
                                   {Py_tp_methods, methods},
+                                  {Py_tp_getset, getset},
                                   {0, NULL}};
     static PyType_Spec spec = {"tmem.backends._native.Nodes", sizeof(NodesObject), 0, Py_TPFLAGS_DEFAULT, slots};
     return (PyTypeObject *)PyType_FromSpec(&spec);
@@ -273,9 +283,9 @@ static PyObject *look_up(PageObject *self, PyObject *args)
     PyObject *list;
     const char *places;
     Py_ssize_t places_bytes;
-    int directory, done;
+    int directory, done, may_wait;
     bool full;
-    if (!PyArg_ParseTuple(args, "iO!y#:look_up", &directory, &PyList_Type, &list, &places, &places_bytes))
+    if (!PyArg_ParseTuple(args, "iO!y#p:look_up", &directory, &PyList_Type, &list, &places, &places_bytes, &may_wait))
         return NULL;
     uint64_t nplaces = (uint64_t)places_bytes / sizeof(struct listed_place);
     uint64_t all = (uint64_t)PyList_Size(list), left = all > self->next ? all - self->next : 0;
@@ -291,7 +301,7 @@ static PyObject *look_up(PageObject *self, PyObject *args)
         taken[i] = (struct name){bytes, (size_t)length, place.number, (uint32_t)place.type};
     }
     Py_BEGIN_ALLOW_THREADS /* the list keeps them, and the caller keeps the list as it is */
-    done = page_step(&self->page, directory, taken, n, self->next, &full);
+    done = page_step(&self->page, directory, taken, n, self->next, may_wait, &full);
     Py_END_ALLOW_THREADS
     if (done < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -334,6 +344,12 @@ static PyObject *get_full(PageObject *self, void *unused)
     return PyBool_FromLong(self->full);
 }
 
+static PyObject *get_waits(PageObject *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->page.waits);
+}
+
 static PyObject *get_length(PageObject *self, void *unused)
 {
     (void)unused;
@@ -360,6 +376,7 @@ PyTypeObject *make_page_type(void)
     static PyGetSetDef getset[] = {{"start", (getter)get_start, NULL, NULL, NULL},
                                    {"next", (getter)get_next, NULL, NULL, NULL},
                                    {"full", (getter)get_full, NULL, NULL, NULL},
+                                   {"waits", (getter)get_waits, NULL, NULL, NULL},
                                    {"length", (getter)get_length, NULL, NULL, NULL},
                                    {"short_lived", (getter)get_short_lived, NULL, NULL, NULL},
                                    {"shortest", (getter)get_shortest, NULL, NULL, NULL},

@@ -373,6 +373,12 @@ static PyObject *look_up(ReaderObject *self, PyObject *args)
     return r ? shortcut_look_up(r, args) : NULL;
 }
 
+static PyObject *fetch(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    return r ? shortcut_fetch(r, args) : NULL;
+}
+
 static PyObject *enter_node(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
@@ -518,6 +524,7 @@ PyTypeObject *make_reader_type(void)
         {"asked", (PyCFunction)asked, METH_NOARGS, NULL},
         {"reply", (PyCFunction)reply, METH_VARARGS, NULL},
         {"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
+        {"fetch", (PyCFunction)fetch, METH_VARARGS, NULL},
         {"enter", (PyCFunction)enter_node, METH_VARARGS, NULL},
         {"page", (PyCFunction)new_page, METH_VARARGS, NULL},
         {"list", (PyCFunction)list, METH_O, NULL},

@@ -16,16 +16,49 @@ PyObject *shortcut_asked(struct reader *r)
     if (!a)
         Py_RETURN_NONE;
     memcpy(&in, a->bytes, sizeof in);
-    PyObject *request = Py_BuildValue("IKKIIIy#", in.opcode, (unsigned long long)in.unique, (unsigned long long)in.nodeid,
+    PyObject *request = Py_BuildValue("IKKIIIy#I", in.opcode, (unsigned long long)in.unique, (unsigned long long)in.nodeid,
                                       in.uid, in.gid, in.pid, (const char *)a->bytes + sizeof in,
-                                      (Py_ssize_t)(a->length - sizeof in));
+                                      (Py_ssize_t)(a->length - sizeof in), a->fetched);
     if (!request && in.opcode != FUSE_FORGET) {
         PyErr_Clear(); /* no memory, and nobody who could answer it */
         reader_reply(r, in.unique, ENOMEM, NULL, 0);
         PyErr_NoMemory();
     }
-    free(a);
+    free(reader_shortcut(r)->current);
+    reader_shortcut(r)->current = a;
     return request;
+}
+
+/* The texts of a list, which are the list's; NULL: an exception. */
+static const char **texts_of(PyObject *list)
+{
+    Py_ssize_t n = PyList_Size(list);
+    const char **texts = PyMem_Calloc((size_t)n + 1, sizeof *texts);
+    if (!texts)
+        PyErr_NoMemory();
+    for (Py_ssize_t i = 0; texts && i < n; i++)
+        if (!(texts[i] = PyBytes_AsString(PyList_GetItem(list, i)))) {
+            PyMem_Free(texts);
+            return NULL;
+        }
+    return texts;
+}
+
+PyObject *shortcut_fetch(struct reader *r, PyObject *args)
+{
+    struct asked **current = &reader_shortcut(r)->current;
+    PyObject *list;
+    int directory;
+    if (!PyArg_ParseTuple(args, "iO!:fetch", &directory, &PyList_Type, &list))
+        return NULL;
+    const char **names = texts_of(list);
+    if (!names)
+        return NULL;
+    bool started = *current && reader_fetch(r, directory, names, (unsigned)PyList_Size(list), *current);
+    PyMem_Free(names);
+    if (started)
+        *current = NULL;
+    return PyBool_FromLong(started);
 }
 
 PyObject *shortcut_reply(struct reader *r, PyObject *args)
@@ -50,17 +83,17 @@ PyObject *shortcut_reply(struct reader *r, PyObject *args)
 PyObject *shortcut_look_up(struct reader *r, PyObject *args)
 {
     struct stat *st = &reader_shortcut(r)->found;
-    int directory, fd, error;
+    int directory, fd, error, may_wait;
     const char *name;
     Py_ssize_t length;
-    if (!PyArg_ParseTuple(args, "iy#:look_up", &directory, &name, &length))
+    if (!PyArg_ParseTuple(args, "iy#p:look_up", &directory, &name, &length, &may_wait))
         return NULL;
     if (!length || name[length - 1]) {
         PyErr_SetString(PyExc_ValueError, "a name ends with a zero");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS /* the lower may not answer */
-    fd = look_up_name(directory, name, st);
+    fd = reader_look_up(r, directory, name, may_wait, st);
     error = errno;
     Py_END_ALLOW_THREADS
     if (fd < 0)

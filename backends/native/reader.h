@@ -87,6 +87,10 @@ struct shortcut *reader_shortcut(struct reader *r);
 struct asked *reader_asked(struct reader *r);
 /* Answer one of these (`passing_reply`). */
 void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
+/* `look_up_name` (reader_look.h), with what this reader knows of the lower. */
+int reader_look_up(struct reader *r, int directory, const char *name, bool may_wait, struct stat *st);
+/* Have names looked at and `asked` asked once more (`onlookers_start`). */
+bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked);
 /* Answer a LOOKUP that found what `st` says of the node; `stored_to`: its attributes are not to be believed. */
 void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
                   bool stored_to);

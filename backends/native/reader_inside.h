@@ -8,6 +8,7 @@
 #include "reader_eager.h"
 #include "reader_listing.h"
 #include "reader_rings.h"
+#include "reader_onlookers.h"
 #include "reader_shortcut.h"
 #include "reader_waiting.h"
 
@@ -34,6 +35,7 @@ struct reader {
     struct passing passing;
     struct waiting waiting;
     struct shortcut shortcut;
+    struct onlookers onlookers;
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */

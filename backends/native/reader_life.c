@@ -38,6 +38,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
     ends_init(&r->ends);
+    onlookers_init(&r->onlookers, &r->shortcut);
     rc |= shortcut_init(&r->shortcut);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
         reader_free(r);
@@ -84,6 +85,7 @@ void reader_free(struct reader *r)
     if (r->has_standin)
         pthread_join(r->standin.thread, NULL);
     waiting_end(&r->waiting);
+    onlookers_end(&r->onlookers);
     if (r->rings) /* only now: they commit what those have answered */
         rings_stop(r->rings);
     waiting_free(&r->waiting);
@@ -98,6 +100,7 @@ void reader_free(struct reader *r)
     if (atomic_load(&r->nodes))
         nodes_drop(atomic_load(&r->nodes));
     ends_free(&r->ends);
+    onlookers_free(&r->onlookers);
     shortcut_free(&r->shortcut);
     desk_clear(&r->desk);
     ahead_clear(&r->ahead);
@@ -130,6 +133,16 @@ struct asked *reader_asked(struct reader *r)
 void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
 {
     passing_reply(&r->passing, unique, error, bytes, length);
+}
+
+int reader_look_up(struct reader *r, int directory, const char *name, bool may_wait, struct stat *st)
+{
+    return look_up_name(nodes_patience(atomic_load(&r->nodes)), directory, name, may_wait, st);
+}
+
+bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked)
+{
+    return onlookers_start(&r->onlookers, atomic_load(&r->nodes), directory, names, n, asked);
 }
 
 void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,

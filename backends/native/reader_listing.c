@@ -99,12 +99,13 @@ static bool put_known(struct page *p, const struct name *name, size_t length, ui
     return true;
 }
 
-int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full)
+int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool may_wait,
+              bool *full)
 {
     struct stat st;
     unsigned i;
     p->nfound = 0;
-    *full = false;
+    p->waits = *full = false;
     p->now_ns = (int64_t)timing_now();
     for (i = 0; i < n && p->nfound < MOST_FOUND; i++) {
         size_t length = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + names[i].length);
@@ -118,9 +119,11 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         }
         if (put_known(p, &names[i], length, number + i))
             continue;
-        int fd = look_up_name(directory, names[i].bytes, &st);
+        int fd = look_up_name(nodes_patience(p->nodes), directory, names[i].bytes, may_wait, &st);
         if (fd >= 0)
             put_found(p, append(p, &names[i], length, number + i), &st, fd);
+        else if ((p->waits = !may_wait && errno == EAGAIN))
+            break;
         else if (errno != ENOENT) /* it has a name all the same */
             put_unsaid(append(p, &names[i], length, number + i), NO_NODE, NULL);
     }

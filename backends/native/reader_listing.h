@@ -40,6 +40,7 @@ struct page {
     int64_t now_ns;        /* monotonic, before the last step */
     struct listed found[MOST_FOUND];
     unsigned nfound;       /* by the last step */
+    bool waits;            /* it ended before a name that would have to be waited for */
     double name;           /* seconds for which names of the directory are believed */
     unsigned short_lived;  /* entries whose attributes are believed for less */
     double shortest;       /* seconds, of those; `name` if there are none */
@@ -50,9 +51,10 @@ struct page {
 void page_begin(struct page *p, struct buffer *buffer, size_t size, struct nodes *nodes, double name);
 void page_end(struct page *p);
 /* Look up names[0] and so on, whose entries get the numbers from `number` on; how many are dealt with. *full: the next one
- * does not fit. Those that are gone get no entry, those that cannot be looked up one without attributes; -1: errno of
+ * does not fit. Unless it `may_wait`, only as far as `look_up_name` goes then. Those that are gone get no entry, those that cannot be looked up one without attributes; -1: errno of
  * "." or "..". */
-int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool *full);
+int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool may_wait,
+              bool *full);
 /* Say which inode found[i] is. `stored_to`: its attributes are not to be believed. */
 void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to);
 

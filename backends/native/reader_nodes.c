@@ -24,6 +24,7 @@ struct nodes {
     struct node *places;
     size_t nplaces, count; /* a power of two, at most half of it used */
     uint32_t doubts;       /* how often all names were doubted */
+    struct patience patience; /* needs no lock */
 };
 
 struct nodes *nodes_new(void)
@@ -38,8 +39,11 @@ struct nodes *nodes_new(void)
     }
     atomic_init(&n->refs, 1);
     pthread_mutex_init(&n->lock, NULL);
+    patience_init(&n->patience);
     return n;
 }
+
+struct patience *nodes_patience(struct nodes *n) { return &n->patience; }
 
 void nodes_hold(struct nodes *n) { atomic_fetch_add(&n->refs, 1); }
 
@@ -221,20 +225,6 @@ double put_looked_up(const struct lifetimes *l, const struct stat *st, struct fu
     put_seconds(seconds, &out->attr_valid, &out->attr_valid_nsec);
     put_attributes(st, 0, &out->attr);
     return seconds;
-}
-
-int look_up_name(int directory, const char *name, struct stat *st)
-{
-    int fd;
-    do
-        fd = openat(directory, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    while (fd < 0 && errno == EINTR);
-    if (fd < 0 || !fstat(fd, st))
-        return fd;
-    int error = errno;
-    close(fd);
-    errno = error;
-    return -1;
 }
 
 bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out)

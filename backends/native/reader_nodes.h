@@ -9,6 +9,8 @@
 #ifndef READER_NODES_H
 #define READER_NODES_H
 
+#include "reader_look.h"
+
 #include <linux/fuse.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -26,6 +28,8 @@ struct nodes;
 struct nodes *nodes_new(void); /* one reference; NULL: no memory */
 void nodes_hold(struct nodes *n);
 void nodes_drop(struct nodes *n);
+/* How long the lower takes for names; as long as there is a reference. */
+struct patience *nodes_patience(struct nodes *n);
 void nodes_believe(struct nodes *n, const struct lifetimes *l);
 void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
 /* `fd` stays the caller's, who must call `nodes_hide` or `nodes_remove` before he closes it. No memory: the node stays
@@ -47,7 +51,5 @@ void put_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds);
 double attributes_seconds(const struct lifetimes *l, const struct stat *st);
 /* The reply to a LOOKUP but for which node it is, or such a part of a listing; for how many seconds attributes are believed. */
 double put_looked_up(const struct lifetimes *l, const struct stat *st, struct fuse_entry_out *out);
-/* An O_PATH descriptor of what has this name, and what stat says of it; -1: errno. */
-int look_up_name(int directory, const char *name, struct stat *st);
 
 #endif

@@ -16,6 +16,7 @@ int shortcut_init(struct shortcut *s)
     s->first = NULL;
     s->last = &s->first;
     s->told = false;
+    s->current = NULL;
     s->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     return s->event < 0 ? -1 : 0;
 }
@@ -25,6 +26,7 @@ void shortcut_free(struct shortcut *s)
     struct asked *a;
     while ((a = shortcut_take(s)))
         free(a);
+    free(s->current);
     if (s->event >= 0)
         close(s->event);
     pthread_mutex_destroy(&s->lock);
@@ -71,6 +73,17 @@ static void tell(struct shortcut *s, bool readable)
     s->told = readable;
 }
 
+static void append(struct shortcut *s, struct asked *a, bool told)
+{
+    a->next = NULL;
+    pthread_mutex_lock(&s->lock);
+    *s->last = a;
+    s->last = &a->next;
+    if (told)
+        tell(s, true);
+    pthread_mutex_unlock(&s->lock);
+}
+
 bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
                   struct entry *entry, bool leads)
 {
@@ -79,21 +92,22 @@ bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse
     struct asked *a = malloc(sizeof *a + length + 1);
     if (!a)
         return false;
-    a->next = NULL;
     a->length = length;
+    a->fetched = 0;
     memcpy(a->bytes, in, length);
     a->bytes[length] = 0;
     if (in->opcode != FUSE_FORGET && !passing_hold(passing, in, length, entry)) {
         free(a);
         return false;
     }
-    pthread_mutex_lock(&s->lock);
-    *s->last = a;
-    s->last = &a->next;
-    if (!leads)
-        tell(s, true);
-    pthread_mutex_unlock(&s->lock);
+    append(s, a, !leads);
     return true;
+}
+
+void shortcut_again(struct shortcut *s, struct asked *a)
+{
+    a->fetched++;
+    append(s, a, true);
 }
 
 struct asked *shortcut_take(struct shortcut *s)

@@ -23,6 +23,7 @@ struct entry;
 struct asked {
     struct asked *next;
     size_t length;
+    unsigned fetched; /* how often names were fetched for it (`reader_onlookers.h`) */
     uint8_t bytes[]; /* the request, header and all; a zero after it */
 };
 
@@ -32,7 +33,9 @@ struct shortcut {
     pthread_mutex_t lock; /* of the rest */
     struct asked *first, **last;
     bool told; /* by the event */
-    struct stat found; /* what the event loop's thread has looked up last */
+    /* Of the event loop's thread: */
+    struct stat found;     /* what was looked up last */
+    struct asked *current; /* what was asked last; NULL: it was given away */
 };
 
 int shortcut_init(struct shortcut *s); /* -1: errno */
@@ -42,6 +45,8 @@ void shortcut_open(struct shortcut *s);
 /* Take a request that was read. `leads`: by the event loop's thread, which looks here next. False: it is for libfuse. */
 bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
                   struct entry *entry, bool leads);
+/* Put by once more what was taken. */
+void shortcut_again(struct shortcut *s, struct asked *a);
 /* The oldest; the caller frees it. NULL: none. */
 struct asked *shortcut_take(struct shortcut *s);
 bool shortcut_quiet(struct shortcut *s);

@@ -37,7 +37,6 @@ class Sizes:
 
 
 QUICK = Sizes(rounds=3, file=32 << 20, reads=3000)
-TINY = Sizes(rounds=1, file=4 << 20, reads=100)
 
 
 def run(sizes: Sizes) -> dict[str, object]:

@@ -64,7 +64,6 @@ class Sizes:
 
 
 QUICK = Sizes(rounds=3, file=32 << 20, reads=3000, misses=200)
-TINY = Sizes(rounds=1, file=4 << 20, reads=100, misses=20)
 
 
 class Bench:

@@ -57,7 +57,6 @@ class Sizes:
 
 
 QUICK = Sizes(rounds=1, file=24 << 20, pages=100, small_files=60, memory=48 << 20, rest=12 << 20, turns=1)
-TINY = Sizes(rounds=1, file=4 << 20, pages=20, small_files=10, memory=20 << 20, rest=12 << 20, turns=1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Case:
 
 
 @contextmanager
-def _segment(directory: Path, size: int) -> Iterator[None]:
+def populated_segment(directory: Path, size: int) -> Iterator[None]:
     """Make a segment of `size` bytes, all of it in memory already; destroy it afterwards."""
     path = str(directory / SEGMENT)
     segment = _native.create(path, size)
@@ -109,7 +108,7 @@ def _reads(directory: Path, lower: Path, reader: Reader, sizes: Sizes) -> list[d
                 rounds["lower"].append(once(lower))
                 continue
             with (
-                _segment(directory, 4 * sizes.file + (64 << 20)),
+                populated_segment(directory, 4 * sizes.file + (64 << 20)),
                 mounted("tmem", lower, directory / "tmem") as mount,
             ):
                 for number in ("first", "second", "third"):
@@ -151,7 +150,7 @@ def _small_memory(directory: Path, lower: Path, reader: Reader, sizes: Sizes) ->
             group = stack.enter_context(memory_group(limit))
             root = lower
             if name == "tmem":
-                stack.enter_context(_segment(directory, sizes.memory - sizes.rest))
+                stack.enter_context(populated_segment(directory, sizes.memory - sizes.rest))
                 mount = stack.enter_context(mounted("tmem", lower, directory / "tmem"))
                 outside = _join(mount, group)
                 root = mount.point
@@ -187,8 +186,8 @@ def run(sizes: Sizes) -> dict[str, object]:
     size = 4 * sizes.file + 2 * sizes.memory + (256 << 20)
     with workplace() as directory:
         os.environ["TMEM_RUNTIME_DIR"] = str(directory)
-        with slow_ext4(directory, size, fill) as lower:
+        with slow_ext4(directory, size, fill) as slow:
             reader = Reader(directory)
-            rows = _reads(directory, lower, reader, sizes)
-            rows += _small_memory(directory, lower, reader, sizes)
+            rows = _reads(directory, slow.lower, reader, sizes)
+            rows += _small_memory(directory, slow.lower, reader, sizes)
     return {"rows": rows}

@@ -52,7 +52,6 @@ class Sizes:
 
 
 QUICK = Sizes(rounds=2, files=800, directories=20)
-TINY = Sizes(rounds=1, files=200, directories=10)
 
 
 def _git(directory: Path, *arguments: str) -> None:

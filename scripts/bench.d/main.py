@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_declined
 import bench_fuse
+import bench_names
 import bench_pages
 import bench_prefetch
 import bench_pressure
@@ -50,7 +51,7 @@ def main() -> int:
         "parts",
         nargs="*",
         help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages, tiers, "
-        "stale, prefetch; all of them by default",
+        "stale, prefetch, names; all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -74,6 +75,7 @@ def main() -> int:
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),
         "tiers": lambda: bench_tiers.run(3 if quick else 7, 16 if quick else 40),
         "stale": lambda: bench_stale.run(45 if quick else 180),
+        "names": lambda: bench_names.run(bench_names.QUICK if quick else bench_names.Sizes()),
         "prefetch": lambda: bench_prefetch.run(3 if quick else 5, 128 << 20),
     }
     if unknown := [part for part in options.parts if part not in parts]:

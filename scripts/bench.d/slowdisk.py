@@ -8,6 +8,7 @@ reads directly), so that only the ext4's own page cache does.
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tmem.bench.grounds import running, wait_until
@@ -18,8 +19,25 @@ RATE_BITS = 800_000_000
 """100 MB/s."""
 
 
+@dataclass(frozen=True)
+class Slow:
+    """A slow disk's file system, mounted."""
+
+    device: str
+    lower: Path
+
+    def mount(self) -> None:
+        """Mount it."""
+        subprocess.run(["mount", "-o", "noatime", self.device, str(self.lower)], check=True)
+
+    def remount(self) -> None:
+        """Unmount it and mount it again, so that the kernel has nothing of it."""
+        subprocess.run(["umount", str(self.lower)], check=True)
+        self.mount()
+
+
 @contextmanager
-def slow_ext4(directory: Path, size: int, fill: Callable[[Path], None]) -> Iterator[Path]:
+def slow_ext4(directory: Path, size: int, fill: Callable[[Path], None]) -> Iterator[Slow]:
     """Yield an ext4 of `size` bytes on such a disk, which `fill` has put files into while it was fast."""
     image, socket, shown, lower = (directory / name for name in ("image", "socket", "shown", "lower"))
     with ext4(image, lower, size) as fast:
@@ -32,9 +50,10 @@ def slow_ext4(directory: Path, size: int, fill: Callable[[Path], None]) -> Itera
         wait_until(socket.exists, "the slow disk")
         shown.mkdir()
         with _shown(shown, f"nbd+unix:///?socket={socket}") as file, _loop(file) as device:
-            subprocess.run(["mount", "-o", "noatime", device, str(lower)], check=True)
+            slow = Slow(device, lower)
+            slow.mount()
             try:
-                yield lower
+                yield slow
             finally:
                 unmount(lower)
 

@@ -338,7 +338,7 @@ def listed(
         unique, page = begin(desk, directory, start, size)
         node = 1000 + start
         while page.next < len(names) and not page.full:
-            rows = page.look_up(directory, names, b"")
+            rows = page.look_up(directory, names, b"", True)
             for _, _, descriptor in rows:
                 os.close(descriptor)
             page.identify([(node + place, place + 7, False) for place in range(len(rows))])
@@ -436,7 +436,7 @@ def test_what_is_written_to_unseen_is_not_believed(desk: Desk, table: InodeTable
         (place / name).touch()
     directory = os.open(place, os.O_RDONLY)
     unique, page = begin(desk, directory, 0, 4096)
-    rows = page.look_up(directory, [b"a", b"b", b"c"], b"")
+    rows = page.look_up(directory, [b"a", b"b", b"c"], b"", True)
     for _, _, descriptor in rows:
         os.close(descriptor)
     page.identify([(5, 1, False), (6, 2, True), (7, 3, False)])
@@ -472,7 +472,7 @@ def relisted(desk: Desk, place: Path, written: bytes = b"", places: bytes | None
         names, found, _ = _native.names(directory)
         unique, page = begin(desk, directory, 0, 65536)
         while page.next < len(names):
-            rows = page.look_up(directory, names, found if places is None else places)
+            rows = page.look_up(directory, names, found if places is None else places, True)
             for _, _, descriptor in rows:
                 os.close(descriptor)
             page.identify([(key[1], 1, names[0] == written) for key, _, _ in rows])

@@ -237,7 +237,7 @@ def test_a_late_page_of_a_listing_is_forgotten(
     directory = os.open(tmp_path, os.O_RDONLY)
     unique = given_up(desk, program, READDIRPLUS, READ_BODY)
     page = desk.reader.page(unique, 1.0)
-    for _, _, descriptor in page.look_up(directory, [b".", b"a", b"n" * 300, b"gone", b"file"], b""):
+    for _, _, descriptor in page.look_up(directory, [b".", b"a", b"n" * 300, b"gone", b"file"], b"", True):
         os.close(descriptor)
     page.identify([(5, 1, False), (6, 1, False)])
     desk.reader.list(page)

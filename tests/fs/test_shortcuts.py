@@ -54,20 +54,20 @@ def test_a_name_is_looked_up(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "name").write_bytes(bytes(1234))
     unique = desk.request(LOOKUP, b"name\0", 77)
     assert desk.serve() == ASKED
-    assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"name\0")
+    assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"name\0", 0)
     assert desk.reader.asked() is None
     assert desk.silent()
     assert not desk.reader.quiet
     directory = os.open(tmp_path, os.O_RDONLY)
-    found = desk.reader.look_up(directory, b"name\0")
+    found = desk.reader.look_up(directory, b"name\0", True)
     assert isinstance(found, tuple)
     status = (tmp_path / "name").stat()
     assert found[:2] == ((status.st_dev, status.st_ino), 0o100000)
     assert os.path.samestat(os.fstat(found[2]), status)
-    assert desk.reader.look_up(directory, b"no such name\0") == 2
+    assert desk.reader.look_up(directory, b"no such name\0", True) == 2
     with pytest.raises(ValueError, match="ends with a zero"):
-        desk.reader.look_up(directory, b"name")
-    desk.reader.look_up(directory, b"name\0")
+        desk.reader.look_up(directory, b"name", True)
+    desk.reader.look_up(directory, b"name\0", True)
     desk.reader.enter(unique, 99, 3, False)
     number, error, entry = desk.answer()
     assert (number, error) == (unique, 0)

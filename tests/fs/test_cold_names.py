@@ -1,0 +1,207 @@
+"""Names that the kernel does not have at hand: nobody waits for another.s, and all that is told is right."""
+
+import ctypes
+import errno
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tmem.backends import _native
+from tmem.fs.reading import ASKED
+
+from .conftest import Mounter, Place
+from .faulty import Faulty
+from .hanging import LIST, READ, two_files
+from .hanging import program as running
+from .reader_desk import Desk, make
+from .rings import BY_RINGS
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Segment
+
+pytestmark = pytest.mark.usefixtures("root")
+
+LOOKUP, INTERRUPT = 1, 36
+SIDE_BY_SIDE = 8
+MANY = 30
+SIZE = "import os, sys; print(os.stat(sys.argv[1]).st_size)"
+STAT = "import os, sys; os.stat(sys.argv[1])"
+QUICK_NS = 100_000
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[Faulty]:
+    """Nothing of it is at hand: the kernel asks it for every name, several at a time once it knows them."""
+    with two_files(tmp_path) as lower:
+        for path in lower.point.iterdir():
+            path.stat()
+        yield lower
+        lower.heal()
+
+
+@pytest.fixture(params=["loop=native", BY_RINGS])
+def place(
+    request: pytest.FixtureRequest, faulty: Faulty, segment: "Segment", mounter: Mounter
+) -> Iterator[Place]:
+    yield mounter(f"timeout=0,{request.param}", lower=faulty.point)
+    faulty.heal()
+
+
+def test_a_name_that_hangs_holds_up_nobody_else(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    faulty.fail("lookup", hangs=True, name="slow")
+    with running(STAT, place.point / "slow") as one, running(LIST, place.point) as lists:
+        eventually(lambda: "lookup" in faulty.waiting())
+        with running(STAT, place.point / "other") as other:
+            assert other.wait(10) == 0
+        assert subprocess.run(
+            [sys.executable, "-c", READ, place.point / "other"], check=True, timeout=10, capture_output=True
+        )
+        one.send_signal(signal.SIGKILL)
+        assert one.wait(10) == -signal.SIGKILL
+        assert lists.poll() is None
+        assert set(faulty.waiting()) == {"lookup"}
+        faulty.heal()
+        assert lists.wait(10) == 0
+    assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_a_listing_looks_at_several_names_at_a_time(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """So it is done sooner than one name after the other would be, and tells of each what it is."""
+    directory = faulty.directory
+    for number in range(MANY):
+        (directory / f"file{number}").write_bytes(bytes(100 + number))
+    code = "import os, sys; print(sorted((e.name, e.stat().st_size) for e in os.scandir(sys.argv[1])))"
+    faulty.fail("lookup", hangs=True)
+    command = [sys.executable, "-c", code, str(place.point)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
+        eventually(lambda: len(faulty.waiting()) == SIDE_BY_SIDE)
+        faulty.heal()
+        assert listing.stdout is not None
+        said = listing.stdout.read()
+        assert listing.wait(10) == 0
+    assert said.strip() == str(sorted((path.name, path.stat().st_size) for path in directory.iterdir()))
+
+
+def test_what_changes_while_it_is_fetched_is_seen(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """What a thread saw is not told: the name is looked up again by who answers."""
+    faulty.fail("lookup", hangs=True, name="slow")
+    command = [sys.executable, "-c", SIZE, str(place.point / "slow")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asks:
+        eventually(lambda: faulty.waiting() == ["lookup"])
+        (faulty.directory / "new").write_bytes(bytes(77))
+        (faulty.directory / "new").rename(faulty.directory / "slow")
+        faulty.heal()
+        assert asks.stdout is not None
+        assert asks.stdout.read() == "77\n"
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    for one in make(tmp_path):
+        one.reader.open_shortcut()
+        nodes = _native.Nodes()
+        nodes.believe(tmp_path.stat().st_dev, 7.5, 1.0, 2.0, 2.0, 60.0)
+        one.reader.set_nodes(nodes, False)
+        yield one
+
+
+def test_a_request_is_asked_once_more(desk: Desk, faulty: Faulty, eventually: Callable[..., None]) -> None:
+    directory = os.open(faulty.point, os.O_RDONLY)
+    unique = desk.request(LOOKUP, b"slow\0", 77)
+    assert desk.serve() == ASKED
+    assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"slow\0", 0)
+    assert desk.reader.look_up(directory, b"slow\0", False) == errno.EAGAIN
+    faulty.fail("lookup", hangs=True, name="slow")
+    assert desk.reader.fetch(directory, [b"slow"])
+    assert not desk.reader.fetch(directory, [b"slow"])  # it was given away
+    os.close(directory)  # the threads have their own
+    eventually(lambda: faulty.waiting() == ["lookup"])
+    assert desk.reader.asked() is None
+    assert not desk.reader.quiet
+    faulty.heal()
+    eventually(lambda: desk.serve() == ASKED)
+    assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"slow\0", 1)
+    desk.reader.reply(unique, errno.ENOENT)
+    assert desk.answer() == (unique, -errno.ENOENT, b"")
+    assert desk.reader.quiet
+
+
+def test_who_was_given_up_meanwhile_is_not_asked_again(
+    desk: Desk, faulty: Faulty, program: "subprocess.Popen[bytes]", eventually: Callable[..., None]
+) -> None:
+    directory = os.open(faulty.point, os.O_RDONLY)
+    unique = desk.request(LOOKUP, b"slow\0", program.pid)
+    assert desk.serve() == ASKED
+    assert desk.reader.asked()
+    faulty.fail("lookup", hangs=True)
+    assert desk.reader.fetch(directory, [b"slow", b"other"])
+    eventually(lambda: faulty.waiting() == ["lookup", "lookup"])
+    program.send_signal(signal.SIGQUIT)
+    desk.request(INTERRUPT, struct.pack("=Q", unique))
+    desk.serve()
+    assert desk.answer() == (unique, -errno.EINTR, b"")
+    faulty.heal()
+    eventually(lambda: desk.serve() in (0, ASKED) and desk.reader.asked() is None and desk.reader.quiet)
+    os.close(directory)
+
+
+def test_a_reader_ends_once_its_threads_have_what_they_wait_for(
+    tmp_path: Path, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """With directories, too, and with more to do than there are threads."""
+    directory = os.open(faulty.point, os.O_RDONLY)
+    for desk in make(tmp_path):
+        desk.reader.open_shortcut()
+        desk.reader.set_nodes(_native.Nodes(), False)
+        faulty.fail("readdir", hangs=True)
+        for number in range(40):
+            desk.request(LOOKUP, b"x\0")
+            desk.serve()
+            assert desk.reader.asked()
+            assert desk.reader.fetch(directory, [] if number % 2 else [b"slow"] * 100)
+        eventually(lambda: "readdir" in faulty.waiting())
+        faulty.heal()
+    os.close(directory)
+
+
+def test_one_slow_answer_ends_it_that_a_lower_is_quick(faulty: Faulty) -> None:
+    """Until many quick ones have come."""
+    library = ctypes.CDLL(_native.__file__)
+    note, is_quick, look_up = library.patience_note, library.patience_is_quick, library.look_up_name
+    is_quick.restype = ctypes.c_bool
+    patience = (ctypes.c_int64 * 2)()
+    library.patience_init(patience)
+    assert not is_quick(patience)
+    for _ in range(100):
+        note(patience, ctypes.c_int64(QUICK_NS // 3))
+    assert is_quick(patience)
+    directory = os.open(faulty.point, os.O_RDONLY)
+    status = ctypes.create_string_buffer(256)
+    found = look_up(patience, directory, b"slow", ctypes.c_bool(False), status)
+    assert found >= 0  # was waited for
+    assert stat.S_ISREG(os.fstat(found).st_mode)
+    os.close(found)
+    note(patience, ctypes.c_int64(QUICK_NS * 50))
+    assert not is_quick(patience)
+    assert look_up(patience, directory, b"slow", ctypes.c_bool(False), status) == -1
+    assert look_up(patience, directory, b"no such name", ctypes.c_bool(True), status) == -1
+    os.close(directory)
+    for _ in range(10):
+        note(patience, ctypes.c_int64(QUICK_NS // 3))
+    assert not is_quick(patience)
