@@ -16,7 +16,7 @@ import trio
 
 from tmem.errors import TmemError, errno_of
 from tmem.fs.coherence import Change, Coherence, FileState
-from tmem.fs.identity import handle_of, object_id
+from tmem.fs.identity import object_id
 from tmem.fs.inodes import Inode, InodeTable
 from tmem.fs.instances import Instances
 from tmem.fs.kernel import Kernel
@@ -170,9 +170,10 @@ class Handlers(pyfuse3.Operations):
             return
         if status.st_nlink:
             return
-        inode = self.table.known(status)
+        inode = self.table.known(status, descriptor)
         if inode is not None and inode.state is not None:
             self.coherence.discard(inode.state.name, inode.state)
         else:
             key = (status.st_dev, status.st_ino)
-            self.coherence.discard(self._name_of(key, handle_of(descriptor), descriptor), None)
+            handle = self.table.handle_at(key, descriptor)
+            self.coherence.discard(self._name_of(key, handle, descriptor), None)

@@ -1,8 +1,8 @@
 """Which file a page belongs to, and which state of that file it shows.
 
-The object id names the file: its device and its file handle (which holds the inode's generation; inode number
-where the file system has no handles). It does not hold the version, so that a file which is written through
-the mount keeps its other pages. The version (mtime, ctime, size) is kept beside it, in memory, by
+The object id names the file: its device, its inode number and, where the file system has handles, its file
+handle (which holds the inode's generation). It does not hold the version, so that a file which is written
+through the mount keeps its other pages. The version (mtime, ctime, size) is kept beside it, in memory, by
 `coherence`. In a pool that several mounts share there is an object for each version instead (`sharing`).
 Nothing here depends on the mount: all mounts of a kernel give a file the same ids. Threading: plain functions
 and values.
@@ -54,7 +54,8 @@ def object_id(device: int, inode: int, handle: bytes | None, mark: bytes = b"") 
 
     `mark` tells file systems apart that have had the same device number (`instances`).
     """
-    name = b"h" + handle if handle else b"i" + inode.to_bytes(8, "little")
+    # Both: some file systems use handles again (FUSE ones whose node ids are addresses), others numbers.
+    name = b"n" + inode.to_bytes(8, "little") + (handle or b"")
     place = device.to_bytes(8, "little") + bytes([len(mark)]) + mark
     return hashlib.blake2b(place + name, digest_size=OID_SIZE).digest()
 
@@ -147,9 +148,9 @@ def _rounds(descriptor: int, clock_ns: Callable[[], int]) -> Iterator[Round]:
         yield Round(len(stamps), clock_ns() - start_ns)
 
 
-def handle_of(descriptor: int) -> bytes | None:
-    """Return the file handle of an open file, or None where the file system has none."""
+def handle_of(descriptor: int, to_open: bool = True) -> bytes | None:
+    """Return the file handle of an open file, or None where the file system has none (see `syscalls`)."""
     try:
-        return syscalls.file_handle(descriptor)
+        return syscalls.file_handle(descriptor, to_open)
     except OSError:
         return None

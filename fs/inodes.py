@@ -1,8 +1,9 @@
 """The inodes that the kernel knows: node id -> lower file, reached by an O_PATH descriptor.
 
 An inode is never reached by its path again, so renames underneath the mount do not confuse it, and while its
-descriptor is open its number cannot be recycled. Descriptors are limited: beyond a quota the oldest are
-closed, if the file can be opened again by its handle (root only); files that are open or unlinked keep
+descriptor is open its number cannot be recycled. Where that is not sure, handles tell files apart: a FUSE
+file system may show several others, with their numbers. Descriptors are limited: beyond a quota the oldest
+are closed, if the file can be opened again by its handle (root only); files that are open or unlinked keep
 theirs. Node ids are the lower inode numbers on the root's device and numbers of our own elsewhere. Threading:
 the event loop's thread only; worker threads get descriptors, never inodes, and threads of the native reader
 what `nodes` has.
@@ -22,12 +23,14 @@ import pyfuse3
 
 from tmem.fs import syscalls
 from tmem.fs.coherence import FileState
+from tmem.fs.fanotify import is_local
 from tmem.fs.identity import Version, handle_of
 from tmem.fs.state import SavedInode, SavedInodes
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_GENERATION = (1 << 32) - 1  # the kernel keeps 32 bits, and compares all
 _TRIES = 64  # descriptors that are looked at to close some, so the cost stays bounded
+_LOOKS = 3
 _FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
 
 
@@ -98,6 +101,10 @@ class InodeTable:
         node = Inode(pyfuse3.ROOT_INODE, key, stat.S_IFDIR, root, lookups=1)
         self._by_id: dict[int, Inode] = {node.nodeid: node}
         self._by_key: dict[tuple[int, int], Inode] = {key: node}
+        self._numbers_tell = is_local(root)
+        self._is_fuse = syscalls.file_system_type(root) == syscalls.FUSE_MAGIC
+        self._beside: dict[tuple[tuple[int, int], bytes], Inode] = {}
+        """With their handles, inodes whose lower identity was another's in `_by_key`; not if numbers tell."""
         self.nodes = _native.Nodes()
         """For threads of the native reader: open descriptors of files on the root's device, without the root
         and files whose attributes may not be believed; and for listings: what has been told of files."""
@@ -127,9 +134,9 @@ class InodeTable:
         """How many O_PATH descriptors are open."""
         return len(self._open)
 
-    def known(self, status: os.stat_result) -> Inode | None:
-        """Return the inode of the file that `status` describes, if the kernel knows it."""
-        return self.find((status.st_dev, status.st_ino))
+    def known(self, status: os.stat_result, descriptor: int) -> Inode | None:
+        """Return the inode of the file open at `descriptor` and described by `status`, if it is known."""
+        return self._known_at((status.st_dev, status.st_ino), descriptor)
 
     def find(self, key: tuple[int, int]) -> Inode | None:
         """Return the inode of the lower file with these st_dev and st_ino, if the kernel knows it."""
@@ -167,8 +174,18 @@ class InodeTable:
     def handle(self, inode: Inode) -> bytes | None:
         """Return the inode's file handle, if its file system has handles."""
         if inode.handle is None:
-            inode.handle = handle_of(self.descriptor(inode))
+            inode.handle = self.handle_at(inode.key, self.descriptor(inode))
         return inode.handle
+
+    def handle_at(self, key: tuple[int, int], descriptor: int) -> bytes | None:
+        """Return the handle of an open file with these st_dev and st_ino, if its file system has handles.
+
+        Those of FUSE tell files apart although nobody can open by them. (On overlayfs such ones change.)
+        """
+        handle = handle_of(descriptor)
+        if handle is None and self._is_fuse and key[0] == self.device:
+            handle = handle_of(descriptor, to_open=False)
+        return handle
 
     def lookup(self, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """Find `name` in `parent`; the caller must count the lookup with `remember`, or `drop` the inode."""
@@ -215,6 +232,8 @@ class InodeTable:
             return
         if self._by_key.get(inode.key) is inode:
             del self._by_key[inode.key]
+        elif inode.handle is not None and self._beside.get((inode.key, inode.handle)) is inode:
+            del self._beside[inode.key, inode.handle]
         self._open.pop(inode.nodeid, None)
         self._close(inode)
         self.nodes.remove(inode.nodeid)
@@ -230,6 +249,7 @@ class InodeTable:
             self._close(inode)
         self._by_id.clear()
         self._by_key.clear()
+        self._beside.clear()
         self._open.clear()
 
     def saved(self, used: Iterable[Inode]) -> tuple[SavedInodes, dict[Inode, int]]:
@@ -265,6 +285,8 @@ class InodeTable:
                 self._by_id[nodeid] = inode
             if by_key:
                 self._by_key[inode.key] = inode
+            elif by_id and handle is not None and not self._tells(inode.key):
+                self._beside[inode.key, handle] = inode
             if descriptor >= 0 and nodeid != pyfuse3.ROOT_INODE:
                 self._open[nodeid] = inode
                 self._show(inode)
@@ -292,7 +314,7 @@ class InodeTable:
 
         Unless `opens`, an inode whose descriptor was closed is left so.
         """
-        inode = self._by_key.get(key)
+        inode = self._known_at(key, descriptor)
         if inode is not None and inode.descriptor >= 0:
             os.close(descriptor)
             return inode
@@ -306,6 +328,23 @@ class InodeTable:
         self._keep(inode)
         return inode
 
+    def _tells(self, key: tuple[int, int]) -> bool:
+        """Say whether an inode that is open is the one file with this lower identity."""
+        return self._numbers_tell and key[0] == self.device
+
+    def _known_at(self, key: tuple[int, int], descriptor: int) -> Inode | None:
+        """Return the inode of an open file with this lower identity, if it is known."""
+        inode = self._by_key.get(key)
+        if self._tells(key) or (inode is None and not self._beside):
+            return inode
+        handle = self.handle_at(key, descriptor)
+        if handle is None or (inode is not None and self.handle(inode) == handle):
+            return inode
+        beside = self._beside.get((key, handle))
+        if beside is None and inode is not None and _are_links(self.descriptor(inode), descriptor):
+            return inode
+        return beside
+
     def _made(self, key: tuple[int, int], kind: int, descriptor: int) -> Inode:
         device, nodeid = key
         if device != self.device or nodeid in self._by_id or not 1 < nodeid < _FOREIGN_IDS:
@@ -315,7 +354,10 @@ class InodeTable:
         inode = Inode(nodeid, key, kind, descriptor, generation=self._last_generation)
         inode.known_since = self._clock()
         self._by_id[nodeid] = inode
-        self._by_key[key] = inode
+        if key in self._by_key and not self._tells(key) and (handle := self.handle(inode)) is not None:
+            self._beside[key, handle] = inode
+        else:
+            self._by_key[key] = inode
         return inode
 
     def _show(self, inode: Inode) -> None:
@@ -377,3 +419,18 @@ def _can_open_handles(root: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _are_links(one: int, other: int) -> bool:
+    """Say whether two open files with one number are links to one file, as far as can be seen.
+
+    To a FUSE file system each may be a node of its own, of which the kernel remembers other attributes.
+    """
+    try:
+        for _ in range(_LOOKS):  # it may be changing
+            status = syscalls.fresh_status(one)
+            if status.nlink > 1 and not stat.S_ISDIR(status.mode) and status == syscalls.fresh_status(other):
+                return True
+    except OSError:  # one of them is gone
+        pass
+    return False

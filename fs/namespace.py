@@ -238,7 +238,7 @@ class Namespace(Handlers):
             if not stat.S_ISREG(status.st_mode):
                 yield
                 return
-            inode = self.table.known(status)
+            inode = self.table.known(status, descriptor)
             with self.coherence.change(inode.state if inode else None, descriptor):
                 yield
             self.discard_if_unlinked(descriptor)

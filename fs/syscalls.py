@@ -8,16 +8,20 @@ import ctypes
 import errno
 import os
 import struct
+from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_AT_EMPTY_PATH = 0x1000
+_AT_EMPTY_PATH, _AT_HANDLE_FID = 0x1000, 0x200
+_AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = 0x2000, 0x7FF
 _STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1000, 0x4000
-_STX_MNT_ID = 144  # where struct statx has it
+_STX_NLINK, _STX_MNT_ID = 16, 144  # where struct statx has them
 _HANDLE_ROOM = 128  # MAX_HANDLE_SZ
 _STATFS_ROOM = 256  # struct statfs has 120 bytes on 64-bit machines, of which the first word is wanted
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_NOATIME = 1, 2, 4, 8, 16, 1024
 MNT_DETACH = 2
+FUSE_MAGIC = 0x65735546
+"""See `file_system_type`."""
 
 
 def _check(result: int, *names: str | bytes) -> int:
@@ -32,14 +36,16 @@ def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flag
     _check(_libc.renameat2(old_dir, old_name, new_dir, new_name, ctypes.c_uint(flags)), old_name)
 
 
-def file_handle(descriptor: int) -> bytes | None:
+def file_handle(descriptor: int, to_open: bool = True) -> bytes | None:
     """Return the handle (type and opaque bytes) of the open file, or None if its file system has none.
 
-    A handle holds the inode's generation, so it is never used again for another file.
+    A handle holds the inode's generation, so it is never used again for another file. Unless it is `to_open`
+    the file by, more file systems have one (from Linux 6.5 on).
     """
     room = ctypes.create_string_buffer(struct.pack("=Ii", _HANDLE_ROOM, 0), 8 + _HANDLE_ROOM)
     mount_id = ctypes.c_int()
-    if _libc.name_to_handle_at(descriptor, b"", room, ctypes.byref(mount_id), _AT_EMPTY_PATH):
+    flags = _AT_EMPTY_PATH if to_open else _AT_EMPTY_PATH | _AT_HANDLE_FID
+    if _libc.name_to_handle_at(descriptor, b"", room, ctypes.byref(mount_id), flags):
         code = ctypes.get_errno()
         if code in (errno.EOPNOTSUPP, errno.EOVERFLOW, errno.ENOSYS, errno.EPERM, errno.EINVAL):
             return None
@@ -63,6 +69,28 @@ def mount_number(descriptor: int) -> int:
     wanted = ctypes.c_uint(_STATX_MNT_ID | _STATX_MNT_ID_UNIQUE)
     _check(_libc.statx(descriptor, b"", _AT_EMPTY_PATH, wanted, room))
     return int(struct.unpack_from("=Q", room, _STX_MNT_ID)[0])
+
+
+class FreshStatus(NamedTuple):
+    """What a file system says of a file when it is asked, not what the kernel remembers."""
+
+    nlink: int
+    uid: int
+    gid: int
+    mode: int
+    size: int
+    ctime: tuple[int, int]
+    """Seconds and nanoseconds."""
+    mtime: tuple[int, int]
+
+
+def fresh_status(descriptor: int) -> FreshStatus:
+    """Ask the file system about the open file."""
+    room = ctypes.create_string_buffer(256)  # struct statx
+    flags, wanted = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, ctypes.c_uint(_STATX_BASIC_STATS)
+    _check(_libc.statx(descriptor, b"", flags, wanted, room))
+    nlink, uid, gid, mode, size, *times = struct.unpack_from("=IIIH10xQ48xqI4xqI", room, _STX_NLINK)
+    return FreshStatus(nlink, uid, gid, mode, size, (times[0], times[1]), (times[2], times[3]))
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
