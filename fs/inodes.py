@@ -80,10 +80,17 @@ class InodeTable:
     """All inodes that the kernel knows, by node id and by lower identity.
 
     Closes `root` (O_RDONLY, not O_PATH) and every descriptor in `close`. `quota` bounds the O_PATH
-    descriptors; `clock` is a monotonic one in seconds.
+    descriptors; `clock` is a monotonic one in seconds; `numbers_tell` says whether open files on the root's
+    device have inode numbers of their own, None finds out.
     """
 
-    def __init__(self, root: int, quota: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        root: int,
+        quota: int,
+        clock: Callable[[], float] = time.monotonic,
+        numbers_tell: bool | None = None,
+    ) -> None:
         from tmem.backends import _native
 
         self._clock = clock
@@ -101,7 +108,7 @@ class InodeTable:
         node = Inode(pyfuse3.ROOT_INODE, key, stat.S_IFDIR, root, lookups=1)
         self._by_id: dict[int, Inode] = {node.nodeid: node}
         self._by_key: dict[tuple[int, int], Inode] = {key: node}
-        self._numbers_tell = is_local(root)
+        self._numbers_tell = is_local(root) if numbers_tell is None else numbers_tell
         self._is_fuse = syscalls.file_system_type(root) == syscalls.FUSE_MAGIC
         self._beside: dict[tuple[tuple[int, int], bytes], Inode] = {}
         """With their handles, inodes whose lower identity was another's in `_by_key`; not if numbers tell."""
@@ -341,9 +348,27 @@ class InodeTable:
         if handle is None or (inode is not None and self.handle(inode) == handle):
             return inode
         beside = self._beside.get((key, handle))
-        if beside is None and inode is not None and _are_links(self.descriptor(inode), descriptor):
+        if beside is None and inode is not None and self._is_link(inode, descriptor):
             return inode
         return beside
+
+    def _is_link(self, inode: Inode, descriptor: int) -> bool:
+        """Say whether an open file with an inode's number but another handle is another link to it.
+
+        As far as can be seen. To a FUSE file system each link may be a node of its own, of which the kernel
+        remembers other attributes.
+        """
+        try:
+            mine = self.descriptor(inode)
+            for _ in range(_LOOKS):  # it may be changing
+                status = syscalls.fresh_status(mine)
+                if status.nlink < 2 or stat.S_ISDIR(status.mode):
+                    return False
+                if status == syscalls.fresh_status(descriptor):
+                    return True
+        except OSError:  # one of them is gone
+            return False
+        return False
 
     def _made(self, key: tuple[int, int], kind: int, descriptor: int) -> Inode:
         device, nodeid = key
@@ -419,18 +444,3 @@ def _can_open_handles(root: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _are_links(one: int, other: int) -> bool:
-    """Say whether two open files with one number are links to one file, as far as can be seen.
-
-    To a FUSE file system each may be a node of its own, of which the kernel remembers other attributes.
-    """
-    try:
-        for _ in range(_LOOKS):  # it may be changing
-            status = syscalls.fresh_status(one)
-            if status.nlink > 1 and not stat.S_ISDIR(status.mode) and status == syscalls.fresh_status(other):
-                return True
-    except OSError:  # one of them is gone
-        pass
-    return False

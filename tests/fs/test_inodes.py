@@ -19,9 +19,10 @@ from tmem.types import PAGE_SIZE
 CONTEXT = pyfuse3.RequestContext()
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Iterator[InodeTable]:
-    table = InodeTable(os.open(tmp_path, os.O_RDONLY), quota=16)
+@pytest.fixture(params=[True, False])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[InodeTable]:
+    """A table whose numbers tell files apart, or are not trusted to."""
+    table = InodeTable(os.open(tmp_path, os.O_RDONLY), quota=16, numbers_tell=request.param)
     yield table
     table.close()
 
