@@ -131,8 +131,12 @@ class Files(Opening):
         with errors(), self.coherence.change(file.state, descriptor) as change:
             start: int = off
             end: int | None = off + len(data)
+            status = os.fstat(descriptor)
             if file.append:  # the lower file appends where its end is, not where the kernel believes
-                start, end = min(off, os.fstat(descriptor).st_size), None
+                start, end = min(off, status.st_size), None
+            # First, as on the lower: what fails after the write is no reason to say that it failed. FUSE does
+            # not say who writes; who opened the file stands for him.
+            self.lose_set_ids(file.inode, descriptor, status, file.caller)
             change.flush(start, end)
 
             def work() -> int:
@@ -144,10 +148,7 @@ class Files(Opening):
                 finally:
                     change.flush(start, end)
 
-            written = await self.in_thread(work)
-            # FUSE does not say who writes; who opened the file stands for him.
-            self.lose_set_ids(file.inode, descriptor, os.fstat(descriptor), file.caller)
-            return written
+            return await self.in_thread(work)
 
     async def flush(self, fh: int) -> None:
         """Let the lower file system report what it reports at close."""

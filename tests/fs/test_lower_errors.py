@@ -4,8 +4,8 @@ import contextlib
 import errno
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -241,13 +241,12 @@ def test_a_change_whose_outcome_cannot_be_asked(
     comes_right(place)
     faulty.fail("write", hangs=True)
     with (place.point / "file").open("r+b", buffering=0) as file:
-        writing = threading.Thread(target=error_of_write, args=(file.fileno(),))
-        writing.start()
-        eventually(lambda: faulty.waiting() == ["write"])
-        faulty.fail("getattr", errno=errno.EIO)
-        faulty.fail("write")
-        writing.join(20)
-        assert not writing.is_alive()
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(os.pwrite, file.fileno(), b"new", 0)
+            eventually(lambda: faulty.waiting() == ["write"])
+            faulty.fail("getattr", errno=errno.EIO)
+            faulty.fail("write")
+            assert writing.result(20) == 3
         faulty.heal()
         assert os.pread(file.fileno(), 3, 0) == b"new"
     expected = b"new" + CONTENT[3:]
@@ -255,11 +254,6 @@ def test_a_change_whose_outcome_cannot_be_asked(
     before = place.statistics().hit_pages
     comes_right(place, expected)
     assert place.statistics().hit_pages > before  # it is kept again
-
-
-def error_of_write(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        os.pwrite(descriptor, b"new", 0)
 
 
 def test_a_server_that_is_killed(place: Place, faulty: Faulty) -> None:
