@@ -10,7 +10,8 @@ see an error of theirs.
 administrator's word for it; the file's handle (inode number and generation, over NFS the server's own
 handle), without the device number and marks that are this host's own; and the version: mtime, ctime and size.
 So a changed file has other names, and nothing is ever removed by us: the servers evict (allkeys-lru). Only
-the lower directory's own file system is meant, not what is mounted below it.
+the lower directory's own file system is meant, not what is mounted below it, and none of FUSE
+(`identity.has_common_names`).
 
 *When bytes go there*: only bytes that `sharing` let into the pool, so that they are the version's as far as
 this host knows; and only of versions that are older than `settled` seconds, because another host's change

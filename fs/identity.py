@@ -78,6 +78,15 @@ def common_name(handle: bytes | None, inode: int) -> bytes:
     return b"h" + handle if handle else b"i" + inode.to_bytes(8, "little")
 
 
+def has_common_names(directory: int) -> bool:
+    """Say whether files of the file system of `directory` have a `common_name`.
+
+    Handles of FUSE are node ids, which many count anew on each host: two files have the same, and where
+    stamps are whole seconds the same version too.
+    """
+    return syscalls.file_system_type(directory) != syscalls.FUSE_MAGIC
+
+
 class Content(NamedTuple):
     """One version of one file, as all hosts that mount its file system name it."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, TmemError
 from tmem.fs import device, mounts
+from tmem.fs.identity import has_common_names
 from tmem.fs.options import MountOptions
 from tmem.fs.plan import Plan, Successor
 from tmem.fs.serving import Server
@@ -52,6 +53,12 @@ def run(
         raise AttachError(
             f"cannot open {lower}: {error.strerror}; name a directory that you may read, or run this as root"
         ) from None
+    if options.tier is not None and not has_common_names(root):
+        os.close(root)
+        raise AttachError(
+            f"{lower} is on a FUSE file system, which numbers its files on each host anew, so hosts cannot "
+            "tell each other which file is which: mount it without tier="
+        )
     plan = Plan(lower, mountpoint, options, paths, detached, successor)
     Server(plan, root).run(lambda: device.mount(lower, mountpoint, options), ready=ready)
 

@@ -21,6 +21,7 @@ from tmem.fs import device, memory, mounts, restart
 from tmem.fs.caching import CacheRule
 from tmem.fs.device import Device
 from tmem.fs.fanotify import Events
+from tmem.fs.identity import has_common_names
 from tmem.fs.lastresort import LastResort
 from tmem.fs.loop import Readers
 from tmem.fs.options import Loop, Passthrough, Uring, Watching
@@ -107,6 +108,11 @@ class Server:
         from tmem.backends.tiers.redis_url import RedisAddress
         from tmem.fs.beyond import TIMEOUT_SECONDS, Beyond  # megabytes, which mounts without it do not need
 
+        if not has_common_names(self.overlay.table.root):  # mounted by code that did not know
+            log.warning(
+                "what other hosts have read is not asked for: their names of files are others on FUSE"
+            )
+            return
         shared = self.plan.options.shared
         assert shared is not None, "options say so"
         address = RedisAddress.parse(url, TIMEOUT_SECONDS)

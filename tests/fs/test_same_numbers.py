@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tmem.errors import AttachError
 from tmem.fs import syscalls
 from tmem.types import PAGE_SIZE
 
@@ -78,3 +79,10 @@ def test_links_are_one_file(lower: Path, mounter: Mounter) -> None:
         assert held.read(1) == b"o"
         first.write_bytes(b"new")
         assert os.pread(held.fileno(), 10, 0) == b"new"
+
+
+def test_other_hosts_are_not_asked(lower: Path, mounter: Mounter) -> None:
+    """They may have given another file the same handle."""
+    shared = "shared=0123456789abcdef0123456789abcdef"
+    with pytest.raises(AttachError, match="mount it without tier="):
+        mounter(f"{shared},tier=redis://localhost:1", lower=lower)
