@@ -42,6 +42,8 @@ class Recorded:
 
     client: str
     mountpoint: str
+    tier: str | None = None
+    """The servers that other hosts ask, too, as they may be shown."""
 
 
 def recorded(paths: SegmentPaths) -> list[Recorded]:
@@ -52,7 +54,7 @@ def recorded(paths: SegmentPaths) -> list[Recorded]:
         with suppress(OSError, ValueError, KeyError, TypeError):  # it ended while we looked
             told = json.loads(record.read_text(encoding="utf-8"))
             if told["mountpoint"] in mounted:
-                found.append(Recorded(str(told["client"]), told["mountpoint"]))
+                found.append(Recorded(str(told["client"]), told["mountpoint"], told.get("tier")))
     return found
 
 

@@ -16,6 +16,7 @@ import pyfuse3
 import trio
 
 from tmem.backends.processes import start_ticks
+from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TmemError
 from tmem.fs import device, memory, mounts, restart
 from tmem.fs.caching import CacheRule
@@ -105,7 +106,6 @@ class Server:
             self._last_resort.close()
 
     def _ask_beyond(self, url: str) -> None:
-        from tmem.backends.tiers.redis_url import RedisAddress
         from tmem.fs.beyond import TIMEOUT_SECONDS, Beyond  # megabytes, which mounts without it do not need
 
         if not has_common_names(self.overlay.table.root):  # mounted by code that did not know
@@ -240,6 +240,7 @@ def _record(plan: Plan) -> Iterator[None]:
         "mountpoint": plan.mountpoint,
         "pid": os.getpid(),
         "start_ticks": start_ticks(os.getpid()),
+        "tier": RedisAddress.shown(plan.options.tier) if plan.options.tier else None,
     }
     written = False
     if plan.paths.state.is_dir():

@@ -20,6 +20,8 @@ from tmem.backends.paths import SegmentPaths
 from tmem.config import reading
 from tmem.config.place import DEFAULT_PATH
 from tmem.errors import ConfigError, SegmentError, ServiceError, TmemError
+from tmem.fs import asking
+from tmem.fs.statistics import MountStatistics
 from tmem.nbd import guards
 from tmem.types import format_size
 
@@ -215,6 +217,7 @@ def _segment(paths: SegmentPaths) -> Iterator[Finding]:
         for one in tierchecks.examine(paths, opened, guards.swapped_to(paths)):
             state = MISSING if not one.well else NOTE if one.remedy else OK
             yield Finding("tier", one.client, state, one.detail, one.remedy)
+        yield from _mounts(paths)
         violations = opened.check()
         if not violations:
             detail = f"{format_size(opened.memory_bytes)}, every invariant holds"
@@ -224,6 +227,39 @@ def _segment(paths: SegmentPaths) -> Iterator[Finding]:
         for violation in violations:
             remedy = "report it" if state is MISSING else "stop all servers and mounts, then look again"
             yield Finding("segment", paths.name, state, violation + suffix, remedy)
+
+
+def _mounts(paths: SegmentPaths) -> Iterator[Finding]:
+    """Yield what mounts say of the servers that they share with other hosts."""
+    found = [one for one in asking.recorded(paths) if one.tier is not None]
+    answers = asking.Asker().ask([one.mountpoint for one in found]) if found else {}
+    for one in found:
+        state, detail, remedy = tier_of_mount(answers[one.mountpoint])
+        yield Finding("tier", one.mountpoint, state, f"{one.tier}: {detail}", remedy)
+
+
+def tier_of_mount(counted: MountStatistics | None) -> tuple[str, str, str]:
+    """Return state, detail and remedy for the tier of a mount that has counted this; None: it is silent."""
+    if counted is None:
+        return NOTE, "the mount does not answer", "look whether its lower directory does"
+    if not counted.tier_up:
+        return (
+            MISSING,
+            "does not answer, or not to this mount, which reads its lower directory alone until it does",
+            "start the servers, and look at the mount's log ('journalctl -t tmem-mount') for what they say",
+        )
+    if counted.tier_dropped_pages > counted.tier_sent_pages:
+        return (
+            NOTE,
+            f"took {counted.tier_sent_pages} pages, and {counted.tier_dropped_pages} not: it is full and "
+            "does not evict, or is too slow",
+            "CONFIG SET maxmemory-policy allkeys-lru",
+        )
+    return (
+        OK,
+        f"asked; {counted.tier_hit_pages} pages came from there, {counted.tier_sent_pages} went there",
+        "",
+    )
 
 
 def _metrics(paths: SegmentPaths) -> Iterator[Finding]:
