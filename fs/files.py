@@ -154,8 +154,10 @@ class Files(Opening):
         """Let the lower file system report what it reports at close."""
         file = self._files[fh]
         if file.writable:
-            with errors(), self._distrusting(file):
-                await self.in_thread(os.close, os.dup(file.descriptor))
+            with errors():
+                descriptor = os.dup(file.descriptor)
+                with self._distrusting(file):
+                    await self.in_thread(os.close, descriptor)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Make content durable."""

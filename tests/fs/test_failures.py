@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,27 @@ def test_a_read_without_memory(overlay: Overlay, failure: OSError | MemoryError,
         with pytest.raises(pyfuse3.FUSEError) as caught:
             await overlay.read(fh, 0, 10)
         assert caught.value.errno == errno.ENOMEM
+
+    trio.run(main)
+
+
+def test_a_close_without_a_descriptor_says_nothing_of_the_lower(overlay: Overlay) -> None:
+    """The file is cached on: its lower has not failed to write."""
+
+    async def main() -> None:
+        fh = await opened(overlay)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(pyfuse3.FUSEError):
+                await overlay.flush(fh)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(2):
+            assert bytes(await overlay.read(fh, 0, 10)) == CONTENT
+        assert overlay.statistics().hit_reads == 1
 
     trio.run(main)
 
