@@ -133,10 +133,9 @@ class Namespace(Handlers):
         if fields.update_mode:
             os.chmod(path, stat.S_IMODE(attr.st_mode))  # noqa: PTH101 - the path is a descriptor's
         if fields.update_atime or fields.update_mtime:
-            status = os.fstat(self.table.descriptor(inode))
-            atime_ns = attr.st_atime_ns if fields.update_atime else status.st_atime_ns
-            mtime_ns = attr.st_mtime_ns if fields.update_mtime else status.st_mtime_ns
-            os.utime(path, ns=(atime_ns, mtime_ns))
+            atime_ns = attr.st_atime_ns if fields.update_atime else None
+            mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
+            syscalls.utimens(path, atime_ns, mtime_ns)
 
     def _lose_set_gid(self, inode: Inode, before: os.stat_result, caller: Caller) -> None:
         """Take set-group-id away after a change by one who is not in the group: the daemon may keep it."""

@@ -196,6 +196,10 @@ class _Server(pyfuse3.Operations):
         await self.fault("setattr", self.names[inode])
         if fields.update_size:
             os.truncate(Path(self.directory) / os.fsdecode(self.names[inode]), attr.st_size)
+        if fields.update_atime or fields.update_mtime:
+            atime_ns = attr.st_atime_ns + AGE_NS if fields.update_atime else None
+            mtime_ns = attr.st_mtime_ns + AGE_NS if fields.update_mtime else None
+            syscalls.utimens(f"{self.directory}/{os.fsdecode(self.names[inode])}", atime_ns, mtime_ns)
         return self.attributes(self.names[inode])
 
     async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":

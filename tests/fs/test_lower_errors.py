@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -266,3 +267,20 @@ def test_a_server_that_is_killed(place: Place, faulty: Faulty) -> None:
         with contextlib.suppress(OSError):  # what was opened may still come from the pool
             assert os.pread(file.fileno(), PAGE_SIZE, 0) == CONTENT[:PAGE_SIZE]
     place.umount()
+
+
+def test_one_time_is_set_and_the_other_one_left(
+    faulty: Faulty, mounter: Mounter, eventually: Callable[..., None]
+) -> None:
+    """The lower file is written to in the midst of it: whoever looks at its times later must see that."""
+    place = mounter("timeout=0", lower=faulty.point)
+    faulty.fail("setattr", hangs=True)
+    command = ["touch", "-a", "-d", "2001-02-03", str(place.point / "file")]
+    with subprocess.Popen(command) as program:
+        eventually(lambda: faulty.waiting() == ["setattr"])
+        os.utime(faulty.directory / "file", (1, 10**9))
+        faulty.heal()
+        assert program.wait(20) == 0
+    status = (faulty.directory / "file").stat()
+    assert status.st_mtime == 10**9
+    assert status.st_atime > 10
