@@ -568,8 +568,9 @@ class Reader:
     allows more requests under way. What libfuse gets as the data of a WRITE is a number for `payload`, and
     what it replies to a READ is one from `send`, or nothing.
 
-    Up to `helpers` threads serve beside the caller of `serve` when several requests wait; another one stands
-    in for it once nobody has been in `serve` for `away_ms` (0: never). A lower that usually answers within
+    Up to `helpers` threads serve beside the caller of `serve` when several requests wait (a single one only
+    if they are large, or Python is asked); another one stands in for it once nobody has been in `serve` for
+    `away_ms` (0: never). A lower that usually answers within
     `quick_us` is waited for in `serve`. See backends/native/reader.h.
     """
 

@@ -3,6 +3,7 @@
 void eager_answered(struct eager *e, uint64_t now_ns)
 {
     e->until_ns = 0;
+    e->looks = 0;
     if (!e->credit && e->left_out) {
         e->left_out--;
         return;
@@ -12,8 +13,12 @@ void eager_answered(struct eager *e, uint64_t now_ns)
 
 bool eager_looks(struct eager *e, uint64_t now_ns)
 {
-    if (!e->until_ns || now_ns < e->until_ns)
-        return e->until_ns != 0;
+    if (!e->until_ns)
+        return false;
+    if (now_ns < e->until_ns) {
+        e->looks++;
+        return true;
+    }
     e->until_ns = 0;
     e->credit = e->credit > EAGER_LOSS ? e->credit - EAGER_LOSS : 0;
     if (e->credit)
@@ -31,6 +36,6 @@ void eager_found(struct eager *e)
     if (!e->until_ns)
         return;
     e->until_ns = 0;
-    if (e->credit < EAGER_MOST && ++e->credit == EAGER_MOST)
+    if (e->looks > 1 && e->credit < EAGER_MOST && ++e->credit == EAGER_MOST)
         e->next_left_out = EAGER_LEFT_OUT;
 }

@@ -15,6 +15,7 @@
 
 struct eager {
     uint64_t until_ns;     /* look until then; 0: sleep */
+    unsigned looks;        /* so far; a request that is there at the first says nothing: nobody was waited for */
     unsigned credit;       /* at most EAGER_MOST; 0: only tried when `left_out` are over */
     unsigned left_out;     /* requests after which it is not even tried */
     unsigned next_left_out; /* how many it will be after the next failure */

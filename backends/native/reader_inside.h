@@ -40,7 +40,7 @@ struct reader {
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
-    struct eager eager;
+    struct eager eager_hits, eager_python; /* by who has answered last */
     struct rings *rings; /* NULL: all requests come by the device */
     struct desk *ring_desks;
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
@@ -58,6 +58,7 @@ struct reader {
     _Atomic bool rests; /* the stand-in sleeps until the event loop's thread goes away, or is needed otherwise */
     pthread_cond_t needed;
     uint32_t looks, asked; /* asked: whether there is one CPU only */
+    bool python_last; /* what was read last was not answered here */
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
     _Atomic uint64_t woken, attributes, ended, found_awake;

@@ -7,6 +7,8 @@
 
 static uint64_t now_ns = 1000;
 
+void kill_point(int n) { (void)n; } /* of the core, which is linked with every test */
+
 /* A request is answered, and the next comes after `gap_ns`; whether it was looked for all the time. */
 static bool round_with(struct eager *e, uint64_t gap_ns)
 {
@@ -80,6 +82,15 @@ static void every_second_comes_late(void)
     expect(found < 200, "%u were looked for, though half are not worth it", found);
 }
 
+/* As on one CPU, where a program runs before or after the looking, never meanwhile. */
+static void requests_that_are_there(void)
+{
+    scenario = "requests_that_are_there";
+    struct eager e = {0};
+    expect(looked(&e, 100, 0) == 100, "one that was there was not looked for");
+    expect(!round_with(&e, 2 * EAGER_NS) && !round_with(&e, 0), "they made up for one that did not come");
+}
+
 static void no_verdict(void)
 {
     scenario = "no_verdict";
@@ -98,6 +109,7 @@ int main(void)
     requests_that_come_soon();
     requests_that_come_late();
     every_second_comes_late();
+    requests_that_are_there();
     no_verdict();
     if (!failures)
         puts("eager: all as it should be");
