@@ -695,11 +695,20 @@ class Reader:
     def close_file(self, fh: int, /) -> bool:
         """Serve a file no more; True if a thread has not done with its descriptor, and will close it."""
 
-    def mark(self, fh: int, offset: int, /) -> None:
-        """Pass the next READ of the file on that reaches beyond the byte `offset`, and forget the mark.
+    def stream(self, fh: int, at: int, /) -> None:
+        """Pass misses of a stream on whose reader comes to the byte `at` next; 2**64 - 1: it is over."""
 
-        0: pass the next hit on, unless something is missed before.
+    def mark(self, fh: int, offset: int, end: int, /) -> None:
+        """Pass its READ on that gets beyond the byte `offset`, and forget the mark.
+
+        Its misses are passed on up to the byte `end`.
         """
+
+    def position(self, fh: int, /) -> int:
+        """Return up to where the reader of the stream has come; 2**64 - 1 without one."""
+
+    def note(self, fh: int, /) -> None:
+        """Pass the next hit on, unless something is missed before."""
 
     def follows(self, fh: int, offset: int, /) -> bool:
         """Say whether one of the last misses of the file ended at the byte `offset`."""

@@ -74,8 +74,7 @@ class Files(Opening):
         counters.hit_pages += found
         ahead = file.ahead
         if ahead is not None:
-            if first + npages > file.marker:
-                ahead.reached(first, first + npages)
+            ahead.comes(first, first + npages)
             if found < npages and ahead.running:
                 with self._waiting(), file.used():  # it goes on with the handle after that
                     moved = await ahead.wait(first + found, first + npages)

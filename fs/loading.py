@@ -27,6 +27,8 @@ _AT_ONCE_BYTES = 64 << 10
 """What is read on the event loop if the kernel has it: to compress this much takes some 80 us."""
 _REORDERED_BYTES = 1 << 20
 """A request so far beyond the one before belongs to the same stream: the kernel sends several at a time."""
+_GAP_PAGES = 16
+"""So many pages that are in the pool are read once more, if both before and after them some are missing."""
 _AHEAD_SHARE = 32
 """A stream is read ahead by at most this part of the pool's memory."""
 
@@ -46,7 +48,7 @@ class Loader:
         missing = buffer[found * PAGE_SIZE : npages * PAGE_SIZE]
         index = first + found
         start = index * PAGE_SIZE
-        if file.ahead is not None and file.ahead.covers(index):
+        if file.ahead is not None and file.ahead.covers(first, first + npages):
             file.ahead.missed(index, first + npages)
         elif file.stream_end == start > 0:
             self._begin_ahead(file, first, first + npages)
@@ -56,7 +58,8 @@ class Loader:
         elif not file.stream_start <= start <= file.stream_end + _REORDERED_BYTES or file.stream_end < 0:
             file.stream_start = start
         file.stream_end = start + len(missing)  # before it is done: the kernel's own requests may overlap
-        count, stored = await self.load(file, index, missing, file.stream_start)
+        put_from = min(file.stream_start, start)  # it may be late: the stream's next request was first
+        count, stored = await self.load(file, index, missing, put_from)
         if not stored:
             file.stream_end = -1
         return found * PAGE_SIZE + count
@@ -76,10 +79,18 @@ class Loader:
         name = common_name(self._handlers.table.handle(inode), inode.key[1])
         return beyond, Content(name, state.version)
 
-    async def load(self, file: OpenFile, index: int, pages: memoryview, put_from: int) -> tuple[int, bool]:
+    async def load(
+        self,
+        file: OpenFile,
+        index: int,
+        pages: memoryview,
+        put_from: int,
+        missing: list[tuple[int, int]] | None = None,
+    ) -> tuple[int, bool]:
         """Read the pages from `index` on, put them, and drop them from the kernel's page cache.
 
-        The bytes read, and whether all pages are now in the pool, as are those from byte `put_from` on.
+        Only the ranges of pages in `missing` are put, if given: the others are in the pool. The bytes read,
+        and whether all pages are now in the pool, as are those from byte `put_from` on.
         """
         state, descriptor = file.state, file.descriptor
         token = self._handlers.coherence.read_token(state)
@@ -89,25 +100,31 @@ class Loader:
             file.exact = True
             lower.read_exactly(descriptor, True)
 
-        def put(count: int, known: int = 0) -> tuple[int, int | None, int]:
+        def put(count: int, known: int = 0) -> tuple[int, int, int | None, int]:
             whole = lower.whole_pages(start, count, state.size)
             self._pause("read:lower-read")
             if not whole:
-                return 0, 0, 0
+                return 0, 0, 0, 0
             if count < whole * PAGE_SIZE:
                 pages[count : whole * PAGE_SIZE] = bytes(whole * PAGE_SIZE - count)
+            wanted = 0
+            stored: int | None = 0
             begun = time.monotonic_ns()
-            stored = self._handlers.coherence.put_if(
-                state, token, descriptor, index, pages[: whole * PAGE_SIZE]
-            )
+            for first, last in missing or [(index, index + whole)]:
+                part = pages[(first - index) * PAGE_SIZE : min(last - index, whole) * PAGE_SIZE]
+                wanted += len(part) // PAGE_SIZE
+                if not part:  # the file ends before
+                    break
+                put = self._handlers.coherence.put_if(state, token, descriptor, first, part)
+                stored = None if stored is None or put is None else stored + put
             put_ns = time.monotonic_ns() - begun
             if stored is not None and others is not None:
                 others[0].offer(others[1], start + known, pages[known:count])
-            if stored == whole:
+            if stored == wanted:
                 lower.drop_cached(descriptor, start, start + whole * PAGE_SIZE, put_from, state.size)
-            return whole, stored, put_ns
+            return whole, wanted, stored, put_ns
 
-        def work() -> tuple[int, int, OSError | None, int, int, int | None, int]:
+        def work() -> tuple[int, int, OSError | None, int, tuple[int, int, int | None, int]]:
             begun = time.monotonic_ns()
             known = others[0].get(others[1], start, pages) if others is not None else 0
             count, failure = known, None
@@ -115,7 +132,7 @@ class Loader:
                 more, failure = lower.read_until_error(descriptor, start + known, pages[known:])
                 count += more
             lower_ns = time.monotonic_ns() - begun
-            return known, count, failure, lower_ns, *put(count, known)
+            return known, count, failure, lower_ns, put(count, known)
 
         begun, known, count, failure = time.monotonic_ns(), 0, 0, None
         # Who holds reads up at `pause` may do so in threads only.
@@ -123,31 +140,31 @@ class Loader:
             count = lower.read_cached(descriptor, start, pages)
         lower_ns = time.monotonic_ns() - begun
         if count and (count == len(pages) or start + count == state.size):
-            whole, stored, put_ns = put(count)  # nothing of this waits, and a thread would cost 200 us
+            # Nothing of this waits, and a thread would cost 200 us.
+            whole, wanted, stored, put_ns = put(count)
         else:
             file.loads += 1
             try:
                 with file.used():
-                    known, count, failure, lower_ns, whole, stored, put_ns = await self._handlers.in_thread(
-                        work
-                    )
+                    known, count, failure, lower_ns, was_put = await self._handlers.in_thread(work)
+                    whole, wanted, stored, put_ns = was_put
             finally:
                 file.loads -= 1
-        if whole and stored == whole:
+        if whole and stored == wanted:
             self._drop_together(file, put_from, start + whole * PAGE_SIZE)
         counters = self._handlers.precache.counters
         counters.lower_bytes += count - known
         counters.lower_ns += lower_ns
         counters.put_ns += put_ns
         if stored is None:
-            counters.overtaken_pages += whole
+            counters.overtaken_pages += wanted
         else:
             counters.put_pages += stored
-            counters.refused_pages += whole - stored
+            counters.refused_pages += wanted - stored
         if failure is not None:  # not fewer bytes: in the kernel's cache that would mean zeros from there on
             counters.lower_errors += 1
             raise failure
-        return count, stored == whole == -(-count // PAGE_SIZE)
+        return count, stored == wanted and whole == -(-count // PAGE_SIZE)
 
     def _drop_together(self, file: OpenFile, start: int, end: int) -> None:
         """Drop once more what was put from `start` to `end`, when the last of several reads is done.
@@ -189,26 +206,54 @@ class _Source:
     async def prepare(self, first: int, last: int) -> list[tuple[int, int]]:
         ranges = self._handlers.precache.absent(self._file.state.oid, first, last)
         if self._handlers.beyond is None or not self._handlers.beyond.up:  # the lower may not be needed
+            ranges = bridged(ranges)
             await self._handlers.in_thread(lower.prefetch, self._file.descriptor, ranges)
         return ranges
 
     async def load(self, first: int, last: int) -> bool:
+        missing = self._handlers.precache.absent(self._file.state.oid, first, last)
+        if not missing:  # somebody else has put it meanwhile
+            size = self._file.state.size
+            start, end = first * PAGE_SIZE, min(last * PAGE_SIZE, size)
+            lower.drop_cached(self._file.descriptor, start, end, self._put_from, size)
+            return True
         buffers = self._loader.buffers
         buffer = buffers.take((last - first) * PAGE_SIZE)
         try:
             pages = buffer[: (last - first) * PAGE_SIZE]
-            count, stored = await self._loader.load(self._file, first, pages, self._put_from)
+            count, stored = await self._loader.load(self._file, first, pages, self._put_from, missing)
         finally:
             buffers.give(buffer)
         if stored:
-            self._handlers.precache.counters.ahead_pages += -(-count // PAGE_SIZE)
+            self._handlers.precache.counters.ahead_pages += sum(b - a for a, b in missing)
         return stored and count > 0
 
     def leave(self, first: int, last: int) -> None:
         start, end = first * PAGE_SIZE, last * PAGE_SIZE
         lower.drop_cached(self._file.descriptor, start, end, start, end + 1)
 
-    def mark(self, page: int) -> None:
-        self._file.marker = page
-        if page != NEVER and self._handlers.reading is not None:
-            self._handlers.reading.reader.mark(self._file.number, page * PAGE_SIZE)
+    def begin(self, page: int) -> None:
+        if self._handlers.reading is not None:
+            at = page * PAGE_SIZE if page != NEVER else NEVER
+            self._handlers.reading.reader.stream(self._file.number, at)
+
+    def mark(self, page: int, end: int) -> None:
+        if self._handlers.reading is not None:
+            self._handlers.reading.reader.mark(self._file.number, page * PAGE_SIZE, end * PAGE_SIZE)
+
+    def position(self) -> int | None:
+        if self._handlers.reading is None:
+            return None
+        at = self._handlers.reading.reader.position(self._file.number)
+        return -(-at // PAGE_SIZE) if at != NEVER else None
+
+
+def bridged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges of pages without the gaps between them that take no longer to read than to leave out."""
+    whole: list[tuple[int, int]] = []
+    for first, last in ranges:
+        if whole and first - whole[-1][1] <= _GAP_PAGES:
+            whole[-1] = (whole[-1][0], last)
+        else:
+            whole.append((first, last))
+    return whole

@@ -13,7 +13,7 @@ import trio
 from tmem.fs.acting import Caller
 from tmem.fs.coherence import FileState
 from tmem.fs.inodes import Inode
-from tmem.fs.readahead import NEVER, Stream
+from tmem.fs.readahead import Stream
 
 Pause = Callable[[str], None]
 """Called in worker threads, at ``read:lower-read`` (before the put), ``write:flushed``, ``write:written`` and
@@ -40,8 +40,6 @@ class OpenFile:
     """Whether the kernel reads no more of the lower file than it is asked for."""
     ahead: Stream | None = None
     """What is read ahead of it."""
-    marker: int = NEVER
-    """The page that tells, when it is read, that more can be read ahead."""
     number: int = 0
     """The handle."""
     loads: int = 0

@@ -192,7 +192,7 @@ class Opening(Namespace):
         local = self._is_local and file.inode.key[0] == self.table.device
         reading.open(file.number, file.descriptor, file.state, local)
         if not file.accessed:
-            reading.reader.mark(file.number, 0)  # so that the first read comes here, and is noted
+            reading.reader.note(file.number)  # so that the first read comes here, and is noted
 
     def _declines(self, status: os.stat_result, descriptor: int) -> bool:
         """Say whether a file that is opened now is to be passed through."""

@@ -438,13 +438,42 @@ static PyObject *follows(ReaderObject *self, PyObject *args)
     return PyBool_FromLong(reader_follows(r, fh, offset));
 }
 
+static PyObject *stream(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh, at;
+    if (!r || !PyArg_ParseTuple(args, "KK:stream", &fh, &at))
+        return NULL;
+    reader_stream(r, fh, at);
+    Py_RETURN_NONE;
+}
+
 static PyObject *mark(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
-    unsigned long long fh, offset;
-    if (!r || !PyArg_ParseTuple(args, "KK:mark", &fh, &offset))
+    unsigned long long fh, offset, end;
+    if (!r || !PyArg_ParseTuple(args, "KKK:mark", &fh, &offset, &end))
         return NULL;
-    reader_mark(r, fh, offset);
+    reader_mark(r, fh, offset, end);
+    Py_RETURN_NONE;
+}
+
+static PyObject *position(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+    if (!r || PyErr_Occurred())
+        return NULL;
+    return PyLong_FromUnsignedLongLong(reader_position(r, fh));
+}
+
+static PyObject *note(ReaderObject *self, PyObject *arg)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+    if (!r || PyErr_Occurred())
+        return NULL;
+    reader_note(r, fh);
     Py_RETURN_NONE;
 }
 
@@ -531,7 +560,10 @@ PyTypeObject *make_reader_type(void)
         {"ends", (PyCFunction)ends, METH_VARARGS, NULL},
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
         {"close_file", (PyCFunction)close_file, METH_O, NULL},
+        {"stream", (PyCFunction)stream, METH_VARARGS, NULL},
         {"mark", (PyCFunction)mark, METH_VARARGS, NULL},
+        {"position", (PyCFunction)position, METH_O, NULL},
+        {"note", (PyCFunction)note, METH_O, NULL},
         {"follows", (PyCFunction)follows, METH_VARARGS, NULL},
         {"pass_through", (PyCFunction)pass_through, METH_VARARGS, NULL},
         {"keep_listing", (PyCFunction)keep_listing, METH_VARARGS, NULL},

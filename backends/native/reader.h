@@ -121,9 +121,15 @@ void reader_set_pool(struct reader *r, const struct tm_handle *pool);
 int reader_open(struct reader *r, uint64_t fh, int fd, struct gate *gate, bool local); /* -1: no memory */
 /* Whether the descriptor is the reader's from now on, which has not done with it. */
 bool reader_close(struct reader *r, uint64_t fh);
-/* The next READ of this file that reaches `offset` is for libfuse, once. UINT64_MAX: none. 0: the next that hits, unless one
- * has missed before. Where there was a mark all misses are for libfuse, which reads ahead. */
-void reader_mark(struct reader *r, uint64_t fh, uint64_t offset);
+/* A stream begins with a reader that comes to byte `at` next: its misses are for libfuse, which reads ahead. UINT64_MAX: it is
+ * over. What else is read in the file, by whomever, is no matter of it. */
+void reader_stream(struct reader *r, uint64_t fh, uint64_t at);
+/* It is read ahead of to byte `end`. The READ by which its reader gets beyond `offset` is for libfuse, once. UINT64_MAX: none. */
+void reader_mark(struct reader *r, uint64_t fh, uint64_t offset, uint64_t end);
+/* Up to where it has come; UINT64_MAX: there is none. */
+uint64_t reader_position(struct reader *r, uint64_t fh);
+/* The next READ that hits is for libfuse, unless one has missed before. */
+void reader_note(struct reader *r, uint64_t fh);
 /* Whether one of the last misses of the file ended at `offset`, wherever it was answered. */
 bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset);
 /* Amend the reply to the OPEN or CREATE that gives out this handle: passthrough to the backing file; or to the OPENDIR:

@@ -9,14 +9,20 @@ enum {
     ENDS = 2,       /* helpers may take two requests of a stream in the wrong order */
     COLD_AFTER = 4, /* misses that the kernel did not have, one after the other: asking costs 3 us each time */
     TRY_EVERY = 16, /* of those that follow */
+    /* READs by which one of a stream may be early or late: several programs can take its requests by turns, and the kernel
+     * sends several of a file that it caches. */
+    APART = 8,
 };
 
 struct file {
     struct file *next;
-    uint64_t fh, mark;
+    uint64_t fh;
+    uint64_t at;   /* where the reader of a stream has come to; NO_STREAM: there is none */
+    uint64_t mark; /* the stream's, UINT64_MAX none */
+    uint64_t end;  /* read ahead of it to here */
     int fd;
     unsigned refs; /* of the table, and who holds it */
-    bool local, unnoted, is_streamed;
+    bool local, unnoted;
     bool closes;   /* the descriptor is closed with the last reference */
     unsigned cold; /* misses that the kernel did not have, since the last that it had */
     unsigned nends;
@@ -141,7 +147,7 @@ int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool loca
     struct file *one = malloc(sizeof *one);
     if (!one)
         return -1;
-    *one = (struct file){.fh = fh, .mark = UINT64_MAX, .fd = fd, .refs = 1, .local = local, .gate = gate};
+    *one = (struct file){.fh = fh, .at = NO_STREAM, .mark = UINT64_MAX, .fd = fd, .refs = 1, .local = local, .gate = gate};
     atomic_fetch_add(&gate->refs, 1);
     pthread_mutex_lock(&f->lock);
     if (f->count >= f->nbuckets)
@@ -184,16 +190,43 @@ struct file *files_hold(struct files *f, uint64_t fh)
     return one;
 }
 
-void files_mark(struct files *f, uint64_t fh, uint64_t offset)
+void files_stream(struct files *f, uint64_t fh, uint64_t at)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one && offset) {
-        one->mark = offset;
-        one->is_streamed |= offset != UINT64_MAX;
-    } else if (one) {
-        one->unnoted = true;
+    if (one) {
+        one->at = one->end = at;
+        one->mark = UINT64_MAX;
     }
+    pthread_mutex_unlock(&f->lock);
+}
+
+void files_mark(struct files *f, uint64_t fh, uint64_t offset, uint64_t end)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one) {
+        one->mark = offset;
+        one->end = end;
+    }
+    pthread_mutex_unlock(&f->lock);
+}
+
+uint64_t files_position(struct files *f, uint64_t fh)
+{
+    pthread_mutex_lock(&f->lock);
+    const struct file *one = *place(f, fh);
+    uint64_t at = one ? one->at : NO_STREAM;
+    pthread_mutex_unlock(&f->lock);
+    return at;
+}
+
+void files_note(struct files *f, uint64_t fh)
+{
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one)
+        one->unnoted = true;
     pthread_mutex_unlock(&f->lock);
 }
 
@@ -249,12 +282,29 @@ static bool tell(struct file *one, struct target *out)
     return open;
 }
 
-bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
+/* Whether a READ is one of the stream's between its reader and `ahead`. Others read elsewhere in the file. The lock is held. */
+static bool belongs(const struct file *one, uint64_t offset, uint64_t end, uint64_t ahead)
+{
+    uint64_t apart = (end - offset) * APART;
+    return one->at != NO_STREAM && offset + apart >= one->at && offset <= ahead + apart;
+}
+
+/* Whether a READ is for Python, which reads ahead; else the reader of the stream has moved, if it was its. The lock is held. */
+static bool reaches_mark(struct file *one, uint64_t offset, uint64_t end, bool moves)
+{
+    if (!belongs(one, offset, end, one->at))
+        return false;
+    if (moves && end > one->at)
+        one->at = end;
+    return end > one->mark;
+}
+
+bool files_find(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, struct target *out)
 {
     bool found = false;
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one && end > one->mark)
+    if (one && reaches_mark(one, offset, end, true))
         one->mark = UINT64_MAX;
     else if (one)
         found = tell(one, out);
@@ -262,11 +312,11 @@ bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out)
     return found;
 }
 
-bool files_expect(struct files *f, uint64_t fh, uint64_t end, struct target *out)
+bool files_expect(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, bool comes, struct target *out)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    bool found = one && end <= one->mark && tell(one, out);
+    bool found = one && !reaches_mark(one, offset, end, comes) && tell(one, out);
     pthread_mutex_unlock(&f->lock);
     return found;
 }
@@ -278,7 +328,7 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
     struct file *one = *place(f, fh);
     if (one) {
         struct gate *g = one->gate;
-        may = !one->is_streamed && (noted || !follows(one, start));
+        may = !belongs(one, start, end, one->end) && (noted || !follows(one, start));
         if (!noted)
             one->ends[one->nends++ % ENDS] = end;
         out->tries = one->cold < COLD_AFTER || one->cold % TRY_EVERY == 0;

@@ -34,6 +34,8 @@ struct missed {
     bool tries;        /* it is worth to ask the kernel first whether it has the pages */
 };
 
+#define NO_STREAM UINT64_MAX
+
 struct file;
 struct files {
     pthread_mutex_t lock;
@@ -46,18 +48,25 @@ void files_free(struct files *f);
 int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool local);
 /* Whether the descriptor is still used: then it is closed here, by the last who uses it. */
 bool files_remove(struct files *f, uint64_t fh);
-void files_mark(struct files *f, uint64_t fh, uint64_t offset);
+/* A stream begins: a reader that comes to byte `at` next. NO_STREAM: it is over. */
+void files_stream(struct files *f, uint64_t fh, uint64_t at);
+/* It is read ahead of to byte `end`, and the READ of its reader that gets beyond `offset` is for Python, once. */
+void files_mark(struct files *f, uint64_t fh, uint64_t offset, uint64_t end);
+/* Up to where the stream's reader has come; NO_STREAM: there is none. */
+uint64_t files_position(struct files *f, uint64_t fh);
+/* The access of the next hit must be noted, unless one has missed before. */
+void files_note(struct files *f, uint64_t fh);
 /* Whether one of the last misses ended where `offset` is. */
 bool files_follows(struct files *f, uint64_t fh, uint64_t offset);
 /* Use a file although its program may not wait any more, and so may close it. NULL: it is not open. */
 struct file *files_hold(struct files *f, uint64_t fh);
 void files_release(struct files *f, struct file *one);
 /* Whether a READ of [offset, end) may be answered, and from what. Takes the mark away that it reaches. */
-bool files_find(struct files *f, uint64_t fh, uint64_t end, struct target *out);
-/* The same of a READ that may come: no mark is taken away. */
-bool files_expect(struct files *f, uint64_t fh, uint64_t end, struct target *out);
+bool files_find(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, struct target *out);
+/* The same of a READ that may come, or whose answer is there already (`comes`): no mark is taken away. */
+bool files_expect(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, bool comes, struct target *out);
 /* Note that the bytes [start, end) of a file were missed (unless that was `noted` before). Whether they may be read and put
- * here: not if a miss before ended there (a stream may begin), nor in a file that has been read ahead of. */
+ * here: not if a miss before ended there (a stream may begin), nor where a stream is, which Python reads ahead of. */
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);
 /* The lower file was read, which notes the access. */
 void files_noted(struct files *f, uint64_t fh);

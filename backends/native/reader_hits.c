@@ -177,7 +177,7 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     struct target t;
     struct stat st;
     if (read_in->size > h->largest || end < offset || end > (UINT64_C(1) << 32) * TM_PAGE
-        || !files_find(&h->files, read_in->fh, end, &t))
+        || !files_find(&h->files, read_in->fh, offset, end, &t))
         return FOUND_NOT;
     if (end > t.size) { /* whatever reaches the end asks where that is now */
         if (!waits && !t.local)
@@ -215,7 +215,7 @@ bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, ui
 {
     uint64_t end = offset + size, npages = size / TM_PAGE;
     struct target t;
-    if (size > h->largest || end > (UINT64_C(1) << 32) * TM_PAGE || !files_expect(&h->files, fh, end, &t) || end > t.size)
+    if (size > h->largest || end > (UINT64_C(1) << 32) * TM_PAGE || !files_expect(&h->files, fh, offset, end, false, &t) || end > t.size)
         return false;
     *turn = t.turn;
     return fetch(h, &t, (uint32_t)(offset / TM_PAGE), data, (uint32_t)npages) == (int64_t)npages;
@@ -225,7 +225,8 @@ bool hits_hold(struct hits *h, const struct fuse_read_in *read_in, uint64_t turn
 {
     struct target t;
     /* A mark set since then stays: the READ that reaches it is for libfuse. */
-    if (!files_expect(&h->files, read_in->fh, read_in->offset + read_in->size, &t) || t.unnoted)
+    uint64_t offset = read_in->offset;
+    if (!files_expect(&h->files, read_in->fh, offset, offset + read_in->size, true, &t) || t.unnoted)
         return false;
     if (t.turn != turn && !MUTANT(28))
         return false;

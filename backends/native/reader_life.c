@@ -225,7 +225,13 @@ bool reader_close(struct reader *r, uint64_t fh) { return files_remove(&r->hits.
 
 bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset) { return files_follows(&r->hits.files, fh, offset); }
 
-void reader_mark(struct reader *r, uint64_t fh, uint64_t offset) { files_mark(&r->hits.files, fh, offset); }
+void reader_stream(struct reader *r, uint64_t fh, uint64_t at) { files_stream(&r->hits.files, fh, at); }
+
+void reader_mark(struct reader *r, uint64_t fh, uint64_t offset, uint64_t end) { files_mark(&r->hits.files, fh, offset, end); }
+
+uint64_t reader_position(struct reader *r, uint64_t fh) { return files_position(&r->hits.files, fh); }
+
+void reader_note(struct reader *r, uint64_t fh) { files_note(&r->hits.files, fh); }
 
 int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id)
 {

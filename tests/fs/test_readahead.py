@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from tmem.fs.loading import bridged
 from tmem.fs.readahead import CHUNK_PAGES, FIRST_PAGES, LOADS, MOST_STREAMS, NEVER, Stream, Streams
 from tmem.types import PAGE_SIZE
 
@@ -35,6 +36,8 @@ class Source:
         self.stored = True
         self.error: Exception | None = None
         self.marker = NEVER
+        self.begun: list[int] = []
+        self.told: int | None = None
         self.permits = trio.Semaphore(1 << 20)
 
     def length(self) -> int:
@@ -63,8 +66,14 @@ class Source:
     def leave(self, first: int, last: int) -> None:
         self.left.append((first, last))
 
-    def mark(self, page: int) -> None:
+    def begin(self, page: int) -> None:
+        self.begun.append(page)
+
+    def mark(self, page: int, end: int) -> None:
         self.marker = page
+
+    def position(self) -> int | None:
+        return self.told
 
     @property
     def pages_loaded(self) -> list[int]:
@@ -82,6 +91,14 @@ def play(act: Callable[[Source, Streams], object]) -> Source:
 
     trio.run(main)
     return made[0]
+
+
+def read(stream: Stream, upto: int, pages: int = 8) -> None:
+    """Have the stream's reader go on until a read reaches page `upto`."""
+    at = stream.at
+    while at <= upto:
+        stream.comes(at, at + pages)
+        at += pages
 
 
 async def settled(stream: Stream) -> None:
@@ -102,7 +119,7 @@ def test_windows_double_at_each_mark_up_to_the_limit() -> None:
             sizes.append(loaded[-1] + 1 - end)
             end += sizes[-1]
             assert source.marker == end - sizes[-1]
-            stream.reached(source.marker, source.marker + 8)
+            read(stream, source.marker)
         assert sizes == [FIRST_PAGES, 64, 128, 256, 512, 1024, 1024, 1024, 1024]
 
     source = play(act)
@@ -126,9 +143,8 @@ def test_nothing_beyond_the_end_of_the_file() -> None:
         stream.extend(64)
         for _ in range(3):
             await settled(stream)
-            stream.reached(min(source.marker, 142), min(source.marker, 142) + 8)
+            read(stream, 142)
         assert sorted(source.pages_loaded) == list(range(64, 150))
-        assert source.marker == NEVER
         assert not streams.running
 
     play(act)
@@ -139,12 +155,11 @@ def test_a_reader_that_goes_elsewhere_is_not_followed() -> None:
         stream = Stream(source, streams, 64, 8, LIMIT)
         stream.extend(64)
         await settled(stream)
-        loaded = len(source.pages_loaded)
-        stream.reached(5000, 5008)
-        stream.reached(62, 70)
+        stream.comes(5000, 5008)
+        stream.comes(0, 8)
         assert not stream.running
-        assert not stream.covers(5000)
-        assert (len(source.pages_loaded), source.marker) == (loaded, NEVER)
+        assert not stream.covers(5000, 5008)
+        assert (len(source.pages_loaded), source.marker) == (FIRST_PAGES, 64)
 
     play(act)
 
@@ -157,7 +172,7 @@ def test_what_is_there_is_left_out() -> None:
         await settled(stream)
         assert sorted(source.loaded) == [(66, 70), (71, 95)]
         source.present = set(range(96, 96 + 64))
-        stream.reached(source.marker, source.marker + 1)
+        read(stream, source.marker, 1)
         await settled(stream)
         assert len(source.loaded) == 2
         assert source.marker == 96  # and it goes on from there
@@ -199,7 +214,24 @@ def test_a_reader_that_overtakes_reads_by_itself_what_is_not_under_way() -> None
         await settled(stream)
         assert sorted(source.loaded) == [(64, 96), (200, 264)]
         assert source.marker == 200
-        assert stream.covers(263)
+        assert stream.covers(263, 264)
+
+    play(act)
+
+
+def test_a_reader_that_leaves_some_out_is_found_again() -> None:
+    async def act(source: Source, streams: Streams) -> None:
+        stream = Stream(source, streams, 64, 8, LIMIT)
+        stream.extend(64)
+        await settled(stream)
+        stream.comes(152, 160)
+        assert not stream.running
+        stream.missed(152, 160)
+        await settled(stream)
+        assert source.begun == [64, 160]
+        read(stream, source.marker)
+        await settled(stream)
+        assert sorted(source.pages_loaded) == [*range(64, 96), *range(160, 160 + 64 + 128)]
 
     play(act)
 
@@ -209,7 +241,7 @@ def test_requests_that_begin_within_a_page_are_followed() -> None:
         stream = Stream(source, streams, 64, 8, LIMIT)
         stream.extend(64)
         await settled(stream)
-        stream.reached(63, 72)
+        stream.comes(63, 72)
         await settled(stream)
         assert len(source.pages_loaded) == FIRST_PAGES + 64
 
@@ -233,10 +265,11 @@ def test_trouble_ends_the_stream_and_lets_the_reader_go(
                 source.permits.release()
         assert not stream.running
         assert not streams.running
-        assert not stream.covers(64)
+        assert not stream.covers(64, 72)
+        assert source.begun == [64, NEVER]
         assert not await stream.wait(200, 700)
         assert source.left == [(64 + LOADS * CHUNK_PAGES, 64 + 1024)]
-        stream.reached(64, 70)
+        stream.comes(64, 70)
         assert not stream.running
 
     play(act)
@@ -269,11 +302,69 @@ def test_pages_that_were_evicted_before_their_time_halve_the_window() -> None:
         stream.extend(64)
         await settled(stream)
         assert len(source.pages_loaded) == 1024
-        stream.missed(64, 72)
+        for first in range(64, 64 + 128, 8):
+            stream.missed(first, first + 8)
+        read(stream, 64)
         await settled(stream)
-        assert len(source.pages_loaded) == 1024 + 512
+        assert len(source.pages_loaded) == 1024 + 1024  # an eighth may have had its time
+        stream.missed(72, 80)
+        for first in range(80, 80 + 128, 8):
+            stream.missed(first, first + 8)
+        read(stream, 64 + 1024)
+        await settled(stream)
+        assert len(source.pages_loaded) == 1024 + 1024 + 512
+        read(stream, source.marker)
+        await settled(stream)
+        assert len(source.pages_loaded) == 1024 + 1024 + 512 + 512 + FIRST_PAGES  # and it tries more again
 
     play(act)
+
+
+def test_what_others_read_in_the_file_is_no_matter_of_the_stream() -> None:
+    """Of a reader whose requests arrive in disorder, beside random ones, which hit and miss."""
+    choice = random.Random(4)
+
+    async def act(source: Source, streams: Streams) -> None:
+        stream = Stream(source, streams, 64, 8, LIMIT)
+        stream.extend(64)
+        requests = list(range(64, 64 + 8 * 2000, 8))
+        for start in range(0, len(requests), 8):
+            some = requests[start : start + 8]
+            choice.shuffle(some)
+            for first in some:
+                stream.comes(first, first + 8)
+                await settled(stream)
+                elsewhere = choice.randrange(20_000) // 8 * 8
+                stream.comes(elsewhere, elsewhere + 8)
+                if elsewhere < stream.at - 128 and stream.covers(elsewhere, elsewhere + 8):
+                    stream.missed(elsewhere, elsewhere + 8)
+        end = max(source.pages_loaded)
+        assert sorted(source.pages_loaded) == list(range(64, end + 1))
+        assert requests[-1] + 1024 <= end < requests[-1] + 3 * 1024
+        assert stream.covers(requests[-1], requests[-1] + 8)
+
+    play(act)
+
+
+def test_the_source_may_know_where_the_reader_is() -> None:
+    async def act(source: Source, streams: Streams) -> None:
+        stream = Stream(source, streams, 64, 8, LIMIT)
+        stream.extend(64)
+        await settled(stream)
+        source.told = 64
+        stream.comes(64, 72)
+        assert not stream.running
+        source.told = 88  # this is somebody else's: the reader was answered elsewhere
+        stream.comes(9000, 9008)
+        await settled(stream)
+        assert max(source.pages_loaded) + 1 == 64 + FIRST_PAGES + 64
+
+    play(act)
+
+
+def test_gaps_that_are_shorter_than_a_request_is_long_are_read() -> None:
+    assert bridged([(0, 4), (20, 21), (38, 40), (40, 41)]) == [(0, 21), (38, 41)]
+    assert bridged([]) == []
 
 
 def test_only_so_many_at_a_time() -> None:
@@ -367,6 +458,32 @@ def test_a_reader_that_stops_leaves_little_behind(place: Place, eventually: Call
             start = number * 16 * PAGE_SIZE
             assert os.pread(file.fileno(), 16 * PAGE_SIZE, start) == content[start : start + 16 * PAGE_SIZE]
     assert 0 < place.statistics().put_pages < 1000
+    eventually(lambda: cached_pages(place.lower / "file") == 0)
+
+
+def test_a_stream_beside_random_readers(place: Place, eventually: Callable[..., None]) -> None:
+    """Through one open file, half of whose pages are there: it is read ahead of all the same."""
+    content = stored_file(place)
+    choice = random.Random(5)
+    there = {page for page in range(3001) if choice.random() < 0.5}
+    with (place.point / "file").open("rb", buffering=0) as file:
+        if not place.kernel_caches:
+            for page in there:
+                os.pread(file.fileno(), 1, page * PAGE_SIZE)
+        before = place.statistics()
+        for at in range(0, SIZE, 16 * PAGE_SIZE):
+            assert os.pread(file.fileno(), 16 * PAGE_SIZE, at) == content[at : at + 16 * PAGE_SIZE]
+            for _ in range(3):
+                page = choice.choice([page for page in there if page < 16 + at // PAGE_SIZE]) if there else 0
+                found = os.pread(file.fileno(), PAGE_SIZE, page * PAGE_SIZE)
+                assert found == content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+    eventually(lambda: place.statistics().put_pages >= 3001)
+    counted = place.statistics()
+    if not place.kernel_caches:
+        misses = counted.miss_reads - before.miss_reads
+        assert misses < 12
+        assert counted.put_pages < 3001 + 16 * misses  # each reads and puts all from its first miss on
+        assert counted.ahead_pages > 1300
     eventually(lambda: cached_pages(place.lower / "file") == 0)
 
 

@@ -118,9 +118,11 @@ def test_without_a_pool(desk: Desk) -> None:
 
 
 def test_a_mark_passes_one_read_on(desk: Desk) -> None:
-    desk.reader.mark(FH, 8 * PAGE_SIZE)
+    desk.reader.stream(FH, 4 * PAGE_SIZE)
+    desk.reader.mark(FH, 8 * PAGE_SIZE, 16 * PAGE_SIZE)
     desk.read(4 * PAGE_SIZE, 4 * PAGE_SIZE)
     assert desk.serve() == NOTHING
+    assert desk.reader.position(FH) == 8 * PAGE_SIZE
     unique = desk.read(8 * PAGE_SIZE, 4096)
     assert desk.serve() == REQUEST
     assert desk.forwarded() == (READ, unique)

@@ -238,9 +238,35 @@ static void what_is_for_whom(struct world *w)
     say(w, false);
     expect(read_pages(w, AT, 1, true) == FOUND_NOT, "a closed gate");
     say(w, true);
-    files_mark(&w->hits.files, FH, TM_PAGE);
-    files_mark(&w->hits.files, FH, UINT64_MAX);
-    expect(read_pages(w, 2 * AT, 1, false) == FOUND_NOT, "a file that was read ahead of");
+}
+
+/* Misses of a stream are for Python, wherever its reader is, and so is the READ that reaches the mark. What others read in the
+ * file is not. */
+static void a_stream(struct world *w)
+{
+    struct files *f = &w->hits.files;
+    expect(files_position(f, FH) == NO_STREAM, "a stream that nobody began");
+    files_stream(f, FH, AT * TM_PAGE);
+    files_mark(f, FH, (AT + 16) * TM_PAGE, (AT + 32) * TM_PAGE);
+    expect(read_pages(w, AT, 2, false) == FOUND_NOT, "the reader's miss");
+    expect(files_position(f, FH) == (AT + 2) * TM_PAGE, "the reader has not moved");
+    expect(read_pages(w, AT - 14, 2, false) == FOUND_NOT, "a late miss");
+    expect(read_pages(w, AT + 48, 2, false) == FOUND_NOT, "an early miss beyond what is read ahead");
+    expect(read_pages(w, AT - 24, 2, false) == FOUND, "a miss long before the reader");
+    expect(read_pages(w, AT + 60, 2, false) == FOUND, "a miss far beyond");
+    expect(read_pages(w, AT - 24, 2, false) == FOUND && read_pages(w, AT + 60, 2, false) == FOUND, "hits of others");
+    expect(files_position(f, FH) == (AT + 2) * TM_PAGE, "others have moved the reader");
+    for (uint32_t i = AT; i < AT + 32; i++) {
+        uint8_t page[TM_PAGE];
+        page_make(page, i, w->version);
+        expect(tm_put(&w->pool, w->oid, i, page, 1, KEEP_NOTHING) == 1, "no room");
+    }
+    for (uint32_t i = AT; i < AT + 16; i += 2)
+        expect(read_pages(w, i ^ 2, 2, false) == FOUND, "a hit of the reader, in some disorder");
+    expect(read_pages(w, AT + 16, 2, false) == FOUND_NOT, "the mark is reached");
+    expect(read_pages(w, AT + 16, 2, false) == FOUND, "once");
+    files_stream(f, FH, NO_STREAM);
+    expect(read_pages(w, AT + 34, 2, false) == FOUND, "the stream is over");
 }
 
 /* A lower that is elsewhere: where its file ends is not known at once. The access of a hit is noted in Python. */
@@ -250,10 +276,10 @@ static void not_at_once(struct world *w)
     files_add(&w->hits.files, FH, w->file, w->gate, false);
     expect(read_pages(w, PAGES - 1, 2, false) == FOUND_IF_WAITING, "the end of a lower that may hang");
     expect(read_pages(w, PAGES - 1, 2, true) == FOUND && given.length == TM_PAGE, "its last page");
-    files_mark(&w->hits.files, FH, 0);
+    files_note(&w->hits.files, FH);
     expect(read_pages(w, PAGES - 1, 1, false) == FOUND_NOT, "a hit whose access must be noted");
     expect(read_pages(w, PAGES - 1, 1, false) == FOUND, "once");
-    files_mark(&w->hits.files, FH, 0);
+    files_note(&w->hits.files, FH);
     expect(read_pages(w, AT, 1, false) == FOUND, "a miss is noted by itself");
     expect(read_pages(w, AT, 1, false) == FOUND, "and is a hit from then on");
 }
@@ -286,13 +312,14 @@ static void fetched_before_it_is_asked_for(struct world *w)
     expect(hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "all pages are there");
     expect(page_is(data, AT, w->version), "wrong bytes were fetched");
     expect(holds(w, turn), "nothing has changed");
-    files_mark(&w->hits.files, FH, AT * TM_PAGE);
+    files_stream(&w->hits.files, FH, AT * TM_PAGE);
+    files_mark(&w->hits.files, FH, AT * TM_PAGE, (AT + 40) * TM_PAGE);
     expect(!holds(w, turn), "a READ that reaches a mark is for Python");
     expect(read_pages(w, AT, npages(w), w->waits) == FOUND_NOT, "the mark was taken away");
     expect(holds(w, turn), "the mark is still there");
-    files_mark(&w->hits.files, FH, AT * TM_PAGE);
+    files_mark(&w->hits.files, FH, AT * TM_PAGE, (AT + 40) * TM_PAGE);
     expect(!hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "beyond a mark");
-    files_mark(&w->hits.files, FH, UINT64_MAX);
+    files_stream(&w->hits.files, FH, NO_STREAM);
     expect(hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "all pages are there again");
     own_change(w);
     expect(!holds(w, turn), "old bytes after a change");
@@ -304,6 +331,7 @@ static const struct {
     void (*run)(struct world *w);
 } scenarios[] = {
     {"undisturbed", undisturbed},
+    {"a_stream", a_stream},
     {"read_before_a_change", read_before_a_change},
     {"begun_before_a_change", begun_before_a_change},
     {"put_while_a_change_begins", put_while_a_change_begins},
