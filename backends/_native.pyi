@@ -27,6 +27,12 @@ def names(directory: int, /) -> tuple[list[bytes], bytes, int]:
 def handle(descriptor: int, /) -> bytes | None:
     """Return an open file's handle as `syscalls.file_handle` does; None also if it cannot be asked for."""
 
+def pack(records: list[Buffer], size_bytes: int, most: int, /) -> list[bytes]:
+    """Return the values that hold the records, in order, as many in each as go in (`tiers.redis_values`).
+
+    At most `size_bytes` long, with at most `most` (255) records. ValueError for a record that is too long.
+    """
+
 def unpack(read: bytes, start: int, end: int) -> tuple[list[bytes | None], list[int], bool]:
     """Return the records of the value that `read` holds from `start` to `end` (`tiers.redis_values`).
 

@@ -5,11 +5,8 @@ do), **end** (it has acknowledged), **demote** (only now slots name the records,
 stay in memory and in use until the last of these; one that was put, flushed or brought back in between stays
 as it is, and leaves a record that nobody names.
 
-Two rules hold more than one batch together:
-
-- What is under way no slot names, so `retain` would forget it, and `demote` would then name what is gone.
-  `tidy` is the only one that calls `retain`, and it lands everything first.
-- A batch's buffer is its own until it has landed, for servers are sent records from where they lie.
+What is under way no slot names, so `retain` would forget it, and `demote` would then name what is gone.
+`tidy` is the only one that calls `retain`, and it lands everything first.
 
 A batch that fails takes those behind it along: they are given up, and their pages stay where they are.
 
@@ -34,7 +31,6 @@ _LEAST_ROOM_BYTES = 8192
 class _Batch:
     """Pages that were collected, and have not landed."""
 
-    buffer: bytearray
     writing: Writing
     pages: bytes
     """As `Client.collect` returned them and `Client.demote` wants them."""
@@ -49,7 +45,7 @@ class Batches:
         self._client = client
         self._epoch = epoch
         self._at_once = at_once
-        self._free = [bytearray(batch_bytes + _LEAST_ROOM_BYTES) for _ in range(at_once)]
+        self._buffer = bytearray(batch_bytes + _LEAST_ROOM_BYTES)
         self._under_way: deque[_Batch] = deque()
         self.demoted_pages = 0
         """That have left memory, since this was made."""
@@ -67,21 +63,14 @@ class Batches:
         Lands the oldest batch before that if as many are under way as may be. Raises as `Tier.begin` and
         `Writing.end`; the hand has not moved then.
         """
-        while not self._free:
+        while len(self._under_way) >= self._at_once:
             self.land()
-        buffer = self._free.pop()
-        try:
-            hand, places, pages = self._client.collect(hand, buffer, most, any_page, self._epoch)
-            if not places:
-                self._free.append(buffer)
-                return hand, 0
-            view = memoryview(buffer)
-            writing = tier.begin([view[at : at + length] for at, length in places])
-        except BaseException:
-            self._free.append(buffer)
-            raise
-        size_bytes = sum(length for _at, length in places)
-        self._under_way.append(_Batch(buffer, writing, pages, size_bytes))
+        hand, places, pages = self._client.collect(hand, self._buffer, most, any_page, self._epoch)
+        if not places:
+            return hand, 0
+        view = memoryview(self._buffer)
+        writing = tier.begin([view[at : at + length] for at, length in places])
+        self._under_way.append(_Batch(writing, pages, sum(length for _at, length in places)))
         if self._at_once == 1:
             self.land()
         return hand, len(places)
@@ -101,8 +90,6 @@ class Batches:
         except BaseException:
             self.drop()
             raise
-        finally:
-            self._free.append(batch.buffer)
 
     def land_all(self) -> None:
         """`land` as long as batches are under way."""
@@ -112,9 +99,7 @@ class Batches:
     def drop(self) -> None:
         """Give up what is under way: its pages stay in memory."""
         while self._under_way:
-            batch = self._under_way.popleft()
-            batch.writing.drop()
-            self._free.append(batch.buffer)
+            self._under_way.popleft().writing.drop()
 
     def tidy(self, tier: Tier, grace_ms: int) -> bool:
         """Tell the tier what lives, once all has landed; False while somebody may still read something else.

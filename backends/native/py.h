@@ -104,7 +104,8 @@ PyObject *page_list(struct reader *r, PyObject *page);
 PyObject *names(PyObject *module, PyObject *directory); /* a function of the module */
 
 /* py_records.c */
-PyObject *records_unpack(PyObject *module, PyObject *args); /* a function of the module */
+PyObject *records_pack(PyObject *module, PyObject *args); /* functions of the module */
+PyObject *records_unpack(PyObject *module, PyObject *args);
 
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 

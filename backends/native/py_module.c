@@ -124,6 +124,8 @@ static PyMethodDef functions[] = {
     {"handle", file_handle, METH_O,
      "handle(descriptor)\n--\n\nThe handle of an open file (type and bytes); None if it has none."},
     {"names", names, METH_O, "names(directory)\n--\n\nThe names in a directory, and the errno that ended them (0)."},
+    {"pack", records_pack, METH_VARARGS,
+     "pack(records, size_bytes, most)\n--\n\nRecords in values of a tier in Redis."},
     {"unpack", records_unpack, METH_VARARGS,
      "unpack(read, start, end)\n--\n\nThe records of a value of a tier in Redis."},
     {"checksum", checksum, METH_O, "checksum(data)\n--\n\nXXH3 of some bytes."},

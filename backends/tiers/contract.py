@@ -133,7 +133,7 @@ class Tier(Protocol):
         ...
 
     def begin(self, records: Sequence["Buffer"]) -> Writing:
-        """Begin to `write` the records, whose bytes must stay as they are until that has ended.
+        """Begin to `write` the records, and keep no reference to them either.
 
         Raises as `write`, for this batch alone. At most `MAX_BEGUN` are on their way at a time.
         """

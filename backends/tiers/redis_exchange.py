@@ -28,7 +28,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tmem.backends.tiers.redis_wire import Pieces, Reply, Taken, Wire, Word, whole
+from tmem.backends.tiers.redis_wire import Reply, Taken, Wire, Word, whole
 from tmem.errors import TierDownError, TierError, TierFullError
 
 _PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
@@ -44,7 +44,7 @@ class Command:
     """One command about one key."""
 
     key: bytes
-    words: tuple[Word | Pieces, ...]
+    words: tuple[Word, ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -101,7 +101,7 @@ class Exchange:
 
     def begin(self, replies: list[Reply]) -> None:
         """Connect, which may take as long as the node may be silent; answers will go into their places."""
-        commands: list[tuple[Word | Pieces, ...]] = []
+        commands: list[tuple[Word, ...]] = []
         if self._replica:
             commands.append(("READONLY",))
         for one in self._group:

@@ -31,7 +31,7 @@ from tmem.backends.tiers.redis_exchange import Command, Traffic
 from tmem.backends.tiers.redis_fitness import Fitness
 from tmem.backends.tiers.redis_nodes import Nodes, Running
 from tmem.backends.tiers.redis_url import RedisAddress
-from tmem.backends.tiers.redis_wire import Pieces, Word
+from tmem.backends.tiers.redis_wire import Word
 from tmem.errors import TierDownError, TierError, TierFullError
 
 if TYPE_CHECKING:
@@ -137,12 +137,12 @@ class RedisTier:
             batch = _Batch(self, self._take(len(stored)))
             commands = []
             for number, value in zip(batch.numbers, stored, strict=True):
-                count = len(value.parts) - 1
-                known[number] = _Value(value.size_bytes, count, 0)
+                count = value[0]
+                known[number] = _Value(len(value), count, 0)
                 commands.append(self._command("SET", number, value))
                 first = number << values.PLACE_BITS
                 batch.locations.extend(range(first, first + count))
-                batch.length += value.size_bytes - 1 - 2 * count
+                batch.length += len(value) - 1 - 2 * count
             batch.running = self._nodes.begin(commands, self._traffic, replicated=True)
             self._begun.add(batch)
             return batch
@@ -352,7 +352,7 @@ class RedisTier:
                 if records is not None:
                     yield number, records
 
-    def _command(self, verb: str, number: int, *arguments: Word | Pieces) -> Command:
+    def _command(self, verb: str, number: int, *arguments: Word) -> Command:
         name = values.key(self._prefix, number)
         return Command(name, (verb, name, *arguments))
 

@@ -15,14 +15,11 @@ The values are not compressed: records come compressed. Plain functions; any thr
 """
 
 import struct
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from tmem.backends import _native
 from tmem.backends.tiers.contract import MAX_LOCATION, TierIdentity
-from tmem.backends.tiers.redis_wire import Pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,19 +39,9 @@ _GROUP_BITS = 4
 """So many values that follow each other have one hash slot, so that small batches concern one node."""
 
 
-def packed(records: Sequence["Buffer"]) -> list[Pieces]:
-    """Return the values that hold the records, in order, as many in each as go into it: its lengths, and
-    each record, which stays where it is."""
-    views = [record if isinstance(record, bytes) else memoryview(record).cast("B") for record in records]
-    lengths = list(map(len, views))
-    ends = list(accumulate(map((2).__add__, lengths)))
-    found, start, done = [], 0, 0
-    while start < len(views):
-        end = bisect_right(ends, done + VALUE_BYTES - 1, start, min(start + MAX_RECORDS, len(views)))
-        head = struct.pack(f"<B{end - start}H", end - start, *lengths[start:end])
-        found.append(Pieces(1 + ends[end - 1] - done, (head, *views[start:end])))
-        start, done = end, ends[end - 1]
-    return found
+def packed(records: Sequence["Buffer"]) -> list[bytes]:
+    """Return the values that hold the records, in order, as many in each as go into it."""
+    return _native.pack(list(records), VALUE_BYTES, MAX_RECORDS)
 
 
 def pack(records: Sequence["bytes | memoryview"]) -> bytes:

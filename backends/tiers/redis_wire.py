@@ -11,7 +11,7 @@ Not for what answers mean, nor for who is asked: `redis_exchange`. Threading: a 
 import re
 import ssl
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from redis.exceptions import ConnectionError, InvalidResponse
 
@@ -29,19 +29,14 @@ def whole(read: bytes, start: int, end: int) -> bytes:
     return read[start:end]
 
 
-class Pieces(NamedTuple):
-    """A word that lies in pieces, which must stay as they are until the command is done."""
-
-    size_bytes: int
-    parts: tuple[bytes | memoryview, ...]
-
-
-Parts = list[bytes | memoryview]
+Parts = list[bytes]
 
 SENT_BYTES = 128 << 10
 """How much is put together for one call of the kernel: what follows is, while servers read that."""
 _SENT_PARTS = 900
-"""The kernel takes 1024; a value brings up to 66."""
+"""The kernel takes 1024."""
+_COPIED_BYTES = 1024
+"""Words of fewer bytes are put together, longer ones are sent from where they lie."""
 
 _READ_BYTES = 256 << 10
 """How much is read at a time at most."""
@@ -55,21 +50,20 @@ _NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,17}")
 _BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def encoded(commands: Iterable[tuple[Word | Pieces, ...]]) -> Iterator[Parts]:
+def encoded(commands: Iterable[tuple[Word, ...]]) -> Iterator[Parts]:
     """Yield what to send for the commands, in pieces, as much as goes into one call of the kernel."""
     parts: Parts = []
     size_bytes = 0
     for words in commands:
         head = b"*%d\r\n" % len(words)
         for word in words:
-            if isinstance(word, Pieces):
-                parts.append(b"%b$%d\r\n" % (head, word.size_bytes))
-                parts += word.parts
-                head = b"\r\n"
-                size_bytes += word.size_bytes
-            else:
-                raw = word if isinstance(word, bytes) else str(word).encode()
+            raw = word if isinstance(word, bytes) else str(word).encode()
+            if len(raw) < _COPIED_BYTES:
                 head += b"$%d\r\n%b\r\n" % (len(raw), raw)
+            else:
+                parts += (b"%b$%d\r\n" % (head, len(raw)), raw)
+                size_bytes += len(raw)
+                head = b"\r\n"
         parts.append(head)
         size_bytes += len(head)
         if size_bytes >= SENT_BYTES or len(parts) >= _SENT_PARTS:
@@ -169,7 +163,7 @@ class Wire:
     """
 
     def __init__(
-        self, connection: Any, commands: Iterable[tuple[Word | Pieces, ...]], answers: int, taken: Taken
+        self, connection: Any, commands: Iterable[tuple[Word, ...]], answers: int, taken: Taken
     ) -> None:
         self._socket: Any = connection._sock
         self._tls = isinstance(self._socket, ssl.SSLSocket)

@@ -39,9 +39,9 @@ def run(rounds: int, batches: int) -> dict[str, object]:
     # As long as compressed pages of programs are; the servers do not care what is in them.
     lengths = [min(max(int(rng.gauss(1850, 700)), 200), 4112) for _ in range(4000)]
     records = [rng.randbytes(length) for length in lengths]
-    groups = [value.parts[1:] for value in redis_values.packed(records)[:BATCH_VALUES]]
-    records = records[: sum(map(len, groups))]
-    size = sum(len(redis_values.pack(group)) for group in groups) // len(groups)
+    stored = redis_values.packed(records)[:BATCH_VALUES]
+    records = records[: sum(len(redis_values.lengths(value)) for value in stored)]
+    size = sum(map(len, stored)) // len(stored)
     with workplace() as directory:
         cluster = Cluster(directory)
         try:

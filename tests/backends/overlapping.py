@@ -36,34 +36,28 @@ class OverlappingWriting:
 
     def __init__(self, tier: "OverlappingTier", records: Sequence["Buffer"]) -> None:
         self._tier = tier
-        self._records = records
+        self._records = [bytes(one) for one in records]
         self.locations = [tier.servers.numbered + n + 1 for n in range(len(records))]
         tier.servers.numbered += len(records)
         self._arrived = False
 
     def arrive(self) -> None:
-        """Have the servers store it, unless they have: what its buffers hold at this moment."""
-        if self._arrived:
-            return
-        self._arrived = True
-        self._tier.servers.records.update(zip(self.locations, map(bytes, self._records), strict=True))
+        """Have the servers store it, unless they have."""
+        if not self._arrived:
+            self._arrived = True
+            self._tier.servers.records.update(zip(self.locations, self._records, strict=True))
 
     def end(self) -> list[int]:
         self._tier.begun.remove(self)
         if self._tier.servers.fail:
-            self._tier.servers.late.append(self._copied())
+            self._tier.servers.late.append(self)
             raise self._tier.servers.fail.pop(0)
         self.arrive()
         return self.locations
 
     def drop(self) -> None:
         self._tier.begun.remove(self)
-        self._tier.servers.late.append(self._copied())
-
-    def _copied(self) -> "OverlappingWriting":
-        """Return it as it lies in the sockets: the buffers are used again."""
-        self._records = [bytes(one) for one in self._records]
-        return self
+        self._tier.servers.late.append(self)
 
 
 class OverlappingTier:

@@ -177,8 +177,6 @@ class BatchesMachine(RuleBasedStateMachine):
         if not now:
             return
         self.servers.late += self.tier.begun
-        for writing in self.tier.begun:
-            writing._copied()
         self.servers.refuse.clear()
         self.new_manager()
 
@@ -319,14 +317,6 @@ class Forgets(Batches):
         return True
 
 
-class OneBuffer(Batches):
-    """Collects the next batch over the one that is under way."""
-
-    def __init__(self, client: _native.Client, epoch: int, batch_bytes: int, at_once: int) -> None:
-        super().__init__(client, epoch, batch_bytes, at_once)
-        self._free = self._free[:1] * at_once
-
-
 class Believes(Batches):
     """Takes a batch that failed for stored."""
 
@@ -344,7 +334,7 @@ class Believes(Batches):
         super().land()
 
 
-@pytest.mark.parametrize("wrong", [LooksTooEarly, Forgets, OneBuffer, Believes])
+@pytest.mark.parametrize("wrong", [LooksTooEarly, Forgets, Believes])
 def test_what_is_wrong_is_found(directory: Path, wrong: Callable[..., Batches]) -> None:
     class Broken(BatchesMachine):
         make = wrong

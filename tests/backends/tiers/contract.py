@@ -241,16 +241,18 @@ class TierContract:
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     def test_batches_overlap(self, tier: Tier, order: tuple[int, int]) -> None:
-        """Either may be acknowledged first, and buffers are the caller's again from then on."""
+        """Either may be acknowledged first, and buffers are the caller's again before that."""
         batches = [records(0, 60), records(100, 60)]
         kept = [[bytearray(one) for one in batch] for batch in batches]
-        writings = [tier.begin(batch) for batch in kept]
+        writings = []
+        for batch in kept:
+            writings.append(tier.begin(batch))
+            for one in batch:
+                one[:] = bytes(len(one))
         locations: dict[int, list[int]] = {}
         for which in order:
             locations[which] = writings[which].end()
             check_locations(locations[which], 60)
-            for one in kept[which]:
-                one[:] = bytes(len(one))
         assert not set(locations[0]) & set(locations[1])
         for which in order:
             check(tier, locations[which], batches[which])

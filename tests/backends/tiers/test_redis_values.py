@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from tmem.backends import _native
 from tmem.backends.tiers import redis_values as values
 from tmem.backends.tiers.contract import MAX_LOCATION, MAX_RECORD_BYTES, MIN_RECORD_BYTES
 
@@ -21,11 +22,10 @@ def test_records_come_back_in_order() -> None:
     batch = records(0, 300)
     found = values.packed([memoryview(array("B", one)) for one in batch])
     at = 0
-    for value in found:
-        packed = b"".join(value.parts)
-        group = batch[at : at + len(value.parts) - 1]
+    for packed in found:
+        group = batch[at : at + packed[0]]
         at += len(group)
-        assert value.size_bytes == len(packed) <= values.VALUE_BYTES
+        assert len(packed) <= values.VALUE_BYTES
         assert packed == values.pack(group)
         assert unpacked(packed) == group
         around = b"$9\r\n" + packed + b"\r\n"
@@ -40,8 +40,21 @@ def test_records_come_back_in_order() -> None:
 def test_values_are_filled(length: int) -> None:
     found = values.packed([record(n, length) for n in range(200)])
     for value in found[:-1]:
-        full = len(value.parts) - 1 == values.MAX_RECORDS
-        assert full or value.size_bytes + length + 2 > values.VALUE_BYTES
+        full = value[0] == values.MAX_RECORDS
+        assert full or len(value) + length + 2 > values.VALUE_BYTES
+
+
+def test_what_no_value_can_hold_is_refused() -> None:
+    assert values.packed([]) == []
+    for wrong in (bytes(values.VALUE_BYTES - 2), bytes(70_000)):
+        with pytest.raises(ValueError, match="longer than a value"):
+            values.packed([b"a record", wrong, b"another"])
+    assert len(values.packed([bytes(values.VALUE_BYTES - 3)])[0]) == values.VALUE_BYTES
+    with pytest.raises(BufferError):  # not contiguous
+        values.packed([b"a record", memoryview(b"every other")[::2]])
+    for most in (0, 256):
+        with pytest.raises(ValueError, match="1 to 255"):
+            _native.pack([b"a record"], 100, most)
 
 
 def test_dead_records_leave_their_places() -> None:
