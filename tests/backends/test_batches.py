@@ -243,7 +243,7 @@ def test_whatever_happens_to_pages_under_way(directory: Path) -> None:
             super().teardown()
 
     run(Counting, directory, 60 * EFFORT)
-    assert demoted > 30
+    assert demoted
 
 
 ACTIONS: dict[str, Callable[[BatchesMachine], object]] = {
