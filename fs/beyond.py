@@ -244,9 +244,9 @@ def _get(identity: bytes, group: int) -> Command:
     return Command(name, ("GET", name))
 
 
-def _opened(value: bytes, identity: bytes, group: int, length: int) -> bytes | None:
+def _opened(value: object, identity: bytes, group: int, length: int) -> bytes | None:
     """Return the content of a value if it is what its name says."""
-    if value[: _HEADER.size] != _HEADER.pack(_MAGIC, identity, group):
+    if not isinstance(value, bytes) or value[: _HEADER.size] != _HEADER.pack(_MAGIC, identity, group):
         return None
     with contextlib.suppress(zstandard.ZstdError):
         frame = value[_HEADER.size :]

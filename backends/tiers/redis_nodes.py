@@ -400,4 +400,8 @@ class PasswordFile(CredentialProvider):
             password = self._path.read_text().rstrip("\r\n")
         except OSError as error:
             raise redis.AuthenticationError(f"cannot read {self._path}: {error.strerror}") from None
+        except ValueError:  # it is being written
+            raise redis.AuthenticationError(
+                f"{self._path} is no UTF-8 text: write the password there"
+            ) from None
         return (password,) if self._user is None else (self._user, password)

@@ -1,10 +1,14 @@
 """What hosts share through servers: names, what goes there and when, and servers that are slow or gone."""
 
+import contextlib
 import random
 import signal
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -218,3 +222,48 @@ def test_one_server_will_do(host: Host, redis_server: Server) -> None:
     data = some_bytes(OLD.size)
     offer_all(one, content_of(), data)
     assert got(one, content_of(), 0, 4 * GROUP) == data
+
+
+@contextlib.contextmanager
+def strange_server() -> Iterator[tuple[int, list[socket.socket]]]:
+    """A server that knows nobody's values, but numbers; its port, and who has come."""
+    came: list[socket.socket] = []
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError), connection.makefile("rb") as file:
+            while (head := file.readline()).startswith(b"*"):
+                words = [file.read(int(file.readline()[1:]) + 2) for _ in range(int(head[1:]))]
+                connection.sendall(b":5\r\n" if words[0] == b"GET\r\n" else b"+OK\r\n")
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                came.append(listening.accept()[0])
+                threading.Thread(target=serve, args=(came[-1],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        yield listening.getsockname()[1], came
+        listening.shutdown(socket.SHUT_RDWR)
+    accepting.join()
+
+
+def test_answers_that_are_no_values(host: Host) -> None:
+    with strange_server() as (port, _):
+        one = host(url=f"redis://127.0.0.1:{port}")
+        wait_until(lambda: one.up)
+        assert got(one, content_of(), 0, GROUP) == b""
+        assert one.statistics().wrong_values == 1
+
+
+def test_a_password_file_that_is_no_text_yet(host: Host, tmp_path: Path) -> None:
+    """It is written anew in place, say; readers see nothing of it, and the servers are asked afterwards."""
+    file = tmp_path / "password"
+    file.write_bytes(b"\xff\xfe")
+    with strange_server() as (port, came):
+        one = host(url=f"redis://127.0.0.1:{port}?password_file={file}")
+        wait_until(lambda: came)
+        wait_until(lambda: one._rest_seconds > 0.5, timeout_s=5, what="it rests until it tries again")
+        file.write_text("secret")
+        wait_until(lambda: one.up)
