@@ -194,7 +194,10 @@ async def agree_as_before(device: Device) -> None:
 
 
 async def agree(device: Device) -> None:
-    """Have pyfuse3 answer `device.request`; what the kernel is to be told is then `device.reply`."""
+    """Have pyfuse3 answer `device.request`; what the kernel is to be told is then `device.reply`.
+
+    If there is one already, side by side is asked for only what was by it: older code did not.
+    """
     reply = bytearray()
     device.channel.send(device.request)
     async with trio.open_nursery() as nursery:
@@ -216,7 +219,8 @@ async def agree(device: Device) -> None:
             device.passthrough = True
     if offered & _DONT_MASK:
         _set_bits(reply, _OUT_FLAGS, _DONT_MASK)
-    if offered & _PARALLEL_DIROPS:  # or of a directory one name at a time is asked for
+    parallel = not device.reply or _flags(device.reply, _OUT_FLAGS, _OUT_FLAGS2)[0] & _PARALLEL_DIROPS
+    if offered & _PARALLEL_DIROPS and parallel:  # or of a directory one name at a time is asked for
         _set_bits(reply, _OUT_FLAGS, _PARALLEL_DIROPS)
     if device.wants_rings:
         _ask_for_rings(device, more if offered & _INIT_EXT else 0, reply)

@@ -26,6 +26,8 @@ _FEW = 5
 """Attributes that are asked for one by one cost about so many times as much as in a listing."""
 _AT_A_TIME = 64
 """Names that are fetched together; a page of the kernel's usual size has room for some 25."""
+_TRIES = 3
+"""After so many a listing waits for names itself: what was fetched may be gone again, but not for ever."""
 _NO_NODE = 1 << 63  # beyond all node ids in use; the kernel sends it back to be forgotten
 
 
@@ -42,8 +44,6 @@ class _Listing:
     shortest: float = 0.0
     failure: OSError | None = None
     """What ended the listing early."""
-    fetched: bool = False
-    """Whether the kernel was made to fetch the names since the last page."""
     version: Version | None = None
     """Of the directory while it was open, if every later change must show in it."""
 
@@ -99,24 +99,24 @@ class Directories(Handlers):
         """
         with errors():
             if self.reading is not None:
-                self.report_page(fh, start_id, may_wait=True)  # a shortcut that was not taken, which is rare
+                self.report_page(fh, start_id, _TRIES)  # a shortcut that was not taken, which is rare
             else:
                 self._report(self._listings[fh], start_id, token)
 
-    def report_page(self, fh: int, request: int, may_wait: bool) -> bool:
+    def report_page(self, fh: int, request: int, fetched: int) -> bool:
         """Have the native reader reply to a request with as many entries as it has room for. OSError.
 
         At best 12 us of CPU a name, the kernel's work among it (9,000 files in 10 directories, load 4).
-        Of what the kernel was told lately, and still believes, it gets the name alone. Unless it `may_wait`,
-        names that would have to be waited for are left for the next page. If even the first one would, they
-        are fetched, the request is asked once more then, and this is False.
+        Of what the kernel was told lately, and still believes, it gets the name alone. Names that would have
+        to be waited for are left for the next page. If even the first one would, they are fetched, the
+        request is asked once more then, and this is False; `fetched` is how often that was done for it.
         """
-        listing, reading = self._listings[fh], self.reading
+        listing, reading, may_wait = self._listings[fh], self.reading, fetched >= _TRIES
         assert reading is not None, "it has the request"
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         page = reading.reader.page(request, lifetime)
         if page.start == 0:
-            if self._fetches_content(listing, reading, may_wait):
+            if not fetched and self._fetches_content(listing, reading):
                 return False
             reading.reader.ends(fh, 0)
             _begin(listing, lifetime, listing.inode.key[0] == self.table.device)
@@ -134,7 +134,6 @@ class Directories(Handlers):
                 if reading.reader.fetch(listing.descriptor, names):
                     return False
                 may_wait = True
-        listing.fetched = False
         listing.short_lived += page.short_lived
         listing.shortest = min(listing.shortest, page.shortest)
         if page.next >= len(listing.names):
@@ -145,15 +144,12 @@ class Directories(Handlers):
             reading.reader.list(page)  # nothing may fail from here on
         return True
 
-    def _fetches_content(self, listing: _Listing, reading: Reading, may_wait: bool) -> bool:
+    def _fetches_content(self, listing: _Listing, reading: Reading) -> bool:
         """Have the kernel fetch what a directory says of itself, if that is probably not at hand.
 
         It does not tell; but where a name was not, the directories are seldom.
         """
-        if may_wait or listing.fetched or not self.table.nodes.missed_lately:
-            return False
-        listing.fetched = reading.reader.fetch(listing.descriptor, [])
-        return listing.fetched
+        return self.table.nodes.missed_lately and reading.reader.fetch(listing.descriptor, [])
 
     def _report(self, listing: _Listing, start: int, token: "ReaddirToken") -> None:
         """Report entries to libfuse, one by one."""

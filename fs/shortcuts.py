@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 _LOOKUP, _FORGET, _OPEN, _RELEASE, _OPENDIR, _READDIRPLUS = 1, 2, 14, 18, 27, 44
 _MOST_AT_A_TIME = 32
 _LONGEST_SECONDS = 0.002
-_TRIES = 3
-"""After so many a listing waits for names itself: what was fetched may be gone again, but not for ever."""
 _DIRECT_IO, _KEEP_CACHE, _NONSEEKABLE = 1, 2, 4
 
 # From the kernel's include/uapi/linux/fuse.h, as far as they are looked at.
@@ -85,7 +83,7 @@ class Shortcuts:
                 self._open_directory(unique, node)
             else:
                 (number,) = _HANDLE_IN.unpack_from(body)
-                self._with_handle(opcode, unique, number, start_soon, may_wait=fetched >= _TRIES)
+                self._with_handle(opcode, unique, number, start_soon, fetched)
         except FAILURES as failure:
             self._reader.reply(unique, errno_seen(failure))
         except pyfuse3.FUSEError as failure:
@@ -124,14 +122,14 @@ class Shortcuts:
     def _open_directory(self, unique: int, node: int) -> None:
         self._reader.reply(unique, 0, _OPEN_OUT.pack(self._overlay.open_directory(node), 0, 0))
 
-    def _with_handle(self, opcode: int, unique: int, number: int, start_soon: Start, may_wait: bool) -> None:
+    def _with_handle(self, opcode: int, unique: int, number: int, start_soon: Start, fetched: int) -> None:
         if opcode == _RELEASE and self._overlay.is_used(number):
             start_soon(self._close_later, unique, number)
             return
         if opcode == _RELEASE:
             self._overlay.close_file(number)
         elif opcode == _READDIRPLUS:
-            if not self._overlay.report_page(number, unique, may_wait):
+            if not self._overlay.report_page(number, unique, fetched):
                 return
         else:
             self._overlay.close_directory(number)

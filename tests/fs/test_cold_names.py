@@ -55,6 +55,11 @@ def place(
     faulty.heal()
 
 
+def lists_names(pid: int) -> bool:
+    """Say whether a process waits for the names of a directory."""
+    return Path(f"/proc/{pid}/syscall").read_text().startswith("217 ")  # getdents64
+
+
 def test_a_name_that_hangs_holds_up_nobody_else(
     place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
@@ -75,6 +80,43 @@ def test_a_name_that_hangs_holds_up_nobody_else(
     assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_a_listing_that_was_given_up_leaves_no_trace_in_its_directory(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """Who lists the same open directory next does not hold up others either."""
+    faulty.fail("readdir", hangs=True)
+    code = """
+import os, sys
+directory = os.open(sys.argv[1], os.O_RDONLY)
+for _ in range(2):
+    if not (child := os.fork()):
+        try:
+            os.stat(sys.argv[1] + "/other")  # names are not at hand lately
+        finally:
+            print(os.getpid(), flush=True)
+        os.listdir(directory)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    (faulty.directory / "third").write_bytes(b"3")
+    with (place.point / "third").open("rb") as third:
+        command = [sys.executable, "-c", code, str(place.point)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as lists:
+            assert lists.stdout is not None
+            try:
+                first = int(lists.stdout.readline())
+                eventually(lambda: faulty.waiting() == ["readdir"])
+                os.kill(first, signal.SIGKILL)
+                second = int(lists.stdout.readline())
+                eventually(lambda: lists_names(second))
+                ask = "import os, sys; os.fstat(int(sys.argv[1]))"
+                command = [sys.executable, "-c", ask, str(third.fileno())]
+                subprocess.run(command, check=True, timeout=10, pass_fds=[third.fileno()])
+            finally:
+                faulty.heal()
+            assert lists.wait(10) == 0
 
 
 def test_a_listing_looks_at_several_names_at_a_time(

@@ -99,6 +99,22 @@ def test_code_that_speaks_otherwise_to_the_kernel(place: Place, code: NewCode) -
     goes_on(place, code, "its libfuse speaks otherwise to the kernel: unmount and mount again")
 
 
+def test_code_that_asks_the_kernel_for_more_takes_over_what_older_code_has_mounted(
+    place: Place, code: NewCode
+) -> None:
+    """Names of a directory side by side, which older code did not ask for, are not asked for then."""
+    code.python(
+        "import tmem.fs.state as state",
+        "load = state.load",
+        "less = lambda reply: reply[:30] + bytes([reply[30] & ~4]) + reply[31:]",
+        "older = lambda device: {**device, 'reply': less(device['reply'])}",
+        "state.load = lambda file: (lambda all: {**all, 'device': older(all['device'])})(load(file))",
+    )
+    assert place.restart().count == 1
+    code.python()
+    assert place.restart().count == 2  # it is what the kernel was told
+
+
 def test_code_that_cannot_read_the_segment(
     place: Place, code: NewCode, segment: "_native.Segment", eventually: Callable[..., None]
 ) -> None:
