@@ -12,6 +12,8 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from socket import MSG_DONTWAIT
+from socket import socket as Socket
 
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError, TmemError
@@ -163,12 +165,32 @@ def check_places(lower: str, mountpoint: str) -> tuple[str, str]:
     return lower, mountpoint
 
 
-def log_to_syslog() -> None:
+class Unhurried(logging.handlers.SysLogHandler):
+    """Loses a message rather than wait for the system's log, which may be waiting for this mount."""
+
+    socket: Socket
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send it if that can be done at once."""
+        priority = self.encodePriority(self.facility, self.mapPriority(record.levelname))
+        message = f"<{priority}>{self.format(record)}\0".encode(errors="surrogateescape")
+        for _ in range(2):  # once more if the log was started anew
+            try:
+                self.socket.send(message, MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                return
+            except OSError:
+                self.socket.close()
+                self.createSocket()
+
+
+def log_to_syslog(path: str = "/dev/log") -> None:
     """Log to the system's log if there is one: a daemon has no terminal."""
     handler: logging.Handler = logging.NullHandler()  # or the caller would read everything twice
-    if Path("/dev/log").exists():
+    if Path(path).exists():
         with contextlib.suppress(OSError):
-            handler = logging.handlers.SysLogHandler("/dev/log")
+            handler = Unhurried(path)
             handler.setFormatter(logging.Formatter("tmem-mount[%(process)d]: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("tmem").setLevel(logging.INFO)
