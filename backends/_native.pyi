@@ -495,6 +495,51 @@ class Nodes:
     def doubt(self) -> None:
         """Have listings tell of all files again: the kernel will ask for their names."""
 
+class Opens:
+    """Opens that a `Reader` answers by itself, and what there is to learn of them.
+
+    By the thread that calls `Reader.serve`. See backends/native/reader_opens.h.
+    """
+
+    def __init__(self) -> None: ...
+    def grant(self, seconds: float, kept_bytes: int, fine_stamps: bool, accessed: bool, /) -> None:
+        """Allow them for so long; 0: not any more.
+
+        Files of up to `kept_bytes` are kept by the kernel; `accessed`: access times need no care.
+        """
+
+    def number(self) -> int:
+        """Return the next handle of a file; no other one gets it."""
+
+    def number_from(self, number: int, /) -> None:
+        """Go on with handles from this one."""
+
+    def know(self, node: int, device: int, inode: int, gate: Gate | None, /) -> None:
+        """Have a file, whose coherence is known, opened from its gate; None: not there."""
+
+    def forget(self, node: int, /) -> None:
+        """Know nothing of a file, whose node goes."""
+
+    def remember(self, name: bytes, remembered: bool, /) -> None:
+        """Leave the first open of the file with this name to the caller, or not any more.
+
+        Each time that it is to be remembered counts.
+        """
+
+    def learn(
+        self,
+    ) -> tuple[
+        list[tuple[int, Gate, bytes, int, tuple[int, int, int] | None, bool]],
+        list[tuple[int, int, int, bool, int, int, int]],
+    ]:
+        """Return what has been opened since the last time, and make it the caller's.
+
+        For each file of which nothing was known: its node, gate, name, size, the version that its pages are
+        valid for, and whether nobody had it open for writing then. For each that is open still: its handle,
+        node, descriptor, whether its access time needs no more care, and user, group and process of who
+        opened it.
+        """
+
 class ListingPage:
     """A reply to one READDIRPLUS of a `Reader`. In turns: `look_up`, `identify`; at last `Reader.list`."""
 
@@ -534,12 +579,21 @@ class Gate:
     """Where the pages of one file are, for a `Reader`: closed when new, and while the file changes."""
 
     def __init__(self) -> None: ...
-    def set(self, oid: bytes, size: int, open: bool, takes: bool = False, /) -> None:
+    def set(
+        self,
+        oid: bytes,
+        size: int,
+        open: bool,
+        takes: bool = False,
+        version: tuple[int, int, int] | None = None,
+        /,
+    ) -> None:
         """Say in which object (24 bytes) its pages are and how many bytes it has. For any thread.
 
         Once this has returned, no READ that begins later is answered from what was said before, and nothing
         that the reader has read of the file before will be put. `takes`: what is missed while it is open may
-        be read and put by the reader.
+        be read and put by the reader. `version`: mtime and ctime in ns, and size, that its pages are valid
+        for: who opens the file in that state needs no further answer; until the gate is told anything else.
         """
 
     def overtake(self) -> None:
@@ -595,8 +649,12 @@ class Reader:
         the connection is over (2), or the descriptor `wake` (-1: none) is readable, the time (-1: none) is
         over or a signal came (0).
 
-        By one thread at a time; passes libfuse's replies on as well.
+        By one thread at a time; passes libfuse's replies on as well. 4 is added if there is something to
+        learn (`Opens`).
         """
+
+    def set_opens(self, opens: Opens, /) -> None:
+        """Answer opens as these allow, if `set_nodes` has nodes' attributes told here as well; once."""
 
     def open_shortcut(self) -> int:
         """Have requests of names, listings and open files put by for `asked` from now on; `serve` returns 3.

@@ -82,6 +82,7 @@ class Handlers(pyfuse3.Operations):
         self.table = table
         self.precache = precache
         self.coherence = coherence
+        coherence.on_name = table.opens.remember
         self.instances = Instances(table.device, precache.directory if precache.shared else None)
         self._fine_stamps = fine_stamps
         self.lifetimes = lifetimes
@@ -152,6 +153,7 @@ class Handlers(pyfuse3.Operations):
             name = self._name_of(inode.key, self.table.handle(inode), self.table.descriptor(inode))
             fine_stamps = self._fine_stamps and inode.key[0] == self.table.device
             inode.state = self.coherence.recall(name, fine_stamps)
+            self.table.opens.know(inode.nodeid, *inode.key, None)
         return inode.state
 
     def _name_of(self, key: tuple[int, int], handle: bytes | None, descriptor: int) -> bytes:

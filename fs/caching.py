@@ -23,6 +23,7 @@ SMALL_BYTES = 128 << 10
 """What the kernel reads with one request."""
 PLENTY = 1 / 4
 """Of memory that can be had, the kernel's copies among it: of the machine, and of our own control groups."""
+_ANY_BYTES = (1 << 63) - 1
 _LOOK_SECONDS = 5.0
 """Between two looks, which take 1.2 ms; to be late costs a copy that the kernel drops again."""
 
@@ -52,11 +53,21 @@ class CacheRule:
         """Decide, knowing whether files with direct_io can be mapped shared."""
         self._all = self._wanted is Cache.KERNEL or (self._wanted is Cache.AUTO and not direct_mmap)
 
+    def most_bytes(self) -> int:
+        """Return how large files are that the kernel caches, from one byte on; 0: none."""
+        if self._all:
+            return _ANY_BYTES
+        return SMALL_BYTES if self._wanted is not Cache.DIRECT and self._looked() else 0
+
     def __call__(self, status: os.stat_result) -> bool:
         """Say whether the kernel caches the file with this status."""
         # Some file systems say 0 of files that have content.
         if self._all or self._wanted is Cache.DIRECT or not 0 < status.st_size <= SMALL_BYTES:
             return self._all
+        return self._looked()
+
+    def _looked(self) -> bool:
+        """Say whether small files are cached, as of the last look."""
         now = self._clock()
         if now >= self._next_look:
             self._next_look = now + _LOOK_SECONDS

@@ -81,11 +81,11 @@ class FileState:
     """Whether the native reader may put what it reads of the lower file; see `Coherence.admit`."""
 
     def show(self) -> None:
-        """Tell the native reader what has changed of `oid`, `size`, `served` and `changes`."""
+        """Tell the native reader what has changed of `oid`, `size`, `version`, `served` and `changes`."""
         if self.gate is not None:
             # Of an empty file it is asked in `files`: some file systems say so of files that have content.
             serving = self.served and not self.changes and self.size > 0
-            self.gate.set(self.oid, self.size, serving, self.takes)
+            self.gate.set(self.oid, self.size, serving, self.takes, self.version)
 
     def overtake(self) -> None:
         """Void what was read until now; then nothing of it is being put by the native reader, either."""
@@ -121,6 +121,8 @@ class Coherence:
         self._now_ns = now_ns
         self._remembered: OrderedDict[bytes, tuple[Version, int]] = OrderedDict()
         self._distrusted: set[bytes] = set()
+        self.on_name: Callable[[bytes, bool], None] = lambda name, known: None
+        """Told of each name of which something is known from now on, or not any more."""
 
     def saved(self) -> list[tuple[bytes, SavedVersion, int]]:
         """Return what is known of files that the kernel has forgotten, for `restore`."""
@@ -134,11 +136,20 @@ class Coherence:
         """Know what was `saved` and `distrusted`; the pool must be the same, or empty."""
         self._remembered.update((name, (Version(*version), top)) for name, version, top in saved)
         self._distrusted.update(distrusted)
+        for name in (*self._remembered, *self._distrusted):
+            self.on_name(name, True)
 
     def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""
-        version, top = self._remembered.pop(name, (None, 0))
+        version, top = self._unremember(name)
         return FileState(name, name, fine_stamps, version=version, top=top)
+
+    def _unremember(self, name: bytes) -> tuple[Version | None, int]:
+        known = self._remembered.pop(name, None)
+        if known is None:
+            return None, 0
+        self.on_name(name, False)
+        return known
 
     def remember(self, state: FileState) -> None:
         """Keep what is known of a file that the kernel has forgotten: its pages outlive its inode.
@@ -149,14 +160,18 @@ class Coherence:
         with state.lock:  # a put that has begun counts for `reach`
             state.overtake()
         if state.version is not None and not state.changes:
+            if state.name not in self._remembered:
+                self.on_name(state.name, True)
             self._remembered[state.name] = (state.version, state.reach)
             while len(self._remembered) > REMEMBERED_FILES:
-                self._remembered.popitem(last=False)
+                self.on_name(self._remembered.popitem(last=False)[0], False)
 
     def discard(self, name: bytes, state: FileState | None) -> None:
         """Drop all pages of a file that has lost its last link."""
-        self._remembered.pop(name, None)
-        self._distrusted.discard(name)
+        self._unremember(name)
+        if name in self._distrusted:
+            self._distrusted.remove(name)
+            self.on_name(name, False)
         if state is None:
             self._precache.counters.flushed_pages += self._precache.flush_object(name)
             return
@@ -167,7 +182,9 @@ class Coherence:
 
         Its page cache shows the new bytes until it drops them, the old ones later, and no time stamp tells.
         """
-        self._distrusted.add(state.name)
+        if state.name not in self._distrusted:
+            self._distrusted.add(state.name)
+            self.on_name(state.name, True)
         state.takes = False
         self._forget(state)
         state.show()

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from tmem.types import OID_SIZE
 COARSE_NS = 2_000_000_000
 """Two changes this close may carry the same time stamp (FAT counts in steps of two seconds)."""
 
+_SHORT_HANDLE = 4 + OID_SIZE - 2 - 8  # with its type
 _CHANGES = 8
 _QUICK_NS = 3_000_000  # fewer than 8 ticks at any HZ
 _COARSE_ROUNDS = 3
@@ -52,8 +54,14 @@ def version_at(descriptor: int) -> Version | None:
 def object_id(device: int, inode: int, handle: bytes | None, mark: bytes = b"") -> bytes:
     """Return the 24 bytes that name the file, and its object in a pool that is the mount's own.
 
-    `mark` tells file systems apart that have had the same device number (`instances`).
+    `mark` tells file systems apart that have had the same device number (`instances`). Files on the root's
+    device of a mount with a pool of its own have none: where their handle is as short as usual, number and
+    handle are the name themselves, which is found below Python, too (`reader_opens`).
     """
+    if handle and not mark and len(handle) <= _SHORT_HANDLE:
+        kind, opaque = int.from_bytes(handle[:4], sys.byteorder), handle[4:]
+        if 0 < kind < 256:
+            return (bytes([len(opaque), kind]) + inode.to_bytes(8, "little") + opaque).ljust(OID_SIZE, b"\0")
     # Both: some file systems use handles again (FUSE ones whose node ids are addresses), others numbers.
     name = b"n" + inode.to_bytes(8, "little") + (handle or b"")
     place = device.to_bytes(8, "little") + bytes([len(mark)]) + mark

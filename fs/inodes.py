@@ -115,6 +115,8 @@ class InodeTable:
         self.nodes = _native.Nodes()
         """For threads of the native reader: open descriptors of files on the root's device, without the root
         and files whose attributes may not be believed; and for listings: what has been told of files."""
+        self.opens = _native.Opens()
+        """For the native reader: files that it may open by itself (`grants`)."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -244,6 +246,7 @@ class InodeTable:
         self._open.pop(inode.nodeid, None)
         self._close(inode)
         self.nodes.remove(inode.nodeid)
+        self.opens.forget(inode.nodeid)
 
     def store_to(self, inode: Inode, stored_to: bool) -> None:
         """Note whether programs may write to a file without our knowledge."""
@@ -288,6 +291,8 @@ class InodeTable:
             inode = Inode(nodeid, (device, number), kind, descriptor, lookups, generation, handle)
             inode.state = FileState.restored(state) if state else None
             inode.backing, inode.stored_to = row[11:]
+            if inode.state is not None:
+                self.opens.know(nodeid, device, number, None)
             if by_id:
                 self._by_id[nodeid] = inode
             if by_key:

@@ -239,7 +239,7 @@ class Readers:
                 if self._stopping:
                     event = await self._leave(reading)
                 elif self._may_block():
-                    event = reading.reader.serve(self._epoll, math.ceil(self._seconds_left() * 1000))
+                    event = reading.serve(self._epoll, math.ceil(self._seconds_left() * 1000))
                 if event == NOTHING and not self._stopping:  # or trio has something to do
                     if reading.reader.full:  # what is readable is not to be read
                         await trio.sleep(_PAUSE_SECONDS)
@@ -247,7 +247,7 @@ class Readers:
                         with contextlib.suppress(trio.ClosedResourceError):
                             await trio.lowlevel.wait_readable(reading)
                     if not self._stopping and not self._ended:
-                        event = reading.reader.serve(-1, 0)
+                        event = reading.serve(-1, 0)
         finally:
             self._idle -= 1
 

@@ -19,13 +19,14 @@ from tmem.fs import lower
 from tmem.fs.acting import Caller, acting_as
 from tmem.fs.base import errors
 from tmem.fs.fanotify import is_local
+from tmem.fs.grants import Grants
 from tmem.fs.inodes import Inode, proc_path
 from tmem.fs.namespace import Namespace
 from tmem.fs.openfile import OpenFile
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import ignore_pool
 from tmem.fs.reading import Reading
-from tmem.fs.rules import path_below
+from tmem.fs.rules import EVERYTHING, path_below
 from tmem.fs.state import SavedFile
 from tmem.fs.worth import Account, Worth
 from tmem.fs.writers import is_quiet
@@ -40,25 +41,28 @@ class Opening(Namespace):
     """Handlers that open and close files.
 
     `cached` says whether the kernel caches what is read from a file with this status (else direct_io);
-    `clock` is a monotonic clock in seconds.
+    `most_cached` says the same by size, for all files from one byte on (None: it cannot be said so), `clock`
+    is a monotonic clock in seconds.
     """
 
     def __init__(
         self,
         *arguments: object,
         cached: Callable[[os.stat_result], bool],
+        most_cached: Callable[[], int] | None = None,
         policy: Policy = DEFAULT,
         clock: Callable[[], float] = time.monotonic,
         **keywords: object,
     ) -> None:
         super().__init__(*arguments, **keywords)  # type: ignore[arg-type]  # passed on as they are
         self._cached = cached
+        self._most_cached = most_cached
+        self._grants = Grants(self.table, self._fine_stamps, clock)
         self._policy = policy
         self._worth = Worth(self._account, clock)
         self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
         self._is_local = is_local(self.table.root)
         self._files: dict[int, OpenFile] = {}
-        self._next_file = 1
 
     async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":
         """Open a file, and check whether its pages still show it."""
@@ -77,7 +81,18 @@ class Opening(Namespace):
             with contextlib.suppress(PermissionError):
                 unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
-        return self._opened(node, descriptor, flags, caller, unchanged)
+        info = self._opened(node, descriptor, flags, caller, unchanged)
+        if self.reading is not None and self._grants.due:
+            self._grant()
+        return info
+
+    def _grant(self) -> None:
+        """Have opens answered below Python for a while, if they are to be answered in the usual way."""
+        if self._most_cached is None or not self.coherence.takes_below or self._policy.rules != EVERYTHING:
+            return
+        aside = self._policy.steps_aside and self._worth.aside()
+        if not aside and self.precache.pool() is not None:
+            self._grants.give(self._most_cached(), self._no_atimes)
 
     def _validate(self, inode: Inode, descriptor: int) -> bool:
         """Check with `descriptor`, which is closed, whether the file's pages still show it."""
@@ -151,6 +166,7 @@ class Opening(Namespace):
         unchanged: bool | None = None,
     ) -> "FileInfo":
         """Register an open file; `unchanged` is what its validation said, None if there was none yet."""
+        number = self.table.opens.number()
         try:
             self.precache.pool()  # senses a segment that has appeared
             state = self.state_of(inode)
@@ -158,8 +174,6 @@ class Opening(Namespace):
             cached = self._cached(status)
             if unchanged is None:
                 unchanged = self.coherence.validate(state, status, descriptor)
-            number = self._next_file
-            self._next_file += 1
             if (
                 not inode.opens
             ):  # all opens of a file agree, as the kernel wants it for those it passes through
@@ -167,30 +181,37 @@ class Opening(Namespace):
                 inode.backing = self._back(inode, status) if inode.declined else 0
             if inode.backing:
                 self._let_pass(inode, number, flags)
+            writable = flags & os.O_ACCMODE != os.O_RDONLY
+            file = OpenFile(
+                inode, state, descriptor, writable, bool(flags & os.O_APPEND), number=number, caller=caller
+            )
+            file.accessed = self._no_atimes or bool(flags & os.O_NOATIME) or lower.was_accessed(status)
+            if inode.declined:
+                self.table.opens.know(inode.nodeid, *inode.key, None)
+            elif self.reading is not None:
+                self._read_natively(self.reading, file)
         except BaseException:
             if inode.backing and not inode.opens:
                 self._unback(inode, descriptor)
+            if self.reading is not None:
+                self.reading.close(number)
             os.close(descriptor)
             raise
         self.precache.counters.declined_opens += inode.declined
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        file = OpenFile(
-            inode, state, descriptor, writable, bool(flags & os.O_APPEND), number=number, caller=caller
-        )
-        file.accessed = self._no_atimes or bool(flags & os.O_NOATIME) or lower.was_accessed(status)
         self._files[number] = file
         inode.opens += 1
-        if self.reading is not None and not inode.declined:
-            self._read_natively(self.reading, file)
         if cached and not unchanged:
             self.kernel.forget_attributes(inode.nodeid)  # an old size must not cut reads
         return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=cached and unchanged)
 
     def _read_natively(self, reading: Reading, file: OpenFile) -> None:
         """Have hits of an open file answered below Python."""
+        inode = file.inode
         self.coherence.admit(file.state)
-        local = self._is_local and file.inode.key[0] == self.table.device
+        local = self._is_local and inode.key[0] == self.table.device
         reading.open(file.number, file.descriptor, file.state, local)
+        if self.coherence.takes_below:
+            self.table.opens.know(inode.nodeid, *inode.key, file.state.gate)
         if not file.accessed:
             reading.reader.note(file.number)  # so that the first read comes here, and is noted
 
@@ -290,6 +311,7 @@ class Opening(Namespace):
         if reading is not None:
             self.table.nodes.believe(*self.lifetimes.rule())
             reading.reader.set_nodes(self.table.nodes, self._is_local)
+            reading.open_with(self.table.opens, lambda: self._grants.learn(self._files))
             reading.use_pool(self.precache.current)
             for file in self._files.values():
                 if not file.inode.declined:
@@ -310,11 +332,11 @@ class Opening(Namespace):
             (number, places[file.inode], file.descriptor, file.writable, file.append, file.inode.declined)
             for number, file in self._files.items()
         ]
-        return files, self._next_file
+        return files, self.table.opens.number()
 
     def restore_files(self, saved: list[SavedFile], next_file: int, inodes: list[Inode]) -> None:
         """Have the files open that were saved."""
-        self._next_file = next_file
+        self.table.opens.number_from(next_file)
         for number, place, descriptor, writable, append, declined in saved:
             inode = inodes[place]
             inode.declined = declined

@@ -153,6 +153,7 @@ def build(
     *,
     timeout_seconds: float | None = None,
     cached: Callable[[os.stat_result], bool] = lambda status: False,
+    most_cached: Callable[[], int] | None = None,
     waiting: Waiting = contextlib.nullcontext,
     pause: Pause = no_pause,
     policy: Policy = DEFAULT,
@@ -162,8 +163,8 @@ def build(
 ) -> Overlay:
     """Return an overlay on the directory open at `root` (O_RDONLY), which it then owns.
 
-    `fine_stamps` None tries the file system out; `now_ns` is the wall clock, `clock` a monotonic one in
-    seconds.
+    `most_cached` as for `Opening`; `fine_stamps` None tries the file system out; `now_ns` is the wall clock,
+    `clock` a monotonic one in seconds.
     """
     if fine_stamps is None:
         fine_stamps = has_fine_stamps(root)
@@ -178,6 +179,7 @@ def build(
         Lifetimes(timeout_seconds, table.device, now_ns),
         waiting,
         cached=cached,
+        most_cached=most_cached,
         pause=pause,
         policy=policy,
         clock=clock,

@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from tmem.fs.backing import Backing
@@ -19,7 +20,7 @@ from tmem.fs.statistics import Counters
 from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from tmem.backends._native import Pool, Reader, ReaderBuffer
+    from tmem.backends._native import Opens, Pool, Reader, ReaderBuffer
     from tmem.fs.shortcuts import Shortcuts, Start
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ _COUNTERS = (
 )
 """What is counted there by the names of `Counters`."""
 
-NOTHING, REQUEST, GONE, ASKED = range(4)
-"""What `Reader.serve` returns."""
+NOTHING, REQUEST, GONE, ASKED, NEWS = range(5)
+"""What `Reader.serve` returns; NEWS is added to the others."""
 
 
 class NativeBuffers(Buffers):
@@ -82,6 +83,21 @@ class Reading:
         for end in ends:
             self._anything.register(end, select.EPOLLIN)
         self._shortcuts: Shortcuts | None = None
+        self._learn: Callable[[], None] = lambda: None
+
+    def serve(self, wake: int, timeout_ms: int) -> int:
+        """Have requests answered until there is something to do (`Reader.serve`); what was opened is known
+        then."""
+        event = self.reader.serve(wake, timeout_ms)
+        if event >= NEWS:
+            self._learn()
+            event -= NEWS
+        return event
+
+    def open_with(self, opens: "Opens", learn: Callable[[], None]) -> None:
+        """Have opens answered below Python as `opens` allow; `learn` is called when there is news of them."""
+        self._learn = learn
+        self.reader.set_opens(opens)
 
     def answer_with(self, shortcuts: "Shortcuts") -> None:
         """Have requests answered past libfuse by these from now on."""

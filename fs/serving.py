@@ -56,6 +56,7 @@ class Server:
             self.precache,
             timeout_seconds=plan.options.timeout_seconds,
             cached=self._cache,
+            most_cached=self._cache.most_bytes,
             waiting=self._readers.waiting,
             policy=plan.options.policy,
             fine_stamps=fine_stamps,

@@ -28,7 +28,7 @@ typedef struct {
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType, *OpensType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -43,6 +43,7 @@ PyTypeObject *make_rings_type(void);
 PyTypeObject *make_headroom_type(void);
 PyTypeObject *make_nodes_type(void);
 PyTypeObject *make_page_type(void);
+PyTypeObject *make_opens_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
 struct tm_ctx *context_of(SegmentObject *owner);     /* NULL with an exception */
@@ -102,6 +103,15 @@ struct nodes *nodes_of(PyObject *nodes);
 PyObject *page_new(struct reader *r, PyObject *args);
 PyObject *page_list(struct reader *r, PyObject *page);
 PyObject *names(PyObject *module, PyObject *directory); /* a function of the module */
+
+/* py_opens.c */
+struct opens;
+struct opens *opens_of(PyObject *opens);
+
+/* py_reader.c */
+struct gate;
+struct gate *gate_of(PyObject *gate);
+PyObject *gate_wrap(struct gate *g); /* owns the reference, also if it fails */
 
 /* py_records.c */
 PyObject *records_pack(PyObject *module, PyObject *args); /* functions of the module */

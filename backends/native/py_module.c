@@ -5,7 +5,7 @@
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType, *OpensType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -164,7 +164,8 @@ static int add_types(PyObject *module)
     HeadroomType = RingsType ? make_headroom_type() : NULL;
     NodesType = HeadroomType ? make_nodes_type() : NULL;
     PageType = NodesType ? make_page_type() : NULL;
-    if (!PageType)
+    OpensType = PageType ? make_opens_type() : NULL;
+    if (!OpensType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
            || PyModule_AddObjectRef(module, "Client", (PyObject *)ClientType)
@@ -178,6 +179,7 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "Headroom", (PyObject *)HeadroomType)
            || PyModule_AddObjectRef(module, "Nodes", (PyObject *)NodesType)
            || PyModule_AddObjectRef(module, "ListingPage", (PyObject *)PageType)
+           || PyModule_AddObjectRef(module, "Opens", (PyObject *)OpensType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)
            || PyModule_AddIntConstant(module, "UUID_SIZE", TM_UUID)

@@ -49,13 +49,30 @@ static void gate_dealloc(GateObject *self)
     Py_DECREF((PyObject *)type);
 }
 
+struct gate *gate_of(PyObject *gate) { return ((GateObject *)gate)->gate; }
+
+PyObject *gate_wrap(struct gate *g)
+{
+    allocfunc allocate = (allocfunc)PyType_GetSlot(GateType, Py_tp_alloc);
+    GateObject *self = (GateObject *)allocate(GateType, 0);
+    if (self)
+        self->gate = g;
+    else
+        gate_drop(g);
+    return (PyObject *)self;
+}
+
 static PyObject *gate_set_to(GateObject *self, PyObject *args)
 {
     const char *oid;
     Py_ssize_t length;
-    unsigned long long size;
+    unsigned long long size, shown = 0;
+    long long mtime = 0, ctime = 0;
     int open, takes = 0;
-    if (!PyArg_ParseTuple(args, "y#Kp|p:set", &oid, &length, &size, &open, &takes))
+    PyObject *version = Py_None;
+    if (!PyArg_ParseTuple(args, "y#Kp|pO:set", &oid, &length, &size, &open, &takes, &version))
+        return NULL;
+    if (version != Py_None && !PyArg_ParseTuple(version, "LLK:version", &mtime, &ctime, &shown))
         return NULL;
     if (length != TM_OID) {
         PyErr_SetString(PyExc_ValueError, "an object id is a bytes object of 24 bytes");
@@ -63,6 +80,8 @@ static PyObject *gate_set_to(GateObject *self, PyObject *args)
     }
     Py_BEGIN_ALLOW_THREADS /* a put may be under way */
     gate_set(self->gate, (const uint8_t *)oid, size, open, takes);
+    if (version != Py_None)
+        gate_trust(self->gate, &(struct stamps){mtime, ctime, shown, false});
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -195,7 +214,7 @@ static void reader_dealloc(ReaderObject *self)
 static PyObject *serve(ReaderObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     struct reader *r = reader_of(self);
-    enum reader_event event;
+    unsigned event;
     if (!r)
         return NULL;
     if (nargs != 2) {
@@ -208,7 +227,7 @@ static PyObject *serve(ReaderObject *self, PyObject *const *args, Py_ssize_t nar
     Py_BEGIN_ALLOW_THREADS
     event = reader_serve(r, (int)wake, (int)timeout_ms);
     Py_END_ALLOW_THREADS
-    return PyLong_FromLong(event);
+    return PyLong_FromUnsignedLong(event);
 }
 
 static PyObject *drain(ReaderObject *self, PyObject *unused)
@@ -341,6 +360,19 @@ static PyObject *set_nodes(ReaderObject *self, PyObject *args)
     if (!r || !PyArg_ParseTuple(args, "O!p:set_nodes", NodesType, &nodes, &answers))
         return NULL;
     reader_set_nodes(r, nodes_of(nodes), answers);
+    Py_RETURN_NONE;
+}
+
+static PyObject *set_opens(ReaderObject *self, PyObject *opens)
+{
+    struct reader *r = reader_of(self);
+    if (!r)
+        return NULL;
+    if (Py_TYPE(opens) != OpensType) {
+        PyErr_SetString(PyExc_TypeError, "expected Opens");
+        return NULL;
+    }
+    reader_set_opens(r, opens_of(opens));
     Py_RETURN_NONE;
 }
 
@@ -532,7 +564,9 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"attributes", c.attributes},
                {"ends", c.ends},
                {"woken", c.woken},
-               {"found_awake", c.found_awake}};
+               {"found_awake", c.found_awake},
+               {"opens", c.opens},
+               {"closes", c.closes}};
     PyObject *dict = PyDict_New();
     for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
         if (set_number(dict, all[i].name, (int64_t)all[i].value))
@@ -549,6 +583,7 @@ PyTypeObject *make_reader_type(void)
         {"use_rings", (PyCFunction)use_rings, METH_O, NULL},
         {"set_pool", (PyCFunction)set_pool, METH_O, NULL},
         {"set_nodes", (PyCFunction)set_nodes, METH_VARARGS, NULL},
+        {"set_opens", (PyCFunction)set_opens, METH_O, NULL},
         {"open_shortcut", (PyCFunction)open_shortcut, METH_NOARGS, NULL},
         {"asked", (PyCFunction)asked, METH_NOARGS, NULL},
         {"reply", (PyCFunction)reply, METH_VARARGS, NULL},

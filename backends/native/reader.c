@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <time.h>
 #include <unistd.h>
@@ -92,6 +93,14 @@ static void wake_standin(struct reader *r)
     pthread_mutex_unlock(&r->sleep_lock);
 }
 
+void reader_leave(struct reader *r)
+{
+    atomic_fetch_add(&r->turns, 1);
+    wake_standin(r);
+}
+
+void reader_return(struct reader *r) { atomic_fetch_add(&r->turns, 1); }
+
 /* NONE: there was no request, or it is left where it is. ELSEWHERE: another thread answers it, or passes it on. HELD: its
  * answer is to be sent. */
 enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_HELD, TAKEN_ELSEWHERE, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
@@ -145,10 +154,9 @@ static bool find_at_hand(struct reader *r, const struct fuse_in_header *in, cons
 /* Wait for the lower, and be away from requests meanwhile, so that the stand-in comes if it takes long. */
 static bool wait_here(struct reader *r, struct desk *d, size_t length)
 {
-    atomic_fetch_add(&r->turns, 1);
-    wake_standin(r);
+    reader_leave(r);
     bool done = waiting_do(&r->waiting, &d->request, &d->data, length);
-    atomic_fetch_add(&r->turns, 1);
+    reader_return(r);
     return done;
 }
 
@@ -167,7 +175,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
     const struct fuse_in_header *in = (const void *)d->request->data;
     if (length < sizeof *in)
         return TAKEN_NONE;
-    if (leads && !all && r->looks++ % LOOK_EVERY == 0) { /* before the answer: after it one client is enough */
+    /* Before the answer: after it one client is enough. Nobody waits for a RELEASE, so who sent it has sent more. */
+    if (leads && !all && in->opcode != FUSE_RELEASE && r->looks++ % LOOK_EVERY == 0) {
         r->several = more_waits(r); /* a read that finds nothing costs what it would have saved */
         if (r->several)
             wake_helper_for_small(r);
@@ -210,6 +219,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&at_hand, size);
         return TAKEN_ANSWERED;
     }
+    if (leads && reader_open_here(r, in, length, false))
+        return TAKEN_ANSWERED;
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
     if (shortcut_put(&r->shortcut, &r->passing, in, length, NULL, leads)) {
@@ -317,7 +328,7 @@ static bool look_at_others(struct reader *r, enum reader_event *event)
     (void)poll(p, 4, 0);
     if (p[0].revents)
         passing_drain(&r->passing);
-    bool asked = p[3].revents && (!p[1].revents || r->looks++ % 2); /* neither kind waits for all of the other */
+    bool asked = p[3].revents && reader_asks(r) && (!p[1].revents || r->looks++ % 2); /* neither kind waits for all of the other */
     *event = asked ? READER_ASKED : p[1].revents ? READER_REQUEST : READER_NOTHING;
     return *event != READER_NOTHING || p[2].revents;
 }
@@ -385,13 +396,12 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
 
 static bool is_away(uint32_t turns) { return turns % 2 == 0; }
 
-enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms)
+unsigned reader_serve(struct reader *r, int wake, int timeout_ms)
 {
-    atomic_fetch_add(&r->turns, 1);
+    reader_return(r);
     enum reader_event event = serve(r, wake, timeout_ms);
-    atomic_fetch_add(&r->turns, 1);
-    wake_standin(r);
-    return event;
+    reader_leave(r);
+    return event | (r->opens && opens_news(r->opens) ? (unsigned)READER_NEWS : 0);
 }
 
 void *reader_help(void *arg)

@@ -38,6 +38,15 @@ struct gate *gate_new(void);
 void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open, bool takes);
 void gate_overtake(struct gate *g); /* the same, and changes nothing else */
 uint32_t gate_top(struct gate *g);  /* no page from this one on was ever put without Python */
+/* Its pages are valid for this state of the file: an OPEN that sees it may be answered without Python. Holds until anything is
+ * said to the gate. */
+struct stamps {
+    int64_t mtime_ns, ctime_ns;
+    uint64_t size;
+    bool quiet; /* nobody had it open for writing then */
+};
+void gate_trust(struct gate *g, const struct stamps *s);
+void gate_hold(struct gate *g);
 void gate_drop(struct gate *g);
 
 struct reader_counters {
@@ -50,9 +59,11 @@ struct reader_counters {
     uint64_t attributes, ends;                /* GETATTRs, and ends of listings, answered */
     uint64_t woken;                           /* times that a helper was woken */
     uint64_t found_awake;                     /* requests that were looked for, and came, before anybody slept */
+    uint64_t opens, closes;                   /* OPENs and RELEASEs answered */
 };
 
 enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE, READER_ASKED };
+enum { READER_NEWS = 4 }; /* added to these if there is something to learn (reader_opens.h) */
 
 struct reader;
 /* `device` is /dev/fuse (made non-blocking), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
@@ -70,7 +81,7 @@ void reader_free(struct reader *r);
 /* Serve until a request for libfuse lies in the socket (READER_REQUEST), there is one that takes the short way
  * (READER_ASKED), the connection is over (READER_GONE), or
  * `timeout_ms` (-1: none) passed, `wake` became readable (-1: none), or a signal came (READER_NOTHING). */
-enum reader_event reader_serve(struct reader *r, int wake, int timeout_ms);
+unsigned reader_serve(struct reader *r, int wake, int timeout_ms); /* an event, and perhaps READER_NEWS */
 /* Pass libfuse's replies on to the kernel, and return; reader_serve does it too. */
 void reader_drain(struct reader *r);
 /* Leave the device alone from now on (or not any more). */
@@ -106,6 +117,9 @@ struct page;
 /* What is known of files beyond their pages; once, for as long as the reader lives. `answers`: GETATTRs are answered from
  * it, else it is only asked for lifetimes. */
 void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers);
+/* Answer OPENs as these allow; once. By the thread that calls reader_serve. */
+struct opens;
+void reader_set_opens(struct reader *r, struct opens *opens);
 /* Begin the reply to the READDIRPLUS of this number, of a directory whose names are believed `name` seconds. The page has
  * a buffer then, with a reference. EINVAL: there is no such request; ENOMEM. */
 int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset);

@@ -49,6 +49,7 @@ void gate_set(struct gate *g, const uint8_t *oid, uint64_t size, bool open, bool
     g->size = size;
     g->open = open;
     g->takes = takes;
+    g->trusted = false;
     g->turn += !MUTANT(11);
     pthread_mutex_unlock(&g->lock);
     pthread_mutex_unlock(&g->put_lock);
@@ -58,9 +59,28 @@ void gate_overtake(struct gate *g)
 {
     pthread_mutex_lock(&g->put_lock);
     pthread_mutex_lock(&g->lock);
+    g->trusted = false;
     g->turn++;
     pthread_mutex_unlock(&g->lock);
     pthread_mutex_unlock(&g->put_lock);
+}
+
+void gate_trust(struct gate *g, const struct stamps *s)
+{
+    pthread_mutex_lock(&g->lock);
+    g->trusted = true;
+    g->stamps = *s;
+    pthread_mutex_unlock(&g->lock);
+}
+
+bool gate_shows(struct gate *g, const struct stamps *s)
+{
+    pthread_mutex_lock(&g->lock);
+    const struct stamps *own = &g->stamps;
+    bool shows = g->open && g->trusted && g->size == s->size && own->size == s->size && own->mtime_ns == s->mtime_ns
+        && own->ctime_ns == s->ctime_ns;
+    pthread_mutex_unlock(&g->lock);
+    return shows;
 }
 
 uint32_t gate_top(struct gate *g)
@@ -70,6 +90,8 @@ uint32_t gate_top(struct gate *g)
     pthread_mutex_unlock(&g->put_lock);
     return top;
 }
+
+void gate_hold(struct gate *g) { atomic_fetch_add(&g->refs, 1); }
 
 void gate_drop(struct gate *g)
 {
@@ -148,7 +170,7 @@ int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool loca
     if (!one)
         return -1;
     *one = (struct file){.fh = fh, .at = NO_STREAM, .mark = UINT64_MAX, .fd = fd, .refs = 1, .local = local, .gate = gate};
-    atomic_fetch_add(&gate->refs, 1);
+    gate_hold(gate);
     pthread_mutex_lock(&f->lock);
     if (f->count >= f->nbuckets)
         grow(f);
@@ -335,7 +357,7 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
         may = tell(one, &out->target) && may && out->target.takes;
         out->gate = g;
         if (may)
-            atomic_fetch_add(&g->refs, 1);
+            gate_hold(g);
     }
     pthread_mutex_unlock(&f->lock);
     return may;

@@ -14,7 +14,11 @@ struct gate {
     uint64_t turn; /* raised by all that is said: what was read before may not be put any more */
     uint32_t top;  /* no page from this one on was put here */
     uint8_t oid[TM_OID];
+    bool trusted; /* the pages are valid for `stamps` */
+    struct stamps stamps;
 };
+
+bool gate_shows(struct gate *g, const struct stamps *s); /* it is open, and its pages are valid for this */
 
 /* What one READ needs, copied: nothing of it changes while the request is served. */
 struct target {

@@ -55,6 +55,14 @@ void hits_use(struct hits *h, const struct tm_handle *pool)
     pthread_rwlock_unlock(&h->pool_lock);
 }
 
+bool hits_flush(struct hits *h, const uint8_t *oid)
+{
+    pthread_rwlock_rdlock(&h->pool_lock);
+    bool done = h->has_pool && tm_flush_object(&h->pool, oid) >= 0;
+    pthread_rwlock_unlock(&h->pool_lock);
+    return done;
+}
+
 static void add(_Atomic uint64_t *counter, uint64_t n) { atomic_fetch_add_explicit(counter, n, memory_order_relaxed); }
 
 static int64_t fetch(struct hits *h, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages)

@@ -33,6 +33,8 @@ int hits_init(struct hits *h, size_t largest); /* -1: no memory */
 void hits_free(struct hits *h);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void hits_use(struct hits *h, const struct tm_handle *pool);
+/* Drop every page of an object; false: there is no pool, or it failed. */
+bool hits_flush(struct hits *h, const uint8_t *oid);
 /* Find the answer to a READ by way of `data` (a buffer). FOUND_IF_WAITING: it takes waiting for the lower, so call again,
  * with the file held, and `waits` set. FOUND_NOT: it is for libfuse. */
 enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out);

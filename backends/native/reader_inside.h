@@ -7,6 +7,7 @@
 #include "reader_ahead.h"
 #include "reader_eager.h"
 #include "reader_listing.h"
+#include "reader_opens.h"
 #include "reader_rings.h"
 #include "reader_onlookers.h"
 #include "reader_shortcut.h"
@@ -37,6 +38,7 @@ struct reader {
     struct shortcut shortcut;
     struct onlookers onlookers;
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
+    struct opens *opens; /* a reference, of the event loop's thread; NULL: none */
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
@@ -62,12 +64,20 @@ struct reader {
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
     _Atomic uint64_t woken, attributes, ended, found_awake;
+    _Atomic uint64_t nopens, ncloses; /* answered */
 };
 
 bool desk_fill(struct reader *r, struct desk *d);
 void desk_clear(struct desk *d);
 int reader_watch(int epoll, int fd); /* -1: errno */
 bool reader_take_from_ring(void *with, unsigned ring, struct entry *e);
+/* The event loop's thread goes to where it may have to wait, and comes back; the stand-in comes if that takes long. */
+void reader_leave(struct reader *r);
+void reader_return(struct reader *r);
+/* Answer an OPEN or a RELEASE that needs no Python. By the event loop's thread. `held`: it is a flight. */
+bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held);
+/* Whether a request lies for Python that needs it; those before it are answered. By the same. */
+bool reader_asks(struct reader *r);
 void *reader_help(void *arg);     /* a thread; `arg` is a helper */
 void *reader_stand_in(void *arg); /* the same */
 

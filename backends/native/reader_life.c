@@ -99,6 +99,8 @@ void reader_free(struct reader *r)
     passing_free(&r->passing);
     if (atomic_load(&r->nodes))
         nodes_drop(atomic_load(&r->nodes));
+    if (r->opens)
+        opens_drop(r->opens);
     ends_free(&r->ends);
     onlookers_free(&r->onlookers);
     shortcut_free(&r->shortcut);
@@ -116,19 +118,6 @@ void reader_free(struct reader *r)
 void reader_drain(struct reader *r) { passing_drain(&r->passing); }
 
 struct shortcut *reader_shortcut(struct reader *r) { return &r->shortcut; }
-
-struct asked *reader_asked(struct reader *r)
-{
-    struct fuse_in_header in;
-    struct asked *a;
-    while ((a = shortcut_take(&r->shortcut))) {
-        memcpy(&in, a->bytes, sizeof in);
-        if (passing_wants_held(&r->passing, in.unique)) /* a FORGET is no flight */
-            break;
-        free(a);
-    }
-    return a;
-}
 
 void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
 {
@@ -179,6 +168,14 @@ void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers)
     nodes_hold(nodes);
     atomic_store(&r->nodes, nodes);
     atomic_store_explicit(&r->answering, answers ? nodes : NULL, memory_order_release);
+}
+
+void reader_set_opens(struct reader *r, struct opens *opens)
+{
+    if (r->opens)
+        return;
+    opens_hold(opens);
+    r->opens = opens;
 }
 
 int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset)
@@ -262,4 +259,6 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->ends = atomic_load(&r->ended);
     out->woken = atomic_load(&r->woken);
     out->found_awake = atomic_load(&r->found_awake);
+    out->opens = atomic_load(&r->nopens);
+    out->closes = atomic_load(&r->ncloses);
 }

@@ -124,6 +124,15 @@ void nodes_set(struct nodes *n, uint64_t nodeid, int fd)
     pthread_mutex_unlock(&n->lock);
 }
 
+int nodes_descriptor(struct nodes *n, uint64_t nodeid)
+{
+    pthread_mutex_lock(&n->lock);
+    const struct node *one = &n->places[place(n, nodeid)];
+    int fd = nodeid && one->nodeid ? one->fd : -1;
+    pthread_mutex_unlock(&n->lock);
+    return fd;
+}
+
 void nodes_hide(struct nodes *n, uint64_t nodeid)
 {
     pthread_mutex_lock(&n->lock);

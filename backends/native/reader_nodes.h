@@ -35,6 +35,8 @@ void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
 /* `fd` stays the caller's, who must call `nodes_hide` or `nodes_remove` before he closes it. No memory: the node stays
  * unknown here. */
 void nodes_set(struct nodes *n, uint64_t nodeid, int fd);
+/* Its descriptor, -1: none; for the thread that alone closes it. */
+int nodes_descriptor(struct nodes *n, uint64_t nodeid);
 void nodes_hide(struct nodes *n, uint64_t nodeid);   /* it has no descriptor any more */
 void nodes_remove(struct nodes *n, uint64_t nodeid); /* nor does the kernel know it, or may believe what it was told */
 /* A listing tells its name and attributes, which are believed until then (monotonic ns); 0: no longer. */

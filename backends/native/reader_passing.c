@@ -452,6 +452,14 @@ static bool take_held(struct passing *p, uint64_t unique, bool *interrupted, str
     return !given_up;
 }
 
+bool passing_may_close(struct passing *p)
+{
+    pthread_mutex_lock(&p->lock);
+    bool may = !p->abandoned;
+    pthread_mutex_unlock(&p->lock);
+    return may;
+}
+
 bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry)
 {
     bool interrupted;

@@ -98,6 +98,8 @@ bool passing_list(struct passing *p, uint64_t unique, struct buffer *b, size_t l
 /* A request that is answered here (`reader_waiting`, `reader_shortcut`) is a flight until one of the next four: so it can be
  * given up. False: no memory, or it may not be answered before what libfuse has. */
 bool passing_hold(struct passing *p, const struct fuse_in_header *in, size_t length, struct entry *entry);
+/* Whether nothing that was given up is still in anybody's hands, which might name a handle that is about to be closed. */
+bool passing_may_close(struct passing *p);
 /* Whether it is still to be answered, and where. */
 bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry);
 /* Whether it is not given up yet; else it is held no longer. */
@@ -113,6 +115,8 @@ enum passed passing_give(struct passing *p, struct flight *f, const void *bytes,
 void passing_give_kept(struct passing *p);
 void passing_forsake(struct passing *p, struct flight *f);
 
+/* Have the kernel ask for a node's attributes again (`fs/kernel.py`). */
+void tell_doubt(const struct passing *p, uint64_t nodeid);
 /* Reply to a request, there where it came from: an error (negative errno), or bytes. */
 void reply_error(const struct passing *p, struct entry *entry, uint64_t unique, int error);
 void reply_bytes(const struct passing *p, struct entry *entry, uint64_t unique, const uint8_t *data, size_t length);

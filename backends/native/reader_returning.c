@@ -38,6 +38,16 @@ void reply_error(const struct passing *p, struct entry *entry, uint64_t unique, 
     (void)ignored;
 }
 
+void tell_doubt(const struct passing *p, uint64_t nodeid)
+{
+    struct {
+        struct fuse_out_header out;
+        struct fuse_notify_inval_inode_out which;
+    } notice = {{.len = sizeof notice, .error = FUSE_NOTIFY_INVAL_INODE}, {.ino = nodeid, .off = -1}};
+    ssize_t ignored = write(p->device, &notice, sizeof notice); /* ENOENT: it does not know the node */
+    (void)ignored;
+}
+
 /* The buffer that the reply to a READ names, NULL: none. */
 static struct buffer *named_buffer(struct passing *p, size_t length)
 {

@@ -94,6 +94,7 @@ bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse
         return false;
     a->length = length;
     a->fetched = 0;
+    a->tried = leads;
     memcpy(a->bytes, in, length);
     a->bytes[length] = 0;
     if (in->opcode != FUSE_FORGET && !passing_hold(passing, in, length, entry)) {
@@ -108,6 +109,14 @@ void shortcut_again(struct shortcut *s, struct asked *a)
 {
     a->fetched++;
     append(s, a, true);
+}
+
+struct asked *shortcut_first(struct shortcut *s)
+{
+    pthread_mutex_lock(&s->lock);
+    struct asked *a = s->first;
+    pthread_mutex_unlock(&s->lock);
+    return a;
 }
 
 struct asked *shortcut_take(struct shortcut *s)

@@ -24,6 +24,7 @@ struct asked {
     struct asked *next;
     size_t length;
     unsigned fetched; /* how often names were fetched for it (`reader_onlookers.h`) */
+    bool tried;      /* it cannot be answered without Python */
     uint8_t bytes[]; /* the request, header and all; a zero after it */
 };
 
@@ -47,6 +48,8 @@ bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse
                   struct entry *entry, bool leads);
 /* Put by once more what was taken. */
 void shortcut_again(struct shortcut *s, struct asked *a);
+/* The oldest, which stays where it is. For the thread that alone takes. NULL: none. */
+struct asked *shortcut_first(struct shortcut *s);
 /* The oldest; the caller frees it. NULL: none. */
 struct asked *shortcut_take(struct shortcut *s);
 bool shortcut_quiet(struct shortcut *s);

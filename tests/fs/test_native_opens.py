@@ -1,0 +1,486 @@
+"""Opens that are answered below Python: only the usual ones, as Python would, and Python learns of them."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import struct
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from tmem.backends import _native
+from tmem.backends.paths import SegmentPaths
+from tmem.fs.acting import Caller
+from tmem.fs.caching import CacheRule
+from tmem.fs.device import Device
+from tmem.fs.identity import object_id, version_of
+from tmem.fs.inodes import Inode
+from tmem.fs.openfile import OpenFile
+from tmem.fs.options import Cache
+from tmem.fs.overlay import Overlay, build
+from tmem.fs.policy import Policy
+from tmem.fs.precache import Precache
+from tmem.fs.reading import ASKED, NEWS, NOTHING, Reading
+from tmem.fs.rules import Rules
+from tmem.types import PAGE_SIZE
+
+LOOKUP, FORGET, OPEN, READ, RELEASE = 1, 2, 14, 15, 18
+DIRECT_IO, KEEP_CACHE, NO_FLUSH = 1, 2, 1 << 5
+CONTENT = bytes(range(256)) * 40  # two pages and a half
+
+
+@dataclass
+class Mount:
+    """An overlay with its reader; the test is the kernel, and the event loop."""
+
+    overlay: Overlay
+    reading: Reading
+    kernel: socket.socket
+    lower: Path
+    segment: "_native.Segment"
+    number: int = 0
+
+    def request(self, opcode: int, node: int, body: bytes) -> int:
+        self.number += 1
+        header = (40 + len(body), opcode, self.number, node, 0, 5, os.getpid(), 0)
+        self.kernel.send(struct.pack("=IIQQIIII", *header) + body)
+        return self.number
+
+    def answer(self) -> tuple[int, bytes]:
+        """Return the error and the argument of the reply to the last request; notices are left out."""
+        while True:
+            reply = self.kernel.recv(1 << 20)
+            _, error, unique = struct.unpack_from("=IiQ", reply)
+            if unique:
+                assert unique == self.number
+                return error, reply[16:]
+            self.doubts.append(struct.unpack_from("=Q", reply, 16)[0])
+
+    def __post_init__(self) -> None:
+        self.doubts: list[int] = []
+
+    def served(self) -> bool:
+        """Serve one request; say whether it took Python."""
+        event = self.reading.serve(-1, 0)
+        if event == ASKED:
+            self.reading.answer(lambda *arguments: pytest.fail("it waits"))
+        assert event in (NOTHING, ASKED)
+        return event == ASKED
+
+    def look_up(self, name: str) -> int:
+        self.request(LOOKUP, 1, name.encode() + b"\0")
+        self.served()
+        error, entry = self.answer()
+        assert not error
+        return int(struct.unpack_from("=Q", entry)[0])
+
+    def open(self, node: int, flags: int = os.O_RDONLY) -> tuple[bool, int, int]:
+        """Return whether that took Python, the handle and what is said of it."""
+        self.request(OPEN, node, struct.pack("=II", flags, 0))
+        asked = self.served()
+        error, opened = self.answer()
+        assert not error
+        handle, said, _ = struct.unpack("=QIi", opened)
+        return asked, handle, said
+
+    def refused(self, node: int) -> int:
+        """Return the errno of an open that fails."""
+        self.request(OPEN, node, struct.pack("=II", os.O_RDONLY, 0))
+        self.served()
+        error, _ = self.answer()
+        return -error
+
+    def close(self, node: int, handle: int) -> bool:
+        """Close; say whether that took Python."""
+        self.request(RELEASE, node, struct.pack("=QIIQ", handle, 0, 0, 0))
+        asked = self.served()
+        assert self.answer() == (0, b"")
+        return asked
+
+    def read(self, node: int, handle: int, size: int = 4 * PAGE_SIZE) -> bytes:
+        """Read from the beginning, below Python."""
+        self.request(READ, node, struct.pack("=QQIIQII", handle, 0, size, 0, 0, 0, 0))
+        assert not self.served()
+        error, data = self.answer()
+        assert not error
+        return data
+
+    def use(self, node: int) -> bool:
+        """Open and close; say whether that took Python."""
+        asked, handle, _ = self.open(node)
+        self.close(node, handle)
+        return asked
+
+    def inode(self, node: int) -> Inode:
+        return self.overlay.table[node]
+
+    def files(self) -> dict[int, OpenFile]:
+        return self.overlay._files
+
+    def grant(self) -> None:
+        """Have an open granted again, as the next one that Python answers would."""
+        self.overlay._grants._next = float("-inf")
+        self.overlay._grant()
+
+
+Maker = Callable[..., Mount]
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Iterator[Maker]:
+    made: list[tuple[Mount, tuple[socket.socket, ...]]] = []
+
+    def make(policy: Policy | None = None, cache: Cache = Cache.AUTO, fine_stamps: bool = True) -> Mount:
+        runtime, lower = tmp_path / "runtime", tmp_path / "lower"
+        runtime.mkdir()
+        lower.mkdir()
+        (lower / "file").write_bytes(CONTENT)
+        paths = SegmentPaths("one", runtime)
+        segment = _native.create(str(paths.segment), 16 << 20)
+        kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        device.setblocking(False)
+        kernel.settimeout(10)
+        rule = CacheRule(cache, plenty=lambda: True)
+        rule.settle(direct_mmap=True)
+        overlay = build(
+            os.open(lower, os.O_RDONLY),
+            Precache(paths, "c"),
+            cached=rule,
+            most_cached=rule.most_bytes,
+            policy=policy or Policy(),
+            fine_stamps=fine_stamps,
+        )
+        overlay.precache.claim()
+        assert overlay.precache.current is not None
+        ends = types.SimpleNamespace(
+            descriptor=device.fileno(), channel=ours, session=libfuse.fileno(), passthrough=False, rings=None
+        )
+        reading = Reading(cast(Device, ends))
+        overlay.kernel.connect(device.fileno(), b"")
+        overlay.read_by(reading)
+        mount = Mount(overlay, reading, kernel, lower, segment)
+        made.append((mount, (kernel, device, ours, libfuse)))
+        return mount
+
+    yield make
+    for mount, sockets in made:
+        mount.overlay.read_by(None)
+        mount.reading.end()
+        mount.overlay.close()
+        assert mount.segment.check() == []
+        mount.segment.close()
+        for one in sockets:
+            one.close()
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture
+def mount(maker: Maker) -> Mount:
+    return maker()
+
+
+@pytest.fixture
+def node(mount: Mount) -> int:
+    """A file that was never opened, in a mount that opens are granted in."""
+    mount.grant()
+    return mount.look_up("file")
+
+
+def test_a_first_open_is_answered_as_python_would(mount: Mount, node: int) -> None:
+    asked, handle, said = mount.open(node)
+    assert (asked, said) == (False, NO_FLUSH)  # the kernel may keep what it reads, but not what it has
+    assert mount.doubts == [node]  # an old size must not cut reads
+    file = mount.files()[handle]
+    state = mount.inode(node).state
+    status = (mount.lower / "file").stat()
+    assert state is not None
+    assert file.state is state
+    assert (
+        state.name
+        == state.oid
+        == mount.overlay._name_of(
+            (status.st_dev, status.st_ino), mount.overlay.table.handle(mount.inode(node)), file.descriptor
+        )
+    )
+    assert (state.version, state.size) == (version_of(status), len(CONTENT))
+    assert (state.served, state.takes, state.quiet) == (True, True, True)
+    assert os.path.samestat(os.fstat(file.descriptor), status)
+    assert file.caller == Caller(0, 5, os.getpid())
+    assert mount.inode(node).opens == 1
+    assert mount.read(node, handle) == CONTENT
+    assert state.reach == 3
+    assert mount.close(node, handle)  # Python knows it
+    assert (mount.inode(node).opens, mount.files()) == (0, {})
+
+
+def test_what_python_would_make_of_it_is_the_same(mount: Mount, node: int) -> None:
+    """The same file, opened by both: equal names and versions, and the second finds the first one's pages."""
+    _, handle, _ = mount.open(node)
+    assert mount.read(node, handle) == CONTENT
+    learned = mount.inode(node).state
+    assert learned is not None
+    mount.close(node, handle)
+    mount.overlay.table.opens.grant(0, 0, False, True)
+    asked, handle, said = mount.open(node)
+    assert (asked, said) == (True, KEEP_CACHE | NO_FLUSH)
+    assert mount.inode(node).state is learned
+    before = mount.reading.reader.counters()["hit_pages"]
+    assert mount.read(node, handle) == CONTENT
+    assert mount.reading.reader.counters()["hit_pages"] == before + 3
+
+
+def test_later_opens_are_answered_and_leave_nothing(mount: Mount, node: int) -> None:
+    first = mount.open(node)[1]
+    mount.close(node, first)
+    descriptors = open_descriptors()
+    for _ in range(200):
+        mount.request(OPEN, node, struct.pack("=II", os.O_RDONLY, 0))
+        assert mount.reading.reader.serve(-1, 0) == NOTHING + NEWS  # there is news, which nobody looks at
+        handle, said, _ = struct.unpack("=QIi", mount.answer()[1])
+        assert said == KEEP_CACHE | NO_FLUSH
+        mount.request(RELEASE, node, struct.pack("=QIIQ", handle, 0, 0, 0))
+        assert mount.reading.reader.serve(-1, 0) == NOTHING  # and is none any more
+        assert mount.answer() == (0, b"")
+    assert open_descriptors() == descriptors
+    assert mount.files() == {}
+    counters = mount.reading.reader.counters()
+    assert (counters["opens"], counters["closes"]) == (201, 200)
+
+
+def test_direct_files_are_told_so(maker: Maker) -> None:
+    mount = maker(cache=Cache.DIRECT)
+    mount.grant()
+    node = mount.look_up("file")
+    assert mount.open(node) == (False, 1, DIRECT_IO | NO_FLUSH)
+    assert mount.open(node) == (False, 2, DIRECT_IO | NO_FLUSH)
+    assert mount.doubts == []
+
+
+def test_handles_are_given_out_once(mount: Mount, node: int) -> None:
+    """Whoever gives them out; and more are open at a time than Python may leave unlearned."""
+    handles = []
+    for turn in range(150):
+        flags = os.O_RDONLY if turn % 10 else os.O_RDONLY | os.O_APPEND
+        mount.request(OPEN, node, struct.pack("=II", flags, 0))
+        event = mount.reading.reader.serve(-1, 0)  # learned of late
+        if event % NEWS == ASKED:
+            mount.reading._learn()
+            mount.reading.answer(lambda *arguments: pytest.fail("it waits"))
+        handles.append(struct.unpack_from("=Q", mount.answer()[1])[0])
+    mount.reading._learn()
+    assert sorted(mount.files()) == sorted(set(handles))
+    assert len(handles) == 150 == mount.inode(node).opens
+    for handle in handles:
+        mount.close(node, handle)
+    assert mount.inode(node).opens == 0
+
+
+def test_only_while_it_is_granted(mount: Mount) -> None:
+    node = mount.look_up("file")
+    assert mount.open(node)[0]  # which grants further ones
+    assert not mount.open(node)[0]
+    mount.overlay.table.opens.grant(1e-6, 0, False, True)
+    assert mount.open(node)[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [os.O_RDWR, os.O_WRONLY, os.O_RDONLY | os.O_NOATIME, os.O_RDONLY | os.O_SYNC, os.O_RDONLY | os.O_APPEND],
+)
+def test_unusual_opens_are_pythons(mount: Mount, node: int, flags: int) -> None:
+    mount.use(node)
+    asked, handle, _ = mount.open(node, flags)
+    assert asked
+    assert mount.files()[handle].writable == (flags & os.O_ACCMODE != os.O_RDONLY)
+    mount.close(node, handle)
+
+
+def test_a_file_that_has_changed_is_pythons(mount: Mount, node: int) -> None:
+    path = mount.lower / "file"
+    mount.use(node)
+    assert not mount.use(node)
+    stamps = path.stat()
+    with path.open("r+b") as file:  # the same size, and the old mtime
+        file.write(b"changed")
+    os.utime(path, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+    asked, handle, said = mount.open(node)
+    assert (asked, said) == (True, NO_FLUSH)
+    assert mount.read(node, handle).startswith(b"changed")
+    mount.close(node, handle)
+    assert not mount.use(node)
+
+
+def test_a_young_version_is_not_trusted_where_stamps_are_coarse(maker: Maker) -> None:
+    mount = maker(fine_stamps=False)
+    mount.grant()
+    (mount.lower / "file").touch()
+    node = mount.look_up("file")
+    assert not mount.use(node)
+    assert mount.use(node)
+
+
+def test_a_file_that_is_written_meanwhile_is_not_trusted(maker: Maker) -> None:
+    mount = maker()
+    mount.grant()
+    node = mount.look_up("file")
+    with (mount.lower / "file").open("r+b"):
+        asked, handle, _ = mount.open(node)
+        assert not asked
+        state = mount.inode(node).state
+        assert state is not None
+        assert state.version is None
+        mount.close(node, handle)
+        assert mount.use(node)
+    assert mount.use(node)  # which finds nobody there, and a version
+    assert not mount.use(node)
+
+
+def test_own_changes_and_reports_are_heard_of(mount: Mount, node: int) -> None:
+    mount.use(node)
+    inode = mount.inode(node)
+    state = inode.state
+    assert state is not None
+    with mount.overlay.coherence.change(state, inode.descriptor):
+        assert mount.use(node)
+    assert mount.use(node)  # it was opened meanwhile, so nothing of it is trusted until the next open
+    assert not mount.use(node)
+    (mount.lower / "file").touch()
+    mount.overlay.coherence.reported(state, inode.descriptor)
+    assert mount.use(node)
+    assert not mount.use(node)
+    mount.overlay.coherence.distrust(state)
+    assert mount.use(node)
+    assert mount.use(node) is False  # what it opens from now on is read past the pool
+    assert not state.takes
+
+
+def test_what_is_remembered_of_a_forgotten_file_is_used(mount: Mount, node: int) -> None:
+    _, handle, _ = mount.open(node)
+    assert mount.read(node, handle) == CONTENT
+    mount.close(node, handle)
+    mount.request(FORGET, node, struct.pack("=Q", 1))
+    assert mount.served()
+    again = mount.look_up("file")
+    before = mount.reading.reader.counters()["hit_pages"]
+    asked, handle, said = mount.open(again)
+    assert (asked, said) == (True, KEEP_CACHE | NO_FLUSH)
+    assert mount.read(again, handle) == CONTENT
+    assert mount.reading.reader.counters()["hit_pages"] == before + 3
+    mount.close(again, handle)
+    assert not mount.use(again)
+
+
+def test_what_was_there_before_a_first_open_is_dropped(mount: Mount, node: int) -> None:
+    """Pages of a file of which nothing is known are never served."""
+    status = (mount.lower / "file").stat()
+    handle = mount.overlay.table.handle(mount.inode(node))
+    name = object_id(status.st_dev, status.st_ino, handle)
+    pool = mount.overlay.precache.current
+    assert pool is not None
+    assert pool.put(name, 0, b"old " * 1024 * 3) == 3
+    asked, opened, _ = mount.open(node)
+    assert not asked
+    assert mount.read(node, opened) == CONTENT
+
+
+def test_a_node_that_became_another_file_is_not_mistaken(mount: Mount, node: int) -> None:
+    mount.use(node)
+    inode = mount.inode(node)
+    assert inode.state is not None
+    mount.overlay.table.opens.know(node, inode.key[0], inode.key[1] + 1, inode.state.gate)
+    assert mount.use(node)
+    mount.overlay.table.opens.forget(node)
+
+
+@pytest.mark.parametrize("rules", [Rules(skip_files=("*.no",)), Rules(least_bytes=1)])
+def test_rules_are_pythons(maker: Maker, rules: Rules) -> None:
+    mount = maker(Policy(rules=rules))
+    mount.grant()
+    node = mount.look_up("file")
+    assert mount.use(node)
+    assert mount.use(node)
+
+
+def test_empty_and_declined_files_are_pythons(mount: Mount, node: int) -> None:
+    (mount.lower / "empty").touch()
+    assert mount.use(mount.look_up("empty"))
+    mount.use(node)
+    mount.overlay._worth._aside_until = float("inf")
+    mount.overlay.table.opens.grant(0, 0, False, True)
+    asked, handle, _ = mount.open(node)
+    assert asked
+    assert mount.inode(node).declined
+    mount.overlay._worth._aside_until = None
+    mount.grant()
+    assert mount.open(node)[0]  # as long as one is declined all are
+    assert mount.inode(node).opens == 2
+    assert handle in mount.files()
+
+
+def test_a_lease_of_somebody_else_is_waited_for_in_python(mount: Mount, node: int) -> None:
+    """The lease is broken by the open that Python makes, as by any program's."""
+    file = os.open(mount.lower / "file", os.O_RDWR)
+    broken: list[int] = []
+
+    def give_way(*_: object) -> None:
+        broken.append(1)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+    before = signal.signal(signal.SIGIO, give_way)
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        asked, handle, _ = mount.open(node)
+    finally:
+        signal.signal(signal.SIGIO, before)
+        os.close(file)
+    assert asked
+    assert broken
+    mount.close(node, handle)
+
+
+def test_a_file_without_a_name_loses_its_pages_with_its_last_close(mount: Mount, node: int) -> None:
+    _, first, _ = mount.open(node)
+    assert mount.read(node, first) == CONTENT
+    mount.close(node, first)
+    mount.request(OPEN, node, struct.pack("=II", os.O_RDONLY, 0))
+    assert mount.reading.reader.serve(-1, 0) == NOTHING + NEWS
+    handle = struct.unpack_from("=Q", mount.answer()[1])[0]
+    (mount.lower / "file").unlink()
+    pool = mount.overlay.precache.current
+    assert pool is not None
+    assert pool.statistics()["pages"] == 3
+    assert mount.close(node, handle)
+    assert pool.statistics()["pages"] == 0
+
+
+def test_without_memory_for_an_open_file_none_stays(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = mount.look_up("file")
+    descriptors = open_descriptors()
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(mount.reading, "open", fail)
+    assert mount.refused(node) == errno.ENOMEM
+    assert (mount.files(), mount.inode(node).opens) == ({}, 0)
+    assert open_descriptors() == descriptors
+    monkeypatch.undo()
+    assert mount.use(node)
+
+
+def test_saved_files_are_all_that_are_open(mount: Mount, node: int) -> None:
+    _, first, _ = mount.open(node)
+    _, second, _ = mount.open(node)
+    saved = mount.overlay.saved()
+    assert [row[0] for row in saved["files"]] == [first, second]
+    assert saved["next_file"] == second + 1
