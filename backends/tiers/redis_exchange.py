@@ -75,7 +75,6 @@ class Exchange:
         taken: Taken = whole,
         replica: bool = False,
     ) -> None:
-        """`seconds` is how long the node may be silent."""
         self.name = name
         self.left: list[Open] = []
         self.trouble = "is not there"
@@ -83,7 +82,10 @@ class Exchange:
         self._pool = pool
         self._group = group
         self._demanded = demanded
-        self._seconds = seconds
+        self.seconds = seconds
+        """How long the node may be silent."""
+        self.reached: bool | None = None
+        """Whether it could be connected to; None before that was tried."""
         self._taken = taken
         self._replica = replica
         # Less than we wait: servers look at the clock ten times a second.
@@ -118,6 +120,7 @@ class Exchange:
                 self._wire = Wire(self._connection, commands, len(commands), self._taken)
         except FAILURES as error:
             self._broken(error)
+        self.reached = self._wire is not None
         if self._wire is None:
             self.left = list(self._group)
             return
@@ -125,9 +128,14 @@ class Exchange:
         next(self._meaning)
         self.be_patient()
 
+    def pass_over(self) -> None:
+        """Leave all of it to another attempt."""
+        self.trouble = "was not asked, for others took too long to connect to"
+        self.left = list(self._group)
+
     def be_patient(self) -> None:
         """Let the node be silent for its time from now on."""
-        self.until_s = time.monotonic() + self._seconds
+        self.until_s = time.monotonic() + self.seconds
 
     def send(self) -> bool:
         """Send some of it; whether anything was."""
@@ -252,9 +260,19 @@ class Traffic:
         self._asked: dict[int, int] = {}  # what the poll was told of each
 
     def begin(self, exchanges: Sequence[Exchange], replies: list[Reply]) -> None:
-        """Begin them, and send what the kernel takes. None of the nodes waits for another once connected."""
+        """Begin them, and send what the kernel takes. None of the nodes waits for another once connected.
+
+        To connect to all of them may take as long as one may be silent; then those that are left are passed
+        over, so put those last that were not reached the last time.
+        """
+        spent_s = 0.0
         for exchange in exchanges:
+            if spent_s >= exchange.seconds:
+                exchange.pass_over()
+                continue
+            began_s = time.monotonic()
             exchange.begin(replies)
+            spent_s += time.monotonic() - began_s
             if exchange.wire is not None:
                 self._of[exchange.wire.fileno()] = exchange
                 exchange.send()  # it has something to do while the next one is begun

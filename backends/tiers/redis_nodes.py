@@ -56,6 +56,9 @@ class Nodes:
         self._attempt_seconds = min(5.0, max(self.seconds / 4, min(self.seconds, 0.25)))
         self._lock = threading.Lock()
         self._cluster: RedisCluster | None = None
+        self._tries = 0  # to connect to the cluster that have ended
+        self._refusal = ""  # what the last one ended with, if it failed
+        self._unreached: set[str] = set()  # nodes that could not be connected to the last time
         self._single: redis.ConnectionPool | None = None
         if not address.cluster:
             (host, port), *_ = address.servers
@@ -216,10 +219,22 @@ class Nodes:
         for name, group in groups.items():
             demanded = self.demanded_of(name, key_slot(group[0].command.key)) if replicated else 0
             exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds, taken))
-        return exchanges, []
+        return self._sorted(exchanges), []
+
+    def _sorted(self, exchanges: list[Exchange]) -> list[Exchange]:
+        """Return them so that none is passed over again and again for those that cannot be connected to."""
+        return sorted(exchanges, key=lambda exchange: exchange.name in self._unreached)
+
+    def _learn(self, exchanges: Sequence[Exchange]) -> None:
+        for exchange in exchanges:
+            if exchange.reached is False:
+                self._unreached.add(exchange.name)
+            elif exchange.reached:
+                self._unreached.discard(exchange.name)
 
     def left_of(self, exchanges: Sequence[Exchange], troubles: list[str]) -> list[Open]:
         """Return what these exchanges have left to be tried again."""
+        self._learn(exchanges)
         left = []
         for exchange in exchanges:
             if exchange.refusal is not None:
@@ -250,11 +265,14 @@ class Nodes:
                     groups.setdefault(nodes[rank].name, []).append(one)
                 else:
                     others.append(one)
-            exchanges = [
-                Exchange(name, pools.get(name), group, 0, self._attempt_seconds, taken, replica=True)
-                for name, group in groups.items()
-            ]
+            exchanges = self._sorted(
+                [
+                    Exchange(name, pools.get(name), group, 0, self._attempt_seconds, taken, replica=True)
+                    for name, group in groups.items()
+                ]
+            )
             exchange_all(exchanges, replies)
+            self._learn(exchanges)
             left = [*others, *(one for exchange in exchanges for one in exchange.left)]
         return left
 
@@ -278,8 +296,12 @@ class Nodes:
         """Return the cluster, None for a single server. TierDownError if no node of it answers."""
         if not self.address.cluster:
             return None
+        before = self._tries
         with self._lock:
             if self._cluster is None:
+                if self._tries != before and self._refusal:
+                    raise TierDownError(self._refusal)  # somebody has tried while we waited: not each in turn
+                self._refusal = ""
                 try:
                     self._cluster = RedisCluster(
                         startup_nodes=[
@@ -291,7 +313,11 @@ class Nodes:
                         **self._keywords(),
                     )
                 except FAILURES as error:
-                    raise refused(self.address, error) from None
+                    refusal = refused(self.address, error)
+                    self._refusal = str(refusal)
+                    raise refusal from None
+                finally:
+                    self._tries += 1
             return self._cluster
 
     def _keywords(self) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError, TierFullError
 
+from ...waiting import wait_until
+
 VALUE = bytes(range(256)) * 300
 WHOLE = b"$%d\r\n%b\r\n" % (len(VALUE), VALUE)
 GETS = [Command(b"k%d" % n, ("GET", b"k%d" % n)) for n in range(4)]
@@ -162,6 +164,78 @@ def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -
     exchange_all([quick, slow], replies)
     assert replies == [b"v", None]
     assert (quick.left, len(slow.left)) == ([], 1)
+
+
+def test_nodes_that_cannot_be_connected_to_take_the_time_of_one(scripted: Make) -> None:
+    """An attempt takes as long as one may be silent, however many there are; who was left out is next."""
+    server = scripted(lambda _connection, _words: b"$1\r\nv\r\n")
+    tried: list[str] = []
+
+    class Watched(Exchange):
+        def begin(self, replies: list[object]) -> None:
+            tried.append(self.name)
+            super().begin(replies)
+            until_s = time.monotonic() + 0.3
+            while self.name.startswith("gone") and time.monotonic() < until_s:
+                select.select([], [], [], until_s - time.monotonic() + 0.001)
+
+    nodes = server.nodes()
+    names = ["gone 1", "gone 2", "here", "gone 3"]
+
+    def attempt() -> list[object]:
+        replies: list[object] = [None] * 4
+        exchanges = nodes._sorted(
+            [
+                Watched(name, None if name.startswith("gone") else server.pool(), [Open(n, GETS[n])], 0, 0.25)
+                for n, name in enumerate(names)
+            ]
+        )
+        exchange_all(exchanges, replies)
+        assert len(nodes.left_of(exchanges, [])) == replies.count(None)
+        return replies
+
+    answers = [attempt() for _ in range(3)]
+    assert tried == ["gone 1", "gone 2", "here", "gone 3"]
+    assert answers == [[None] * 4, [None] * 4, [None, None, b"v", None]]
+    nodes.close()
+
+
+def test_who_waits_for_a_cluster_that_does_not_answer_hears_what_others_heard() -> None:
+    """One after the other tried again before, each for as long as that takes."""
+    silent = [socket.create_server(("127.0.0.1", 0), backlog=16) for _ in range(2)]
+    urls = ",".join(f"127.0.0.1:{one.getsockname()[1]}" for one in silent)
+    nodes = Nodes(RedisAddress.parse(f"redis+cluster://{urls}?timeout=2"))
+    refusals: list[TierDownError] = []
+
+    def ask() -> None:
+        try:
+            nodes.primaries()
+        except TierDownError as error:
+            refusals.append(error)
+
+    class Counted:
+        lock, waiting = threading.Lock(), 0
+
+        def __enter__(self) -> None:
+            Counted.waiting += 1
+            self.lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self.lock.release()
+
+    nodes._lock = Counted()  # type: ignore[assignment]
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    with Counted.lock:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: Counted.waiting == 6)
+    for thread in threads:
+        thread.join()
+    assert len(set(map(str, refusals))) == 1
+    assert (len(refusals), nodes._tries) == (6, 1)
+    for one in silent:
+        one.close()
+    nodes.close()
 
 
 def test_a_call_that_is_interrupted_leaves_no_answers_behind(scripted: Make) -> None:
