@@ -3,9 +3,9 @@
 First a spill file on the disk of /var/tmp and pages of real programs: all of them leave memory, are read in
 pieces of 32 KiB (what the kernel reads ahead in swap) from the file, come back as the manager would bring
 them but without a pause, and are read again; and what a get of another client's page in its file takes
-meanwhile. Then a real swap device (root): a program in a control group that is too small looks at all of its
-pages twice, then once more when pages came back, and again in a group that is large enough: how many were
-asked for, and how many of them were read from the tier.
+meanwhile. The same with a Redis cluster of 3 + 3 on loopback. Then a real swap device (root): a program in a
+control group that is too small looks at all of its pages twice, then once more when pages came back, and
+again in a group that is large enough: how many were asked for, and how many of them were read from the tier.
 """
 
 import os
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from array import array
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -41,30 +42,49 @@ def run(rounds: int, size_bytes: int) -> dict[str, object]:
         memory, disk = stack.enter_context(workplace()), stack.enter_context(workplace(DISK))
         collect(disk / "pages", all_kinds=False)
         pages = (disk / "pages").read_bytes()[:size_bytes]
-        segment = _native.create(str(memory / "segment"), 4 * size_bytes)
-        (memory / "segment.d").mkdir()
-        stack.callback(segment.close)
-        paths = SegmentPaths("segment", memory)
-        set_ = _Set(paths, segment, "set", disk, pages)
-        other = _Set(paths, segment, "other", disk, pages[: 16 * MIB])
+        file = _tier(memory / "file", rounds, pages, lambda name: str(disk / name))
+        sys.path.insert(0, str(ROOT))
+        from tests.backends.tiers.servers import Cluster
+
+        cluster = Cluster(memory / "servers")
+        stack.callback(cluster.end)
+        servers = _tier(memory / "cluster", rounds, pages, lambda _name: cluster.url)
+    return {**file, "cluster": servers, "sequence": _sequence() if os.geteuid() == 0 else None}
+
+
+def _tier(directory: Path, rounds: int, pages: bytes, url: Callable[[str], str]) -> dict[str, object]:
+    """Measure a kind of tier; `url` says where a client's is."""
+    directory.mkdir()
+    segment = _native.create(str(directory / "segment"), 4 * len(pages))
+    (directory / "segment.d").mkdir()
+    try:
+        paths = SegmentPaths("segment", directory)
+        set_ = _Set(paths, segment, "set", url("set"), pages)
+        other = _Set(paths, segment, "other", url("other"), pages[: 16 * MIB])
         rows = [_round(set_, other) for _ in range(rounds)]
+    finally:
+        segment.close()
     found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    print("  " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
-    return {"rounds": rows, "median": found, "sequence": _sequence() if os.geteuid() == 0 else None}
+    print(
+        f"  {directory.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()),
+        flush=True,
+    )
+    return {"rounds": rows, "median": found}
 
 
 class _Set:
-    """A client with a spill file, and its pages."""
+    """A client with a tier, and its pages."""
 
     def __init__(
-        self, paths: SegmentPaths, segment: "_native.Segment", name: str, disk: Path, pages: bytes
+        self, paths: SegmentPaths, segment: "_native.Segment", name: str, url: str, pages: bytes
     ) -> None:
         self.segment = segment
         self.client = segment.client(name)
         self.pool = self.client.new_pool(persistent=True)
         self.npages = len(pages) // PAGE_SIZE
         self.pool.put(OID, 0, pages)
-        url = tiering.assign(paths, segment, self.client, str(disk / name), 2 * len(pages))
+        size_bytes = 2 * len(pages) if url.startswith("/") else 0
+        url = tiering.assign(paths, segment, self.client, url, size_bytes)
         self.tier = tiering.open_tier(url, tiering.identity(segment, self.client), writer=True)
         tiering.attach(segment, self.client)
 
