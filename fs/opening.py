@@ -23,6 +23,7 @@ from tmem.fs.grants import Grants
 from tmem.fs.inodes import Inode, proc_path
 from tmem.fs.namespace import Namespace
 from tmem.fs.openfile import OpenFile
+from tmem.fs.patience import Patience
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import ignore_pool
 from tmem.fs.reading import Reading
@@ -62,6 +63,7 @@ class Opening(Namespace):
         self._worth = Worth(self._account, clock)
         self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
         self._is_local = is_local(self.table.root)
+        self._patience = Patience()
         self._files: dict[int, OpenFile] = {}
 
     async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":
@@ -69,7 +71,34 @@ class Opening(Namespace):
         with errors():
             if flags & os.O_TRUNC:
                 return await self._open_truncated(self.table[inode], flags, Caller.of(ctx))
+            if self.waits_to_open(inode, flags):
+                return await self.open_elsewhere(inode, flags, Caller.of(ctx))
             return self.open_file(inode, flags, Caller.of(ctx))
+
+    def waits_to_open(self, inode: int, flags: int) -> bool:
+        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`.
+
+        Not to write, which takes two opens with nothing between them: the file is looked at in the first.
+        """
+        reads = not flags & (os.O_ACCMODE | os.O_TRUNC)
+        return reads and not self._is_here(self.table[inode]) and not self._patience.is_quick
+
+    def _is_here(self, inode: Inode) -> bool:
+        return self._is_local and inode.key[0] == self.table.device
+
+    async def open_elsewhere(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
+        """Open a file to read it, in a thread. OSError, TmemError, FUSEError."""
+        node = self.table[inode]
+        with self.table.kept(node) as beside:
+            descriptor, seconds = await self.in_thread(_open_and_look, proc_path(beside), flags)
+        self._patience.note(seconds)
+        try:
+            if self.table[inode] is not node:
+                raise OSError(errno.ESTALE, "forgotten, for its request was given up")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self._opened(node, descriptor, flags, caller)
 
     def open_file(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
         """Open a file, without O_TRUNC. OSError, TmemError."""
@@ -80,7 +109,11 @@ class Opening(Namespace):
             # First with a descriptor that only reads: one of our own that writes hides other writers.
             with contextlib.suppress(PermissionError):
                 unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+        if self._is_here(node):
+            descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+        else:
+            descriptor, seconds = _open_and_look(path, flags)
+            self._patience.note(seconds)
         info = self._opened(node, descriptor, flags, caller, unchanged)
         if self.reading is not None and self._grants.due:
             self._grant()
@@ -348,3 +381,15 @@ class Opening(Namespace):
         """Close what is still open at the end of the mount."""
         while self._files:
             os.close(self._files.popitem()[1].descriptor)
+
+
+def _open_and_look(path: str, flags: int) -> tuple[int, float]:
+    """Open a file and have its attributes fetched; return the descriptor, and how long it took. OSError."""
+    begun = time.monotonic()
+    descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+    try:
+        os.fstat(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, time.monotonic() - begun

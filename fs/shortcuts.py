@@ -10,6 +10,7 @@ import errno
 import struct
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -78,7 +79,7 @@ class Shortcuts:
             if opcode == _LOOKUP:
                 self._look_up(unique, node, body, may_wait=fetched > 0)
             elif opcode == _OPEN:
-                self._open(unique, node, body, Caller(uid, gid, pid))
+                self._open(unique, node, body, Caller(uid, gid, pid), start_soon)
             elif opcode == _OPENDIR:
                 self._open_directory(unique, node)
             else:
@@ -113,9 +114,22 @@ class Shortcuts:
         else:
             self._reader.reply(unique, error)
 
-    def _open(self, unique: int, node: int, body: bytes, caller: Caller) -> None:
+    def _open(self, unique: int, node: int, body: bytes, caller: Caller, start_soon: Start) -> None:
         (flags,) = _OPEN_IN.unpack_from(body)
-        info = self._overlay.open_file(node, flags, caller)
+        if self._overlay.waits_to_open(node, flags):
+            start_soon(partial(self._open_later, flags, caller), unique, node)
+        else:
+            self._opened(unique, self._overlay.open_file(node, flags, caller))
+
+    async def _open_later(self, flags: int, caller: Caller, unique: int, node: int) -> None:
+        try:
+            self._opened(unique, await self._overlay.open_elsewhere(node, flags, caller))
+        except FAILURES as failure:
+            self._reader.reply(unique, errno_seen(failure))
+        except pyfuse3.FUSEError as failure:
+            self._reader.reply(unique, failure.errno)
+
+    def _opened(self, unique: int, info: "pyfuse3.FileInfo") -> None:
         said = _DIRECT_IO * info.direct_io | _KEEP_CACHE * info.keep_cache | _NONSEEKABLE * info.nonseekable
         self._reader.reply(unique, 0, _OPEN_OUT.pack(info.fh, said, 0))
 

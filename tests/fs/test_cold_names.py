@@ -19,7 +19,7 @@ from tmem.fs.reading import ASKED
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import LIST, READ, two_files
+from .hanging import CONTENT, LIST, READ, two_files
 from .hanging import program as running
 from .reader_desk import Desk, make
 from .rings import BY_RINGS
@@ -78,6 +78,29 @@ def test_a_name_that_hangs_holds_up_nobody_else(
         faulty.heal()
         assert lists.wait(10) == 0
     assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_an_open_that_hangs_holds_up_nobody_else(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """And if it is given up, and its file forgotten, it comes too late."""
+    faulty.fail("open", hangs=True, name="slow")
+    with running(READ, place.point / "slow") as one, running(READ, place.point / "slow") as two:
+        eventually(lambda: faulty.waiting() == ["open", "open"])
+        with running(READ, place.point / "other") as other:
+            assert other.wait(10) == 0
+        faulty.heal()
+        assert (one.wait(10), two.wait(10)) == (0, 0)
+    faulty.fail("open", hangs=True, name="slow")
+    with running(READ, place.point / "slow") as one:
+        eventually(lambda: faulty.waiting() == ["open"])
+        one.send_signal(signal.SIGKILL)
+        assert one.wait(10) == -signal.SIGKILL
+        (place.point / "slow").unlink()
+        faulty.heal()
+    assert (place.point / "other").read_bytes() == CONTENT
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
 
