@@ -9,7 +9,7 @@ Buffers are C-contiguous; no reference is kept after return. Errors: `tmem.error
 """
 
 from collections.abc import Callable
-from typing import final
+from typing import Generic, TypeVar, final
 
 from typing_extensions import Buffer
 
@@ -23,9 +23,6 @@ def names(directory: int, /) -> tuple[list[bytes], bytes, int]:
 
     Without "." and "..". Between them the *places*: 16 bytes for each name, for `ListingPage.look_up`.
     """
-
-def handle(descriptor: int, /) -> bytes | None:
-    """Return an open file's handle as `syscalls.file_handle` does; None also if it cannot be asked for."""
 
 def pack(records: list[Buffer], size_bytes: int, most: int, /) -> list[bytes]:
     """Return the values that hold the records, in order, as many in each as go in (`tiers.redis_values`).
@@ -455,16 +452,84 @@ class Device:
     def trim(self, h: object, count: int, offset: int, flags: int) -> None: ...
     def extents(self, h: object, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]: ...
 
-class Nodes:
-    """Which files a `Reader` may tell the attributes of, and what listings have told: node id -> descriptor.
+class Node:
+    """One inode of `Nodes`, to be derived from; its attributes are what the table knows now.
 
-    For any thread.
+    Once the table has it no more, its descriptor is -1 and no name leads to it.
     """
 
-    missed_lately: bool
-    """Whether, within a second, a name of the lower was not at hand that the event loop may not wait for."""
+    @property
+    def nodeid(self) -> int: ...
+    @property
+    def key(self) -> tuple[int, int]:
+        """(st_dev, st_ino) of the lower file."""
 
-    def __init__(self) -> None: ...
+    @property
+    def kind(self) -> int:
+        """S_IFMT bits of its mode."""
+
+    @property
+    def descriptor(self) -> int:
+        """O_PATH, or -1 while closed to save descriptors; use `Nodes.descriptor`."""
+
+    @property
+    def lookups(self) -> int:
+        """That the kernel has not taken back."""
+
+    @property
+    def generation(self) -> int:
+        """Tells it from other files that have had its node id: handles of the mount's files hold both."""
+
+    @property
+    def handle(self) -> bytes | None:
+        """Its file handle, once asked for."""
+
+    opens: int
+    """Open handles of a regular file: its descriptor stays open meanwhile."""
+    @property
+    def known_since(self) -> float:
+        """When the kernel was first told of it (monotonic seconds); long ago if other code did."""
+
+    @property
+    def stored_to(self) -> bool:
+        """Whether programs may write to it through the mount without our knowledge; see `Nodes.store_to`."""
+
+    @property
+    def by_id(self) -> bool:
+        """Whether its node id leads to it."""
+
+    @property
+    def by_key(self) -> bool:
+        """Whether its lower identity does: its number may be another file's by now."""
+
+_N = TypeVar("_N", bound=Node)
+
+class Nodes(Generic[_N]):
+    """The inodes that the kernel knows; made of a root directory (a descriptor, owned) and a class of nodes.
+
+    An object of that class is made once a node is asked for, and kept until it is dropped. For the event
+    loop's thread; what others ask of it is below Python (backends/native/reader_nodes.h).
+    """
+
+    def __init__(
+        self, root: int, kind: type[_N], numbers_tell: bool = True, is_fuse: bool = False, /
+    ) -> None:
+        """`numbers_tell`: no two open files on the root's device have one number; else handles tell."""
+    def __len__(self) -> int: ...
+    @property
+    def open(self) -> int:
+        """How many O_PATH descriptors are open."""
+
+    @property
+    def missed_lately(self) -> bool:
+        """Whether, within a second, a name was not at hand that the event loop may not wait for."""
+
+    def bound(self, quota: int, batch: int, by_handle: bool, /) -> None:
+        """Have at most `quota` descriptors open, and close `batch` at a time, if that can be done."""
+
+    def close(self) -> None:
+        """Close every descriptor, and forget all."""
+
     def believe(
         self,
         device: int,
@@ -473,27 +538,63 @@ class Nodes:
         young: float,
         old: float,
         age: float,
+        absent: float,
         /,
     ) -> None:
         """Say how long the kernel is to believe things (`fs.lifetimes.Rule`)."""
 
-    def set(self, node: int, descriptor: int, /) -> None:
-        """Let attributes of a file be asked for by `descriptor`, to be open until `hide` or `remove`."""
-
-    def hide(self, node: int, /) -> None:
-        """Take the descriptor away; returns when nobody uses it any more."""
-
-    def retire(self, nodes: list[tuple[int, int]], /) -> list[bytes | None]:
-        """Close the descriptors of nodes that can be opened by their handles again.
-
-        Returns these; None for what stays open, as the file has no handle or no name.
-        """
-
-    def remove(self, node: int, /) -> None:
-        """Take all of it away, in the same way: listings tell of that file again."""
-
     def doubt(self) -> None:
         """Have listings tell of all files again: the kernel will ask for their names."""
+
+    def get(self, nodeid: int, /) -> _N | None: ...
+    def find(self, device: int, number: int, /) -> _N | None: ...
+    def known(self, device: int, number: int, descriptor: int, /) -> _N | None:
+        """Return that of an open file with this device and number."""
+
+    def all(self) -> list[_N]:
+        """Return all, first those that are open, the oldest first."""
+
+    def meet(self, device: int, number: int, kind: int, descriptor: int, now: float, /) -> _N:
+        """Return the node of a file that was looked up, made if need be; owns its O_PATH descriptor."""
+
+    def remember(self, node: _N, /) -> None:
+        """Count a lookup."""
+
+    def take_back(self, nodeid: int, count: int, /) -> _N | None:
+        """Take lookups back. One whose last they are is gone, or if it was made returned, to be dropped."""
+
+    def drop(self, node: _N, /) -> None:
+        """Remove it, unless lookups are left."""
+
+    def restore(
+        self,
+        nodeid: int,
+        device: int,
+        number: int,
+        kind: int,
+        descriptor: int,
+        lookups: int,
+        generation: int,
+        handle: bytes | None,
+        by_id: bool,
+        by_key: bool,
+        stored_to: bool,
+        /,
+    ) -> _N:
+        """Take in a node as it was."""
+
+    def counters(self) -> tuple[int, int]:
+        """Return the next node id for files on other devices, and the last generation."""
+
+    def go_on(self, next_foreign: int, last_generation: int, /) -> None:
+        """Count on from there."""
+
+    def descriptor(self, node: _N, /) -> int:
+        """Return its O_PATH descriptor, opened again if need be. OSError(ESTALE)."""
+
+    def handle(self, node: _N, /) -> bytes | None: ...
+    def store_to(self, node: _N, stored_to: bool, /) -> None:
+        """Say whether its attributes are not to be believed."""
 
 class Opens:
     """Opens that a `Reader` answers by itself, and what there is to learn of them.
@@ -541,7 +642,7 @@ class Opens:
         """
 
 class ListingPage:
-    """A reply to one READDIRPLUS of a `Reader`. In turns: `look_up`, `identify`; at last `Reader.list`."""
+    """A reply to one READDIRPLUS of a `Reader`. At last `Reader.list`, or `take_back`."""
 
     start: int
     """Number of the first entry that is wanted."""
@@ -558,22 +659,20 @@ class ListingPage:
     shortest: float
     """For how many seconds those are at least."""
 
-    def look_up(
-        self, directory: int, names: list[bytes], places: bytes, may_wait: bool, /
-    ) -> list[tuple[tuple[int, int], int, int]]:
-        """Look up the next names of the directory open at `directory`, a few at a time.
+    def look_up(self, directory: int, names: list[bytes], places: bytes, may_wait: bool, /) -> int:
+        """Look up the next names of the directory open at `directory`, some at a time, and count the lookups.
 
-        Unless it `may_wait`, only as far as the kernel has them at hand (or the lower is quick).
+        Unless it `may_wait`, only as far as the kernel has them at hand (or the lower is quick). Returns how
+        many were found.
 
-        Returns for each file (st_dev, st_ino), the S_IFMT bits and an O_PATH descriptor, the caller's from
-        now on. Names that are gone get no entry; "." and ".." and what cannot be looked up get one without a
-        file. OSError: of "." or "..". `names` must not be changed meanwhile. Of `places`, which are
+        Names that are gone get no entry; "." and ".." and what cannot be looked up get one without a node.
+        OSError: of "." or ".."; no memory. `names` must not be changed meanwhile. Of `places`, which are
         zeros where there is none, those at the end may be left out; a file that the kernel has been told of
         lately, by its place, gets an entry with the name alone.
         """
 
-    def identify(self, inodes: list[tuple[int, int, bool]], /) -> None:
-        """Say for each of those files its node id, generation, and whether not to believe its attributes."""
+    def take_back(self) -> None:
+        """Empty it: the kernel will not get it, and does not count its lookups."""
 
 class Gate:
     """Where the pages of one file are, for a `Reader`: closed when new, and while the file changes."""
@@ -666,20 +765,16 @@ class Reader:
         """Return the oldest that was put by, None if there is none: opcode, number, node, user, group and
         process of who asks, the argument as the kernel's fuse.h has it, and how often it was fetched for.
 
-        To be answered with `reply` or `enter`, but for a FORGET. By the thread that calls `serve`, as these.
+        To be answered with `reply` or `look_up`, but for a FORGET. By the thread that calls `serve`.
         """
 
     def reply(self, number: int, error: int, argument: bytes = b"", /) -> None:
         """Answer with a positive errno or 0, and an argument of at most 256 bytes or a page (`list`)."""
 
-    def look_up(
-        self, directory: int, name: bytes, may_wait: bool, /
-    ) -> tuple[tuple[int, int], int, int] | int:
-        """Look a name, which ends with a zero, up in an open directory; an errno if that fails.
+    def look_up(self, number: int, parent: int, name: bytes, may_wait: bool, /) -> bool:
+        """Answer a LOOKUP of a name, which ends with a zero, in the node `parent` of `set_nodes`.
 
-        Unless it `may_wait`, EAGAIN if the kernel does not have it at hand (and the lower is not quick).
-
-        Return device and inode number, S_IFMT bits, and an O_PATH descriptor, which is the caller's.
+        Unless it `may_wait`, False if the kernel does not have it at hand (and the lower is not quick).
         """
 
     def fetch(self, directory: int, names: list[bytes], /) -> bool:
@@ -687,12 +782,6 @@ class Reader:
 
         After that the kernel has the names at hand. No names: all that the directory says of itself. False:
         there is no memory, descriptor or thread for it, and who is asked has to wait itself.
-        """
-
-    def enter(self, number: int, node: int, generation: int, stored_to: bool, /) -> None:
-        """Answer a LOOKUP with what `look_up` has found last.
-
-        `stored_to`: its attributes are not to be believed.
         """
 
     def drain(self) -> None:
@@ -734,7 +823,7 @@ class Reader:
     def set_pool(self, pool: Pool | None, /) -> None:
         """Use this pool from now on; returns when no thread uses the one before. One thread at a time."""
 
-    def set_nodes(self, nodes: Nodes, answers: bool, /) -> None:
+    def set_nodes(self, nodes: Nodes[_N], answers: bool, /) -> None:
         """Use these from now on, once. `answers`: GETATTRs are answered from them."""
 
     def page(self, number: int, name: float, /) -> ListingPage:

@@ -20,6 +20,8 @@ from tmem.fs.state import SavedListing
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, ReaddirToken, RequestContext
 
+    from tmem.backends._native import ListingPage
+
 _DOTS = (b".", b"..")
 _DOTS_PLACES = bytes(16 * len(_DOTS))
 _FEW = 5
@@ -115,18 +117,29 @@ class Directories(Handlers):
         assert reading is not None, "it has the request"
         lifetime = self.lifetimes.of_name(listing.inode.key[0])
         page = reading.reader.page(request, lifetime)
+        if page.start == 0 and not fetched and self._fetches_content(listing, reading):
+            return False
+        try:
+            return self._fill(page, listing, fh, lifetime, reading, may_wait)
+        except BaseException:
+            page.take_back()
+            raise
+
+    def _fill(
+        self,
+        page: "ListingPage",
+        listing: _Listing,
+        fh: int,
+        lifetime: float,
+        reading: Reading,
+        may_wait: bool,
+    ) -> bool:
         if page.start == 0:
-            if not fetched and self._fetches_content(listing, reading):
-                return False
             reading.reader.ends(fh, 0)
             _begin(listing, lifetime, listing.inode.key[0] == self.table.device)
-        looked_up = False
+        looked_up = 0
         while page.next < len(listing.names) and not page.full:
-            found = page.look_up(listing.descriptor, listing.names, listing.places, may_wait)
-            page.identify(
-                [(inode.nodeid, inode.generation, inode.stored_to) for inode in self.table.admit(found)]
-            )
-            looked_up = looked_up or bool(found)
+            looked_up += page.look_up(listing.descriptor, listing.names, listing.places, may_wait)
             if page.waits:
                 if looked_up:  # is told at once: later it might be wrong
                     break

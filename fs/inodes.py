@@ -4,23 +4,23 @@ An inode is never reached by its path again, so renames underneath the mount do 
 descriptor is open its number cannot be recycled. Where that is not sure, handles tell files apart: a FUSE
 file system may show several others, with their numbers. Descriptors are limited: beyond a quota the oldest
 are closed, if the file can be opened again by its handle (root only); files that are open or unlinked keep
-theirs. Node ids are the lower inode numbers on the root's device and numbers of our own elsewhere. Threading:
-the event loop's thread only; worker threads get descriptors, never inodes, and threads of the native reader
-what `nodes` has.
+theirs. Node ids are the lower inode numbers on the root's device and numbers of our own elsewhere.
+
+The table itself is native (backends/native/reader_nodes.h): most files are looked up, asked for and forgotten
+below Python, 12 us a name where it took 25. Threading: the event loop's thread only; worker threads get
+descriptors, never inodes.
 """
 
 import contextlib
 import errno
-import math
 import os
 import stat
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import pyfuse3
 
+from tmem.backends import _native
 from tmem.fs import syscalls
 from tmem.fs.coherence import FileState
 from tmem.fs.fanotify import is_local
@@ -28,52 +28,32 @@ from tmem.fs.identity import Version, handle_of
 from tmem.fs.state import SavedInode, SavedInodes
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_MAX_GENERATION = (1 << 32) - 1  # the kernel keeps 32 bits, and compares all
-_TRIES = 64  # descriptors that are looked at to close some, so the cost stays bounded
-_LOOKS = 3
-_FOREIGN_IDS = 1 << 62  # node ids of files on other devices than the root's start here
+_MOST_AT_A_TIME = 64
+"""Descriptors that are closed at once at most: fewer where few may be open."""
 
 
-@dataclass(eq=False, slots=True)
-class Inode:
-    """One lower file that the kernel holds lookups of."""
+class Inode(_native.Node):
+    """One lower file that the kernel holds lookups of, as Python sees it: made once it is asked for.
 
-    nodeid: int
-    key: tuple[int, int]
-    """(st_dev, st_ino) of the lower file."""
-    kind: int
-    """S_IFMT bits of its mode."""
-    descriptor: int
-    """O_PATH, or -1 while closed to save descriptors; use `InodeTable.descriptor`."""
-    lookups: int = 0
-    generation: int = 0
-    """Tells it from other files that have had its node id: handles of the mount's files hold both."""
-    handle: bytes | None = None
-    """Its file handle, once asked for."""
-    opens: int = 0
-    """Open handles of regular files."""
-    known_since: float = -math.inf
-    """When the kernel was first told of it, on the table's clock; long ago if other code did."""
-    declined: bool = False
-    """Whether these are passed through; decided when the first one is opened."""
-    backing: int = 0
-    """The kernel's number of its backing file, if it is passed through while it is open (`backing`)."""
-    stored_to: bool = False
-    """Whether programs may write to it through the mount without our knowledge, also after its last close;
-    set by `InodeTable.store_to`."""
-    listed: tuple[Version | None, float] = (None, 0.0)
-    """Which version of a directory the kernel has a listing of, and until when to believe it (monotonic)."""
-    state: FileState | None = field(default=None, repr=False)
-    """Coherence of its pages, from its first open on."""
+    What the native table knows of it are attributes, which follow it; here is what only Python needs.
+    """
+
+    __slots__ = ("backing", "declined", "listed", "state")
+
+    def __init__(self) -> None:
+        self.declined = False
+        """Whether its opens are passed through; decided when the first one is opened."""
+        self.backing = 0
+        """The kernel's number of its backing file, if it is passed through while it is open (`backing`)."""
+        self.listed: tuple[Version | None, float] = (None, 0.0)
+        """Which version of a directory the kernel has a listing of, and until when to believe it."""
+        self.state: FileState | None = None
+        """Coherence of its pages, from its first open on."""
 
 
 def proc_path(descriptor: int) -> str:
     """Return a path that leads to what `descriptor` is open on, also for O_PATH and unlinked files."""
     return f"/proc/self/fd/{descriptor}"
-
-
-Found = tuple[tuple[int, int], int, int]
-"""(st_dev, st_ino), S_IFMT bits and an O_PATH descriptor of a file that was looked up."""
 
 
 class InodeTable:
@@ -91,42 +71,28 @@ class InodeTable:
         clock: Callable[[], float] = time.monotonic,
         numbers_tell: bool | None = None,
     ) -> None:
-        from tmem.backends import _native
-
         self._clock = clock
-        self._handle_at = _native.handle
-        status = os.fstat(root)
-        self.device = status.st_dev
         self._root = root
-        self._quota = max(quota, 16)
-        self._batch = max(min(self._quota // _TRIES, _TRIES), 1)
+        self.device = os.fstat(root).st_dev
+        quota = max(quota, 16)
         self._by_handle = _can_open_handles(root)
-        self._open: OrderedDict[int, Inode] = OrderedDict()  # oldest first, by node id
-        self._next_foreign = _FOREIGN_IDS
-        self._last_generation = 0
-        key = (status.st_dev, status.st_ino)
-        node = Inode(pyfuse3.ROOT_INODE, key, stat.S_IFDIR, root, lookups=1)
-        self._by_id: dict[int, Inode] = {node.nodeid: node}
-        self._by_key: dict[tuple[int, int], Inode] = {key: node}
-        self._numbers_tell = is_local(root) if numbers_tell is None else numbers_tell
         self._is_fuse = syscalls.file_system_type(root) == syscalls.FUSE_MAGIC
-        self._beside: dict[tuple[tuple[int, int], bytes], Inode] = {}
-        """With their handles, inodes whose lower identity was another's in `_by_key`; not if numbers tell."""
-        self.nodes = _native.Nodes()
-        """For threads of the native reader: open descriptors of files on the root's device, without the root
-        and files whose attributes may not be believed; and for listings: what has been told of files."""
+        numbers_tell = is_local(root) if numbers_tell is None else numbers_tell
+        self.nodes = _native.Nodes(root, Inode, numbers_tell, self._is_fuse)
+        """The native table, which also threads of the native reader ask."""
         self.opens = _native.Opens()
         """For the native reader: files that it may open by itself (`grants`)."""
+        self.nodes.bound(quota, max(min(quota // _MOST_AT_A_TIME, _MOST_AT_A_TIME), 1), self._by_handle)
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self.nodes)
 
     def __getitem__(self, nodeid: int) -> Inode:
         """Return the inode with `nodeid`. FUSEError(ESTALE) if the kernel made it up."""
-        try:
-            return self._by_id[nodeid]
-        except KeyError:
-            raise pyfuse3.FUSEError(errno.ESTALE) from None
+        inode = self.nodes.get(nodeid)
+        if inode is None:
+            raise pyfuse3.FUSEError(errno.ESTALE)
+        return inode
 
     @property
     def root(self) -> int:
@@ -141,31 +107,27 @@ class InodeTable:
     @property
     def open_descriptors(self) -> int:
         """How many O_PATH descriptors are open."""
-        return len(self._open)
+        return self.nodes.open
 
     def known(self, status: os.stat_result, descriptor: int) -> Inode | None:
         """Return the inode of the file open at `descriptor` and described by `status`, if it is known."""
-        return self._known_at((status.st_dev, status.st_ino), descriptor)
+        return self.nodes.known(status.st_dev, status.st_ino, descriptor)
 
     def find(self, key: tuple[int, int]) -> Inode | None:
         """Return the inode of the lower file with these st_dev and st_ino, if the kernel knows it."""
-        return self._by_key.get(key)
+        return self.nodes.find(*key)
 
     def knows_for(self, inode: Inode) -> float:
-        """Return for how many seconds the kernel has known the inode."""
+        """Return for how many seconds the kernel has known the inode; for long if other code was told."""
         return self._clock() - inode.known_since
 
     def all(self) -> list[Inode]:
-        """Return every inode that the kernel knows."""
-        return list(self._by_id.values())
+        """Return every inode that the kernel knows; first those that are open, the oldest first."""
+        return self.nodes.all()
 
     def descriptor(self, inode: Inode) -> int:
         """Return an O_PATH descriptor of the inode, opened again by handle if need be. OSError(ESTALE)."""
-        if inode.descriptor < 0:
-            assert inode.handle is not None
-            inode.descriptor = syscalls.open_handle(self._root, inode.handle, _PATH_FLAGS)
-            self._keep(inode)
-        return inode.descriptor
+        return self.nodes.descriptor(inode)
 
     @contextlib.contextmanager
     def kept(self, inode: Inode) -> Iterator[int]:
@@ -182,9 +144,7 @@ class InodeTable:
 
     def handle(self, inode: Inode) -> bytes | None:
         """Return the inode's file handle, if its file system has handles."""
-        if inode.handle is None:
-            inode.handle = self.handle_at(inode.key, self.descriptor(inode))
-        return inode.handle
+        return self.nodes.handle(inode)
 
     def handle_at(self, key: tuple[int, int], descriptor: int) -> bytes | None:
         """Return the handle of an open file with these st_dev and st_ino, if its file system has handles.
@@ -204,239 +164,91 @@ class InodeTable:
         except BaseException:
             os.close(descriptor)
             raise
-        key = (status.st_dev, status.st_ino)
-        return self._meet(key, stat.S_IFMT(status.st_mode), descriptor), status
+        return self.meet(status, descriptor), status
 
-    def meet(self, found: Found, opens: bool = True) -> Inode:
-        """Return the inode of a file that was looked up, and count the lookup; owns its descriptor.
+    def meet(self, status: os.stat_result, descriptor: int) -> Inode:
+        """Return the inode of the file that `status` describes, made if need be; owns its O_PATH descriptor.
 
-        Unless `opens`, an inode whose descriptor was closed is left so.
+        The caller must do as after `lookup`.
         """
-        inode = self._meet(*found, opens=opens)
-        inode.lookups += 1
-        return inode
-
-    def admit(self, found: Iterable[Found]) -> list[Inode]:
-        """Return the inodes of files that were looked up, and count the lookups; owns their descriptors.
-
-        Files of a listing are many, and few of them are used next: a descriptor that was closed stays closed.
-        """
-        return [self.meet(one, opens=False) for one in found]
+        kind = stat.S_IFMT(status.st_mode)
+        return self.nodes.meet(status.st_dev, status.st_ino, kind, descriptor, self._clock())
 
     def remember(self, inode: Inode) -> None:
         """Count one lookup that the kernel will forget one day."""
-        inode.lookups += 1
+        self.nodes.remember(inode)
 
     def forget(self, nodeid: int, count: int) -> Inode | None:
-        """Take `count` lookups back; return the inode if those were the last: `drop` it then."""
-        inode = self._by_id.get(nodeid)
-        if inode is None or nodeid == pyfuse3.ROOT_INODE:
-            return None
-        inode.lookups -= count
-        return inode if inode.lookups <= 0 else None
+        """Take `count` lookups back. Return the inode if those were the last, to be dropped (`drop`).
+
+        One that nobody here has asked for is gone then.
+        """
+        return self.nodes.take_back(nodeid, count)
 
     def drop(self, inode: Inode) -> None:
         """Remove an inode that the kernel holds no lookup of; others stay."""
-        if inode.lookups > 0 or self._by_id.pop(inode.nodeid, None) is None:
-            return
-        if self._by_key.get(inode.key) is inode:
-            del self._by_key[inode.key]
-        elif inode.handle is not None and self._beside.get((inode.key, inode.handle)) is inode:
-            del self._beside[inode.key, inode.handle]
-        self._open.pop(inode.nodeid, None)
-        self._close(inode)
-        self.nodes.remove(inode.nodeid)
-        self.opens.forget(inode.nodeid)
+        if inode.lookups <= 0:
+            self.opens.forget(inode.nodeid)
+        self.nodes.drop(inode)
 
     def store_to(self, inode: Inode, stored_to: bool) -> None:
-        """Note whether programs may write to a file without our knowledge."""
-        inode.stored_to = stored_to
-        self._show(inode)
+        """Note whether programs may write to a file without our knowledge, also after its last close."""
+        self.nodes.store_to(inode, stored_to)
 
     def close(self) -> None:
         """Close every descriptor."""
-        for inode in self._by_id.values():
-            self._close(inode)
-        self._by_id.clear()
-        self._by_key.clear()
-        self._beside.clear()
-        self._open.clear()
+        self.nodes.close()
 
     def saved(self, used: Iterable[Inode]) -> tuple[SavedInodes, dict[Inode, int]]:
         """Return the table for `restore`, and where each inode stands in it.
 
         `used` are inodes that are needed although the kernel may have forgotten them.
         """
-        closable = [self._by_id[nodeid] for nodeid in self._open]
-        ordered = dict.fromkeys([*closable, *self._by_id.values(), *used])
+        ordered = dict.fromkeys([*self.all(), *used])
         places = {inode: place for place, inode in enumerate(ordered)}
-        nodes = [self._saved_inode(inode) for inode in ordered]
+        next_foreign, last_generation = self.nodes.counters()
         saved = SavedInodes(
             root=self._root,
-            next_foreign=self._next_foreign,
-            last_generation=self._last_generation,
-            nodes=nodes,
+            next_foreign=next_foreign,
+            last_generation=last_generation,
+            nodes=[_saved_inode(inode) for inode in ordered],
         )
         return saved, places
 
     def restore(self, saved: SavedInodes) -> list[Inode]:
         """Fill the new table, made with the same root; return the inodes in their order."""
-        self._next_foreign = saved["next_foreign"]
-        self._last_generation = saved["last_generation"]
+        self.nodes.go_on(saved["next_foreign"], saved["last_generation"])
         inodes = []
         for row in saved["nodes"]:
             nodeid, device, number, kind, descriptor, lookups, handle, by_id, by_key, state, generation = row[
                 :11
             ]
-            inode = Inode(nodeid, (device, number), kind, descriptor, lookups, generation, handle)
+            backing, stored_to = row[11:]
+            numbers = (nodeid, device, number, kind, descriptor, lookups, generation)
+            inode = self.nodes.restore(*numbers, handle, by_id, by_key, stored_to)
             inode.state = FileState.restored(state) if state else None
-            inode.backing, inode.stored_to = row[11:]
-            if inode.state is not None:
+            if by_id and inode.state is not None:
                 self.opens.know(nodeid, device, number, None)
-            if by_id:
-                self._by_id[nodeid] = inode
-            if by_key:
-                self._by_key[inode.key] = inode
-            elif by_id and handle is not None and not self._tells(inode.key):
-                self._beside[inode.key, handle] = inode
-            if descriptor >= 0 and nodeid != pyfuse3.ROOT_INODE:
-                self._open[nodeid] = inode
-                self._show(inode)
+            inode.backing = backing
             inodes.append(inode)
         return inodes
 
-    def _saved_inode(self, inode: Inode) -> SavedInode:
-        return (
-            inode.nodeid,
-            *inode.key,
-            inode.kind,
-            inode.descriptor,
-            inode.lookups,
-            inode.handle,
-            self._by_id.get(inode.nodeid) is inode,
-            self._by_key.get(inode.key) is inode,
-            inode.state.saved() if inode.state else None,
-            inode.generation,
-            inode.backing,
-            inode.stored_to,
-        )
 
-    def _meet(self, key: tuple[int, int], kind: int, descriptor: int, opens: bool = True) -> Inode:
-        """Return the inode of a file, made if it is not known; `descriptor` is its own from now on.
-
-        Unless `opens`, an inode whose descriptor was closed is left so.
-        """
-        inode = self._known_at(key, descriptor)
-        if inode is not None and inode.descriptor >= 0:
-            os.close(descriptor)
-            return inode
-        if inode is not None and inode.handle == self._handle_at(descriptor):
-            if not opens:
-                os.close(descriptor)
-                return inode
-            inode.descriptor = descriptor
-        else:  # if its number was known, it was recycled: that node id answers ESTALE until it is forgotten
-            inode = self._made(key, kind, descriptor)
-        self._keep(inode)
-        return inode
-
-    def _tells(self, key: tuple[int, int]) -> bool:
-        """Say whether an inode that is open is the one file with this lower identity."""
-        return self._numbers_tell and key[0] == self.device
-
-    def _known_at(self, key: tuple[int, int], descriptor: int) -> Inode | None:
-        """Return the inode of an open file with this lower identity, if it is known."""
-        inode = self._by_key.get(key)
-        if self._tells(key) or (inode is None and not self._beside):
-            return inode
-        handle = self.handle_at(key, descriptor)
-        if handle is None or (inode is not None and self.handle(inode) == handle):
-            return inode
-        beside = self._beside.get((key, handle))
-        if beside is None and inode is not None and self._is_link(inode, descriptor):
-            return inode
-        return beside
-
-    def _is_link(self, inode: Inode, descriptor: int) -> bool:
-        """Say whether an open file with an inode's number but another handle is another link to it.
-
-        As far as can be seen. To a FUSE file system each link may be a node of its own, of which the kernel
-        remembers other attributes.
-        """
-        try:
-            mine = self.descriptor(inode)
-            for _ in range(_LOOKS):  # it may be changing
-                status = syscalls.fresh_status(mine)
-                if status.nlink < 2 or stat.S_ISDIR(status.mode):
-                    return False
-                if status == syscalls.fresh_status(descriptor):
-                    return True
-        except OSError:  # one of them is gone
-            return False
-        return False
-
-    def _made(self, key: tuple[int, int], kind: int, descriptor: int) -> Inode:
-        device, nodeid = key
-        if device != self.device or nodeid in self._by_id or not 1 < nodeid < _FOREIGN_IDS:
-            nodeid = self._next_foreign
-            self._next_foreign += 1
-        self._last_generation = self._last_generation % _MAX_GENERATION + 1
-        inode = Inode(nodeid, key, kind, descriptor, generation=self._last_generation)
-        inode.known_since = self._clock()
-        self._by_id[nodeid] = inode
-        if key in self._by_key and not self._tells(key) and (handle := self.handle(inode)) is not None:
-            self._beside[key, handle] = inode
-        else:
-            self._by_key[key] = inode
-        return inode
-
-    def _show(self, inode: Inode) -> None:
-        """Have its attributes asked for natively if they may be."""
-        nodeid = inode.nodeid
-        if inode.stored_to:
-            self.nodes.remove(nodeid)
-        elif inode.descriptor < 0:
-            self.nodes.hide(nodeid)
-        # The number of an inode that the kernel has forgotten may be another's already; the root's is not
-        # what stat shows of it.
-        elif (
-            nodeid != pyfuse3.ROOT_INODE and inode.key[0] == self.device and self._by_id.get(nodeid) is inode
-        ):
-            self.nodes.set(nodeid, inode.descriptor)
-
-    def _close(self, inode: Inode) -> None:
-        if inode.descriptor >= 0:
-            self.nodes.hide(inode.nodeid)  # waits for who uses it
-            os.close(inode.descriptor)
-            inode.descriptor = -1
-
-    def _keep(self, inode: Inode) -> None:
-        """Note an open descriptor, and close old ones beyond the quota."""
-        self._open[inode.nodeid] = inode
-        self._show(inode)
-        if len(self._open) > self._quota and self._by_handle:
-            self._retire(inode)
-
-    def _retire(self, newest: Inode) -> None:
-        """Close the oldest descriptors: many at once, for listing a large tree closes one for each name.
-
-        14 us each took half the time of a name one by one, in a batch 5 (15,000 files, load 13).
-        """
-        closed: list[Inode] = []
-        for _ in range(_TRIES):
-            nodeid, oldest = self._open.popitem(last=False)
-            if oldest is newest or oldest.opens or oldest.key[0] != self.device:
-                self._open[nodeid] = oldest
-            else:
-                closed.append(oldest)
-                if len(closed) == self._batch:
-                    break
-        handles = self.nodes.retire([(inode.nodeid, inode.descriptor) for inode in closed])
-        for inode, handle in zip(closed, handles, strict=True):
-            if handle is None:
-                self._open[inode.nodeid] = inode
-            else:
-                inode.handle, inode.descriptor = handle, -1
+def _saved_inode(inode: Inode) -> SavedInode:
+    return (
+        inode.nodeid,
+        *inode.key,
+        inode.kind,
+        inode.descriptor,
+        inode.lookups,
+        inode.handle,
+        inode.by_id,
+        inode.by_key,
+        inode.state.saved() if inode.state else None,
+        inode.generation,
+        inode.backing,
+        inode.stored_to,
+    )
 
 
 def _can_open_handles(root: int) -> bool:

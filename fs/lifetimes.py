@@ -18,7 +18,7 @@ WATCHED_SECONDS = 60.0
 
 
 class Rule(NamedTuple):
-    """All of it in seconds, for what is told below Python (backends/native/reader_nodes.h)."""
+    """All of it in seconds, for what is told below Python (backends/native/reader_entry.h)."""
 
     device: int
     """The st_dev that it is about."""
@@ -30,6 +30,8 @@ class Rule(NamedTuple):
     old: float
     """For those on `device` that were changed longer than `age` ago."""
     age: float
+    absent: float
+    """For names that directories on `device` lack; 0: not at all."""
 
 
 class Lifetimes:
@@ -73,4 +75,5 @@ class Lifetimes:
         """Return the rule as it is now."""
         device = self._device
         young, old = self._of_attributes()
-        return Rule(device, self.of_name(device), self.of_name(-1), young, old, WATCHED_SECONDS)
+        names = self.of_name(device), self.of_name(-1)
+        return Rule(device, *names, young, old, WATCHED_SECONDS, self.of_absence(device))

@@ -165,8 +165,8 @@ class Opening(Namespace):
             except BaseException:
                 os.close(descriptor)
                 raise
-            key = (status.st_dev, status.st_ino)
-            node = self.table.meet((key, stat.S_IFMT(status.st_mode), beside))
+            node = self.table.meet(status, beside)
+            self.table.remember(node)
             try:
                 info = self._opened(node, descriptor, flags, Caller.of(ctx))
             except BaseException:

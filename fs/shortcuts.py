@@ -6,7 +6,6 @@ done by the handlers that pyfuse3 calls; here is only what it does around them: 
 Threading: the event loop's thread.
 """
 
-import errno
 import struct
 import time
 from collections.abc import Awaitable, Callable
@@ -32,7 +31,6 @@ _FORGET_IN = struct.Struct("=Q")
 _OPEN_IN = struct.Struct("=I")
 _HANDLE_IN = struct.Struct("=Q")
 _OPEN_OUT = struct.Struct("=QIi")
-_ENTRY_OUT = struct.Struct("=QQQQII88x")
 
 Start = Callable[[Callable[[int, int], Awaitable[None]], int, int], object]
 """Starts a task that calls a function with two numbers."""
@@ -91,28 +89,11 @@ class Shortcuts:
             self._reader.reply(unique, failure.errno)
 
     def _look_up(self, unique: int, node: int, name: bytes, may_wait: bool) -> None:
-        table = self._overlay.table
-        parent = table[node]
-        directory = table.descriptor(parent)
-        found = self._reader.look_up(directory, name, may_wait)
-        if found == errno.EAGAIN and not may_wait:
-            if self._reader.fetch(directory, [name[:-1]]):
-                return
-            found = self._reader.look_up(directory, name, True)
-        if isinstance(found, int):
-            self._miss(unique, self._overlay.lifetimes.of_absence(parent.key[0]), found)
+        if self._reader.look_up(unique, node, name, may_wait):
             return
-        inode = table.meet(found)
-        self._reader.enter(unique, inode.nodeid, inode.generation, inode.stored_to)
-
-    def _miss(self, unique: int, seconds: float, error: int) -> None:
-        """Reply to a LOOKUP that found nothing; a name that is absent is believed for `seconds`."""
-        if error == errno.ENOENT and seconds:
-            whole = int(seconds)
-            entry = _ENTRY_OUT.pack(0, 0, whole, 0, int((seconds - whole) * 1e9), 0)
-            self._reader.reply(unique, 0, entry)
-        else:
-            self._reader.reply(unique, error)
+        table = self._overlay.table
+        if not self._reader.fetch(table.descriptor(table[node]), [name[:-1]]):
+            self._reader.look_up(unique, node, name, True)
 
     def _open(self, unique: int, node: int, body: bytes, caller: Caller, start_soon: Start) -> None:
         (flags,) = _OPEN_IN.unpack_from(body)

@@ -8,14 +8,12 @@ import ctypes
 import errno
 import os
 import struct
-from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _UTIME_OMIT = -100, (1 << 30) - 2
 _AT_EMPTY_PATH, _AT_HANDLE_FID = 0x1000, 0x200
-_AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = 0x2000, 0x7FF
 _STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1000, 0x4000
-_STX_NLINK, _STX_MNT_ID = 16, 144  # where struct statx has them
+_STX_MNT_ID = 144  # where struct statx has it
 _HANDLE_ROOM = 128  # MAX_HANDLE_SZ
 _STATFS_ROOM = 256  # struct statfs has 120 bytes on 64-bit machines, of which the first word is wanted
 
@@ -78,28 +76,6 @@ def mount_number(descriptor: int) -> int:
     wanted = ctypes.c_uint(_STATX_MNT_ID | _STATX_MNT_ID_UNIQUE)
     _check(_libc.statx(descriptor, b"", _AT_EMPTY_PATH, wanted, room))
     return int(struct.unpack_from("=Q", room, _STX_MNT_ID)[0])
-
-
-class FreshStatus(NamedTuple):
-    """What a file system says of a file when it is asked, not what the kernel remembers."""
-
-    nlink: int
-    uid: int
-    gid: int
-    mode: int
-    size: int
-    ctime: tuple[int, int]
-    """Seconds and nanoseconds."""
-    mtime: tuple[int, int]
-
-
-def fresh_status(descriptor: int) -> FreshStatus:
-    """Ask the file system about the open file."""
-    room = ctypes.create_string_buffer(256)  # struct statx
-    flags, wanted = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, ctypes.c_uint(_STATX_BASIC_STATS)
-    _check(_libc.statx(descriptor, b"", flags, wanted, room))
-    nlink, uid, gid, mode, size, *times = struct.unpack_from("=IIIH10xQ48xqI4xqI", room, _STX_NLINK)
-    return FreshStatus(nlink, uid, gid, mode, size, (times[0], times[1]), (times[2], times[3]))
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:

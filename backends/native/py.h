@@ -28,7 +28,7 @@ typedef struct {
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType, *OpensType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *NodeType, *PageType, *OpensType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -42,6 +42,7 @@ PyTypeObject *make_reader_type(void);
 PyTypeObject *make_rings_type(void);
 PyTypeObject *make_headroom_type(void);
 PyTypeObject *make_nodes_type(void);
+PyTypeObject *make_node_type(void);
 PyTypeObject *make_page_type(void);
 PyTypeObject *make_opens_type(void);
 
@@ -52,7 +53,6 @@ PyObject *client_wrap(SegmentObject *owner, uint32_t id, uint32_t serial);
 PyObject *pool_wrap(SegmentObject *owner, uint32_t pool, uint32_t serial);
 PyObject *raise_result(int64_t result); /* of a store operation; returns NULL */
 int handle_of(PoolObject *self, struct tm_handle *h); /* -1 with an exception */
-PyObject *file_handle(PyObject *module, PyObject *descriptor);
 PyObject *exporter_new(PoolObject *pool, int changes);
 const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
 int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */
@@ -95,11 +95,12 @@ PyObject *shortcut_asked(struct reader *r);
 PyObject *shortcut_reply(struct reader *r, PyObject *args);
 PyObject *shortcut_look_up(struct reader *r, PyObject *args);
 PyObject *shortcut_fetch(struct reader *r, PyObject *args);
-PyObject *shortcut_enter(struct reader *r, PyObject *args);
 
-/* py_listing.c */
+/* py_nodes.c */
 struct nodes;
 struct nodes *nodes_of(PyObject *nodes);
+
+/* py_listing.c */
 PyObject *page_new(struct reader *r, PyObject *args);
 PyObject *page_list(struct reader *r, PyObject *page);
 PyObject *names(PyObject *module, PyObject *directory); /* a function of the module */

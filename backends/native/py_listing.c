@@ -1,4 +1,4 @@
-/* Nodes (reader_nodes.h), ListingPage (reader_listing.h) and the names in a directory. */
+/* ListingPage (reader_listing.h) and the names in a directory. */
 #include "py.h"
 #include "reader.h"
 #include "reader_listing.h"
@@ -14,11 +14,6 @@ enum {
     NAMES_BYTES = 64 << 10,  /* of a call for names */
 };
 
-typedef struct {
-    PyObject_HEAD
-    struct nodes *nodes;
-} NodesObject;
-
 /* What a directory says of one of its files; Python keeps them as bytes. */
 struct listed_place {
     uint64_t number; /* 0: unknown */
@@ -33,172 +28,6 @@ typedef struct {
     uint64_t next;   /* the one after those that were looked up */
     bool full;
 } PageObject;
-
-/* ---- Nodes ------------------------------------------------------------------------------------------------ */
-
-struct nodes *nodes_of(PyObject *nodes) { return ((NodesObject *)nodes)->nodes; }
-
-static int init(NodesObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *keywords[] = {NULL};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, ":Nodes", keywords))
-        return -1;
-    if (!self->nodes && !(self->nodes = nodes_new())) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    return 0;
-}
-
-static void nodes_dealloc(NodesObject *self)
-{
-    PyTypeObject *type = Py_TYPE((PyObject *)self);
-    if (self->nodes)
-        nodes_drop(self->nodes);
-    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    release(self);
-    Py_DECREF((PyObject *)type);
-}
-
-static PyObject *believe(NodesObject *self, PyObject *args)
-{
-    struct lifetimes l;
-    unsigned long long device;
-    if (!PyArg_ParseTuple(args, "Kddddd:believe", &device, &l.name, &l.name_elsewhere, &l.young, &l.old, &l.age))
-        return NULL;
-    l.device = device;
-    nodes_believe(self->nodes, &l);
-    Py_RETURN_NONE;
-}
-
-static PyObject *set(NodesObject *self, PyObject *const *args, Py_ssize_t nargs)
-{
-    if (nargs != 2) {
-        PyErr_SetString(PyExc_TypeError, "expected (node, descriptor)");
-        return NULL;
-    }
-    uint64_t nodeid = PyLong_AsUnsignedLongLong(args[0]);
-    long fd = PyErr_Occurred() ? -1 : PyLong_AsLong(args[1]);
-    if (PyErr_Occurred())
-        return NULL;
-    nodes_set(self->nodes, nodeid, (int)fd);
-    Py_RETURN_NONE;
-}
-
-static PyObject *with_node(NodesObject *self, PyObject *arg, void (*what)(struct nodes *, uint64_t))
-{
-    uint64_t nodeid = PyLong_AsUnsignedLongLong(arg);
-    if (PyErr_Occurred())
-        return NULL;
-    what(self->nodes, nodeid);
-    Py_RETURN_NONE;
-}
-
-static PyObject *remove_node(NodesObject *self, PyObject *arg) { return with_node(self, arg, nodes_remove); }
-
-static PyObject *hide(NodesObject *self, PyObject *arg) { return with_node(self, arg, nodes_hide); }
-
-static PyObject *handle_at(int fd)
-{
-    struct {
-        struct file_handle head;
-        unsigned char bytes[MAX_HANDLE_SZ];
-    } handle = {.head.handle_bytes = MAX_HANDLE_SZ};
-    int mount_id;
-    if (name_to_handle_at(fd, "", &handle.head, &mount_id, AT_EMPTY_PATH))
-        Py_RETURN_NONE;
-    return PyBytes_FromStringAndSize((const char *)&handle.head.handle_type,
-                                     (Py_ssize_t)(sizeof handle.head.handle_type + handle.head.handle_bytes));
-}
-
-/* Without ctypes: a listing of many files that were known takes one for each whose descriptor was closed. */
-PyObject *file_handle(PyObject *module, PyObject *descriptor)
-{
-    int fd = (int)PyLong_AsLong(descriptor);
-    (void)module;
-    return PyErr_Occurred() ? NULL : handle_at(fd);
-}
-
-/* The handle of a file that can be opened by it again, and so was closed; None if it cannot. A lower that is elsewhere may
- * not answer: who is to end the mount then must get the interpreter. */
-static PyObject *retire_one(struct nodes *nodes, uint64_t nodeid, int fd)
-{
-    struct stat st;
-    bool linked;
-    Py_BEGIN_ALLOW_THREADS
-    linked = !fstat(fd, &st) && st.st_nlink;
-    Py_END_ALLOW_THREADS
-    if (!linked)
-        Py_RETURN_NONE;
-    PyObject *handle = handle_at(fd);
-    if (handle && handle != Py_None) {
-        Py_BEGIN_ALLOW_THREADS
-        nodes_hide(nodes, nodeid);
-        close(fd);
-        Py_END_ALLOW_THREADS
-    }
-    return handle;
-}
-
-static PyObject *retire(NodesObject *self, PyObject *list)
-{
-    if (!PyList_Check(list)) {
-        PyErr_SetString(PyExc_TypeError, "expected a list of (node, descriptor)");
-        return NULL;
-    }
-    Py_ssize_t n = PyList_Size(list);
-    PyObject *handles = PyList_New(n);
-    for (Py_ssize_t i = 0; handles && i < n; i++) {
-        unsigned long long nodeid;
-        int fd;
-        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "Ki", &nodeid, &fd)) {
-            Py_CLEAR(handles);
-            break;
-        }
-        PyObject *handle = retire_one(self->nodes, nodeid, fd);
-        if (!handle) { /* no memory: it stays open; the handles of those that are closed must not be lost */
-            PyErr_Clear();
-            Py_INCREF(Py_None);
-            handle = Py_None;
-        }
-        (void)PyList_SetItem(handles, i, handle);
-    }
-    return handles;
-}
-
-static PyObject *doubt(NodesObject *self, PyObject *unused)
-{
-    (void)unused;
-    nodes_doubt(self->nodes);
-    Py_RETURN_NONE;
-}
-
-static PyObject *get_missed_lately(NodesObject *self, void *unused)
-{
-    struct patience *p = nodes_patience(self->nodes);
-    (void)unused;
-    return PyBool_FromLong(patience_missed_lately(p) && !patience_is_quick(p));
-}
-
-PyTypeObject *make_nodes_type(void)
-{
-    static PyMethodDef methods[] = {{"believe", (PyCFunction)believe, METH_VARARGS, NULL},
-                                    {"set", (PyCFunction)(void (*)(void))set, METH_FASTCALL, NULL},
-                                    {"hide", (PyCFunction)hide, METH_O, NULL},
-                                    {"remove", (PyCFunction)remove_node, METH_O, NULL},
-                                    {"retire", (PyCFunction)retire, METH_O, NULL},
-                                    {"doubt", (PyCFunction)doubt, METH_NOARGS, NULL},
-                                    {NULL, NULL, 0, NULL}};
-    static PyGetSetDef getset[] = {{"missed_lately", (getter)get_missed_lately, NULL, NULL, NULL},
-                                   {NULL, NULL, NULL, NULL, NULL}};
-    static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
-                                  {Py_tp_dealloc, (void *)nodes_dealloc},
-                                  {Py_tp_methods, methods},
-                                  {Py_tp_getset, getset},
-                                  {0, NULL}};
-    static PyType_Spec spec = {"tmem.backends._native.Nodes", sizeof(NodesObject), 0, Py_TPFLAGS_DEFAULT, slots};
-    return (PyTypeObject *)PyType_FromSpec(&spec);
-}
 
 /* ---- Page ------------------------------------------------------------------------------------------------- */
 
@@ -248,35 +77,6 @@ static void page_dealloc(PageObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-/* ((device, number), kind, descriptor) */
-static PyObject *row_of(const struct listed *f)
-{
-    PyObject *device = PyLong_FromUnsignedLongLong(f->device), *number = PyLong_FromUnsignedLongLong(f->number);
-    PyObject *kind = PyLong_FromUnsignedLong(f->kind), *fd = PyLong_FromLong(f->fd);
-    PyObject *key = device && number ? PyTuple_Pack(2, device, number) : NULL;
-    PyObject *row = key && kind && fd ? PyTuple_Pack(3, key, kind, fd) : NULL;
-    Py_XDECREF(device);
-    Py_XDECREF(number);
-    Py_XDECREF(kind);
-    Py_XDECREF(fd);
-    Py_XDECREF(key);
-    return row;
-}
-
-/* The descriptors are the caller's with the list. */
-static PyObject *rows_of(const struct page *p)
-{
-    PyObject *rows = PyList_New((Py_ssize_t)p->nfound);
-    for (unsigned i = 0; rows && i < p->nfound; i++) {
-        PyObject *row = row_of(&p->found[i]);
-        if (!row || PyList_SetItem(rows, (Py_ssize_t)i, row))
-            Py_CLEAR(rows);
-    }
-    for (unsigned i = 0; !rows && i < p->nfound; i++)
-        close(p->found[i].fd);
-    return rows;
-}
-
 static PyObject *look_up(PageObject *self, PyObject *args)
 {
     struct name taken[MOST_NAMES];
@@ -307,22 +107,15 @@ static PyObject *look_up(PageObject *self, PyObject *args)
         return PyErr_SetFromErrno(PyExc_OSError);
     self->next += (unsigned)done;
     self->full = full;
-    return rows_of(&self->page);
+    return PyLong_FromUnsignedLong(self->page.nfound);
 }
 
-static PyObject *identify(PageObject *self, PyObject *list)
+static PyObject *take_back(PageObject *self, PyObject *unused)
 {
-    if (!PyList_Check(list) || PyList_Size(list) != (Py_ssize_t)self->page.nfound) {
-        PyErr_SetString(PyExc_ValueError, "expected an inode for each row");
-        return NULL;
-    }
-    for (unsigned i = 0; i < self->page.nfound; i++) {
-        unsigned long long nodeid, generation;
-        int stored_to;
-        if (!PyArg_ParseTuple(PyList_GetItem(list, (Py_ssize_t)i), "KKp", &nodeid, &generation, &stored_to))
-            return NULL;
-        page_identify(&self->page, i, nodeid, generation, stored_to);
-    }
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    page_take_back(&self->page);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
@@ -371,7 +164,7 @@ static PyObject *get_shortest(PageObject *self, void *unused)
 PyTypeObject *make_page_type(void)
 {
     static PyMethodDef methods[] = {{"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
-                                    {"identify", (PyCFunction)identify, METH_O, NULL},
+                                    {"take_back", (PyCFunction)take_back, METH_NOARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
     static PyGetSetDef getset[] = {{"start", (getter)get_start, NULL, NULL, NULL},
                                    {"next", (getter)get_next, NULL, NULL, NULL},

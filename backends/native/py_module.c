@@ -5,7 +5,7 @@
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *RingsType, *HeadroomType, *NodesType, *PageType, *OpensType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *NodeType, *PageType, *OpensType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -121,8 +121,6 @@ static PyObject *checksum(PyObject *module, PyObject *arg)
 }
 
 static PyMethodDef functions[] = {
-    {"handle", file_handle, METH_O,
-     "handle(descriptor)\n--\n\nThe handle of an open file (type and bytes); None if it has none."},
     {"names", names, METH_O, "names(directory)\n--\n\nThe names in a directory, and the errno that ended them (0)."},
     {"pack", records_pack, METH_VARARGS,
      "pack(records, size_bytes, most)\n--\n\nRecords in values of a tier in Redis."},
@@ -163,7 +161,8 @@ static int add_types(PyObject *module)
     RingsType = ReaderType ? make_rings_type() : NULL;
     HeadroomType = RingsType ? make_headroom_type() : NULL;
     NodesType = HeadroomType ? make_nodes_type() : NULL;
-    PageType = NodesType ? make_page_type() : NULL;
+    NodeType = NodesType ? make_node_type() : NULL;
+    PageType = NodeType ? make_page_type() : NULL;
     OpensType = PageType ? make_opens_type() : NULL;
     if (!OpensType)
         return -1;
@@ -178,6 +177,7 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "Rings", (PyObject *)RingsType)
            || PyModule_AddObjectRef(module, "Headroom", (PyObject *)HeadroomType)
            || PyModule_AddObjectRef(module, "Nodes", (PyObject *)NodesType)
+           || PyModule_AddObjectRef(module, "Node", (PyObject *)NodeType)
            || PyModule_AddObjectRef(module, "ListingPage", (PyObject *)PageType)
            || PyModule_AddObjectRef(module, "Opens", (PyObject *)OpensType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)

@@ -411,12 +411,6 @@ static PyObject *fetch(ReaderObject *self, PyObject *args)
     return r ? shortcut_fetch(r, args) : NULL;
 }
 
-static PyObject *enter_node(ReaderObject *self, PyObject *args)
-{
-    struct reader *r = reader_of(self);
-    return r ? shortcut_enter(r, args) : NULL;
-}
-
 static PyObject *new_page(ReaderObject *self, PyObject *args)
 {
     struct reader *r = reader_of(self);
@@ -562,6 +556,7 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"forwarded", c.forwarded},
                {"given_up", c.given_up},
                {"attributes", c.attributes},
+               {"lookups", c.lookups},
                {"ends", c.ends},
                {"woken", c.woken},
                {"found_awake", c.found_awake},
@@ -589,7 +584,6 @@ PyTypeObject *make_reader_type(void)
         {"reply", (PyCFunction)reply, METH_VARARGS, NULL},
         {"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
         {"fetch", (PyCFunction)fetch, METH_VARARGS, NULL},
-        {"enter", (PyCFunction)enter_node, METH_VARARGS, NULL},
         {"page", (PyCFunction)new_page, METH_VARARGS, NULL},
         {"list", (PyCFunction)list, METH_O, NULL},
         {"ends", (PyCFunction)ends, METH_VARARGS, NULL},

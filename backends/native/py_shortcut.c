@@ -1,13 +1,12 @@
 /* Methods of a Reader for requests that take the short way (reader_shortcut.h). */
 #include "py.h"
 #include "reader.h"
-#include "reader_nodes.h"
 #include "reader_shortcut.h"
 
 #include <errno.h>
+#include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 PyObject *shortcut_asked(struct reader *r)
 {
@@ -79,40 +78,24 @@ PyObject *shortcut_reply(struct reader *r, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* The device and number, kind and O_PATH descriptor of what was found; an errno if there is none. */
 PyObject *shortcut_look_up(struct reader *r, PyObject *args)
 {
-    struct stat *st = &reader_shortcut(r)->found;
-    int directory, fd, error, may_wait;
+    unsigned long long unique, parent;
     const char *name;
     Py_ssize_t length;
-    if (!PyArg_ParseTuple(args, "iy#p:look_up", &directory, &name, &length, &may_wait))
+    int may_wait;
+    bool answered;
+    if (!PyArg_ParseTuple(args, "KKy#p:look_up", &unique, &parent, &name, &length, &may_wait))
         return NULL;
     if (!length || name[length - 1]) {
         PyErr_SetString(PyExc_ValueError, "a name ends with a zero");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS /* the lower may not answer */
-    fd = reader_look_up(r, directory, name, may_wait, st);
-    error = errno;
+    answered = reader_look_up(r, unique, parent, name, may_wait);
     Py_END_ALLOW_THREADS
-    if (fd < 0)
-        return PyLong_FromLong(error);
-    PyObject *found = Py_BuildValue("(KK)Ii", (unsigned long long)st->st_dev, (unsigned long long)st->st_ino,
-                                    (unsigned)(st->st_mode & S_IFMT), fd);
-    if (!found)
-        close(fd);
-    return found;
-}
-
-PyObject *shortcut_enter(struct reader *r, PyObject *args)
-{
-    unsigned long long unique, nodeid, generation;
-    int stored_to;
-    if (!PyArg_ParseTuple(args, "KKKp:enter", &unique, &nodeid, &generation, &stored_to))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    reader_enter(r, unique, &reader_shortcut(r)->found, nodeid, generation, stored_to);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    if (answered || !may_wait)
+        return PyBool_FromLong(answered);
+    PyErr_SetString(PyExc_ValueError, "there are no nodes");
+    return NULL;
 }

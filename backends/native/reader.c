@@ -16,6 +16,7 @@ enum {
     LARGE_BYTES = 256 << 10, /* whose decompression takes longer than to wake a helper */
     BURST = 64,             /* requests of a call that may not wait */
     FULL_MS = 10,           /* between two looks for room where no event tells */
+    QUICK_NAME_NS = 200000, /* in which a name is looked up that does not wait for a disk; after others the event loop has a turn */
     POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
     TOGETHER = 4,           /* hits that are answered together at most */
     SMALL_BYTES = 16 << 10, /* of a READ that may wait for others: some 5 us */
@@ -102,8 +103,8 @@ void reader_leave(struct reader *r)
 void reader_return(struct reader *r) { atomic_fetch_add(&r->turns, 1); }
 
 /* NONE: there was no request, or it is left where it is. ELSEWHERE: another thread answers it, or passes it on. HELD: its
- * answer is to be sent. */
-enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_HELD, TAKEN_ELSEWHERE, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
+ * answer is to be sent. WAITED: answered, but it took a while. */
+enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_WAITED, TAKEN_HELD, TAKEN_ELSEWHERE, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
 
 /* Answers to small READs that are going to be sent, one right after the other. */
 struct together {
@@ -158,6 +159,36 @@ static bool wait_here(struct reader *r, struct desk *d, size_t length)
     bool done = waiting_do(&r->waiting, &d->request, &d->data, length);
     reader_return(r);
     return done;
+}
+
+/* Answer a LOOKUP, or take in a FORGET, if the table can (else TAKEN_NONE); away from requests meanwhile, for the lower may not
+ * answer. A LOOKUP is a flight, so that it can be given up. */
+static enum taken take_name(struct reader *r, const struct fuse_in_header *in, size_t length)
+{
+    struct fuse_forget_in forget;
+    if ((in->opcode != FUSE_LOOKUP && in->opcode != FUSE_FORGET) || !atomic_load(&r->nodes)
+        || !shortcut_takes(&r->shortcut, in, length))
+        return TAKEN_NONE;
+    if (in->opcode == FUSE_FORGET) {
+        memcpy(&forget, in + 1, sizeof forget);
+        if (r->opens && opens_knows(r->opens, in->nodeid))
+            return TAKEN_NONE; /* Python may have to learn of it first */
+        return reader_take_back(r, in->nodeid, forget.nlookup) ? TAKEN_ANSWERED : TAKEN_NONE;
+    }
+    if (!passing_hold(&r->passing, in, length, NULL))
+        return TAKEN_NONE;
+    look_after_interrupts(r);
+    uint64_t began_ns = timing_now();
+    reader_leave(r);
+    bool answered = reader_look_up(r, in->unique, in->nodeid, (const char *)(in + 1), false);
+    reader_return(r);
+    if (!answered) { /* threads are to fetch it */
+        if (!shortcut_put(&r->shortcut, NULL, in, length, NULL, true))
+            passing_reply(&r->passing, in->unique, ENOMEM, NULL, 0);
+        return TAKEN_ASKED;
+    }
+    atomic_fetch_add_explicit(&r->lookups, 1, memory_order_relaxed);
+    return timing_now() - began_ns < QUICK_NAME_NS ? TAKEN_ANSWERED : TAKEN_WAITED;
 }
 
 /* `leads`: for the event loop's thread, which wakes helpers. `all`: has room for a small hit, which is not answered then; what
@@ -221,6 +252,9 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
     }
     if (leads && reader_open_here(r, in, length, false))
         return TAKEN_ANSWERED;
+    enum taken named = leads ? take_name(r, in, length) : TAKEN_NONE;
+    if (named != TAKEN_NONE)
+        return named;
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
     if (shortcut_put(&r->shortcut, &r->passing, in, length, NULL, leads)) {
@@ -385,11 +419,11 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
             return READER_REQUEST;
         if (t == TAKEN_ASKED)
             return READER_ASKED;
-        served += t == TAKEN_ANSWERED;
+        served += t == TAKEN_ANSWERED || t == TAKEN_WAITED;
         flows = r->several && more && t == TAKEN_ANSWERED;
         if (t == TAKEN_ANSWERED && timeout_ms)
             eager_answered(e = &r->eager_hits, timing_now());
-        if (timeout_ms == 0 && served >= BURST)
+        if (timeout_ms == 0 && (served >= BURST || t == TAKEN_WAITED))
             return READER_NOTHING;
     }
 }

@@ -4,7 +4,8 @@
  *
  * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
  * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
- * through it), `reader_shortcut` (requests for Python that do not go there), `reader_hits` and, for misses that wait for the
+ * through it), `reader_shortcut` (requests for Python that do not go there), `reader_nodes` and
+ * `reader_lookup` (names), `reader_hits` and, for misses that wait for the
  * lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
  *
  * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`). Most other requests go on through the socket, and libfuse's
@@ -27,8 +28,6 @@
 
 #include "reader_buffers.h"
 #include "tm.h"
-
-#include <sys/stat.h>
 
 /* Where the pages of one file are; shared by all its open files. */
 struct gate;
@@ -57,6 +56,7 @@ struct reader_counters {
     uint64_t forwarded;                       /* requests for libfuse */
     uint64_t given_up;                        /* requests of programs that were killed, answered before libfuse did */
     uint64_t attributes, ends;                /* GETATTRs, and ends of listings, answered */
+    uint64_t lookups;                         /* LOOKUPs answered by the event loop's thread as it read them */
     uint64_t woken;                           /* times that a helper was woken */
     uint64_t found_awake;                     /* requests that were looked for, and came, before anybody slept */
     uint64_t opens, closes;                   /* OPENs and RELEASEs answered */
@@ -98,13 +98,13 @@ struct shortcut *reader_shortcut(struct reader *r);
 struct asked *reader_asked(struct reader *r);
 /* Answer one of these (`passing_reply`). */
 void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
-/* `look_up_name` (reader_look.h), with what this reader knows of the lower. */
-int reader_look_up(struct reader *r, int directory, const char *name, bool may_wait, struct stat *st);
 /* Have names looked at and `asked` asked once more (`onlookers_start`). */
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked);
-/* Answer a LOOKUP that found what `st` says of the node; `stored_to`: its attributes are not to be believed. */
-void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
-                  bool stored_to);
+/* Answer a LOOKUP of this number, by the thread that calls reader_serve. Unless it `may_wait`, only if the kernel has the name at
+ * hand or the lower is quick (`look_up_name`). False: it is not answered, for that or because there are no nodes. */
+bool reader_look_up(struct reader *r, uint64_t unique, uint64_t parent, const char *name, bool may_wait);
+/* Take in a FORGET, by the same thread; false: it is for Python. */
+bool reader_take_back(struct reader *r, uint64_t nodeid, uint64_t count);
 /* A buffer of at least so many bytes, one reference; NULL: no memory. */
 struct buffer *reader_take(struct reader *r, size_t least);
 /* Have the READ that libfuse replies to with the 8 bytes of this number answered from `b`; 0: it is used already. */

@@ -25,7 +25,7 @@ static bool open_here(struct reader *r, const struct fuse_in_header *in, size_t 
     if (!nodes || length < sizeof *in + sizeof open_in)
         return false;
     memcpy(&open_in, in + 1, sizeof open_in);
-    int node = opens_may(r->opens, in->nodeid, open_in.flags) ? nodes_descriptor(nodes, in->nodeid) : -1;
+    int node = opens_may(r->opens, in->nodeid, open_in.flags) ? nodes_shown(nodes, in->nodeid) : -1;
     if (node < 0)
         return false;
     reader_leave(r);
@@ -33,6 +33,7 @@ static bool open_here(struct reader *r, const struct fuse_in_header *in, size_t 
     reader_return(r);
     if (!done)
         return false;
+    nodes_find(nodes, in->nodeid)->unlearned++;
     if (doubt)
         tell_doubt(&r->passing, in->nodeid);
     answer(r, in->unique, held, &out, sizeof out);
@@ -52,6 +53,9 @@ static bool close_here(struct reader *r, const struct fuse_in_header *in, size_t
     if (fd < 0 || fstat(fd, &st) || !st.st_nlink || !passing_may_close(&r->passing))
         return false;
     opens_closed(r->opens, release.fh);
+    struct node *one = nodes_find(atomic_load(&r->nodes), in->nodeid);
+    if (one && one->unlearned)
+        one->unlearned--;
     if (!files_remove(&r->hits.files, release.fh))
         close(fd);
     answer(r, in->unique, held, NULL, 0);

@@ -63,7 +63,7 @@ struct reader {
     bool python_last; /* what was read last was not answered here */
     bool several, one_cpu; /* more than one request waited when it was looked last */
 
-    _Atomic uint64_t woken, attributes, ended, found_awake;
+    _Atomic uint64_t woken, attributes, ended, lookups, found_awake;
     _Atomic uint64_t nopens, ncloses; /* answered */
 };
 

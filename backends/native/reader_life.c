@@ -124,27 +124,9 @@ void reader_reply(struct reader *r, uint64_t unique, int error, const void *byte
     passing_reply(&r->passing, unique, error, bytes, length);
 }
 
-int reader_look_up(struct reader *r, int directory, const char *name, bool may_wait, struct stat *st)
-{
-    return look_up_name(nodes_patience(atomic_load(&r->nodes)), directory, name, may_wait, st);
-}
-
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked)
 {
     return onlookers_start(&r->onlookers, atomic_load(&r->nodes), directory, names, n, asked);
-}
-
-void reader_enter(struct reader *r, uint64_t unique, const struct stat *st, uint64_t nodeid, uint64_t generation,
-                  bool stored_to)
-{
-    struct fuse_entry_out out = {.nodeid = nodeid, .generation = generation};
-    struct lifetimes lifetimes;
-    nodes_lifetimes(atomic_load(&r->nodes), &lifetimes);
-    (void)put_looked_up(&lifetimes, st, &out);
-    out.attr.ino = nodeid;
-    if (stored_to)
-        out.attr_valid = out.attr_valid_nsec = 0;
-    passing_reply(&r->passing, unique, 0, &out, sizeof out);
 }
 
 bool reader_full(const struct reader *r) { return passing_full(&r->passing); }
@@ -257,6 +239,7 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->given_up = atomic_load(&r->passing.given_up);
     out->attributes = atomic_load(&r->attributes);
     out->ends = atomic_load(&r->ended);
+    out->lookups = atomic_load(&r->lookups);
     out->woken = atomic_load(&r->woken);
     out->found_awake = atomic_load(&r->found_awake);
     out->opens = atomic_load(&r->nopens);

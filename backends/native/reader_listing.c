@@ -71,19 +71,37 @@ static void count_seconds(struct page *p, double seconds)
     p->shortest = seconds < p->shortest ? seconds : p->shortest;
 }
 
-static void put_found(struct page *p, struct fuse_direntplus *entry, const struct stat *st, int fd)
+/* What was told for `seconds`, from before it was looked up. */
+static int64_t believed_until(const struct page *p, double seconds)
 {
+    seconds = seconds < p->lifetimes.name ? seconds : p->lifetimes.name;
+    seconds = seconds < LONGEST_SECONDS ? seconds : LONGEST_SECONDS;
+    return p->now_ns + (int64_t)(seconds * 1e9);
+}
+
+/* Which node it is; -1: no memory. */
+static int put_found(struct page *p, struct fuse_direntplus *entry, const struct stat *st, int fd)
+{
+    struct node found = {.device = st->st_dev, .number = st->st_ino, .kind = st->st_mode & S_IFMT, .fd = fd};
+    struct node *one = nodes_meet(p->nodes, &found, (double)timing_now() / 1e9, false);
+    if (!one) {
+        errno = ENOMEM;
+        return -1;
+    }
+    one->lookups++;
+    p->nfound++;
     double seconds = put_looked_up(&p->lifetimes, st, &entry->entry_out);
-    put_entry(entry, 0, st->st_mode);
+    if (one->stored_to) {
+        entry->entry_out.attr_valid = entry->entry_out.attr_valid_nsec = 0;
+        seconds = 0;
+    }
+    put_entry(entry, one->nodeid, st->st_mode);
+    entry->entry_out.generation = one->generation;
     count_seconds(p, seconds);
-    p->found[p->nfound++] = (struct listed){
-        .device = st->st_dev,
-        .number = st->st_ino,
-        .kind = st->st_mode & S_IFMT,
-        .fd = fd,
-        .seconds = seconds,
-        .at = (size_t)((uint8_t *)entry - p->buffer->data) - sizeof(struct fuse_out_header),
-    };
+    /* A directory tells of a file on another device, or whose node has another number, by a number that is not the node's. */
+    if (found.device == p->lifetimes.device && found.number == one->nodeid)
+        nodes_told(p->nodes, one->nodeid, one->stored_to ? 0 : believed_until(p, seconds));
+    return 0;
 }
 
 /* Append only the name of a file that the kernel believes to know; false: it may not, or not for long enough. */
@@ -107,7 +125,7 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
     p->nfound = 0;
     p->waits = *full = false;
     p->now_ns = (int64_t)timing_now();
-    for (i = 0; i < n && p->nfound < MOST_FOUND; i++) {
+    for (i = 0; i < n; i++) {
         size_t length = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + names[i].length);
         if ((*full = length > p->size - p->length))
             break;
@@ -120,41 +138,32 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         if (put_known(p, &names[i], length, number + i))
             continue;
         int fd = look_up_name(nodes_patience(p->nodes), directory, names[i].bytes, may_wait, &st);
-        if (fd >= 0)
-            put_found(p, append(p, &names[i], length, number + i), &st, fd);
-        else if ((p->waits = !may_wait && errno == EAGAIN))
+        if (fd < 0 && errno == ENOENT)
+            continue;
+        if ((p->waits = fd < 0 && !may_wait && errno == EAGAIN))
             break;
-        else if (errno != ENOENT) /* it has a name all the same */
-            put_unsaid(append(p, &names[i], length, number + i), NO_NODE, NULL);
+        struct fuse_direntplus *entry = append(p, &names[i], length, number + i);
+        if (fd < 0) /* it has a name all the same */
+            put_unsaid(entry, NO_NODE, NULL);
+        else if (put_found(p, entry, &st, fd))
+            return -1;
     }
     return (int)i;
 }
 
-/* What was told for `seconds`, from before it was looked up. */
-static int64_t believed_until(const struct page *p, double seconds)
+void page_take_back(struct page *p)
 {
-    seconds = seconds < p->lifetimes.name ? seconds : p->lifetimes.name;
-    seconds = seconds < LONGEST_SECONDS ? seconds : LONGEST_SECONDS;
-    return p->now_ns + (int64_t)(seconds * 1e9);
-}
-
-void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to)
-{
-    struct fuse_direntplus *entry = entry_at(p, p->found[i].at);
-    entry->entry_out.nodeid = entry->entry_out.attr.ino = entry->dirent.ino = nodeid;
-    entry->entry_out.generation = generation;
-    /* A directory tells of a file on another device, or whose node has another number, by a number that is not the node's. */
-    bool is_plain = p->found[i].device == p->lifetimes.device && p->found[i].number == nodeid;
-    if (!stored_to) {
-        if (is_plain)
-            nodes_told(p->nodes, nodeid, believed_until(p, p->found[i].seconds));
-        return;
+    for (size_t at = 0; at < p->length;) {
+        const struct fuse_direntplus *entry = entry_at(p, at);
+        struct name name = {entry->dirent.name, entry->dirent.namelen, 0, 0};
+        uint64_t nodeid = entry->entry_out.nodeid;
+        if (nodeid && !is_dots(&name)) {
+            nodes_told(p->nodes, nodeid, 0);
+            (void)nodes_take_back(p->nodes, nodeid, 1); /* not the last one of a node that has a view: it had others before */
+        }
+        at += FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name.length);
     }
-    p->short_lived -= p->found[i].seconds < p->name;
-    count_seconds(p, 0);
-    entry->entry_out.attr_valid = entry->entry_out.attr_valid_nsec = 0;
-    if (is_plain)
-        nodes_told(p->nodes, nodeid, 0);
+    p->length = 0;
 }
 
 void ends_init(struct ends *e) { pthread_mutex_init(&e->lock, NULL); }

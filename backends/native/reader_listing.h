@@ -1,10 +1,10 @@
 /* A page of a directory's entries with their attributes: the reply to one READDIRPLUS.
  *
- * What looking up a name takes of system calls, and what the kernel gets to read, is done here for many names at a time;
- * Python says in between which inode each file is (`fs/listing.py`). A name is looked up only if there is room for its
- * entry. Of a file whose name and attributes a listing has told, and the kernel still believes, there is only the name and
+ * Names are looked up here, many at a time, and the lookups counted in the table. A name is looked up only if there is room
+ * for its entry. Of a file whose name and attributes a listing has told, and the kernel still believes, there is only the name and
  * the number: the kernel asks for what it does not know. So what is told is no hint that could be wrong, and nothing is
- * believed for longer. Threading: a page is its maker's. */
+ * believed for longer. Threading: the event loop's
+ * thread, as for the table. */
 #ifndef READER_LISTING_H
 #define READER_LISTING_H
 
@@ -13,7 +13,6 @@
 
 #include <pthread.h>
 
-enum { MOST_FOUND = 64 }; /* files of one step: so many descriptors may be open beyond the table's quota */
 #define LEAST_BELIEVED_NS INT64_C(50000000) /* for which it must be: programs ask for attributes right after a page */
 
 struct name {
@@ -23,23 +22,13 @@ struct name {
     uint32_t type;   /* DT_* */
 };
 
-/* A file that was looked up. */
-struct listed {
-    uint64_t device, number;
-    uint32_t kind; /* S_IFMT bits */
-    int fd;        /* O_PATH */
-    double seconds; /* for which its attributes are believed */
-    size_t at;     /* of its entry */
-};
-
 struct page {
     struct buffer *buffer; /* begins with the header of a reply, as `undo` wants it */
     size_t length, size;   /* of the entries, so far and at most */
     struct lifetimes lifetimes;
     struct nodes *nodes;   /* a reference */
     int64_t now_ns;        /* monotonic, before the last step */
-    struct listed found[MOST_FOUND];
-    unsigned nfound;       /* by the last step */
+    unsigned nfound;       /* by the last step: files whose lookups were counted */
     bool waits;            /* it ended before a name that would have to be waited for */
     double name;           /* seconds for which names of the directory are believed */
     unsigned short_lived;  /* entries whose attributes are believed for less */
@@ -52,11 +41,11 @@ void page_begin(struct page *p, struct buffer *buffer, size_t size, struct nodes
 void page_end(struct page *p);
 /* Look up names[0] and so on, whose entries get the numbers from `number` on; how many are dealt with. *full: the next one
  * does not fit. Unless it `may_wait`, only as far as `look_up_name` goes then. Those that are gone get no entry, those that cannot be looked up one without attributes; -1: errno of
- * "." or "..". */
+ * "." or "..", or no memory. */
 int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool may_wait,
               bool *full);
-/* Say which inode found[i] is. `stored_to`: its attributes are not to be believed. */
-void page_identify(struct page *p, unsigned i, uint64_t nodeid, uint64_t generation, bool stored_to);
+/* Empty it: nobody will get it, so its lookups do not count. */
+void page_take_back(struct page *p);
 
 /* Where listings end whose ends were reported: programs ask once more, which need not be Python's. One place for many
  * handles, the last one has it: a listing that lost it is asked in Python. For any thread. */

@@ -1,60 +1,528 @@
 #include "reader_nodes.h"
 
+#include "tm.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-struct node {
-    uint64_t nodeid;  /* 0: a free place */
-    int64_t until_ns; /* what a listing has told is believed, monotonic */
-    uint32_t doubts;  /* of the table, when it was told */
-    int fd;           /* -1: none */
+#define FOREIGN_IDS (UINT64_C(1) << 62) /* node ids of files on other devices than the root's start here */
+
+enum {
+    FIRST_BUCKETS = 256,
+    MOST_LOOKS = 3,
+    MOST_TRIES = 64, /* descriptors that are looked at to close some, so the cost stays bounded */
 };
 
-/* Open addressing; a place that becomes free is closed up, so that a search ends at the first free one. */
 struct nodes {
     _Atomic uint32_t refs;
-    pthread_mutex_t lock; /* of the rest */
-    struct lifetimes lifetimes;
-    struct node *places;
-    size_t nplaces, count; /* a power of two, at most half of it used */
-    uint32_t doubts;       /* how often all names were doubted */
+    int root;
+    uint64_t device; /* the root's */
+    size_t quota, batch;
+    bool by_handle, numbers_tell, is_fuse;
     struct patience patience; /* needs no lock */
+
+    pthread_mutex_t lock; /* of the rest, against those who ask for attributes */
+    struct lifetimes lifetimes;
+    struct node **by_id, **by_key;
+    size_t nbuckets, count;       /* of each, a power of two; nodes */
+    struct node *oldest, *newest; /* of those that are open */
+    size_t nopen, nbeside;
+    uint64_t next_foreign;
+    uint32_t last_generation;
+    uint32_t doubts; /* how often all names were doubted */
 };
 
-struct nodes *nodes_new(void)
+/* ---- Chains ------------------------------------------------------------------------------------------------ */
+
+/* Inode numbers lie side by side. */
+static size_t bucket_of(const struct nodes *n, uint64_t number)
 {
-    struct nodes *n = calloc(1, sizeof *n);
-    if (!n)
-        return NULL;
-    n->nplaces = 256;
-    if (!(n->places = calloc(n->nplaces, sizeof *n->places))) {
-        free(n);
-        return NULL;
+    return (size_t)(number * UINT64_C(0x9E3779B97F4A7C15) >> 20) & (n->nbuckets - 1);
+}
+
+static struct node **id_chain(const struct nodes *n, uint64_t nodeid) { return &n->by_id[bucket_of(n, nodeid)]; }
+
+static struct node **key_chain(const struct nodes *n, uint64_t device, uint64_t number)
+{
+    return &n->by_key[bucket_of(n, number ^ device << 32)];
+}
+
+struct node *nodes_find(const struct nodes *n, uint64_t nodeid)
+{
+    struct node *one = *id_chain(n, nodeid);
+    while (one && one->nodeid != nodeid)
+        one = one->next_by_id;
+    return one;
+}
+
+struct node *nodes_with(const struct nodes *n, uint64_t device, uint64_t number)
+{
+    struct node *one = *key_chain(n, device, number);
+    while (one && (one->number != number || one->device != device || one->beside))
+        one = one->next_by_key;
+    return one;
+}
+
+/* The lock is held in what follows. */
+
+static void link_id(struct nodes *n, struct node *one)
+{
+    struct node **chain = id_chain(n, one->nodeid);
+    one->next_by_id = *chain;
+    *chain = one;
+    one->by_id = true;
+}
+
+/* One that is `beside` stays so. */
+static void link_key(struct nodes *n, struct node *one)
+{
+    struct node **chain = key_chain(n, one->device, one->number);
+    one->next_by_key = *chain;
+    *chain = one;
+    one->by_key = !one->beside;
+}
+
+static void unlink_id(struct nodes *n, struct node *one)
+{
+    struct node **p = id_chain(n, one->nodeid);
+    while (*p != one)
+        p = &(*p)->next_by_id;
+    *p = one->next_by_id;
+    one->by_id = false;
+}
+
+static void unlink_key(struct nodes *n, struct node *one)
+{
+    struct node **p = key_chain(n, one->device, one->number);
+    while (*p != one)
+        p = &(*p)->next_by_key;
+    *p = one->next_by_key;
+    one->by_key = one->beside = false;
+}
+
+/* Twice as many buckets; no memory: chains get longer. A node has no key any more if its number was recycled. */
+static void grow(struct nodes *n)
+{
+    struct nodes larger = {.nbuckets = n->nbuckets * 2};
+    larger.by_id = calloc(larger.nbuckets, sizeof *larger.by_id);
+    larger.by_key = calloc(larger.nbuckets, sizeof *larger.by_key);
+    if (!larger.by_id || !larger.by_key) {
+        free(larger.by_id);
+        free(larger.by_key);
+        return;
     }
+    for (size_t i = 0; i < n->nbuckets; i++) {
+        struct node *one, *next;
+        for (one = n->by_id[i]; one; one = next) {
+            next = one->next_by_id;
+            link_id(&larger, one);
+        }
+        for (one = n->by_key[i]; one; one = next) {
+            next = one->next_by_key;
+            link_key(&larger, one);
+        }
+    }
+    free(n->by_id);
+    free(n->by_key);
+    n->by_id = larger.by_id;
+    n->by_key = larger.by_key;
+    n->nbuckets = larger.nbuckets;
+}
+
+static void append_open(struct nodes *n, struct node *one)
+{
+    one->newer = NULL;
+    one->older = n->newest;
+    *(n->newest ? &n->newest->newer : &n->oldest) = one;
+    n->newest = one;
+    n->nopen++;
+}
+
+static void take_from_open(struct nodes *n, struct node *one)
+{
+    *(one->older ? &one->older->newer : &n->oldest) = one->newer;
+    *(one->newer ? &one->newer->older : &n->newest) = one->older;
+    one->older = one->newer = NULL;
+    n->nopen--;
+}
+
+static bool is_root(const struct node *one) { return one->nodeid == ROOT_NODE; }
+
+/* Its descriptor is the caller's from now on, -1: it had none. */
+static int take_descriptor(struct nodes *n, struct node *one)
+{
+    int fd = one->fd;
+    if (fd >= 0 && one->by_id && !is_root(one))
+        take_from_open(n, one);
+    one->fd = -1;
+    return fd;
+}
+
+/* ---- Life -------------------------------------------------------------------------------------------------- */
+
+struct nodes *nodes_new(int root, bool numbers_tell, bool is_fuse)
+{
+    struct stat st;
+    struct nodes *n = calloc(1, sizeof *n);
+    struct node *one = calloc(1, sizeof *one);
+    if (!n || !one || fstat(root, &st))
+        goto failed;
+    n->nbuckets = FIRST_BUCKETS;
+    n->by_id = calloc(n->nbuckets, sizeof *n->by_id);
+    n->by_key = calloc(n->nbuckets, sizeof *n->by_key);
+    if (!n->by_id || !n->by_key)
+        goto failed;
     atomic_init(&n->refs, 1);
     pthread_mutex_init(&n->lock, NULL);
     patience_init(&n->patience);
+    n->root = root;
+    n->device = st.st_dev;
+    n->numbers_tell = numbers_tell;
+    n->is_fuse = is_fuse;
+    n->quota = SIZE_MAX;
+    n->batch = 1;
+    n->next_foreign = FOREIGN_IDS;
+    *one = (struct node){.nodeid = ROOT_NODE, .device = st.st_dev, .number = st.st_ino, .kind = S_IFDIR,
+                         .fd = root, .lookups = 1, .known_since = -1e300};
+    link_id(n, one);
+    link_key(n, one);
+    n->count = 1;
     return n;
+failed:
+    if (n) {
+        free(n->by_id);
+        free(n->by_key);
+    }
+    free(n);
+    free(one);
+    return NULL;
 }
 
 struct patience *nodes_patience(struct nodes *n) { return &n->patience; }
 
 void nodes_hold(struct nodes *n) { atomic_fetch_add(&n->refs, 1); }
 
+void node_free(struct node *one)
+{
+    if (one->fd >= 0)
+        close(one->fd);
+    free(one->handle);
+    free(one);
+}
+
+void nodes_clear(struct nodes *n, bool closes, void (*release)(void *view))
+{
+    struct node *all = NULL;
+    pthread_mutex_lock(&n->lock);
+    for (size_t i = 0; i < n->nbuckets; i++) {
+        for (struct node *one = n->by_id[i], *next; one; one = next) {
+            next = one->next_by_id;
+            one->older = one->newer = NULL;
+            one->by_id = one->by_key = one->beside = false;
+            one->next_by_id = all;
+            all = one;
+        }
+        n->by_id[i] = n->by_key[i] = NULL;
+    }
+    n->oldest = n->newest = NULL;
+    n->count = n->nopen = n->nbeside = 0;
+    pthread_mutex_unlock(&n->lock);
+    for (struct node *one = all, *next; one; one = next) {
+        next = one->next_by_id;
+        if (closes && one->fd >= 0)
+            close(one->fd);
+        one->fd = -1;
+        if (one->view)
+            release(one->view);
+        else
+            node_free(one);
+    }
+}
+
+static void release_nothing(void *view) { (void)view; }
+
 void nodes_drop(struct nodes *n)
 {
     if (atomic_fetch_sub(&n->refs, 1) != 1)
         return;
+    nodes_clear(n, false, release_nothing);
     pthread_mutex_destroy(&n->lock);
-    free(n->places);
+    free(n->by_id);
+    free(n->by_key);
     free(n);
 }
+
+void nodes_bound(struct nodes *n, size_t quota, size_t batch, bool by_handle)
+{
+    n->quota = quota;
+    n->batch = batch;
+    n->by_handle = by_handle;
+}
+
+/* ---- Descriptors ------------------------------------------------------------------------------------------- */
+
+/* Whether it can be opened again, and so be closed: it has a name, and a handle. */
+static bool may_close(struct node *one)
+{
+    struct stat st;
+    if (fstat(one->fd, &st) || !st.st_nlink)
+        return false;
+    if (!one->handle)
+        one->handle = handle_at(one->fd, false);
+    return one->handle;
+}
+
+/* Close the oldest: many at once, for looking at a large tree closes one for each name. */
+static void retire(struct nodes *n, const struct node *newest)
+{
+    struct node *old[MOST_TRIES];
+    size_t count = 0;
+    pthread_mutex_lock(&n->lock);
+    for (unsigned i = 0; i < MOST_TRIES && count < n->batch && n->oldest; i++) {
+        struct node *one = n->oldest;
+        take_from_open(n, one); /* whatever stays is the newest then */
+        append_open(n, one);
+        if (one != newest && !one->opens && !one->unlearned && one->device == n->device)
+            old[count++] = one;
+    }
+    pthread_mutex_unlock(&n->lock);
+    for (size_t i = 0; i < count; i++) {
+        if (!may_close(old[i]))
+            continue;
+        pthread_mutex_lock(&n->lock); /* waits for who uses it */
+        int fd = take_descriptor(n, old[i]);
+        pthread_mutex_unlock(&n->lock);
+        close(fd);
+    }
+}
+
+/* Give it a descriptor, and close old ones beyond the quota. */
+static void keep(struct nodes *n, struct node *one, int fd)
+{
+    pthread_mutex_lock(&n->lock);
+    one->fd = fd;
+    append_open(n, one);
+    pthread_mutex_unlock(&n->lock);
+    if (n->nopen > n->quota && n->by_handle)
+        retire(n, one);
+}
+
+int nodes_descriptor(struct nodes *n, struct node *one)
+{
+    if (one->fd >= 0)
+        return one->fd;
+    int fd = -1;
+    if (one->by_id && one->handle)
+        fd = handle_open(n->root, one->handle);
+    else
+        errno = ESTALE;
+    if (fd >= 0)
+        keep(n, one, fd);
+    return fd;
+}
+
+/* Of a file with the device of `one`. Those of FUSE tell files apart although nobody can open by them. (On overlayfs such ones
+ * change.) */
+static struct handle *ask_handle(const struct nodes *n, const struct node *one, int fd)
+{
+    return handle_at(fd, n->is_fuse && one->device == n->device);
+}
+
+const struct handle *nodes_handle(struct nodes *n, struct node *one)
+{
+    int fd = one->handle ? -1 : nodes_descriptor(n, one);
+    if (fd >= 0)
+        one->handle = ask_handle(n, one, fd);
+    return one->handle;
+}
+
+/* ---- Which file it is --------------------------------------------------------------------------------------- */
+
+/* Whether two open files with one number are links to one file, as far as can be seen. To a FUSE file system each may be a node of
+ * its own, of which the kernel remembers other attributes. */
+static bool are_links(int one, int other)
+{
+    struct statx a, b;
+    for (unsigned i = 0; i < MOST_LOOKS; i++) { /* it may be changing */
+        int flags = AT_EMPTY_PATH | AT_STATX_FORCE_SYNC;
+        if (statx(one, "", flags, STATX_BASIC_STATS, &a) || statx(other, "", flags, STATX_BASIC_STATS, &b))
+            return false; /* one of them is gone */
+        if (a.stx_nlink > 1 && !S_ISDIR(a.stx_mode) && a.stx_nlink == b.stx_nlink && a.stx_uid == b.stx_uid
+            && a.stx_gid == b.stx_gid && a.stx_mode == b.stx_mode && a.stx_size == b.stx_size
+            && a.stx_ctime.tv_sec == b.stx_ctime.tv_sec && a.stx_ctime.tv_nsec == b.stx_ctime.tv_nsec
+            && a.stx_mtime.tv_sec == b.stx_mtime.tv_sec && a.stx_mtime.tv_nsec == b.stx_mtime.tv_nsec)
+            return true;
+    }
+    return false;
+}
+
+/* Whether a node that is open is the one file with its device and number. */
+static bool tells(const struct nodes *n, uint64_t device) { return n->numbers_tell && device == n->device; }
+
+struct node *nodes_known(struct nodes *n, const struct node *found)
+{
+    struct node *first = nodes_with(n, found->device, found->number), *one = NULL;
+    if (tells(n, found->device) || (!first && !n->nbeside))
+        return first;
+    struct handle *h = ask_handle(n, found, found->fd);
+    if (!h || (first && handle_equals(nodes_handle(n, first), h))) {
+        free(h);
+        return first;
+    }
+    for (one = *key_chain(n, found->device, found->number); one; one = one->next_by_key)
+        if (one->beside && one->number == found->number && one->device == found->device && handle_equals(one->handle, h))
+            break;
+    free(h);
+    int fd = !one && first ? nodes_descriptor(n, first) : -1;
+    return fd >= 0 && are_links(fd, found->fd) ? first : one;
+}
+
+/* ---- Finding and counting --------------------------------------------------------------------------------- */
+
+size_t nodes_count(const struct nodes *n) { return n->count; }
+
+size_t nodes_open(const struct nodes *n) { return n->nopen; }
+
+void nodes_counters(const struct nodes *n, uint64_t *next_foreign, uint32_t *last_generation)
+{
+    *next_foreign = n->next_foreign;
+    *last_generation = n->last_generation;
+}
+
+void nodes_go_on(struct nodes *n, uint64_t next_foreign, uint32_t last_generation)
+{
+    n->next_foreign = next_foreign;
+    n->last_generation = last_generation;
+}
+
+bool nodes_each(const struct nodes *n, bool (*visit)(struct node *, void *), void *with)
+{
+    for (struct node *one = n->oldest; one; one = one->newer)
+        if (!visit(one, with))
+            return false;
+    for (size_t i = 0; i < n->nbuckets; i++)
+        for (struct node *one = n->by_id[i]; one; one = one->next_by_id)
+            if ((one->fd < 0 || is_root(one)) && !visit(one, with))
+                return false;
+    return true;
+}
+
+static void take_in(struct nodes *n, struct node *one)
+{
+    if (n->count >= n->nbuckets)
+        grow(n);
+    link_id(n, one);
+    n->count++;
+}
+
+static struct node *make(struct nodes *n, const struct node *found, double now)
+{
+    struct node *one = malloc(sizeof *one);
+    if (!one)
+        return NULL;
+    *one = (struct node){.nodeid = found->number, .device = found->device, .number = found->number,
+                         .kind = found->kind, .fd = -1, .known_since = now};
+    bool is_own = one->device == n->device && ROOT_NODE < one->nodeid && one->nodeid < FOREIGN_IDS;
+    if (!is_own || nodes_find(n, one->nodeid))
+        one->nodeid = n->next_foreign++;
+    one->generation = n->last_generation = n->last_generation % UINT32_MAX + 1; /* the kernel keeps 32 bits, compares all */
+    struct node *before = nodes_with(n, one->device, one->number);
+    if (before && !tells(n, one->device))
+        one->beside = (one->handle = ask_handle(n, one, found->fd)) != NULL;
+    pthread_mutex_lock(&n->lock);
+    if (before && !one->beside) /* whose number was recycled: its id answers ESTALE until it is forgotten */
+        unlink_key(n, before);
+    n->nbeside += one->beside;
+    take_in(n, one);
+    link_key(n, one);
+    pthread_mutex_unlock(&n->lock);
+    return one;
+}
+
+struct node *nodes_meet(struct nodes *n, const struct node *found, double now, bool opens)
+{
+    struct node *one = nodes_known(n, found);
+    bool is_open = one && one->fd >= 0; /* so its number cannot have been recycled */
+    if (one && !is_open) {
+        struct handle *h = handle_at(found->fd, false);
+        if (!handle_equals(one->handle, h))
+            one = NULL;
+        free(h);
+    }
+    if (is_open || (one && !opens)) {
+        close(found->fd);
+        return one;
+    }
+    if (!one && !(one = make(n, found, now)))
+        close(found->fd);
+    else
+        keep(n, one, found->fd);
+    return one;
+}
+
+struct node *nodes_restore(struct nodes *n, const struct node *saved)
+{
+    struct node *one = nodes_find(n, saved->nodeid);
+    if (saved->by_id && one) { /* the root, which is there already */
+        free(one->handle);
+        one->handle = saved->handle;
+        return one;
+    }
+    if (!(one = malloc(sizeof *one)))
+        return NULL;
+    *one = *saved;
+    one->by_id = one->by_key = false;
+    one->beside = saved->by_id && !saved->by_key && one->handle && !tells(n, one->device);
+    pthread_mutex_lock(&n->lock);
+    n->nbeside += one->beside;
+    if (saved->by_id)
+        take_in(n, one);
+    if (saved->by_key || one->beside)
+        link_key(n, one);
+    if (saved->by_id && one->fd >= 0)
+        append_open(n, one);
+    pthread_mutex_unlock(&n->lock);
+    return one;
+}
+
+bool nodes_take_back(struct nodes *n, uint64_t nodeid, uint64_t count)
+{
+    struct node *one = nodes_find(n, nodeid);
+    if (!one || is_root(one))
+        return true;
+    bool last = one->lookups <= 0 || count >= (uint64_t)one->lookups;
+    if (last && one->view)
+        return false;
+    one->lookups -= last ? one->lookups : (int64_t)count;
+    if (last)
+        nodes_remove(n, one);
+    return true;
+}
+
+void nodes_remove(struct nodes *n, struct node *one)
+{
+    if (!one->by_id)
+        return;
+    pthread_mutex_lock(&n->lock);
+    int fd = take_descriptor(n, one); /* waits for who uses it */
+    unlink_id(n, one);
+    n->nbeside -= one->beside;
+    if (one->by_key || one->beside)
+        unlink_key(n, one);
+    n->count--;
+    pthread_mutex_unlock(&n->lock);
+    if (fd >= 0)
+        close(fd);
+    if (!one->view)
+        node_free(one);
+}
+
+/* ---- What is told ------------------------------------------------------------------------------------------ */
 
 void nodes_believe(struct nodes *n, const struct lifetimes *l)
 {
@@ -70,170 +538,37 @@ void nodes_lifetimes(struct nodes *n, struct lifetimes *out)
     pthread_mutex_unlock(&n->lock);
 }
 
-/* Node ids are inode numbers, which lie side by side. */
-static size_t home_of(const struct nodes *n, uint64_t nodeid)
-{
-    return (size_t)(nodeid * UINT64_C(0x9E3779B97F4A7C15) >> 20) & (n->nplaces - 1);
-}
-
-/* Where a node is, or would be. */
-static size_t place(const struct nodes *n, uint64_t nodeid)
-{
-    size_t at = home_of(n, nodeid);
-    while (n->places[at].nodeid && n->places[at].nodeid != nodeid)
-        at = (at + 1) & (n->nplaces - 1);
-    return at;
-}
-
-static bool grow(struct nodes *n)
-{
-    struct nodes larger = {.nplaces = n->nplaces * 2};
-    if (!(larger.places = calloc(larger.nplaces, sizeof *larger.places)))
-        return false;
-    for (size_t i = 0; i < n->nplaces; i++)
-        if (n->places[i].nodeid)
-            larger.places[place(&larger, n->places[i].nodeid)] = n->places[i];
-    free(n->places);
-    n->places = larger.places;
-    n->nplaces = larger.nplaces;
-    return true;
-}
-
-/* The node's place, taken if it has none; NULL: no memory. */
-static struct node *taken(struct nodes *n, uint64_t nodeid)
-{
-    struct node *one = &n->places[place(n, nodeid)];
-    if (one->nodeid)
-        return one;
-    if (n->count * 2 >= n->nplaces) {
-        if (!grow(n))
-            return NULL;
-        one = &n->places[place(n, nodeid)];
-    }
-    n->count++;
-    *one = (struct node){.nodeid = nodeid, .fd = -1};
-    return one;
-}
-
-void nodes_set(struct nodes *n, uint64_t nodeid, int fd)
+void nodes_store_to(struct nodes *n, struct node *one, bool stored_to)
 {
     pthread_mutex_lock(&n->lock);
-    struct node *one = taken(n, nodeid);
-    if (one)
-        one->fd = fd;
-    pthread_mutex_unlock(&n->lock);
-}
-
-int nodes_descriptor(struct nodes *n, uint64_t nodeid)
-{
-    pthread_mutex_lock(&n->lock);
-    const struct node *one = &n->places[place(n, nodeid)];
-    int fd = nodeid && one->nodeid ? one->fd : -1;
-    pthread_mutex_unlock(&n->lock);
-    return fd;
-}
-
-void nodes_hide(struct nodes *n, uint64_t nodeid)
-{
-    pthread_mutex_lock(&n->lock);
-    struct node *one = &n->places[place(n, nodeid)];
-    if (one->nodeid)
-        one->fd = -1;
+    one->stored_to = stored_to;
+    if (stored_to)
+        one->until_ns = 0;
     pthread_mutex_unlock(&n->lock);
 }
 
 void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns)
 {
-    pthread_mutex_lock(&n->lock);
-    struct node *one = taken(n, nodeid);
+    struct node *one = nodes_find(n, nodeid);
     if (one) {
         one->until_ns = until_ns;
         one->doubts = n->doubts;
     }
-    pthread_mutex_unlock(&n->lock);
 }
 
 int64_t nodes_believed(struct nodes *n, uint64_t nodeid)
 {
-    pthread_mutex_lock(&n->lock);
-    const struct node *one = &n->places[place(n, nodeid)];
-    int64_t until_ns = nodeid && one->nodeid && one->doubts == n->doubts ? one->until_ns : 0;
-    pthread_mutex_unlock(&n->lock);
-    return until_ns;
+    const struct node *one = nodes_find(n, nodeid);
+    return one && one->device == n->device && one->doubts == n->doubts ? one->until_ns : 0;
 }
 
-void nodes_doubt(struct nodes *n)
-{
-    pthread_mutex_lock(&n->lock);
-    n->doubts++;
-    pthread_mutex_unlock(&n->lock);
-}
+void nodes_doubt(struct nodes *n) { n->doubts++; }
 
-void nodes_remove(struct nodes *n, uint64_t nodeid)
+int nodes_shown(const struct nodes *n, uint64_t nodeid)
 {
-    pthread_mutex_lock(&n->lock);
-    size_t mask = n->nplaces - 1, hole = place(n, nodeid);
-    if (n->places[hole].nodeid) {
-        n->count--;
-        n->places[hole].nodeid = 0;
-        for (size_t at = (hole + 1) & mask; n->places[at].nodeid; at = (at + 1) & mask) {
-            size_t home = home_of(n, n->places[at].nodeid);
-            if (((at - home) & mask) >= ((at - hole) & mask)) { /* its search passes the hole */
-                n->places[hole] = n->places[at];
-                n->places[at].nodeid = 0;
-                hole = at;
-            }
-        }
-    }
-    pthread_mutex_unlock(&n->lock);
-}
-
-void put_attributes(const struct stat *st, uint64_t nodeid, struct fuse_attr *out)
-{
-    *out = (struct fuse_attr){
-        .ino = nodeid,
-        .size = (uint64_t)st->st_size,
-        .blocks = (uint64_t)st->st_blocks,
-        .atime = (uint64_t)st->st_atim.tv_sec,
-        .mtime = (uint64_t)st->st_mtim.tv_sec,
-        .ctime = (uint64_t)st->st_ctim.tv_sec,
-        .atimensec = (uint32_t)st->st_atim.tv_nsec,
-        .mtimensec = (uint32_t)st->st_mtim.tv_nsec,
-        .ctimensec = (uint32_t)st->st_ctim.tv_nsec,
-        .mode = st->st_mode,
-        .nlink = (uint32_t)st->st_nlink,
-        .uid = st->st_uid,
-        .gid = st->st_gid,
-        .rdev = (uint32_t)st->st_rdev, /* the kernel's 32 bits are the lower ones of these */
-        .blksize = (uint32_t)st->st_blksize,
-    };
-}
-
-void put_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds)
-{
-    *whole = seconds >= 0x1p64 ? UINT64_MAX : seconds > 0 ? (uint64_t)seconds : 0;
-    double rest = seconds - (double)*whole;
-    *nanoseconds = rest <= 0 ? 0 : rest >= 0.999999999 ? 999999999 : (uint32_t)(rest * 1e9);
-}
-
-double attributes_seconds(const struct lifetimes *l, const struct stat *st)
-{
-    struct timespec now;
-    if (st->st_dev != l->device || l->young == l->old)
-        return l->young;
-    clock_gettime(CLOCK_REALTIME, &now);
-    double age = (double)(now.tv_sec - st->st_ctim.tv_sec) + (double)(now.tv_nsec - st->st_ctim.tv_nsec) / 1e9;
-    return age > l->age ? l->old : l->young;
-}
-
-double put_looked_up(const struct lifetimes *l, const struct stat *st, struct fuse_entry_out *out)
-{
-    double name = st->st_dev == l->device ? l->name : l->name_elsewhere;
-    double seconds = attributes_seconds(l, st);
-    put_seconds(name, &out->entry_valid, &out->entry_valid_nsec);
-    put_seconds(seconds, &out->attr_valid, &out->attr_valid_nsec);
-    put_attributes(st, 0, &out->attr);
-    return seconds;
+    const struct node *one = nodes_find(n, nodeid);
+    /* The root's id is not what stat shows of it. */
+    return one && !one->stored_to && one->device == n->device && !is_root(one) ? one->fd : -1;
 }
 
 bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out)
@@ -241,8 +576,8 @@ bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *ou
     struct stat st;
     double seconds = 0;
     pthread_mutex_lock(&n->lock);
-    const struct node *one = &n->places[place(n, nodeid)];
-    bool known = nodeid && one->nodeid && one->fd >= 0 && !fstat(one->fd, &st);
+    int fd = nodes_shown(n, nodeid);
+    bool known = fd >= 0 && !fstat(fd, &st);
     if (known)
         seconds = attributes_seconds(&n->lifetimes, &st);
     pthread_mutex_unlock(&n->lock);

@@ -1,57 +1,108 @@
-/* What is known of files that the kernel knows, below Python: node id -> O_PATH descriptor of the lower file, and how long
- * the kernel believes what a listing has told it.
+/* The inodes that the kernel knows: what `fs/inodes.py` describes, and looks at from Python.
  *
- * `fs/inodes.py` has the truth and tells of descriptors that come and go; here are only those whose attributes are known
- * at once (a local lower) and are believed by the common rule. What is not here is for Python. A descriptor goes from here
- * before it is closed, and whoever takes it away waits for who is asking: a number that is used again would show
- * another file. What was told is only a hint: that a listing need not tell it again (`reader_listing.h`). For any thread;
- * one lock, held for an fstat. */
+ * A node is found by its id, which the kernel uses, and by device and number of the lower file, which tell whether a name
+ * that was looked up is a file that is known. It is reached by an O_PATH descriptor; beyond a quota the oldest
+ * are closed, many at a time, and opened again by their handles. Most files are looked up, asked for their attributes and
+ * forgotten, and nobody in Python hears of them; one that is more than that has a *view*, Python's object, which
+ * its node holds until it is forgotten. A node that Python still has then is its view's alone.
+ *
+ * Threading: the event loop's thread alone changes what is here and takes pointers, with or without the interpreter's lock;
+ * none of it is locked while a system call waits for a lower that may not answer. Others ask for attributes
+ * (`nodes_attributes`), of a local lower, with the lock of the table: whoever takes a descriptor away takes it, too, before
+ * he closes it, for a number that is used again would show another file. */
 #ifndef READER_NODES_H
 #define READER_NODES_H
 
+#include "reader_entry.h"
+#include "reader_handle.h"
 #include "reader_look.h"
 
-#include <linux/fuse.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <sys/stat.h>
+#include <stddef.h>
 
-/* How long the kernel may believe what it is told, in seconds: the rule of `fs/lifetimes.py`. */
-struct lifetimes {
-    uint64_t device;   /* the st_dev that the rule is about */
-    double name, name_elsewhere;
-    double young, old; /* attributes; old ones are on `device`, and were changed longer than `age` ago */
-    double age;
+enum { ROOT_NODE = 1 };
+
+struct node {
+    uint64_t nodeid;
+    uint64_t device, number;      /* st_dev and st_ino of the lower file */
+    struct node *next_by_id, *next_by_key;
+    struct node *older, *newer;   /* of those that are open, by when they were opened */
+    struct handle *handle;        /* NULL: not asked for yet, or there is none */
+    void *view;                   /* Python's object; NULL: none */
+    double known_since;           /* monotonic seconds: when the kernel was first told of it */
+    int64_t lookups;              /* that the kernel has not taken back */
+    int64_t until_ns;             /* what a listing has told is believed, monotonic */
+    uint32_t doubts;              /* of the table, when it was told */
+    uint32_t generation;          /* tells it from others that have had its id */
+    uint32_t kind;                /* S_IFMT bits */
+    uint32_t opens;               /* of a regular file: its descriptor stays open meanwhile */
+    uint32_t unlearned;           /* opens that Python has not learned of: the same */
+    int fd;                       /* O_PATH, -1: closed */
+    bool by_id, by_key;           /* found so; without the first it is its view's alone */
+    bool beside;                  /* found by its key and handle: another one is `by_key` */
+    bool stored_to;               /* its attributes are not to be believed */
 };
 
 struct nodes;
-struct nodes *nodes_new(void); /* one reference; NULL: no memory */
+/* Of the directory open at `root`, which is the table's with all other descriptors. `numbers_tell`: on its device no two files have
+ * one number, as far as they are open; else handles tell, on FUSE (`is_fuse`) also those that nobody can open by. One
+ * reference. NULL: errno. */
+struct nodes *nodes_new(int root, bool numbers_tell, bool is_fuse);
 void nodes_hold(struct nodes *n);
 void nodes_drop(struct nodes *n);
 /* How long the lower takes for names; as long as there is a reference. */
 struct patience *nodes_patience(struct nodes *n);
+/* How many descriptors may be open, and how many are closed at a time. `by_handle`: whether files of the root's device can be
+ * opened again; else none is closed. */
+void nodes_bound(struct nodes *n, size_t quota, size_t batch, bool by_handle);
+/* Forget all nodes; `release` is called for each view. Unless it `closes` all descriptors, they stay open: code that takes over
+ * may have them. */
+void nodes_clear(struct nodes *n, bool closes, void (*release)(void *view));
+
+/* ---- Finding and counting --------------------------------------------------------------------------------- */
+
+size_t nodes_count(const struct nodes *n);
+size_t nodes_open(const struct nodes *n);
+/* How ids and generations go on; to be set before others are given out. */
+void nodes_counters(const struct nodes *n, uint64_t *next_foreign, uint32_t *last_generation);
+void nodes_go_on(struct nodes *n, uint64_t next_foreign, uint32_t last_generation);
+struct node *nodes_find(const struct nodes *n, uint64_t nodeid);                    /* NULL: there is none */
+struct node *nodes_with(const struct nodes *n, uint64_t device, uint64_t number);   /* the same, the first of several */
+/* That of the file open at `found->fd`, with this device and number. NULL: it is not known. */
+struct node *nodes_known(struct nodes *n, const struct node *found);
+/* Call `visit` for those that are open, the oldest first, then for the others; until it returns false. */
+bool nodes_each(const struct nodes *n, bool (*visit)(struct node *, void *), void *with);
+/* The node of a file that was looked up at `now` (seconds), made if it is not known. Its descriptor is the table's from now on. The
+ * caller counts the lookup, or removes it. Unless `opens`, a node whose descriptor was closed is left so. NULL: no memory. */
+struct node *nodes_meet(struct nodes *n, const struct node *found, double now, bool opens);
+/* Take in a node of the code before this as it is, with its handle. NULL: no memory. */
+struct node *nodes_restore(struct nodes *n, const struct node *saved);
+/* Take lookups back, and remove the node if they were the last. False: these are, and it has a view: nothing was done. */
+bool nodes_take_back(struct nodes *n, uint64_t nodeid, uint64_t count);
+/* Close it and have it found no more; it is freed unless it has a view. */
+void nodes_remove(struct nodes *n, struct node *one);
+void node_free(struct node *one);
+
+/* ---- Descriptors ------------------------------------------------------------------------------------------- */
+
+/* The node's, opened again if need be; it may be closed when another's is opened. -1: errno, ESTALE if it is gone. */
+int nodes_descriptor(struct nodes *n, struct node *one);
+/* The descriptor of one whose attributes are told, -1: they are not, or it is closed. */
+int nodes_shown(const struct nodes *n, uint64_t nodeid);
+/* Its handle, NULL: it has none, or it cannot be asked for. */
+const struct handle *nodes_handle(struct nodes *n, struct node *one);
+
+/* ---- What is told ------------------------------------------------------------------------------------------ */
+
 void nodes_believe(struct nodes *n, const struct lifetimes *l);
 void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
-/* `fd` stays the caller's, who must call `nodes_hide` or `nodes_remove` before he closes it. No memory: the node stays
- * unknown here. */
-void nodes_set(struct nodes *n, uint64_t nodeid, int fd);
-/* Its descriptor, -1: none; for the thread that alone closes it. */
-int nodes_descriptor(struct nodes *n, uint64_t nodeid);
-void nodes_hide(struct nodes *n, uint64_t nodeid);   /* it has no descriptor any more */
-void nodes_remove(struct nodes *n, uint64_t nodeid); /* nor does the kernel know it, or may believe what it was told */
+void nodes_store_to(struct nodes *n, struct node *one, bool stored_to);
 /* A listing tells its name and attributes, which are believed until then (monotonic ns); 0: no longer. */
 void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns);
-/* Until when that is believed; 0: it is not known. */
+/* Until when what was told of a file on the root's device is believed; 0: it is not known. */
 int64_t nodes_believed(struct nodes *n, uint64_t nodeid);
 void nodes_doubt(struct nodes *n); /* the kernel will ask for all names again */
-/* The reply to a GETATTR; false: it is for libfuse. */
+/* The reply to a GETATTR; false: it is for Python. For any thread. */
 bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out);
-
-/* What the kernel is told of a file, as libfuse puts it. */
-void put_attributes(const struct stat *st, uint64_t nodeid, struct fuse_attr *out);
-void put_seconds(double seconds, uint64_t *whole, uint32_t *nanoseconds);
-double attributes_seconds(const struct lifetimes *l, const struct stat *st);
-/* The reply to a LOOKUP but for which node it is, or such a part of a listing; for how many seconds attributes are believed. */
-double put_looked_up(const struct lifetimes *l, const struct stat *st, struct fuse_entry_out *out);
 
 #endif

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -154,6 +155,8 @@ void opens_forget(struct opens *o, uint64_t nodeid)
         }
     }
 }
+
+bool opens_knows(const struct opens *o, uint64_t nodeid) { return o->places[place(o, nodeid)].nodeid; }
 
 static uint8_t *count_of(struct opens *o, const uint8_t *name)
 {

@@ -49,6 +49,7 @@ void opens_number_from(struct opens *o, uint64_t next);
 /* Python knows the coherence of a file: it is opened here only from this gate, NULL: not at all. */
 int opens_know(struct opens *o, uint64_t nodeid, dev_t device, ino_t number, struct gate *gate); /* -1: no memory */
 void opens_forget(struct opens *o, uint64_t nodeid); /* its node goes */
+bool opens_knows(const struct opens *o, uint64_t nodeid); /* whether there is anything to forget, or to learn */
 /* Something is known of the file with this name (24 bytes) although its node is new, or not any more: a first open of it
  * is for Python. May hold for others as well. */
 void opens_remember(struct opens *o, const uint8_t *name, bool remembered);

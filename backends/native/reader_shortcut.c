@@ -62,6 +62,11 @@ static bool is_short(const struct fuse_in_header *in, size_t length)
     }
 }
 
+bool shortcut_takes(struct shortcut *s, const struct fuse_in_header *in, size_t length)
+{
+    return atomic_load_explicit(&s->open, memory_order_acquire) && is_short(in, length);
+}
+
 /* Make the event readable, or not any more. The lock is held. */
 static void tell(struct shortcut *s, bool readable)
 {
@@ -87,7 +92,7 @@ static void append(struct shortcut *s, struct asked *a, bool told)
 bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
                   struct entry *entry, bool leads)
 {
-    if (!atomic_load_explicit(&s->open, memory_order_acquire) || !is_short(in, length))
+    if (!shortcut_takes(s, in, length))
         return false;
     struct asked *a = malloc(sizeof *a + length + 1);
     if (!a)
@@ -97,7 +102,7 @@ bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse
     a->tried = leads;
     memcpy(a->bytes, in, length);
     a->bytes[length] = 0;
-    if (in->opcode != FUSE_FORGET && !passing_hold(passing, in, length, entry)) {
+    if (passing && in->opcode != FUSE_FORGET && !passing_hold(passing, in, length, entry)) {
         free(a);
         return false;
     }

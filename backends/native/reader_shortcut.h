@@ -2,7 +2,7 @@
  *
  * The way through the socket, libfuse, pyfuse3 and a turn of trio's scheduler costs more than most of these take. Whoever
  * reads one puts it here, and the event loop's thread takes it (`Reader.asked`), does what is asked, and replies with
- * `passing_reply`. Each is a flight until then, so it can be given up as others. Requests that may have to wait in Python are
+ * `passing_reply`. What it reads itself of LOOKUP and FORGET it answers at once (`reader_lookup`). Each is a flight until then, so it can be given up as others. Requests that may have to wait in Python are
  * not taken. For any thread. */
 #ifndef READER_SHORTCUT_H
 #define READER_SHORTCUT_H
@@ -12,7 +12,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/stat.h>
 
 enum { MOST_REPLY = 256 }; /* bytes */
 
@@ -34,16 +33,17 @@ struct shortcut {
     pthread_mutex_t lock; /* of the rest */
     struct asked *first, **last;
     bool told; /* by the event */
-    /* Of the event loop's thread: */
-    struct stat found;     /* what was looked up last */
-    struct asked *current; /* what was asked last; NULL: it was given away */
+    struct asked *current; /* of the event loop's thread: what was asked last; NULL: it was given away */
 };
 
 int shortcut_init(struct shortcut *s); /* -1: errno */
 void shortcut_free(struct shortcut *s);
 /* Take requests from now on. */
 void shortcut_open(struct shortcut *s);
-/* Take a request that was read. `leads`: by the event loop's thread, which looks here next. False: it is for libfuse. */
+/* Whether it takes this request: it may be answered here or by Python, without waiting for a worker thread. */
+bool shortcut_takes(struct shortcut *s, const struct fuse_in_header *in, size_t length);
+/* Take a request that was read. `leads`: by the event loop's thread, which looks here next. `passing` NULL: it is a
+ * flight already. False: it is for libfuse. */
 bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
                   struct entry *entry, bool leads);
 /* Put by once more what was taken. */

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tmem.backends import _native
+from tmem.fs.inodes import Inode, InodeTable
 from tmem.fs.reading import ASKED
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
 from .hanging import CONTENT, LIST, READ, two_files
 from .hanging import program as running
-from .reader_desk import Desk, make
+from .reader_desk import OPENDIR, Desk, make
 from .rings import BY_RINGS
 
 if TYPE_CHECKING:
@@ -177,13 +178,13 @@ def test_what_changes_while_it_is_fetched_is_seen(
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def desk(tmp_path: Path, faulty: Faulty) -> Iterator[Desk]:
+    table = InodeTable(os.open(faulty.point, os.O_RDONLY), quota=16)
     for one in make(tmp_path):
         one.reader.open_shortcut()
-        nodes = _native.Nodes()
-        nodes.believe(tmp_path.stat().st_dev, 7.5, 1.0, 2.0, 2.0, 60.0)
-        one.reader.set_nodes(nodes, False)
+        one.reader.set_nodes(table.nodes, False)
         yield one
+    table.close()
 
 
 def test_a_request_is_asked_once_more(desk: Desk, faulty: Faulty, eventually: Callable[..., None]) -> None:
@@ -191,7 +192,7 @@ def test_a_request_is_asked_once_more(desk: Desk, faulty: Faulty, eventually: Ca
     unique = desk.request(LOOKUP, b"slow\0", 77)
     assert desk.serve() == ASKED
     assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"slow\0", 0)
-    assert desk.reader.look_up(directory, b"slow\0", False) == errno.EAGAIN
+    assert not desk.reader.look_up(unique, 1, b"slow\0", False)
     faulty.fail("lookup", hangs=True, name="slow")
     assert desk.reader.fetch(directory, [b"slow"])
     assert not desk.reader.fetch(directory, [b"slow"])  # it was given away
@@ -233,10 +234,10 @@ def test_a_reader_ends_once_its_threads_have_what_they_wait_for(
     directory = os.open(faulty.point, os.O_RDONLY)
     for desk in make(tmp_path):
         desk.reader.open_shortcut()
-        desk.reader.set_nodes(_native.Nodes(), False)
+        desk.reader.set_nodes(_native.Nodes(os.dup(directory), Inode), False)
         faulty.fail("readdir", hangs=True)
         for number in range(40):
-            desk.request(LOOKUP, b"x\0")
+            desk.request(OPENDIR, bytes(8))
             desk.serve()
             assert desk.reader.asked()
             assert desk.reader.fetch(directory, [] if number % 2 else [b"slow"] * 100)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import trio
 
 from tmem.backends.paths import SegmentPaths
-from tmem.fs.inodes import Inode, InodeTable
+from tmem.fs.inodes import InodeTable
 from tmem.fs.overlay import build
 from tmem.fs.precache import Precache
 from tmem.types import PAGE_SIZE
@@ -111,32 +110,6 @@ def test_many_descriptors_are_closed_at_once_and_none_that_is_needed(tmp_path: P
     table.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
-def test_a_listing_leaves_closed_what_was_closed_and_knows_its_number_again(
-    table: InodeTable, tmp_path: Path
-) -> None:
-    def listed(name: str) -> Inode:
-        descriptor = os.open(tmp_path / name, os.O_PATH)
-        status = os.fstat(descriptor)
-        return table.admit([((status.st_dev, status.st_ino), stat.S_IFREG, descriptor)])[0]
-
-    for number in range(40):
-        (tmp_path / f"{number}").touch()
-    inodes = [listed(f"{number}") for number in range(40)]
-    assert inodes[0].descriptor < 0
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - one descriptor of its own, both times
-    assert listed("0") is inodes[0]
-    assert (inodes[0].descriptor, inodes[0].lookups) == (-1, 2)
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-    for number in range(40):
-        (tmp_path / f"{number}").unlink()
-    for number in range(100, 140):  # file systems use inode numbers again soon
-        (tmp_path / f"{number}").touch()
-        inode = listed(f"{number}")
-        assert inode not in inodes
-        assert os.fstat(table.descriptor(inode)).st_ino == inode.key[1]
-
-
 def test_a_directory_that_is_gone_once_it_is_open_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,14 +135,14 @@ def test_what_needs_two_descriptors_has_both(tmp_path: Path) -> None:
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
     (tmp_path / "old" / "file").write_bytes(os.urandom(PAGE_SIZE))
-    for number in range(40):
+    for number in range(80):
         (tmp_path / f"{number}").touch()
     root = os.open(tmp_path, os.O_RDONLY)
     overlay = build(root, Precache(SegmentPaths.of("none"), "web"), fine_stamps=True)
-    overlay.table._quota, overlay.table._batch = 16, 1
+    overlay.table.nodes.bound(16, 1, True)
 
     async def main() -> None:
-        names = iter(range(40))
+        names = iter(range(80))
 
         async def seen(name: str) -> int:
             return (await overlay.lookup(pyfuse3.ROOT_INODE, name.encode(), CONTEXT)).st_ino
@@ -180,14 +153,14 @@ def test_what_needs_two_descriptors_has_both(tmp_path: Path) -> None:
                 overlay.table.descriptor(overlay.table[nodeid])
             while overlay.table[second].descriptor >= 0:
                 await seen(f"{next(names)}")
-            assert next(iter(overlay.table._open)) == first
+            assert overlay.table.all()[0].nodeid == first
 
         new, old = await seen("new"), await seen("old")
         await age(old, new)
         await overlay.rename(old, b"file", new, b"moved", 0, CONTEXT)
         file = (await overlay.lookup(new, b"moved", CONTEXT)).st_ino
-        overlay.table._open.move_to_end(new)
-        overlay.table._open.move_to_end(file, last=False)
+        while overlay.table.all()[0].nodeid != file:
+            await seen(f"{next(names)}")
         await overlay.link(file, old, b"file", CONTEXT)
 
     try:

@@ -74,6 +74,11 @@ def wanted(status: os.stat_result, node: int) -> tuple[int, ...]:
     )
 
 
+def wanted_of(path: Path) -> tuple[int, ...]:
+    """Return the same of a file whose node has its number."""
+    return wanted(path.stat(), path.stat().st_ino)
+
+
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     yield from make(tmp_path)
@@ -332,17 +337,12 @@ def begin(desk: Desk, place: int, start: int, size: int) -> tuple[int, "_native.
 def listed(
     desk: Desk, place: Path, names: list[bytes], start: int = 0, size: int = 32768, lifetime: float = 1.0
 ) -> list[Entry]:
-    """List some names of a directory once, inodes being numbered from 1000 on."""
+    """List some names of a directory once."""
     directory = os.open(place, os.O_RDONLY)
     try:
         unique, page = begin(desk, directory, start, size)
-        node = 1000 + start
         while page.next < len(names) and not page.full:
-            rows = page.look_up(directory, names, b"", True)
-            for _, _, descriptor in rows:
-                os.close(descriptor)
-            page.identify([(node + place, place + 7, False) for place in range(len(rows))])
-            node += len(rows)
+            page.look_up(directory, names, b"", True)
         if page.length:
             desk.reader.list(page)
         desk.reply(unique)
@@ -422,24 +422,27 @@ def test_what_is_gone_is_left_out_and_what_fails_has_a_name(
     (place / "z").mkdir()
     names = [b"gone", b"a", b"n" * 300, *(b"gone too %d" % number for number in range(600)), b"z", b"no"]
     a, failed, z = listed(desk, place, names)
-    assert (a.name, a.number, a.attributes) == (b"a", 2, wanted((place / "a").stat(), 1000))
+    assert (a.name, a.number, a.attributes) == (b"a", 2, wanted_of(place / "a"))
     assert (failed.name, failed.number, failed.node) == (b"n" * 300, 3, _NO_NODE)
     assert (failed.attributes[9], failed.kind) == (0, 0)
-    assert (z.name, z.number, z.attributes) == (b"z", 604, wanted((place / "z").stat(), 1001))
+    assert (z.name, z.number, z.attributes) == (b"z", 604, wanted_of(place / "z"))
     assert listed(desk, place, [b"gone"]) == []
+
+
+def believe(table: InodeTable, attributes: float = 30.0, names: float = 60.0, device: int = 0) -> None:
+    """Have names and attributes on a device believed for so long."""
+    table.nodes.believe(table.device + device, names, 1.0, attributes, attributes, 60.0, 0.0)
 
 
 def test_what_is_written_to_unseen_is_not_believed(desk: Desk, table: InodeTable, place: Path) -> None:
     desk.reader.set_nodes(table.nodes, True)
-    table.nodes.believe(table.device, 60.0, 1.0, 1.0, 60.0, -1.0)
+    believe(table, 60.0)
     for name in "abc":
         (place / name).touch()
+    table.store_to(table.lookup(table[pyfuse3.ROOT_INODE], b"b")[0], True)
     directory = os.open(place, os.O_RDONLY)
     unique, page = begin(desk, directory, 0, 4096)
-    rows = page.look_up(directory, [b"a", b"b", b"c"], b"", True)
-    for _, _, descriptor in rows:
-        os.close(descriptor)
-    page.identify([(5, 1, False), (6, 2, True), (7, 3, False)])
+    page.look_up(directory, [b"a", b"b", b"c"], b"", True)
     assert (page.short_lived, page.shortest) == (1, 0.0)
     desk.reader.list(page)
     with pytest.raises(ValueError, match="under way"):
@@ -450,6 +453,27 @@ def test_what_is_written_to_unseen_is_not_believed(desk: Desk, table: InodeTable
     assert [entry.attribute_seconds for entry in entries(desk.answer()[2])] == [60, 0, 60]
     with pytest.raises(ValueError, match="under way"):
         desk.reader.list(page)
+    os.close(directory)
+
+
+def test_a_page_that_fails_leaves_no_lookups(desk: Desk, table: InodeTable, place: Path) -> None:
+    """The kernel will not forget what it was never told."""
+    desk.reader.set_nodes(table.nodes, True)
+    believe(table)
+    for name in "abc":
+        (place / name).touch()
+    known, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
+    table.remember(known)
+    directory = os.open(place, os.O_RDONLY)
+    names, places, _ = _native.names(directory)
+    for _ in range(2):  # nor is it taken for told
+        _, page = begin(desk, directory, 0, 4096)
+        page.look_up(directory, [b".", *names, b"n" * 300], bytes(16) + places, True)
+        assert (known.lookups, len(table)) == (2, 4)
+        page.take_back()
+        assert (known.lookups, len(table), table.open_descriptors, page.length) == (1, 2, 1, 0)
+        page.take_back()
+        assert known.lookups == 1
     os.close(directory)
 
 
@@ -465,17 +489,14 @@ def test_names_are_all_there(place: Path) -> None:
     assert _native.names(directory) == ([], b"", errno.EBADF)
 
 
-def relisted(desk: Desk, place: Path, written: bytes = b"", places: bytes | None = None) -> list[Entry]:
-    """List a directory once, inodes having the numbers of their files; `written` is stored to."""
+def relisted(desk: Desk, place: Path, places: bytes | None = None) -> list[Entry]:
+    """List a directory once, as the overlay does."""
     directory = os.open(place, os.O_RDONLY)
     try:
         names, found, _ = _native.names(directory)
         unique, page = begin(desk, directory, 0, 65536)
         while page.next < len(names):
-            rows = page.look_up(directory, names, found if places is None else places, True)
-            for _, _, descriptor in rows:
-                os.close(descriptor)
-            page.identify([(key[1], 1, names[0] == written) for key, _, _ in rows])
+            page.look_up(directory, names, found if places is None else places, True)
         desk.reader.list(page)
         desk.reply(unique)
         return entries(desk.answer()[2])
@@ -483,11 +504,19 @@ def relisted(desk: Desk, place: Path, written: bytes = b"", places: bytes | None
         os.close(directory)
 
 
+def forget(table: InodeTable, node: int) -> None:
+    """Take all lookups of a node back."""
+    inode = table.forget(node, 1 << 40)
+    if inode is not None:
+        table.drop(inode)
+
+
 def test_what_the_kernel_was_told_lately_is_a_name_alone(
     desk: Desk, table: InodeTable, place: Path, eventually: Callable[..., None]
 ) -> None:
     every_kind(place)
-    table.nodes.believe(table.device, 60.0, 1.0, 30.0, 30.0, 60.0)
+    (place / "another name").unlink()
+    believe(table)
     desk.reader.set_nodes(table.nodes, True)
     whole = relisted(desk, place)
     assert all(entry.node and entry.attributes[9] for entry in whole)
@@ -498,23 +527,23 @@ def test_what_the_kernel_was_told_lately_is_a_name_alone(
         (e.name, e.number, e.kind, e.ino) for e in whole
     ]
     assert relisted(desk, place, places=b"") == whole  # nobody knows which files they are
-    table.nodes.hide(whole[0].node)  # what was told was told
-    assert relisted(desk, place)[0].node == 0
-    table.nodes.remove(whole[0].node)
-    told = [entry.node == 0 for entry in relisted(desk, place)]
-    # Another name of the same file is told already when its turn comes in the next step only.
-    others = [entry.node == whole[0].node for entry in whole]
-    assert told == [not other for other in others]
+    forget(table, whole[0].node)
+    assert [entry.node == 0 for entry in relisted(desk, place)] == [False] + [True] * (len(whole) - 1)
     table.nodes.doubt()
-    assert relisted(desk, place) == whole
+    again = relisted(desk, place)
+    assert again[0].generation > whole[0].generation
+    assert [e._replace(generation=0) for e in again] == [e._replace(generation=0) for e in whole]
     (place / "new").touch()
     assert [entry.name for entry in relisted(desk, place) if entry.node] == [b"new"]
+    os.link(place / "new", place / "its other name")  # is asked for by itself
+    assert [entry.name for entry in relisted(desk, place) if entry.node] == []
     for seconds in (0.04, 0.0):  # not for long enough, or not at all
-        table.nodes.believe(table.device, 60.0, 1.0, seconds, seconds, 60.0)
+        believe(table, seconds)
         table.nodes.doubt()
         assert [all(e.node for e in relisted(desk, place)) for _ in range(2)] == [True, True]
-    table.nodes.believe(table.device, 0.2, 1.0, 60.0, 60.0, 60.0)  # names count as well
+    believe(table, 60.0, names=0.2)  # names count as well
     table.nodes.doubt()
+    (place / "its other name").unlink()
     relisted(desk, place)
     eventually(lambda: all(entry.node for entry in relisted(desk, place)), timeout_s=5)
 
@@ -524,19 +553,27 @@ def test_what_a_directory_says_of_other_files_is_not_taken_for_known(
 ) -> None:
     (place / "a").touch()
     desk.reader.set_nodes(table.nodes, True)
-    table.nodes.believe(table.device, 60.0, 1.0, 30.0, 30.0, 60.0)
-    listed(desk, place, [b"a"])  # its node has another number than the file
-    assert relisted(desk, place, written=b"a")[0].node  # the attributes of this one are never believed
+    believe(table)
+    number = (place / "a").stat().st_ino
+    before = table.nodes.restore(
+        number, table.device, 1 << 40, stat.S_IFREG, -1, 1, 1, None, True, True, False
+    )
+    whole = relisted(desk, place)[0]  # its node has another number than the file
+    assert (whole.node, relisted(desk, place)[0].node) == (1 << 62, 1 << 62)
+    forget(table, before.nodeid)
+    forget(table, whole.node)
+    inode, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
+    assert inode.nodeid == number
+    table.store_to(inode, True)  # the attributes of this one are never believed
+    assert [relisted(desk, place)[0].node for _ in range(2)] == [number] * 2
+    table.store_to(inode, False)
+    assert [relisted(desk, place)[0].node for _ in range(2)] == [number, 0]
+    table.store_to(inode, True)  # nor what was told of them
     assert relisted(desk, place)[0].node
-    assert relisted(desk, place)[0].node == 0
-    assert relisted(desk, place, written=b"a")[0].node == 0
+    table.store_to(inode, False)
     table.nodes.doubt()
-    assert relisted(desk, place, written=b"a")[0].node  # what was believed before is not any more
-    assert relisted(desk, place)[0].node
-    table.nodes.doubt()
-    table.nodes.believe(table.device + 1, 60.0, 60.0, 30.0, 30.0, 60.0)
-    assert relisted(desk, place)[0].node  # a number of another device
-    assert relisted(desk, place)[0].node
+    believe(table, device=1)
+    assert [relisted(desk, place)[0].node for _ in range(2)] == [number] * 2  # a number of another device
 
 
 def test_the_second_listing_asks_for_nothing_and_shows_every_change(

@@ -484,3 +484,13 @@ def test_saved_files_are_all_that_are_open(mount: Mount, node: int) -> None:
     saved = mount.overlay.saved()
     assert [row[0] for row in saved["files"]] == [first, second]
     assert saved["next_file"] == second + 1
+
+
+def test_a_file_is_not_forgotten_before_python_has_learned_of_it(mount: Mount, node: int) -> None:
+    """The table of inodes forgets by itself what Python has not seen."""
+    mount.request(OPEN, node, struct.pack("=II", os.O_RDONLY, 0))
+    mount.request(FORGET, node, struct.pack("=Q", 1))
+    assert mount.served()
+    assert mount.reading.reader.counters()["opens"] == 1
+    assert len(mount.files()) == 1
+    assert len(mount.overlay.table) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tmem.backends import _native
+from tmem.fs.inodes import InodeTable
 from tmem.fs.reading import NOTHING, REQUEST
 from tmem.types import PAGE_SIZE
 
@@ -231,23 +232,23 @@ def test_a_late_page_of_a_listing_is_forgotten(
     desk: Desk, program: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
     """The same where the reader replies; "." is not counted, what could not be looked up does no harm."""
-    nodes = _native.Nodes()
-    desk.reader.set_nodes(nodes, True)
+    table = InodeTable(os.open(tmp_path, os.O_RDONLY), quota=16)
+    desk.reader.set_nodes(table.nodes, True)
     (tmp_path / "a").touch()
     directory = os.open(tmp_path, os.O_RDONLY)
     unique = given_up(desk, program, READDIRPLUS, READ_BODY)
     page = desk.reader.page(unique, 1.0)
-    for _, _, descriptor in page.look_up(directory, [b".", b"a", b"n" * 300, b"gone", b"file"], b"", True):
-        os.close(descriptor)
-    page.identify([(5, 1, False), (6, 1, False)])
+    page.look_up(directory, [b".", b"a", b"n" * 300, b"gone", b"file"], b"", True)
     desk.reader.list(page)
     desk.reply(unique)
     message = desk.forwarded_message()
     assert struct.unpack_from("=II", message) == (len(message), BATCH_FORGET)
-    assert list(struct.iter_unpack("=QQ", message[48:])) == [(5, 1), (1 << 63, 1), (6, 1)]
+    a, file = ((tmp_path / name).stat().st_ino for name in ("a", "file"))
+    assert list(struct.iter_unpack("=QQ", message[48:])) == [(a, 1), (1 << 63, 1), (file, 1)]
     assert desk.silent()
     assert desk.reader.quiet
     os.close(directory)
+    table.close()
 
 
 @pytest.mark.parametrize(("opcode", "closing"), [(OPEN, RELEASE), (OPENDIR, RELEASEDIR)])

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from tmem.backends import _native
 from tmem.fs.loop import Readers
 from tmem.fs.reading import ASKED, NOTHING, REQUEST
 from tmem.fs.shortcuts import Shortcuts
@@ -32,9 +31,6 @@ READ = 15
 def desk(tmp_path: Path) -> Iterator[Desk]:
     for one in make(tmp_path):
         one.reader.open_shortcut()
-        nodes = _native.Nodes()
-        nodes.believe(tmp_path.stat().st_dev, 7.5, 1.0, 2.0, 2.0, 60.0)
-        one.reader.set_nodes(nodes, False)
         yield one
 
 
@@ -50,29 +46,20 @@ def interrupted(desk: Desk, unique: int) -> None:
     desk.serve()
 
 
-def test_a_name_is_looked_up(desk: Desk, tmp_path: Path) -> None:
-    (tmp_path / "name").write_bytes(bytes(1234))
+def test_a_name_is_put_by(desk: Desk, tmp_path: Path) -> None:
+    """So it is where there is no table of inodes, or another thread has read it."""
     unique = desk.request(LOOKUP, b"name\0", 77)
     assert desk.serve() == ASKED
     assert desk.reader.asked() == (LOOKUP, unique, 1, 0, 0, 77, b"name\0", 0)
     assert desk.reader.asked() is None
     assert desk.silent()
     assert not desk.reader.quiet
-    directory = os.open(tmp_path, os.O_RDONLY)
-    found = desk.reader.look_up(directory, b"name\0", True)
-    assert isinstance(found, tuple)
-    status = (tmp_path / "name").stat()
-    assert found[:2] == ((status.st_dev, status.st_ino), 0o100000)
-    assert os.path.samestat(os.fstat(found[2]), status)
-    assert desk.reader.look_up(directory, b"no such name\0", True) == 2
+    with pytest.raises(ValueError, match="no nodes"):
+        desk.reader.look_up(unique, 1, b"name\0", True)
     with pytest.raises(ValueError, match="ends with a zero"):
-        desk.reader.look_up(directory, b"name", True)
-    desk.reader.look_up(directory, b"name\0", True)
-    desk.reader.enter(unique, 99, 3, False)
-    number, error, entry = desk.answer()
-    assert (number, error) == (unique, 0)
-    assert struct.unpack_from("=QQQQII", entry) == (99, 3, 7, 2, 500_000_000, 0)
-    assert struct.unpack_from("=QQ", entry, 40) == (99, 1234)  # node and size
+        desk.reader.look_up(unique, 1, b"name", True)
+    desk.reader.reply(unique, 2)
+    assert desk.answer() == (unique, -2, b"")
     assert desk.reader.quiet
 
 
