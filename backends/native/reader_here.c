@@ -88,4 +88,16 @@ bool reader_asks(struct reader *r)
     return false;
 }
 
-struct asked *reader_asked(struct reader *r) { return reader_asks(r) ? shortcut_take(&r->shortcut) : NULL; }
+/* Outside reader_serve: what were opened here would not be learned before the next request, which may be for the same file. */
+struct asked *reader_asked(struct reader *r)
+{
+    struct fuse_in_header in;
+    struct asked *a;
+    while ((a = shortcut_take(&r->shortcut))) {
+        memcpy(&in, a->bytes, sizeof in);
+        if (passing_wants_held(&r->passing, in.unique))
+            break;
+        free(a);
+    }
+    return a;
+}

@@ -74,7 +74,7 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e);
 /* The event loop's thread goes to where it may have to wait, and comes back; the stand-in comes if that takes long. */
 void reader_leave(struct reader *r);
 void reader_return(struct reader *r);
-/* Answer an OPEN or a RELEASE that needs no Python. By the event loop's thread. `held`: it is a flight. */
+/* Answer an OPEN or a RELEASE that needs no Python. By the event loop's thread within reader_serve. `held`: it is a flight. */
 bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held);
 /* Whether a request lies for Python that needs it; those before it are answered. By the same. */
 bool reader_asks(struct reader *r);

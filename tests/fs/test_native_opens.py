@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import struct
+import sys
+import termios
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from tmem.fs.precache import Precache
 from tmem.fs.reading import ASKED, NEWS, NOTHING, Reading
 from tmem.fs.rules import Rules
 from tmem.types import PAGE_SIZE
+
+from ..waiting import wait_until
 
 LOOKUP, FORGET, OPEN, READ, RELEASE = 1, 2, 14, 15, 18
 DIRECT_IO, KEEP_CACHE, NO_FLUSH = 1, 2, 1 << 5
@@ -64,6 +68,10 @@ class Mount:
 
     def __post_init__(self) -> None:
         self.doubts: list[int] = []
+
+    def taken(self) -> bool:
+        """Say whether all requests have been read."""
+        return not int.from_bytes(fcntl.ioctl(self.kernel, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def served(self) -> bool:
         """Serve one request; say whether it took Python."""
@@ -461,6 +469,20 @@ def test_a_file_without_a_name_loses_its_pages_with_its_last_close(mount: Mount,
     assert pool.statistics()["pages"] == 3
     assert mount.close(node, handle)
     assert pool.statistics()["pages"] == 0
+
+
+def test_what_is_asked_between_two_requests_is_pythons(mount: Mount, node: int) -> None:
+    """Others read requests while Python is at one: of what was opened then it would not know at the next."""
+    (mount.lower / "other").write_bytes(CONTENT)
+    other = mount.look_up("other")
+    opens = ((other, os.O_RDWR), (node, os.O_RDONLY), (node, os.O_RDWR))
+    for which, flags in opens:
+        mount.request(OPEN, which, struct.pack("=II", flags, 0))
+    wait_until(mount.taken)  # by the stand-in
+    assert mount.reading.serve(-1, 0) == ASKED
+    assert mount.reading.answer(lambda *arguments: pytest.fail("it waits")) == len(opens)
+    assert sorted(mount.files()) == [1, 2, 3]
+    assert mount.files()[2].state is mount.files()[3].state is mount.inode(node).state
 
 
 def test_without_memory_for_an_open_file_none_stays(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
