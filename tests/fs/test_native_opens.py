@@ -471,6 +471,27 @@ def test_a_file_without_a_name_loses_its_pages_with_its_last_close(mount: Mount,
     assert pool.statistics()["pages"] == 0
 
 
+@pytest.mark.parametrize("which", ["first", "later"])
+def test_times_from_beyond_2262_are_pythons(maker: Maker, which: str) -> None:
+    """Whoever owns a file can give it a time of which 64 bits of nanoseconds know nothing."""
+    mount = maker()
+    path = mount.lower / "file"
+    node = mount.look_up("file")
+    if which == "later":
+        mount.use(node)
+    os.utime(path, (13_000_000_001, 13_000_000_000))
+    assert path.stat().st_mtime_ns > 1 << 63
+    mount.grant()
+    for said in (NO_FLUSH, KEEP_CACHE | NO_FLUSH):
+        asked, handle, told = mount.open(node)
+        assert (asked, told) == (True, said)
+        assert mount.read(node, handle) == CONTENT
+        mount.close(node, handle)
+    state = mount.inode(node).state
+    assert state is not None
+    assert state.version == version_of(path.stat())
+
+
 def test_what_is_asked_between_two_requests_is_pythons(mount: Mount, node: int) -> None:
     """Others read requests while Python is at one: of what was opened then it would not know at the next."""
     (mount.lower / "other").write_bytes(CONTENT)
