@@ -26,6 +26,7 @@ from redis.exceptions import (
     ResponseError,
     TryAgainError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tmem.backends.tiers.redis_wire import Reply, Taken, Wire, Word, whole
@@ -165,6 +166,10 @@ class Exchange:
         """It has been silent for too long."""
         self._failed(RedisTimeoutError("Timeout reading from socket"))
 
+    def lose(self) -> None:
+        """Its connection was closed by somebody else."""
+        self._failed(RedisConnectionError("Connection closed by us, for its node is no more"))
+
     def abandon(self) -> None:
         """Close the connection, whatever is under way."""
         if self._wire is not None:
@@ -274,7 +279,11 @@ class Traffic:
             exchange.begin(replies)
             spent_s += time.monotonic() - began_s
             if exchange.wire is not None:
-                self._of[exchange.wire.fileno()] = exchange
+                number = exchange.wire.fileno()
+                # Whoever asks the cluster anew closes connections of nodes that are gone, also those in use.
+                if (closed := self._of.get(number)) is not None and closed.wire is not None:
+                    closed.lose()
+                self._of[number] = exchange
                 exchange.send()  # it has something to do while the next one is begun
         self._send()
 

@@ -148,6 +148,39 @@ def test_what_was_begun_goes_on_beside_the_rest(scripted: Make) -> None:
     nodes.close()
 
 
+def test_a_connection_whose_number_another_one_gets() -> None:
+    """`Nodes.refresh` closes pools whose connections are in use, and the next attempt gets their numbers."""
+    silent = socket.create_server(("127.0.0.1", 0), backlog=64)
+    port, traffic = silent.getsockname()[1], Traffic()
+
+    def begun() -> Exchange:
+        pool = redis.ConnectionPool(host="127.0.0.1", port=port, protocol=2, driver_info=None)
+        exchange = Exchange("silent", pool, [Open(0, GETS[0])], 0, 0.2)
+        traffic.begin([exchange], [None])
+        assert exchange.wire is not None
+        return exchange
+
+    def number_of(exchange: Exchange) -> int:
+        assert exchange.wire is not None
+        return exchange.wire.fileno()
+
+    first = begun()
+    number = number_of(first)
+    others: list[Exchange] = []
+    assert first._pool is not None
+    first._pool.disconnect()
+    while not others or number_of(others[-1]) != number:
+        others.append(begun())
+        assert len(others) < 50
+    thread = threading.Thread(target=traffic.finish, args=([*others, first],), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "it is waited for, and nobody looks at it"
+    assert [len(one.left) for one in (first, *others)] == [1] * (1 + len(others))
+    assert "closed" in first.trouble
+    silent.close()
+
+
 def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -> None:
     """One node is long to connect to, and has no time left then; the other has answered long before."""
     server = scripted(lambda _connection, _words: b"$1\r\nv\r\n")
