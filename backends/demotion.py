@@ -182,16 +182,23 @@ class ClientDemotion:
             goes_on = self._batch(need, now_s)
         except TierError as error:
             return self._failed(error, now_s)
-        if self._batches.acknowledged != acknowledged:
-            self.problem, self._rest_until = "", 0.0
+        self._landed(acknowledged)
         return goes_on
 
     def _land(self) -> None:
         """Wait for what is under way."""
+        acknowledged = self._batches.acknowledged
         try:
             self._batches.land_all()
         except TierError as error:
             self._failed(error, self._clock())
+        else:
+            self._landed(acknowledged)
+
+    def _landed(self, before: int) -> None:
+        """See whether batches have landed since there were `before`."""
+        if self._batches.acknowledged != before:
+            self.problem, self._rest_until = "", 0.0
 
     def _failed(self, error: TierError, now_s: float) -> bool:
         """See to what a tier says; whether to ask it again at once."""
@@ -406,9 +413,17 @@ class Demotion:
         """Remove what tiers hold of clients that are no more, or whose tier was taken away."""
         links = list(tiering.assigned_tiers(self._paths))
         lives = self._lives()
-        gone = [one for one in links if (one.client, one.serial) not in lives]
+        # What is on its way there would come once all was removed: servers have no lock that says so.
+        used = {(of, one.url) for of, one in list(self._leaving) if not one.errand.ended}
+        gone = []
+        for one in links:
+            key = (one.client, one.serial)
+            if key not in lives and key not in self._clients:
+                gone.append(one)
         complaints = {}
         for assigned in [*gone, *tiering.ended_tiers(self._paths)]:
+            if ((assigned.client, assigned.serial), assigned.url) in used:
+                continue
             name = assigned.link.name
             try:
                 tiering.end(self._segment, assigned)

@@ -621,3 +621,44 @@ def test_a_client_whose_tier_ends_with_batches_under_way(
         bench.check()
     bench.rounds(2)
     assert not any(tiering.ended_tiers(bench.paths))
+
+
+def test_what_lands_at_the_end_of_a_round_ends_a_problem(bench: Bench, servers: Servers) -> None:
+    """A round that has time for one batch waits for it only once its time is up."""
+    bench.put(0, 10**6)
+    servers.refuse.append(TierDownError("no answer"))
+    bench.rounds(1)
+    assert bench.demotion.problems() == {"guest": "no answer"}
+    bench.clock.look_s = demotion.ROUND_S * 0.6
+    while not bench.demotion.demoted_pages:
+        bench.rounds(1)
+    assert bench.demotion.problems() == {}
+
+
+def test_what_a_client_had_goes_once_nothing_is_on_its_way_there(
+    bench: Bench, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers have no lock that says so, as files have. Who looked earlier has found nothing to remove."""
+    goes_on, end = threading.Event(), OverlappingWriting.end
+
+    def hanging(writing: OverlappingWriting) -> list[int]:
+        goes_on.wait()
+        return end(writing)
+
+    monkeypatch.setattr(demotion, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(OverlappingWriting, "end", hanging)
+    bench.put(0, 10**6)
+    bench.rounds(3)
+    bench.client.destroy()
+    bench.demotion._remove_ended()  # before the next look
+    bench.rounds(3)
+    assert any(tiering.assigned_tiers(bench.paths))
+    goes_on.set()
+
+    def removed() -> bool:
+        bench.rounds(1)
+        return not any(tiering.assigned_tiers(bench.paths))
+
+    wait_until(removed)
+    assert servers.numbered
+    assert servers.records == {}
