@@ -58,7 +58,7 @@ class Nodes:
         self._cluster: RedisCluster | None = None
         self._tries = 0  # to connect to the cluster that have ended
         self._refusal = ""  # what the last one ended with, if it failed
-        self._unreached: set[str] = set()  # nodes that could not be connected to the last time
+        self._unreached: dict[str, float] = {}  # nodes that could not be connected to, and when that was
         self._single: redis.ConnectionPool | None = None
         if not address.cluster:
             (host, port), *_ = address.servers
@@ -222,15 +222,16 @@ class Nodes:
         return self._sorted(exchanges), []
 
     def _sorted(self, exchanges: list[Exchange]) -> list[Exchange]:
-        """Return them so that none is passed over again and again for those that cannot be connected to."""
-        return sorted(exchanges, key=lambda exchange: exchange.name in self._unreached)
+        """Return them so that none is passed over again and again for those that cannot be connected to, not
+        even one that was so itself: who was tried in vain most recently comes last."""
+        return sorted(exchanges, key=lambda exchange: self._unreached.get(exchange.name, 0.0))
 
     def _learn(self, exchanges: Sequence[Exchange]) -> None:
         for exchange in exchanges:
             if exchange.reached is False:
-                self._unreached.add(exchange.name)
+                self._unreached[exchange.name] = time.monotonic()
             elif exchange.reached:
-                self._unreached.discard(exchange.name)
+                self._unreached.pop(exchange.name, None)
 
     def left_of(self, exchanges: Sequence[Exchange], troubles: list[str]) -> list[Open]:
         """Return what these exchanges have left to be tried again."""
