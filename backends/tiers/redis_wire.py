@@ -216,7 +216,7 @@ class Wire:
                 return  # what comes now poll will tell, but not what TLS has decrypted already
 
     def end(self) -> None:
-        """Give the connection back as it was. InvalidResponse if there is more than what was asked for."""
-        if len(self._inbox):
+        """Give the connection back as it was. InvalidResponse if anything is left to be sent or answered."""
+        if self.sending or len(self._inbox):
             raise InvalidResponse("more answers than questions")
         self._socket.settimeout(self._timeout_s)

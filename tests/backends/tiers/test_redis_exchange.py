@@ -113,6 +113,25 @@ def test_a_server_that_answers_more_than_it_was_asked(scripted: Make) -> None:
     nodes.close()
 
 
+def test_a_server_that_answers_before_it_was_asked() -> None:
+    """The rest of the question must not become part of somebody else's."""
+    with socket.create_server(("127.0.0.1", 0)) as hasty:
+        port = hasty.getsockname()[1]
+        pool = redis.ConnectionPool(host="127.0.0.1", port=port, protocol=2, driver_info=None)
+        exchange = Exchange("hasty", pool, [Open(0, Command(b"k", ("SET", b"k", bytes(32 << 20))))], 0, 5.0)
+        traffic, replies = Traffic(), [None]
+        traffic.begin([exchange], replies)
+        with hasty.accept()[0] as connection:
+            connection.settimeout(5)
+            connection.sendall(b"+OK\r\n")
+            traffic.finish([exchange])
+            assert replies == [b"OK"]
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(1 << 20):  # or somebody else's questions come next, over the same one
+                    pass
+        pool.disconnect()
+
+
 def test_nobody_waits_for_a_server_that_is_silent(scripted: Make) -> None:
     good, silent = scripted(lambda *_: WHOLE), scripted(lambda *_: None)
     replies: list[object] = [None] * 8
