@@ -1,9 +1,8 @@
-#include "reader_nodes.h"
+#include "reader_nodes_inside.h"
 
 #include "tm.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -12,30 +11,7 @@
 
 #define FOREIGN_IDS (UINT64_C(1) << 62) /* node ids of files on other devices than the root's start here */
 
-enum {
-    FIRST_BUCKETS = 256,
-    MOST_LOOKS = 3,
-    MOST_TRIES = 64, /* descriptors that are looked at to close some, so the cost stays bounded */
-};
-
-struct nodes {
-    _Atomic uint32_t refs;
-    int root;
-    uint64_t device; /* the root's */
-    size_t quota, batch;
-    bool by_handle, numbers_tell, is_fuse;
-    struct patience patience; /* needs no lock */
-
-    pthread_mutex_t lock; /* of the rest, against those who ask for attributes */
-    struct lifetimes lifetimes;
-    struct node **by_id, **by_key;
-    size_t nbuckets, count;       /* of each, a power of two; nodes */
-    struct node *oldest, *newest; /* of those that are open */
-    size_t nopen, nbeside;
-    uint64_t next_foreign;
-    uint32_t last_generation;
-    uint32_t doubts; /* how often all names were doubted */
-};
+enum { FIRST_BUCKETS = 256 };
 
 /* ---- Chains ------------------------------------------------------------------------------------------------ */
 
@@ -50,6 +26,11 @@ static struct node **id_chain(const struct nodes *n, uint64_t nodeid) { return &
 static struct node **key_chain(const struct nodes *n, uint64_t device, uint64_t number)
 {
     return &n->by_key[bucket_of(n, number ^ device << 32)];
+}
+
+struct node *nodes_first_with(const struct nodes *n, uint64_t device, uint64_t number)
+{
+    return *key_chain(n, device, number);
 }
 
 struct node *nodes_find(const struct nodes *n, uint64_t nodeid)
@@ -134,7 +115,7 @@ static void grow(struct nodes *n)
     n->nbuckets = larger.nbuckets;
 }
 
-static void append_open(struct nodes *n, struct node *one)
+void nodes_append_open(struct nodes *n, struct node *one)
 {
     one->newer = NULL;
     one->older = n->newest;
@@ -143,7 +124,7 @@ static void append_open(struct nodes *n, struct node *one)
     n->nopen++;
 }
 
-static void take_from_open(struct nodes *n, struct node *one)
+void nodes_take_from_open(struct nodes *n, struct node *one)
 {
     *(one->older ? &one->older->newer : &n->oldest) = one->newer;
     *(one->newer ? &one->newer->older : &n->newest) = one->older;
@@ -153,12 +134,11 @@ static void take_from_open(struct nodes *n, struct node *one)
 
 static bool is_root(const struct node *one) { return one->nodeid == ROOT_NODE; }
 
-/* Its descriptor is the caller's from now on, -1: it had none. */
-static int take_descriptor(struct nodes *n, struct node *one)
+int nodes_take_descriptor(struct nodes *n, struct node *one)
 {
     int fd = one->fd;
     if (fd >= 0 && one->by_id && !is_root(one))
-        take_from_open(n, one);
+        nodes_take_from_open(n, one);
     one->fd = -1;
     return fd;
 }
@@ -264,124 +244,6 @@ void nodes_bound(struct nodes *n, size_t quota, size_t batch, bool by_handle)
     n->by_handle = by_handle;
 }
 
-/* ---- Descriptors ------------------------------------------------------------------------------------------- */
-
-/* Whether it can be opened again, and so be closed: it has a name, and a handle. */
-static bool may_close(struct node *one)
-{
-    struct stat st;
-    if (fstat(one->fd, &st) || !st.st_nlink)
-        return false;
-    if (!one->handle)
-        one->handle = handle_at(one->fd, false);
-    return one->handle;
-}
-
-/* Close the oldest: many at once, for looking at a large tree closes one for each name. */
-static void retire(struct nodes *n, const struct node *newest)
-{
-    struct node *old[MOST_TRIES];
-    size_t count = 0;
-    pthread_mutex_lock(&n->lock);
-    for (unsigned i = 0; i < MOST_TRIES && count < n->batch && n->oldest; i++) {
-        struct node *one = n->oldest;
-        take_from_open(n, one); /* whatever stays is the newest then */
-        append_open(n, one);
-        if (one != newest && !one->opens && !one->unlearned && one->device == n->device)
-            old[count++] = one;
-    }
-    pthread_mutex_unlock(&n->lock);
-    for (size_t i = 0; i < count; i++) {
-        if (!may_close(old[i]))
-            continue;
-        pthread_mutex_lock(&n->lock); /* waits for who uses it */
-        int fd = take_descriptor(n, old[i]);
-        pthread_mutex_unlock(&n->lock);
-        close(fd);
-    }
-}
-
-/* Give it a descriptor, and close old ones beyond the quota. */
-static void keep(struct nodes *n, struct node *one, int fd)
-{
-    pthread_mutex_lock(&n->lock);
-    one->fd = fd;
-    append_open(n, one);
-    pthread_mutex_unlock(&n->lock);
-    if (n->nopen > n->quota && n->by_handle)
-        retire(n, one);
-}
-
-int nodes_descriptor(struct nodes *n, struct node *one)
-{
-    if (one->fd >= 0)
-        return one->fd;
-    int fd = -1;
-    if (one->by_id && one->handle)
-        fd = handle_open(n->root, one->handle);
-    else
-        errno = ESTALE;
-    if (fd >= 0)
-        keep(n, one, fd);
-    return fd;
-}
-
-/* Of a file with the device of `one`. Those of FUSE tell files apart although nobody can open by them. (On overlayfs such ones
- * change.) */
-static struct handle *ask_handle(const struct nodes *n, const struct node *one, int fd)
-{
-    return handle_at(fd, n->is_fuse && one->device == n->device);
-}
-
-const struct handle *nodes_handle(struct nodes *n, struct node *one)
-{
-    int fd = one->handle ? -1 : nodes_descriptor(n, one);
-    if (fd >= 0)
-        one->handle = ask_handle(n, one, fd);
-    return one->handle;
-}
-
-/* ---- Which file it is --------------------------------------------------------------------------------------- */
-
-/* Whether two open files with one number are links to one file, as far as can be seen. To a FUSE file system each may be a node of
- * its own, of which the kernel remembers other attributes. */
-static bool are_links(int one, int other)
-{
-    struct statx a, b;
-    for (unsigned i = 0; i < MOST_LOOKS; i++) { /* it may be changing */
-        int flags = AT_EMPTY_PATH | AT_STATX_FORCE_SYNC;
-        if (statx(one, "", flags, STATX_BASIC_STATS, &a) || statx(other, "", flags, STATX_BASIC_STATS, &b))
-            return false; /* one of them is gone */
-        if (a.stx_nlink > 1 && !S_ISDIR(a.stx_mode) && a.stx_nlink == b.stx_nlink && a.stx_uid == b.stx_uid
-            && a.stx_gid == b.stx_gid && a.stx_mode == b.stx_mode && a.stx_size == b.stx_size
-            && a.stx_ctime.tv_sec == b.stx_ctime.tv_sec && a.stx_ctime.tv_nsec == b.stx_ctime.tv_nsec
-            && a.stx_mtime.tv_sec == b.stx_mtime.tv_sec && a.stx_mtime.tv_nsec == b.stx_mtime.tv_nsec)
-            return true;
-    }
-    return false;
-}
-
-/* Whether a node that is open is the one file with its device and number. */
-static bool tells(const struct nodes *n, uint64_t device) { return n->numbers_tell && device == n->device; }
-
-struct node *nodes_known(struct nodes *n, const struct node *found)
-{
-    struct node *first = nodes_with(n, found->device, found->number), *one = NULL;
-    if (tells(n, found->device) || (!first && !n->nbeside))
-        return first;
-    struct handle *h = ask_handle(n, found, found->fd);
-    if (!h || (first && handle_equals(nodes_handle(n, first), h))) {
-        free(h);
-        return first;
-    }
-    for (one = *key_chain(n, found->device, found->number); one; one = one->next_by_key)
-        if (one->beside && one->number == found->number && one->device == found->device && handle_equals(one->handle, h))
-            break;
-    free(h);
-    int fd = !one && first ? nodes_descriptor(n, first) : -1;
-    return fd >= 0 && are_links(fd, found->fd) ? first : one;
-}
-
 /* ---- Finding and counting --------------------------------------------------------------------------------- */
 
 size_t nodes_count(const struct nodes *n) { return n->count; }
@@ -432,8 +294,8 @@ static struct node *make(struct nodes *n, const struct node *found, double now)
         one->nodeid = n->next_foreign++;
     one->generation = n->last_generation = n->last_generation % UINT32_MAX + 1; /* the kernel keeps 32 bits, compares all */
     struct node *before = nodes_with(n, one->device, one->number);
-    if (before && !tells(n, one->device))
-        one->beside = (one->handle = ask_handle(n, one, found->fd)) != NULL;
+    if (before && !nodes_numbers_tell(n, one->device))
+        one->beside = (one->handle = nodes_ask_handle(n, one, found->fd)) != NULL;
     pthread_mutex_lock(&n->lock);
     if (before && !one->beside) /* whose number was recycled: its id answers ESTALE until it is forgotten */
         unlink_key(n, before);
@@ -461,7 +323,7 @@ struct node *nodes_meet(struct nodes *n, const struct node *found, double now, b
     if (!one && !(one = make(n, found, now)))
         close(found->fd);
     else
-        keep(n, one, found->fd);
+        nodes_keep(n, one, found->fd);
     return one;
 }
 
@@ -477,7 +339,7 @@ struct node *nodes_restore(struct nodes *n, const struct node *saved)
         return NULL;
     *one = *saved;
     one->by_id = one->by_key = false;
-    one->beside = saved->by_id && !saved->by_key && one->handle && !tells(n, one->device);
+    one->beside = saved->by_id && !saved->by_key && one->handle && !nodes_numbers_tell(n, one->device);
     pthread_mutex_lock(&n->lock);
     n->nbeside += one->beside;
     if (saved->by_id)
@@ -485,7 +347,7 @@ struct node *nodes_restore(struct nodes *n, const struct node *saved)
     if (saved->by_key || one->beside)
         link_key(n, one);
     if (saved->by_id && one->fd >= 0)
-        append_open(n, one);
+        nodes_append_open(n, one);
     pthread_mutex_unlock(&n->lock);
     return one;
 }
@@ -509,7 +371,7 @@ void nodes_remove(struct nodes *n, struct node *one)
     if (!one->by_id)
         return;
     pthread_mutex_lock(&n->lock);
-    int fd = take_descriptor(n, one); /* waits for who uses it */
+    int fd = nodes_take_descriptor(n, one); /* waits for who uses it */
     unlink_id(n, one);
     n->nbeside -= one->beside;
     if (one->by_key || one->beside)

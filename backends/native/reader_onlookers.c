@@ -55,14 +55,6 @@ void onlookers_free(struct onlookers *o)
     pthread_mutex_destroy(&o->lock);
 }
 
-uint64_t onlookers_count(struct onlookers *o)
-{
-    pthread_mutex_lock(&o->lock);
-    uint64_t names = o->names;
-    pthread_mutex_unlock(&o->lock);
-    return names;
-}
-
 static void note(struct job *j, uint64_t begun_ns)
 {
     int64_t took_ns = (int64_t)(timing_now() - begun_ns), longest_ns = atomic_load(&j->longest_ns);
@@ -182,7 +174,6 @@ bool onlookers_start(struct onlookers *o, struct nodes *nodes, int directory, co
         o->nturns++;
         pthread_cond_signal(&o->called);
     }
-    o->names += started ? n : 0;
     pthread_mutex_unlock(&o->lock);
     if (!started) {
         close(j->directory);

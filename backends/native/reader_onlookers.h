@@ -25,7 +25,6 @@ struct onlookers {
     unsigned nturns, nthreads, nidle;
     bool ending;
     pthread_t threads[ONLOOKERS_MOST];
-    uint64_t names; /* that were looked at */
 };
 
 void onlookers_init(struct onlookers *o, struct shortcut *shortcut);
@@ -36,6 +35,5 @@ void onlookers_free(struct onlookers *o);
  * which is not the caller's any more, asked once more then. False: there is no memory, descriptor or thread for it. */
 bool onlookers_start(struct onlookers *o, struct nodes *nodes, int directory, const char *const *names, unsigned n,
                     struct asked *asked);
-uint64_t onlookers_count(struct onlookers *o);
 
 #endif
