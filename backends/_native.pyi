@@ -768,8 +768,11 @@ class Reader:
         To be answered with `reply` or `look_up`, but for a FORGET. By the thread that calls `serve`.
         """
 
-    def reply(self, number: int, error: int, argument: bytes = b"", /) -> None:
-        """Answer with a positive errno or 0, and an argument of at most 256 bytes or a page (`list`)."""
+    def reply(self, number: int, error: int, argument: bytes = b"", /) -> bool:
+        """Answer with a positive errno or 0, and an argument of at most 256 bytes or a page (`list`).
+
+        False: nobody hears it, for the request was given up. What it did is undone in a moment.
+        """
 
     def look_up(self, number: int, parent: int, name: bytes, may_wait: bool, /) -> bool:
         """Answer a LOOKUP of a name, which ends with a zero, in the node `parent` of `set_nodes`.

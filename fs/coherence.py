@@ -5,7 +5,8 @@ file's version with the one its pages were validated for, and drops the object w
 is coherent from open to open, as NFS is. Never trusted is a version whose time stamp is too young to show the
 next change, and one that is seen while somebody has the file open for writing: the stamps of a write come
 before its bytes (`writers`). A file that this mount has not validated yet (a new daemon, a forgotten inode)
-starts empty.
+starts empty. The kernel drops pages of its own only by the reply to an open: a change that was found
+otherwise (by a read, by an open that failed or that nobody waited for) stays *untold* until the next.
 
 *Own changes* (through the mount) bracket the lower operation: flush, change, flush. They change the version
 too; if the file was as validated just before and nobody opened it meanwhile, the version after it is adopted
@@ -73,6 +74,8 @@ class FileState:
     """Whether the pool may be asked for its pages."""
     top: int = 0
     """No page at this index or above was ever put."""
+    untold: bool = False
+    """Whether the kernel may have pages of its own from before `version`: the next open has it drop them."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Orders puts and the flushes that follow changes; held for one call into the pool, by any thread."""
     gate: "Gate | None" = field(default=None, repr=False)
@@ -85,7 +88,14 @@ class FileState:
         if self.gate is not None:
             # Of an empty file it is asked in `files`: some file systems say so of files that have content.
             serving = self.served and not self.changes and self.size > 0
-            self.gate.set(self.oid, self.size, serving, self.takes, self.version)
+            known = None if self.untold else self.version  # by which the kernel keeps its pages
+            self.gate.set(self.oid, self.size, serving, self.takes, known)
+
+    def told(self, dropped: bool) -> None:
+        """Note whether the kernel drops its own pages, or may not have heard that it should."""
+        if self.untold == dropped:
+            self.untold = not dropped
+            self.show()
 
     def overtake(self) -> None:
         """Void what was read until now; then nothing of it is being put by the native reader, either."""
@@ -100,7 +110,8 @@ class FileState:
 
     def saved(self) -> SavedFileState:
         """Return all of it for `restored`. Of a file that is being changed, nothing will be trusted."""
-        version = None if self.version is None or self.changes else (*self.version,)
+        trusted = None if self.changes or self.untold else self.version
+        version = None if trusted is None else (*trusted,)
         return self.name, self.oid, self.fine_stamps, self.size, version, self.epoch, self.served, self.reach
 
     @classmethod
@@ -192,6 +203,7 @@ class Coherence:
     def validate(self, state: FileState, status: os.stat_result, descriptor: int) -> bool:
         """Compare the lower file with what its pages are valid for, as every open must; True if unchanged.
 
+        Since the last time: what was found then the kernel may not know yet (`FileState.untold`).
         `descriptor` is one of the file, not O_PATH, and best open for reading only (see `is_quiet`).
         """
         version = version_of(status)
@@ -205,6 +217,7 @@ class Coherence:
             return True
         if state.version is not None:
             self._precache.counters.foreign_changes += 1
+        state.untold = True
         self._start_over(state, version, is_quiet(descriptor))  # in this order: not before `status`
         state.show()
         return False

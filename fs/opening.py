@@ -233,9 +233,17 @@ class Opening(Namespace):
         self.precache.counters.declined_opens += inode.declined
         self._files[number] = file
         inode.opens += 1
-        if cached and not unchanged:
+        keep = cached and unchanged and not state.untold
+        if cached and not keep:
             self.kernel.forget_attributes(inode.nodeid)  # an old size must not cut reads
-        return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=cached and unchanged)
+        if not keep:
+            state.told(dropped=True)
+        return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=keep)
+
+    def unheard(self, fh: int) -> None:
+        """Note that nobody has heard what an open was told: its program was killed."""
+        if (file := self._files.get(fh)) is not None:
+            file.state.told(dropped=False)
 
     def _read_natively(self, reading: Reading, file: OpenFile) -> None:
         """Have hits of an open file answered below Python."""

@@ -112,7 +112,8 @@ class Shortcuts:
 
     def _opened(self, unique: int, info: "pyfuse3.FileInfo") -> None:
         said = _DIRECT_IO * info.direct_io | _KEEP_CACHE * info.keep_cache | _NONSEEKABLE * info.nonseekable
-        self._reader.reply(unique, 0, _OPEN_OUT.pack(info.fh, said, 0))
+        if not self._reader.reply(unique, 0, _OPEN_OUT.pack(info.fh, said, 0)):
+            self._overlay.unheard(info.fh)
 
     def _open_directory(self, unique: int, node: int) -> None:
         self._reader.reply(unique, 0, _OPEN_OUT.pack(self._overlay.open_directory(node), 0, 0))

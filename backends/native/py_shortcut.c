@@ -20,7 +20,7 @@ PyObject *shortcut_asked(struct reader *r)
                                       (Py_ssize_t)(a->length - sizeof in), a->fetched);
     if (!request && in.opcode != FUSE_FORGET) {
         PyErr_Clear(); /* no memory, and nobody who could answer it */
-        reader_reply(r, in.unique, ENOMEM, NULL, 0);
+        (void)reader_reply(r, in.unique, ENOMEM, NULL, 0);
         PyErr_NoMemory();
     }
     free(reader_shortcut(r)->current);
@@ -72,10 +72,11 @@ PyObject *shortcut_reply(struct reader *r, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "a reply is a positive errno or 0, and at most 256 bytes");
         return NULL;
     }
+    bool heard;
     Py_BEGIN_ALLOW_THREADS
-    reader_reply(r, unique, error, bytes, (size_t)length);
+    heard = reader_reply(r, unique, error, bytes, (size_t)length);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return PyBool_FromLong(heard);
 }
 
 PyObject *shortcut_look_up(struct reader *r, PyObject *args)

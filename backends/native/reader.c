@@ -184,7 +184,7 @@ static enum taken take_name(struct reader *r, const struct fuse_in_header *in, s
     reader_return(r);
     if (!answered) { /* threads are to fetch it */
         if (!shortcut_put(&r->shortcut, NULL, in, length, NULL, true))
-            passing_reply(&r->passing, in->unique, ENOMEM, NULL, 0);
+            (void)passing_reply(&r->passing, in->unique, ENOMEM, NULL, 0);
         return TAKEN_ASKED;
     }
     atomic_fetch_add_explicit(&r->lookups, 1, memory_order_relaxed);

@@ -97,7 +97,7 @@ struct shortcut *reader_shortcut(struct reader *r);
  * reader_serve, as the next. */
 struct asked *reader_asked(struct reader *r);
 /* Answer one of these (`passing_reply`). */
-void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
+bool reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
 /* Have names looked at and `asked` asked once more (`onlookers_start`). */
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked);
 /* Answer a LOOKUP of this number, by the thread that calls reader_serve. Unless it `may_wait`, only if the kernel has the name at

@@ -10,7 +10,7 @@
 static void answer(struct reader *r, uint64_t unique, bool held, const void *bytes, size_t length)
 {
     if (held)
-        passing_reply(&r->passing, unique, 0, bytes, length);
+        (void)passing_reply(&r->passing, unique, 0, bytes, length);
     else
         reply_bytes(&r->passing, NULL, unique, bytes, length);
 }

@@ -119,9 +119,9 @@ void reader_drain(struct reader *r) { passing_drain(&r->passing); }
 
 struct shortcut *reader_shortcut(struct reader *r) { return &r->shortcut; }
 
-void reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
+bool reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length)
 {
-    passing_reply(&r->passing, unique, error, bytes, length);
+    return passing_reply(&r->passing, unique, error, bytes, length);
 }
 
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked)

@@ -44,7 +44,7 @@ bool reader_look_up(struct reader *r, uint64_t unique, uint64_t parent, const ch
     int error = look_up(nodes, parent, name, may_wait, &out);
     if (error == EAGAIN && !may_wait)
         return false;
-    passing_reply(&r->passing, unique, error, &out, error ? 0 : sizeof out);
+    (void)passing_reply(&r->passing, unique, error, &out, error ? 0 : sizeof out);
     return true;
 }
 

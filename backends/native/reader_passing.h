@@ -107,7 +107,7 @@ bool passing_wants_held(struct passing *p, uint64_t unique);
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */
 /* Reply to it as libfuse would: amended, with a page from `passing_list`, or undone if it was given up. `error`: a positive
  * errno, or 0. For the thread that calls `passing_drain`. */
-void passing_reply(struct passing *p, uint64_t unique, int error, const void *bytes, size_t length);
+bool passing_reply(struct passing *p, uint64_t unique, int error, const void *bytes, size_t length);
 
 /* For the half that passes replies back (`reader_returning.c`), with the lock held. */
 uint32_t room_for(size_t bytes); /* of the socket, for a reply of at most so many bytes */

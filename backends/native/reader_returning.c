@@ -135,13 +135,15 @@ static void reply_whole(struct passing *p, const struct flight *f, size_t length
     (void)ignored;
 }
 
-static void pass_back(struct passing *p, size_t length)
+/* Whether anybody hears it. */
+static bool pass_back(struct passing *p, size_t length)
 {
     struct fuse_out_header *out = (void *)p->reply;
     struct flight *f = landed(p, out->unique);
     if (out->error <= -MOST_ERROR) /* a lower has let out what no program should see */
         out->error = -EIO;
-    if (f && f->given_up) {
+    bool heard = !f || !f->given_up;
+    if (!heard) {
         drop_late(p, f, length);
     } else if (out->len != length) { /* cut off: larger than anything that was asked for */
         reply_error(p, f ? f->entry : NULL, out->unique, -EIO);
@@ -157,15 +159,16 @@ static void pass_back(struct passing *p, size_t length)
     if (f && f->payload)
         buffer_drop(f->payload);
     free(f);
+    return heard;
 }
 
-void passing_reply(struct passing *p, uint64_t unique, int error, const void *bytes, size_t length)
+bool passing_reply(struct passing *p, uint64_t unique, int error, const void *bytes, size_t length)
 {
     struct fuse_out_header out = {.len = (uint32_t)(sizeof out + length), .error = -error, .unique = unique};
     memcpy(p->reply, &out, sizeof out);
     if (length)
         memcpy(p->reply + sizeof out, bytes, length);
-    pass_back(p, out.len);
+    return pass_back(p, out.len);
 }
 
 void passing_drain(struct passing *p)
@@ -173,7 +176,7 @@ void passing_drain(struct passing *p)
     ssize_t n;
     while ((n = recv(p->ours, p->reply, MOST_MESSAGE, MSG_DONTWAIT)) > 0)
         if ((size_t)n >= sizeof(struct fuse_out_header))
-            pass_back(p, (size_t)n);
+            (void)pass_back(p, (size_t)n);
     pthread_mutex_lock(&p->lock);
     passing_give_kept(p);
     pthread_mutex_unlock(&p->lock);
