@@ -193,7 +193,8 @@ class ClientDemotion:
         except TierError as error:
             self._failed(error, self._clock())
         else:
-            self._landed(acknowledged)
+            if self._clock() >= self._rest_until:  # else a later one could not even begin
+                self._landed(acknowledged)
 
     def _landed(self, before: int) -> None:
         """See whether batches have landed since there were `before`."""

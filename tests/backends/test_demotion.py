@@ -635,6 +635,23 @@ def test_what_lands_at_the_end_of_a_round_ends_a_problem(bench: Bench, servers: 
     assert bench.demotion.problems() == {}
 
 
+def test_a_batch_that_lands_after_another_could_not_begin_ends_no_problem(
+    bench: Bench, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Busy.begin
+
+    def begins_one(tier: Busy, records: "Sequence[Buffer]") -> OverlappingWriting:
+        if tier.begun:
+            raise TierDownError("no answer")
+        return begin(tier, records)
+
+    monkeypatch.setattr(Busy, "begin", begins_one)
+    bench.put(0, 10**6)
+    while not bench.demotion.demoted_pages:
+        bench.rounds(1)
+    assert bench.demotion.problems() == {"guest": "no answer"}
+
+
 def test_what_a_client_had_goes_once_nothing_is_on_its_way_there(
     bench: Bench, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
