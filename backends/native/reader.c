@@ -353,7 +353,7 @@ static void set_wake(struct reader *r, int wake)
 }
 
 /* One of the others is readable: pass replies on; what there is for the caller, if anything. */
-static bool look_at_others(struct reader *r, enum reader_event *event)
+static bool look_at_others(struct reader *r, enum reader_event *event, unsigned *served)
 {
     struct pollfd p[4] = {{.fd = r->ours, .events = POLLIN},
                           {.fd = r->theirs, .events = POLLIN},
@@ -362,7 +362,7 @@ static bool look_at_others(struct reader *r, enum reader_event *event)
     (void)poll(p, 4, 0);
     if (p[0].revents)
         passing_drain(&r->passing);
-    bool asked = p[3].revents && reader_asks(r) && (!p[1].revents || r->looks++ % 2); /* neither kind waits for all of the other */
+    bool asked = p[3].revents && reader_asks(r, served) && (!p[1].revents || r->looks++ % 2); /* neither kind waits for all of the other */
     *event = asked ? READER_ASKED : p[1].revents ? READER_REQUEST : READER_NOTHING;
     return *event != READER_NOTHING || p[2].revents;
 }
@@ -399,8 +399,10 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
             }
             if (n <= 0)
                 return READER_NOTHING;
-            if (p[1].revents && look_at_others(r, &event))
+            if (p[1].revents && look_at_others(r, &event, &served))
                 return event;
+            if (timeout_ms == 0 && served >= BURST)
+                return READER_NOTHING;
             if (!p[0].revents)
                 continue;
         }

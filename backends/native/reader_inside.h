@@ -76,8 +76,8 @@ void reader_leave(struct reader *r);
 void reader_return(struct reader *r);
 /* Answer an OPEN or a RELEASE that needs no Python. By the event loop's thread within reader_serve. `held`: it is a flight. */
 bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held);
-/* Whether a request lies for Python that needs it; those before it are answered. By the same. */
-bool reader_asks(struct reader *r);
+/* Whether a request lies for Python that needs it; of those before it some are `answered`, which is counted up. By the same. */
+bool reader_asks(struct reader *r, unsigned *answered);
 void *reader_help(void *arg);     /* a thread; `arg` is a helper */
 void *reader_stand_in(void *arg); /* the same */
 

@@ -14,7 +14,7 @@ from tmem.fs.acting import Caller
 from tmem.fs.identity import object_id, version_of
 from tmem.fs.options import Cache
 from tmem.fs.policy import Policy
-from tmem.fs.reading import ASKED, NEWS, NOTHING
+from tmem.fs.reading import ASKED, NEWS, NOTHING, REQUEST
 from tmem.fs.rules import Rules
 
 from ..waiting import wait_until
@@ -31,10 +31,19 @@ from .native_mount import (
     make,
 )
 
+STATFS = 17
+
 
 @pytest.fixture
 def maker(tmp_path: Path) -> Iterator[Maker]:
     yield from make(tmp_path)
+
+
+@pytest.fixture
+def wake() -> Iterator[int]:
+    descriptor = os.eventfd(0)
+    yield descriptor
+    os.close(descriptor)
 
 
 def open_descriptors() -> int:
@@ -353,6 +362,27 @@ def test_what_is_asked_between_two_requests_is_pythons(mount: Mount, node: int) 
     assert mount.reading.answer(lambda *arguments: pytest.fail("it waits")) == len(opens)
     assert sorted(mount.files()) == [1, 2, 3]
     assert mount.files()[2].state is mount.files()[3].state is mount.inode(node).state
+
+
+@pytest.mark.parametrize("other", ["a request for libfuse", "trio"])
+def test_others_have_their_turn_however_many_opens_others_read(
+    mount: Mount, node: int, other: str, wake: int
+) -> None:
+    """Helpers may bring more as long as there are programs that open files."""
+    opens = 60
+    mount.use(node)
+    before = mount.reading.reader.counters()["opens"]
+    if other == "trio":
+        os.eventfd_write(wake, 1)
+    else:
+        mount.request(STATFS, 1, b"")
+    for _ in range(opens):
+        mount.request(OPEN, node, struct.pack("=II", os.O_RDONLY, 0))
+    wait_until(mount.taken)  # by the stand-in
+    assert mount.reading.serve(wake, 1000) == (NOTHING if other == "trio" else REQUEST)
+    assert 0 < mount.reading.reader.counters()["opens"] - before < opens
+    os.read(wake if other == "trio" else mount.reading._session, 1 << 20)
+    wait_until(lambda: mount.reading.serve(wake, 0) == NOTHING and len(mount.files()) == opens)
 
 
 def test_without_memory_for_an_open_file_none_stays(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
