@@ -144,6 +144,10 @@ class ClientDemotion:
                 if not self.batch(wanted, self._clock()):
                     break
             self._land()
+            if self._ready and not (self.client.tiered and self.client.tier_epoch == self.epoch):
+                # Whoever took the tier away may have removed what is there before the last batch came.
+                self._tidy()
+                self._ready = False
             if not self.trouble and self._clock() >= self._quiet_from_s:
                 self.prefetch.round(back_pages, cold_s > 0, lambda: self._may_come_back(need))
             self._complaint = ""

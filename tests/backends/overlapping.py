@@ -23,6 +23,8 @@ class Servers:
     records: dict[int, bytes] = field(default_factory=dict)
     numbered: int = 0
     """Locations that were given out."""
+    forgotten: set[int] = field(default_factory=set)
+    """Of those that have come, the ones that the last `retain` did not name."""
     refuse: list[TierError] = field(default_factory=list)
     """What the next `begin`s raise."""
     fail: list[TierError] = field(default_factory=list)
@@ -86,7 +88,8 @@ class OverlappingTier:
         assert not self.begun, "a batch is on its way, which nobody names yet"
         if self.servers.refuse:
             raise self.servers.refuse.pop(0)
-        for location in self.servers.records.keys() - set(live):
+        self.servers.forgotten = self.servers.records.keys() - set(live)
+        for location in self.servers.forgotten:
             self.servers.records[location] = self.servers.records[location][::-1]
         self._told = True
 

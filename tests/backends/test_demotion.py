@@ -595,11 +595,13 @@ def test_a_client_whose_tier_ends_with_batches_under_way(
     bench: Bench, servers: Servers, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin, begun = Busy.begin, 0
+    writings: list[OverlappingWriting] = []
 
     def ends(tier: Busy, records: "Sequence[Buffer]") -> OverlappingWriting:
         nonlocal begun
         begun += 1
         writing = begin(tier, records)
+        writings.append(writing)
         if begun == 2 and end == "destroyed":
             bench.client.destroy()
         elif begun == 2:
@@ -616,6 +618,9 @@ def test_a_client_whose_tier_ends_with_batches_under_way(
         bench.rounds(1)
     assert begun == 2
     assert bench.demotion.demoted_pages == 0
+    # What came to the servers after whoever took the tier away had removed everything.
+    kept = {at for one in writings for at in one.locations} & servers.records.keys() - servers.forgotten
+    assert not kept
     if end != "destroyed":
         assert bench.client.statistics()["tier_pages"] == 0
         bench.check()
