@@ -191,6 +191,23 @@ static enum taken take_name(struct reader *r, const struct fuse_in_header *in, s
     return timing_now() - began_ns < QUICK_NAME_NS ? TAKEN_ANSWERED : TAKEN_WAITED;
 }
 
+/* The same of an OPEN or a RELEASE. */
+static enum taken take_open(struct reader *r, struct desk *d, size_t length)
+{
+    const struct fuse_in_header *in = (const void *)d->request->data;
+    if (reader_close_here(r, in, length, false))
+        return TAKEN_ANSWERED;
+    if (!reader_may_open(r, in, length) || !passing_hold(&r->passing, in, length, NULL))
+        return TAKEN_NONE;
+    look_after_interrupts(r);
+    if (reader_open_here(r, in, length))
+        return TAKEN_ANSWERED;
+    if (shortcut_put(&r->shortcut, NULL, in, length, NULL, true))
+        return TAKEN_ASKED;
+    passing_pass_held(&r->passing, &d->request, length);
+    return TAKEN_ELSEWHERE;
+}
+
 /* `leads`: for the event loop's thread, which wakes helpers. `all`: has room for a small hit, which is not answered then; what
  * it has is sent before anything else is done. NULL: there is none. */
 static enum taken take(struct reader *r, struct desk *d, bool leads, struct together *all)
@@ -250,8 +267,9 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&at_hand, size);
         return TAKEN_ANSWERED;
     }
-    if (leads && reader_open_here(r, in, length, false))
-        return TAKEN_ANSWERED;
+    enum taken opened = leads ? take_open(r, d, length) : TAKEN_NONE;
+    if (opened != TAKEN_NONE)
+        return opened;
     enum taken named = leads ? take_name(r, in, length) : TAKEN_NONE;
     if (named != TAKEN_NONE)
         return named;

@@ -9,25 +9,25 @@
 
 enum { ASKED_TOGETHER = 16 }; /* others bring more meanwhile, and Python and its requests want their turn: some 0.3 ms */
 
-static void answer(struct reader *r, uint64_t unique, bool held, const void *bytes, size_t length)
+/* The descriptor of the node to open, -1: it is for Python. */
+static int node_to_open(struct reader *r, const struct fuse_in_header *in, size_t length)
 {
-    if (held)
-        (void)passing_reply(&r->passing, unique, 0, bytes, length);
-    else
-        reply_bytes(&r->passing, NULL, unique, bytes, length);
+    const struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
+    struct fuse_open_in open_in;
+    if (!r->opens || !nodes || in->opcode != FUSE_OPEN || length < sizeof *in + sizeof open_in)
+        return -1;
+    memcpy(&open_in, in + 1, sizeof open_in);
+    return opens_may(r->opens, in->nodeid, open_in.flags) ? nodes_shown(nodes, in->nodeid) : -1;
 }
 
+bool reader_may_open(struct reader *r, const struct fuse_in_header *in, size_t length) { return node_to_open(r, in, length) >= 0; }
+
 /* Away from requests while the lower may keep it waiting. */
-static bool open_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held)
+bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length)
 {
-    struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
-    struct fuse_open_in open_in;
+    int node = node_to_open(r, in, length);
     struct fuse_open_out out;
     bool doubt = false;
-    if (!nodes || length < sizeof *in + sizeof open_in)
-        return false;
-    memcpy(&open_in, in + 1, sizeof open_in);
-    int node = opens_may(r->opens, in->nodeid, open_in.flags) ? nodes_shown(nodes, in->nodeid) : -1;
     if (node < 0)
         return false;
     reader_leave(r);
@@ -35,19 +35,19 @@ static bool open_here(struct reader *r, const struct fuse_in_header *in, size_t 
     reader_return(r);
     if (!done)
         return false;
-    nodes_find(nodes, in->nodeid)->unlearned++;
+    nodes_find(atomic_load(&r->nodes), in->nodeid)->unlearned++;
     if (doubt)
         tell_doubt(&r->passing, in->nodeid);
-    answer(r, in->unique, held, &out, sizeof out);
+    (void)passing_reply(&r->passing, in->unique, 0, &out, sizeof out); /* nobody has to hear it: no pages are to be dropped */
     atomic_fetch_add_explicit(&r->nopens, 1, memory_order_relaxed);
     return true;
 }
 
-static bool close_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held)
+bool reader_close_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held)
 {
     struct fuse_release_in release;
     struct stat st;
-    if (length < sizeof *in + sizeof release)
+    if (!r->opens || in->opcode != FUSE_RELEASE || length < sizeof *in + sizeof release)
         return false;
     memcpy(&release, in + 1, sizeof release);
     int fd = opens_find(r->opens, release.fh);
@@ -60,17 +60,18 @@ static bool close_here(struct reader *r, const struct fuse_in_header *in, size_t
         one->unlearned--;
     if (!files_remove(&r->hits.files, release.fh))
         close(fd);
-    answer(r, in->unique, held, NULL, 0);
+    if (held)
+        (void)passing_reply(&r->passing, in->unique, 0, NULL, 0);
+    else
+        reply_bytes(&r->passing, NULL, in->unique, NULL, 0);
     atomic_fetch_add_explicit(&r->ncloses, 1, memory_order_relaxed);
     return true;
 }
 
-bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held)
+static bool is_done_here(struct reader *r, const struct asked *a)
 {
-    if (!r->opens)
-        return false;
-    return in->opcode == FUSE_OPEN ? open_here(r, in, length, held)
-                                   : in->opcode == FUSE_RELEASE && close_here(r, in, length, held);
+    const struct fuse_in_header *in = (const void *)a->bytes;
+    return !a->tried && (reader_open_here(r, in, a->length) || reader_close_here(r, in, a->length, true));
 }
 
 bool reader_asks(struct reader *r, unsigned *answered)
@@ -80,7 +81,7 @@ bool reader_asks(struct reader *r, unsigned *answered)
     for (unsigned n = 0; n < ASKED_TOGETHER && (a = shortcut_first(&r->shortcut)); n++, ++*answered) {
         memcpy(&in, a->bytes, sizeof in);
         if (passing_wants_held(&r->passing, in.unique)) { /* a FORGET is no flight */
-            if (a->tried || !reader_open_here(r, (const void *)a->bytes, a->length, true)) {
+            if (!is_done_here(r, a)) {
                 a->tried = true;
                 return true;
             }

@@ -74,8 +74,12 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e);
 /* The event loop's thread goes to where it may have to wait, and comes back; the stand-in comes if that takes long. */
 void reader_leave(struct reader *r);
 void reader_return(struct reader *r);
-/* Answer an OPEN or a RELEASE that needs no Python. By the event loop's thread within reader_serve. `held`: it is a flight. */
-bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held);
+/* Whether a request is an OPEN that may need no Python; then answer it, if so. It must be a flight, for the lower may not answer. By the
+ * event loop's thread within reader_serve. */
+bool reader_may_open(struct reader *r, const struct fuse_in_header *in, size_t length);
+bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length);
+/* Answer a RELEASE that needs no Python. By the same. `held`: it is a flight. */
+bool reader_close_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held);
 /* Whether a request lies for Python that needs it; of those before it some are `answered`, which is counted up. By the same. */
 bool reader_asks(struct reader *r, unsigned *answered);
 void *reader_help(void *arg);     /* a thread; `arg` is a helper */

@@ -5,11 +5,15 @@ import fcntl
 import os
 import signal
 import struct
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import trio
 
+from tmem.fs import syscalls
 from tmem.fs.acting import Caller
 from tmem.fs.identity import object_id, version_of
 from tmem.fs.options import Cache
@@ -31,7 +35,8 @@ from .native_mount import (
     make,
 )
 
-STATFS = 17
+STATFS, INTERRUPT = 17, 36
+FAN_CLASS_CONTENT, FAN_MARK_ADD, FAN_OPEN_PERM = 4, 1, 0x10000
 
 
 @pytest.fixture
@@ -362,6 +367,30 @@ def test_what_is_asked_between_two_requests_is_pythons(mount: Mount, node: int) 
     assert mount.reading.answer(lambda *arguments: pytest.fail("it waits")) == len(opens)
     assert sorted(mount.files()) == [1, 2, 3]
     assert mount.files()[2].state is mount.files()[3].state is mount.inode(node).state
+
+
+def test_who_is_killed_while_an_open_hangs_ends_at_once(
+    mount: Mount, node: int, program: "subprocess.Popen[bytes]"
+) -> None:
+    """Local file systems may have somebody asked first, who looks for viruses, say."""
+    scanner = syscalls.fanotify_init(FAN_CLASS_CONTENT, os.O_RDONLY | os.O_CLOEXEC)
+    syscalls.fanotify_mark(scanner, FAN_MARK_ADD, FAN_OPEN_PERM, -1, os.fsencode(mount.lower / "file"))
+    with ThreadPoolExecutor(1) as pool:
+        unique = mount.request(OPEN, node, struct.pack("=II", os.O_RDONLY, 0), program.pid)
+        serving = pool.submit(mount.reading.serve, -1, 0)
+        try:
+            scanned = struct.unpack_from("=IBBHQii", os.read(scanner, 4096))[5]
+            program.send_signal(signal.SIGQUIT)
+            mount.request(INTERRUPT, 0, struct.pack("=Q", unique))
+            assert struct.unpack_from("=iQ", mount.kernel.recv(1 << 20), 4) == (-errno.EINTR, unique)
+            assert not serving.done()
+            os.close(scanned)
+        finally:
+            os.close(scanner)
+        assert serving.result() == REQUEST
+    (handle,) = mount.files()
+    assert struct.unpack_from("=Q", os.read(mount.reading._session, 1 << 20), 40) == (handle,)
+    trio.run(mount.overlay.release, handle)
 
 
 @pytest.mark.parametrize("other", ["a request for libfuse", "trio"])
