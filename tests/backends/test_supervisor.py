@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.waiting import wait_until
 from tmem.backends.paths import NAME_BYTES, SegmentPaths
 from tmem.backends.processes import Process
 from tmem.backends.supervisor import Supervisor
@@ -195,6 +196,8 @@ def test_a_start_that_was_not_recorded_is_found_by_its_marker(paths: SegmentPath
     supervised(paths, first)
     record = paths.record("service", "one")
     record.write_text(json.dumps(json.loads(record.read_text()) | {"process": None}))
+    # exec lets the parent go on a moment before it has put the environment in its place.
+    wait_until(lambda: str(record).encode() in Path(f"/proc/{pids[0]}/environ").read_bytes())
     supervised(paths, second)
 
 

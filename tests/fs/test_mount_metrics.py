@@ -161,12 +161,18 @@ def test_who_can_be_killed_does_not_wait_on(mounter: Mounter, collector: MountCo
     place = mounter("timeout=0")
     os.kill(place.pid, signal.SIGSTOP)
     try:
+        wait_until(lambda: stopped(place.pid))  # or it reads the request, which then cannot be taken back
         assert of(scrape(collector), place) == {"tmem_mount_up": 0}
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         asking_still = [one for one in children if b"user.tmem.statistics" in command(int(one))]
         assert not asking_still
     finally:
         os.kill(place.pid, signal.SIGCONT)
+
+
+def stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
 def command(pid: int) -> bytes:
