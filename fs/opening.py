@@ -249,8 +249,7 @@ class Opening(Namespace):
         """Have hits of an open file answered below Python."""
         inode = file.inode
         self.coherence.admit(file.state)
-        local = self._is_local and inode.key[0] == self.table.device
-        reading.open(file.number, file.descriptor, file.state, local)
+        reading.open(file.number, file.descriptor, file.state, self._is_here(inode))
         if self.coherence.takes_below:
             self.table.opens.know(inode.nodeid, *inode.key, file.state.gate)
         if not file.accessed:

@@ -19,6 +19,7 @@ from tmem.fs.base import FAILURES, errno_seen
 
 if TYPE_CHECKING:
     from tmem.backends._native import Reader
+    from tmem.errors import TmemError
     from tmem.fs.overlay import Overlay
 
 _LOOKUP, _FORGET, _OPEN, _RELEASE, _OPENDIR, _READDIRPLUS = 1, 2, 14, 18, 27, 44
@@ -31,6 +32,8 @@ _FORGET_IN = struct.Struct("=Q")
 _OPEN_IN = struct.Struct("=I")
 _HANDLE_IN = struct.Struct("=Q")
 _OPEN_OUT = struct.Struct("=QIi")
+
+_REFUSALS = (*FAILURES, pyfuse3.FUSEError)
 
 Start = Callable[[Callable[[int, int], Awaitable[None]], int, int], object]
 """Starts a task that calls a function with two numbers."""
@@ -83,10 +86,8 @@ class Shortcuts:
             else:
                 (number,) = _HANDLE_IN.unpack_from(body)
                 self._with_handle(opcode, unique, number, start_soon, fetched)
-        except FAILURES as failure:
-            self._reader.reply(unique, errno_seen(failure))
-        except pyfuse3.FUSEError as failure:
-            self._reader.reply(unique, failure.errno)
+        except _REFUSALS as failure:
+            self._refuse(unique, failure)
 
     def _look_up(self, unique: int, node: int, name: bytes, may_wait: bool) -> None:
         if self._reader.look_up(unique, node, name, may_wait):
@@ -105,10 +106,8 @@ class Shortcuts:
     async def _open_later(self, flags: int, caller: Caller, unique: int, node: int) -> None:
         try:
             self._opened(unique, await self._overlay.open_elsewhere(node, flags, caller))
-        except FAILURES as failure:
-            self._reader.reply(unique, errno_seen(failure))
-        except pyfuse3.FUSEError as failure:
-            self._reader.reply(unique, failure.errno)
+        except _REFUSALS as failure:
+            self._refuse(unique, failure)
 
     def _opened(self, unique: int, info: "pyfuse3.FileInfo") -> None:
         said = _DIRECT_IO * info.direct_io | _KEEP_CACHE * info.keep_cache | _NONSEEKABLE * info.nonseekable
@@ -132,9 +131,14 @@ class Shortcuts:
         self._reader.reply(unique, 0)
 
     async def _close_later(self, unique: int, number: int) -> None:
-        error = 0
         try:
             await self._overlay.release(number)
-        except pyfuse3.FUSEError as failure:
-            error = failure.errno
+        except _REFUSALS as failure:
+            self._refuse(unique, failure)
+        else:
+            self._reader.reply(unique, 0)
+
+    def _refuse(self, unique: int, failure: "OSError | TmemError | MemoryError | pyfuse3.FUSEError") -> None:
+        """Reply to a request whose handler has failed."""
+        error = failure.errno if isinstance(failure, pyfuse3.FUSEError) else errno_seen(failure)
         self._reader.reply(unique, error)

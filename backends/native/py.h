@@ -109,7 +109,7 @@ PyObject *names(PyObject *module, PyObject *directory); /* a function of the mod
 struct opens;
 struct opens *opens_of(PyObject *opens);
 
-/* py_reader.c */
+/* py_gate.c */
 struct gate;
 struct gate *gate_of(PyObject *gate);
 PyObject *gate_wrap(struct gate *g); /* owns the reference, also if it fails */

@@ -27,10 +27,12 @@ void patience_note(struct patience *p, int64_t took_ns)
                           memory_order_relaxed);
 }
 
-bool patience_is_quick(struct patience *p)
+bool patience_is_below(const struct patience *p, int64_t ns)
 {
-    return atomic_load_explicit(&p->usual_ns, memory_order_relaxed) < QUICK_NS;
+    return atomic_load_explicit(&p->usual_ns, memory_order_relaxed) < ns;
 }
+
+bool patience_is_quick(const struct patience *p) { return patience_is_below(p, QUICK_NS); }
 
 bool patience_missed_lately(struct patience *p)
 {

@@ -12,7 +12,7 @@
 #include <stdint.h>
 #include <sys/stat.h>
 
-/* How long a lower takes for a name that is not at hand. */
+/* How long a lower takes for what is not at hand: names here, READs in `reader_waiting.h`. */
 struct patience {
     _Atomic int64_t usual_ns;  /* the last that took longer, or less and less */
     _Atomic int64_t missed_ns; /* when there was one last, monotonic */
@@ -20,8 +20,9 @@ struct patience {
 
 void patience_init(struct patience *p);
 void patience_note(struct patience *p, int64_t took_ns);
+bool patience_is_below(const struct patience *p, int64_t ns); /* it usually takes less */
 /* Whether who must not wait for long may all the same. */
-bool patience_is_quick(struct patience *p);
+bool patience_is_quick(const struct patience *p);
 /* Whether a name was not at hand within the last second: then a directory's content, of which that cannot be told, is not
  * likely to be. */
 bool patience_missed_lately(struct patience *p);

@@ -3,11 +3,7 @@
 #include <signal.h>
 #include <stdlib.h>
 
-enum {
-    STACK_BYTES = 256 << 10,
-    UNKNOWN_NS = 1000000000, /* before the first: some eighty quick ones must come */
-    FADING = 8,
-};
+enum { STACK_BYTES = 256 << 10 };
 
 struct errand {
     struct buffer *request, *data;
@@ -29,14 +25,6 @@ int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
     return rc;
 }
 
-static void note_time(struct waiting *w, int64_t took_ns)
-{
-    int64_t usual_ns = atomic_load_explicit(&w->usual_ns, memory_order_relaxed);
-    /* Of two at a time one may be lost; it is a guess. */
-    atomic_store_explicit(&w->usual_ns, took_ns > usual_ns ? took_ns : usual_ns - (usual_ns - took_ns) / FADING,
-                          memory_order_relaxed);
-}
-
 static void run_errand(struct waiting *w, struct errand *e)
 {
     const struct fuse_in_header *in = (const void *)e->request->data;
@@ -44,7 +32,7 @@ static void run_errand(struct waiting *w, struct errand *e)
     struct entry *entry;
     uint64_t begun_ns = timing_now();
     enum found found = hits_find(w->hits, (const void *)(in + 1), e->data->data, true, &answer);
-    note_time(w, (int64_t)(timing_now() - begun_ns));
+    patience_note(&w->patience, (int64_t)(timing_now() - begun_ns));
     if (found != FOUND)
         passing_pass_held(w->passing, &e->request, e->length);
     else if (passing_end_held(w->passing, in->unique, &entry))
@@ -75,7 +63,7 @@ static void *wait_for_lower(void *arg)
 void waiting_init(struct waiting *w, struct hits *hits, struct passing *passing, unsigned quick_us)
 {
     *w = (struct waiting){.hits = hits, .passing = passing, .quick_ns = (int64_t)quick_us * 1000};
-    atomic_init(&w->usual_ns, UNKNOWN_NS);
+    patience_init(&w->patience);
     pthread_mutex_init(&w->lock, NULL);
 }
 
@@ -154,7 +142,7 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
 
 bool waiting_is_quick(const struct waiting *w)
 {
-    return atomic_load_explicit(&w->usual_ns, memory_order_relaxed) < w->quick_ns;
+    return patience_is_below(&w->patience, w->quick_ns);
 }
 
 bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length)

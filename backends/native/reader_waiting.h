@@ -12,6 +12,7 @@
 #define READER_WAITING_H
 
 #include "reader_hits.h"
+#include "reader_look.h"
 #include "reader_passing.h"
 
 #include <semaphore.h>
@@ -23,7 +24,7 @@ struct waiting {
     struct hits *hits;
     struct passing *passing;
     int64_t quick_ns;
-    _Atomic int64_t usual_ns; /* that such a READ takes: the last that took longer, or less and less */
+    struct patience patience; /* with such READs */
     pthread_mutex_t lock;
     unsigned nthreads, nidle;
     bool ending;

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench_slow import populated_segment
@@ -97,7 +98,8 @@ def run(sizes: Sizes) -> dict[str, object]:
                 for clients in CLIENTS:
                     rounds: dict[str, list[float]] = {name: [] for name in PEERS}
                     for name in in_turn(list(PEERS), sizes.rounds):
-                        rate = _measure(directory, slow, name, lambda root: work(root, sizes, clients))  # noqa: B023
+                        one = partial(work, sizes=sizes, clients=clients)
+                        rate = _measure(directory, slow, name, one)
                         rounds[name].append(rate)
                     for peer in ("lower", "mergerfs"):
                         ratio = paired_ratio(rounds["tmem"], rounds[peer])
