@@ -160,9 +160,27 @@ class Handlers(pyfuse3.Operations):
         """Return what names the lower file with this (st_dev, st_ino), open at `descriptor`."""
         return object_id(*key, handle, self.instances.mark_of(key[0], descriptor))
 
+    def state_if_any(self, inode: Inode) -> FileState | None:
+        """Return the coherence of the file's pages if there may be any; else there is none to keep right.
+
+        The kernel may have forgotten the file since they came, and know it again for a chmod or a rename.
+        """
+        if inode.state is None and self.coherence.remembers_some:
+            with contextlib.suppress(OSError):  # they are dropped at the next open then
+                name = self._name_of(inode.key, self.table.handle(inode), self.table.descriptor(inode))
+                return self.state_of(inode) if self.coherence.remembers(name) else None
+        return inode.state
+
     def change(self, inode: Inode) -> Change:
         """Return the bracket around an own change of `inode` that ends before the handler waits."""
-        return self.coherence.change(inode.state, self.table.descriptor(inode))
+        return self.change_of(self.state_if_any(inode), self.table.descriptor(inode))
+
+    def change_of(self, state: FileState | None, descriptor: int) -> Change:
+        """Return the bracket around an own change of the file open at `descriptor`."""
+        if self.watch is not None and state is not None:
+            # Reports of changes from before it would else be taken for such beside it, which cost all pages.
+            self.watch.catch_up()
+        return self.coherence.change(state, descriptor)
 
     def discard_if_unlinked(self, descriptor: int) -> None:
         """Drop the pages of a file if its last link is gone."""

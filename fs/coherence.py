@@ -150,6 +150,15 @@ class Coherence:
         for name in (*self._remembered, *self._distrusted):
             self.on_name(name, True)
 
+    @property
+    def remembers_some(self) -> bool:
+        """Whether anything is known of any file that the kernel has forgotten."""
+        return bool(self._remembered)
+
+    def remembers(self, name: bytes) -> bool:
+        """Say whether pages may be there of a file that the kernel has forgotten."""
+        return name in self._remembered
+
     def recall(self, name: bytes, fine_stamps: bool) -> FileState:
         """Return the state of a file that is opened for the first time since the kernel knows it."""
         version, top = self._unremember(name)

@@ -127,7 +127,7 @@ class Files(Opening):
         file = self._files[fh]
         descriptor = file.descriptor
         data = self._loader.buffers.payload(buf)
-        with errors(), self.coherence.change(file.state, descriptor) as change:
+        with errors(), self.change_of(file.state, descriptor) as change:
             start: int = off
             end: int | None = off + len(data)
             status = os.fstat(descriptor)

@@ -95,7 +95,7 @@ class Namespace(Handlers):
         descriptor = os.dup(self.table.descriptor(inode))
         try:
             # With a state even if nobody has opened it yet: somebody may, before the worker thread is done.
-            with self.coherence.change(self.state_of(inode), descriptor) as change:
+            with self.change_of(self.state_of(inode), descriptor) as change:
                 change.flush(size, None)
                 try:
                     before = os.fstat(descriptor)
@@ -238,7 +238,7 @@ class Namespace(Handlers):
                 yield
                 return
             inode = self.table.known(status, descriptor)
-            with self.coherence.change(inode.state if inode else None, descriptor):
+            with self.change_of(self.state_if_any(inode) if inode else None, descriptor):
                 yield
             self.discard_if_unlinked(descriptor)
         finally:

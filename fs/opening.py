@@ -138,7 +138,7 @@ class Opening(Namespace):
         # Opened without O_TRUNC first: the change needs a descriptor before it happens.
         descriptor = os.open(self.table.path(inode), (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CLOEXEC)
         try:
-            with self.coherence.change(self.state_of(inode), descriptor) as change:
+            with self.change_of(self.state_of(inode), descriptor) as change:
                 change.flush(0, None)
                 try:
                     before = os.fstat(descriptor)

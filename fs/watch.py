@@ -10,7 +10,8 @@ For each report that concerns a file which the kernel knows through the mount:
 
 The mount's own changes are reported too, under the daemon's own process id, and left out: `coherence`
 brackets them, and the kernel has made them itself. A read calls `catch_up` before it asks the pool, so it
-never returns bytes from before a change that was over when it began. What the kernel answers by itself
+never returns bytes from before a change that was over when it began. So does an own change before it begins,
+that what was over by then is not taken for something beside it. What the kernel answers by itself
 (names, attributes, cached pages) follows when the event loop has read the report.
 
 A file that the kernel has only just been told of is left alone for a moment. The kernel enters one without

@@ -319,6 +319,37 @@ def test_a_read_of_a_file_that_was_forgotten_meanwhile_does_not_put(overlay: Ove
     assert overlay.statistics().overtaken_pages == 1
 
 
+def test_changes_to_a_file_that_the_kernel_had_forgotten_keep_its_pages(overlay: Overlay) -> None:
+    """It forgets files as it likes, so also between a read and a chmod."""
+
+    async def forget() -> None:
+        entry = await overlay.lookup(pyfuse3.ROOT_INODE, name, CONTEXT)
+        await overlay.forget([(entry.st_ino, overlay.table[entry.st_ino].lookups)])
+
+    name = b"file"
+
+    async def main() -> None:
+        nonlocal name
+        fh = await opened(overlay, os.O_RDONLY)
+        assert await read(overlay, fh, size=2 * PAGE_SIZE) == OLD * 2
+        await overlay.release(fh)
+        await forget()
+        inode = (await overlay.lookup(pyfuse3.ROOT_INODE, name, CONTEXT)).st_ino
+        await overlay.setxattr(inode, b"user.any", b"value", CONTEXT)
+        await forget()
+        await overlay.lookup(pyfuse3.ROOT_INODE, name, CONTEXT)
+        await overlay.rename(pyfuse3.ROOT_INODE, name, pyfuse3.ROOT_INODE, b"renamed", 0, CONTEXT)
+        name = b"renamed"
+        await forget()
+        inode = (await overlay.lookup(pyfuse3.ROOT_INODE, name, CONTEXT)).st_ino
+        fh = (await overlay.open(inode, os.O_RDONLY, CONTEXT)).fh
+        assert await read(overlay, fh, size=2 * PAGE_SIZE) == OLD * 2
+
+    trio.run(main)
+    counted = overlay.statistics()
+    assert (counted.hit_pages, counted.miss_pages, counted.foreign_changes) == (2, 2, 0)
+
+
 def test_a_file_is_not_closed_under_a_read_that_waits_for_what_is_read_ahead(
     overlay: Overlay, gate: Gate, tmp_path: Path
 ) -> None:

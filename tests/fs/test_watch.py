@@ -245,6 +245,21 @@ def test_own_changes_are_left_out(overlay: Overlay) -> None:
     trio.run(main)
 
 
+def test_a_report_from_before_an_own_change_is_not_taken_for_one_beside_it(
+    overlay: Overlay, underneath: Underneath, lower: Path
+) -> None:
+    async def main() -> None:
+        node = (await overlay.lookup(pyfuse3.ROOT_INODE, b"file", CONTEXT)).st_ino
+        underneath(other.write, lower / "file", 0, NEW)
+        fh = (await overlay.open(node, os.O_RDONLY, CONTEXT)).fh
+        await overlay.setxattr(node, b"user.any", b"value", CONTEXT)
+        assert await read(overlay, fh) == NEW
+        counted = overlay.statistics()
+        assert (counted.noticed_changes >= 1, counted.foreign_changes) == (True, 0)
+
+    trio.run(main)
+
+
 NAMES: dict[str, Callable[[Path, Underneath], object]] = {
     "create": lambda root, run: run(Path.touch, root / "new"),
     "mkdir": lambda root, run: run(os.mkdir, root / "new"),

@@ -27,7 +27,6 @@ static _Noreturn void work(int in, int out, int err, int control)
     char *arguments[ARGUMENTS + 1];
     int count = 0;
     mlockall(MCL_CURRENT);
-    setsid(); /* before there is a command, so that a signal for its group finds it at any time */
     ssize_t length = 0, n;
     while ((n = read(control, command + length, CHUNK - (size_t)length)) > 0)
         length += n;
@@ -84,6 +83,7 @@ static void spawn(size_t row)
         close(agent_socket);
         work(in[0], out[1], err[1], control[0]);
     }
+    setpgid(pid, pid); /* here and before anybody knows of it, so that a signal for its group finds it at any time */
     workers[row] = pid;
     close(in[0]);
     close(out[1]);
