@@ -152,11 +152,15 @@ static bool find_at_hand(struct reader *r, const struct fuse_in_header *in, cons
     return true;
 }
 
+/* Whether what was missed is put after the reply: where the program goes on meanwhile, on a CPU of its own. On one CPU it would
+ * have to wait for its turn again. */
+static bool replies_first(const struct reader *r) { return eager_pays(&r->eager_hits); }
+
 /* Wait for the lower, and be away from requests meanwhile, so that the stand-in comes if it takes long. */
 static bool wait_here(struct reader *r, struct desk *d, size_t length)
 {
     reader_leave(r);
-    bool done = waiting_do(&r->waiting, &d->request, &d->data, length);
+    bool done = waiting_do(&r->waiting, &d->request, &d->data, length, replies_first(r));
     reader_return(r);
     return done;
 }
@@ -242,7 +246,10 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         enum found found = leads && ahead_has(&r->ahead, &r->hits, read_in, &answer)
                                ? FOUND
                                : hits_find(&r->hits, read_in, data, false, &answer);
-        if (found == FOUND && holds) {
+        bool unput = found == FOUND && answer.unput.missed.gate;
+        if (unput && !(leads && replies_first(r))) /* else whoever leads could close the file */
+            hits_put(&r->hits, &answer);
+        if (found == FOUND && holds && !unput) {
             all->held[all->count].unique = in->unique;
             all->held[all->count++].answer = answer;
             return TAKEN_HELD;
@@ -250,13 +257,14 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         send_together(r, all);
         if (found == FOUND) {
             reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
+            hits_put(&r->hits, &answer);
             if (leads && ahead_expects(&r->ahead, read_in) && !has_one_cpu(r) && !more_waits(r))
                 ahead_fetch(&r->ahead, &r->hits, r->buffers, read_in);
             return TAKEN_ANSWERED;
         }
         if (found == FOUND_IF_WAITING && leads && !r->several && waiting_is_quick(&r->waiting) && wait_here(r, d, length))
             return TAKEN_ANSWERED;
-        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL)) {
+        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL, leads && replies_first(r))) {
             look_after_interrupts(r);
             return TAKEN_ELSEWHERE;
         }
@@ -321,6 +329,7 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
         if (read_in->size <= entry_most(e))
             found = hits_find(&r->hits, read_in, entry_payload(e, read_in->size), false, &answer);
         if (found == FOUND) {
+            hits_put(&r->hits, &answer);
             entry_fill(e, 0, answer.bytes, answer.length);
             return true;
         }
@@ -344,7 +353,7 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
         return true;
     }
     if (!shortcut_put(&r->shortcut, &r->passing, in, length, e, false)
-        && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e)))
+        && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e, false)))
         (void)pass_on(&r->passing, &d->request, length, e);
     look_after_interrupts(r);
     return false;

@@ -10,7 +10,7 @@ bool ahead_has(struct ahead *a, struct hits *h, const struct fuse_read_in *read_
     a->length = 0;
     if (!hits_hold(h, read_in, a->turn))
         return false;
-    *out = (struct answer){a->buffer->data, length};
+    *out = (struct answer){.bytes = a->buffer->data, .length = length};
     return true;
 }
 

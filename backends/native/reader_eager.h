@@ -29,6 +29,8 @@ void eager_answered(struct eager *e, uint64_t now_ns);
 bool eager_looks(struct eager *e, uint64_t now_ns);
 /* A request was there. */
 void eager_found(struct eager *e);
+/* Whether it has paid lately: programs run while replies are written, so they have CPUs of their own. */
+static inline bool eager_pays(const struct eager *e) { return e->credit > 0; }
 /* What is waited for is something else: no verdict. */
 static inline void eager_end(struct eager *e) { e->until_ns = 0; }
 

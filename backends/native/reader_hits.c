@@ -106,15 +106,22 @@ static int64_t put_some(struct hits *h, const struct missed *m, uint32_t first, 
 }
 
 /* In pieces, so that a change does not wait for long. The kernel's copy, if there may be one, goes if the pool has all. */
-static void put(struct hits *h, const struct missed *m, uint32_t first, const uint8_t *data, uint32_t npages, bool copied)
+void hits_put(struct hits *h, struct answer *a)
 {
-    uint32_t stored = 0;
+    const struct missed *m = &a->unput.missed;
+    if (!m->gate)
+        return;
+    uint64_t begun = timing_now();
+    uint32_t stored = 0, first = a->unput.first, npages = a->unput.npages;
     for (uint32_t done = 0, n; done < npages; done += n) {
         n = npages - done < MISS_PAGES ? npages - done : MISS_PAGES;
-        stored += (uint32_t)put_some(h, m, first + done, data + (size_t)done * TM_PAGE, n);
+        stored += (uint32_t)put_some(h, m, first + done, a->unput.pages + (size_t)done * TM_PAGE, n);
     }
-    if (copied && stored == npages)
+    if (a->unput.copied && stored == npages)
         (void)posix_fadvise(m->target.fd, (off_t)first * TM_PAGE, (off_t)npages * TM_PAGE, POSIX_FADV_DONTNEED);
+    add(&h->put_ns, timing_now() - begun);
+    gate_drop(m->gate);
+    a->unput.missed.gate = NULL;
 }
 
 /* How many of the bytes at `start` could be read. */
@@ -138,9 +145,9 @@ static uint64_t read_lower(struct hits *h, int fd, uint64_t start, uint8_t *data
     return done;
 }
 
-/* Fill `data` with the missing pages, and put them. The last one must end where the file does: else it is for Python. */
+/* Fill `data` with the missing pages, which are to be put. The last one must end where the file does: else it is for Python. */
 static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages,
-                       bool waits)
+                       bool waits, struct answer *out)
 {
     uint64_t start = (uint64_t)first * TM_PAGE, bytes = (uint64_t)npages * TM_PAGE;
     struct missed m;
@@ -162,15 +169,18 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
         KP(97);
         if (count == there) {
             memset(data + there, 0, bytes - there);
+            out->unput.missed = m;
+            out->unput.first = first;
+            out->unput.npages = npages;
+            out->unput.pages = data;
             /* One page that was waited for was read past the cache. */
-            put(h, &m, first, data, npages, !waits || npages > 1 || atomic_load(&h->leaves_copies));
+            out->unput.copied = !waits || npages > 1 || atomic_load(&h->leaves_copies);
             if (t->unnoted)
                 files_noted(&h->files, fh);
             add(&h->lower_ns, read_by - begun);
-            add(&h->put_ns, timing_now() - read_by);
             add(&h->miss_reads, 1);
             add(&h->miss_pages, npages);
-            result = FOUND;
+            return FOUND;
         } else if (!waits) {
             result = FOUND_IF_WAITING;
         }
@@ -194,7 +204,7 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
             return FOUND_NOT;
         end = t.size;
     }
-    *out = (struct answer){NULL, 0};
+    *out = (struct answer){0};
     if (end <= offset)
         return FOUND;
     uint64_t first = offset / TM_PAGE, npages = (end + TM_PAGE - 1) / TM_PAGE - first;
@@ -204,7 +214,7 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     if (found < (int64_t)npages) {
         uint32_t have = (uint32_t)found;
         enum found rest = fill(h, read_in->fh, &t, (uint32_t)first + have, data + (size_t)have * TM_PAGE,
-                               (uint32_t)npages - have, waits);
+                               (uint32_t)npages - have, waits, out);
         if (rest != FOUND)
             return rest;
     } else if (t.unnoted) { /* once */
@@ -215,7 +225,8 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
         add(&h->bytes, end - offset);
     }
     add(&h->pages, (uint64_t)found);
-    *out = (struct answer){data + offset % TM_PAGE, end - offset};
+    out->bytes = data + offset % TM_PAGE;
+    out->length = end - offset;
     return FOUND;
 }
 

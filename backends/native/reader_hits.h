@@ -27,6 +27,13 @@ enum found { FOUND, FOUND_IF_WAITING, FOUND_NOT };
 struct answer {
     const uint8_t *bytes;
     size_t length;
+    /* What was read of the lower file for it and is not in the pool yet. */
+    struct {
+        struct missed missed; /* its gate is NULL if there is nothing */
+        uint32_t first, npages;
+        const uint8_t *pages;
+        bool copied; /* the kernel may have a copy */
+    } unput;
 };
 
 int hits_init(struct hits *h, size_t largest); /* -1: no memory */
@@ -35,9 +42,12 @@ void hits_free(struct hits *h);
 void hits_use(struct hits *h, const struct tm_handle *pool);
 /* Drop every page of an object; false: there is no pool, or it failed. */
 bool hits_flush(struct hits *h, const uint8_t *oid);
-/* Find the answer to a READ by way of `data` (a buffer). FOUND_IF_WAITING: it takes waiting for the lower, so call again,
- * with the file held, and `waits` set. FOUND_NOT: it is for libfuse. */
+/* Find the answer to a READ by way of `data` (a buffer), and call `hits_put` then. FOUND_IF_WAITING: it takes waiting for the
+ * lower, so call again, with the file held, and `waits` set. FOUND_NOT: it is for libfuse. */
 enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out);
+/* Put what was read for an answer, of which nothing else is looked at. After the reply it keeps nobody waiting; but then nobody
+ * may close the file meanwhile. */
+void hits_put(struct hits *h, struct answer *a);
 /* Fetch the pages of a READ that may come, all or none; `turn`: of the file's gate before. */
 bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, uint8_t *data, uint64_t *turn);
 /* Whether what was fetched in that turn answers this READ, which is then counted as a hit. */

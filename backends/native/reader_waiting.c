@@ -9,6 +9,7 @@ struct errand {
     struct buffer *request, *data;
     size_t length;
     struct file *file; /* held */
+    bool replies_first; /* and puts then */
 };
 
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
@@ -33,10 +34,14 @@ static void run_errand(struct waiting *w, struct errand *e)
     uint64_t begun_ns = timing_now();
     enum found found = hits_find(w->hits, (const void *)(in + 1), e->data->data, true, &answer);
     patience_note(&w->patience, (int64_t)(timing_now() - begun_ns));
+    if (found == FOUND && !e->replies_first)
+        hits_put(w->hits, &answer);
     if (found != FOUND)
         passing_pass_held(w->passing, &e->request, e->length);
     else if (passing_end_held(w->passing, in->unique, &entry))
         reply_bytes(w->passing, entry, in->unique, answer.bytes, answer.length);
+    if (found == FOUND)
+        hits_put(w->hits, &answer);
     files_release(&w->hits->files, e->file);
     buffer_drop(e->request);
     buffer_drop(e->data);
@@ -108,7 +113,8 @@ static struct waiter *find_idle(struct waiting *w)
     return one;
 }
 
-bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry)
+bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry,
+                  bool replies_first)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
     const struct fuse_read_in *read_in = (const void *)(in + 1);
@@ -116,7 +122,7 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
     struct waiter *waiter;
     if (!e)
         return false;
-    *e = (struct errand){.request = *request, .data = *data, .length = length};
+    *e = (struct errand){.request = *request, .data = *data, .length = length, .replies_first = replies_first};
     if (!(e->file = files_hold(&w->hits->files, read_in->fh))) {
         free(e);
         return false;
@@ -145,11 +151,11 @@ bool waiting_is_quick(const struct waiting *w)
     return patience_is_below(&w->patience, w->quick_ns);
 }
 
-bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length)
+bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, bool replies_first)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
     const struct fuse_read_in *read_in = (const void *)(in + 1);
-    struct errand e = {.request = *request, .data = *data, .length = length};
+    struct errand e = {.request = *request, .data = *data, .length = length, .replies_first = replies_first};
     if (!(e.file = files_hold(&w->hits->files, read_in->fh)))
         return false;
     if (!passing_hold(w->passing, in, length, NULL)) {

@@ -58,7 +58,10 @@ static struct answer given;
 static enum found read_pages(struct world *w, uint32_t first, uint32_t npages, bool waits)
 {
     struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)first * TM_PAGE, .size = npages * TM_PAGE};
-    return hits_find(&w->hits, &read_in, data, waits, &given);
+    enum found found = hits_find(&w->hits, &read_in, data, waits, &given);
+    if (found == FOUND)
+        hits_put(&w->hits, &given);
+    return found;
 }
 
 static uint32_t npages(const struct world *w) { return w->waits ? MANY : 3; }
