@@ -129,6 +129,9 @@ enum block_kind block_kind(uint64_t word) { return (enum block_kind)WORD_KIND(wo
 void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32_t length, const uint8_t *payload)
 {
     uint64_t word = slot | (uint64_t)length << 40 | (uint64_t)kind << 53;
+    /* Read first: where this process has not mapped the page yet, a read has the kernel map its neighbours too, a write does
+     * not (3 of 34 us of a miss that is put). */
+    (void)*((const volatile uint8_t *)(b + 1) + length - 1);
     memcpy(b + 1, payload, length);
     /* From the source, which is warm. */
     b->checksum = checksum(payload, length, word, atomic_load_explicit(&b->stamp, memory_order_relaxed));
