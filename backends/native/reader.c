@@ -258,7 +258,9 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         if (found == FOUND) {
             reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
             hits_put(&r->hits, &answer);
-            if (leads && ahead_expects(&r->ahead, read_in) && !has_one_cpu(r) && !more_waits(r))
+            /* Where the client has a CPU of its own, it works meanwhile, and it may have one though we have but one; where it has not,
+             * this is only done sooner. */
+            if (leads && ahead_expects(&r->ahead, read_in) && !more_waits(r))
                 ahead_fetch(&r->ahead, &r->hits, r->buffers, read_in);
             return TAKEN_ANSWERED;
         }
