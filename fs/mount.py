@@ -38,10 +38,11 @@ def run(
     *,
     detached: bool = False,
     successor: Successor = SUCCESSOR,
+    locked: bool = True,
 ) -> None:
     """Mount `lower` on `mountpoint` and serve it until it is unmounted; `ready` is called once it answers.
 
-    AttachError if it cannot be mounted. `detached` and `successor`: see `Plan`.
+    AttachError if it cannot be mounted. `detached`, `successor` and `locked`: see `Plan`.
     """
     lower, mountpoint = check_places(lower, mountpoint)
     mounts.sweep(mountpoint)
@@ -61,19 +62,28 @@ def run(
             f"{lower} is on a FUSE file system, which numbers its files on each host anew, so hosts cannot "
             "tell each other which file is which: mount it without tier="
         )
-    plan = Plan(lower, mountpoint, options, paths, detached, successor)
+    plan = Plan(lower, mountpoint, options, paths, detached, successor, locked)
     Server(plan, root).run(lambda: device.mount(lower, mountpoint, options), ready=ready)
 
 
 def daemonise(
-    lower: str, mountpoint: str, options: MountOptions, paths: SegmentPaths, successor: Successor = SUCCESSOR
+    lower: str,
+    mountpoint: str,
+    options: MountOptions,
+    paths: SegmentPaths,
+    successor: Successor = SUCCESSOR,
+    *,
+    locked: bool = True,
 ) -> int:
-    """Mount in a process of its own and return its pid once the mount answers. AttachError if it does not."""
+    """Mount in a process of its own and return its pid once the mount answers. AttachError if it does not.
+
+    It is forked, so with `locked` all that the caller has in memory is copied: a large caller may do without.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _run_daemon(lower, mountpoint, options, paths, successor, writing)
+        _run_daemon(lower, mountpoint, options, paths, successor, locked, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         message = os.fsdecode(pipe.read())
@@ -103,6 +113,7 @@ def _run_daemon(
     options: MountOptions,
     paths: SegmentPaths,
     successor: Successor,
+    locked: bool,
     writing: int,
 ) -> None:
     """Be the daemon; never returns."""
@@ -128,7 +139,7 @@ def _run_daemon(
         lower, mountpoint = os.path.abspath(lower), os.path.abspath(mountpoint)  # noqa: PTH100
         os.chdir("/")
         log_to_syslog()
-        run(lower, mountpoint, options, paths, ready, detached=True, successor=successor)
+        run(lower, mountpoint, options, paths, ready, detached=True, successor=successor, locked=locked)
         status = 0
     except TmemError as error:
         log.error("%s", error)

@@ -34,6 +34,8 @@ class Plan:
     detached: bool = False
     """Whether it is served by a daemon, which has no terminal to log to."""
     successor: Successor = Successor()
+    locked: bool = True
+    """Whether the daemon's memory is kept in RAM (`memory`); after a restart it is in any case."""
 
     def saved(self) -> SavedPlan:
         """Return the plan for `restored`."""

@@ -152,7 +152,8 @@ class Server:
         ready: Callable[[], None],
         reading: Reading | None,
     ) -> None:
-        memory.lock(self.plan.paths.segment)
+        if self.plan.locked:
+            memory.lock(self.plan.paths.segment)
         if reading is not None:
             reading.begin()
         # trio hands signals that nobody has looked at to the handler of before, which would end the process.

@@ -97,7 +97,9 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
             options = f"{options},cache=direct".removeprefix(",")
         parsed = MountOptions.parse([options], str(point))
         with permitted(options):
-            pid = daemonise(str(lower), str(point), parsed, SegmentPaths.of(segment), successor)
+            # Locked, it would copy all of the tests' memory first: 0.3 s of CPU and more instead of 0.03.
+            paths = SegmentPaths.of(segment)
+            pid = daemonise(str(lower), str(point), parsed, paths, successor, locked=False)
         places.append(Place(lower, point, pid))
         return places[-1]
 

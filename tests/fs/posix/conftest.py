@@ -86,7 +86,8 @@ def mounted(base: Path, options: str) -> Iterator[Twins]:
         try:
             parsed = MountOptions.parse([f"client=web,allow_other,dev,suid,{options}"], str(place.point))
             with permitted(options):
-                pid = daemonise(str(place.lower), str(place.point), parsed, SegmentPaths.of("default"))
+                paths = SegmentPaths.of("default")
+                pid = daemonise(str(place.lower), str(place.point), parsed, paths, locked=False)
             yield place
             assert segment.check() == []
         finally:
