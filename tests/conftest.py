@@ -37,13 +37,33 @@ _OF_THE_MACHINE = ("nbd/", "faults/", "fs/test_lower_disk.py", "fs/test_sharing_
 """Tests that use the swap or loop devices of this machine: never two of them at a time."""
 
 
+_LONG = (
+    "machine",
+    "guest/test_hosts.py",
+    "backends/test_state.py",
+    "guest/test_self.py",
+    "fs/test_model.py",
+    "backends/test_endurance.py",
+    "backends/test_handoff.py",
+    "guest/test_boot.py",
+)
+"""What takes longest of all that stays together, as `_group` names it: begun last, it would end alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say to several workers (scripts/test) what stays with one: what is of the machine, else each file."""
-    tests = Path(__file__).parent
-    for item in items:
-        path = str(item.path.relative_to(tests))
-        alone = path.startswith(_OF_THE_MACHINE) or "swapping" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("machine" if alone else path))
+    """Say to several workers (scripts/test) what stays with one, and in which order to begin."""
+    places = {name: place for place, name in enumerate(_LONG)}
+    groups = {item: _group(item) for item in items}
+    for item, name in groups.items():
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: places.get(groups[item], len(_LONG)))
+
+
+def _group(item: pytest.Item) -> str:
+    """Return what stays with one worker: what is of the machine, else each file."""
+    path = str(item.path.relative_to(Path(__file__).parent))
+    alone = path.startswith(_OF_THE_MACHINE) or "swapping" in getattr(item, "fixturenames", ())
+    return "machine" if alone else path
 
 
 @pytest.fixture
