@@ -1,6 +1,6 @@
 """Fixtures for tests of the native store: small segments in a private directory on a tmpfs.
 
-`directory` and `small` are per test. TMEM_LONG=1 makes the random tests run about twenty times longer.
+`directory` and `small` are per test. TMEM_LONG=1 makes the random tests run about forty times longer.
 """
 
 import mmap
@@ -18,7 +18,7 @@ from tmem.backends import _native
 from .places import Worker
 
 SMALL_BYTES = 8 << 20
-EFFORT = 20 if os.environ.get("TMEM_LONG") == "1" else 1
+EFFORT = 40 if os.environ.get("TMEM_LONG") == "1" else 1
 """How often random tests repeat."""
 
 

@@ -174,7 +174,7 @@ def test_a_client_that_works_at_random_finds_everything(
     exclusive: bool,
 ) -> None:
     worker = workers[0]
-    for seed in range(6 * effort):
+    for seed in range(3 * effort):
         one = source.client("one")
         for number in (2, 11):
             one.new_pool(persistent=True, exclusive=exclusive, id=number)

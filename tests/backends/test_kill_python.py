@@ -89,7 +89,7 @@ def test_11_one_process_is_killed(
 ) -> None:
     killer, witness = prepare(segment, workers[0], directory), storm.Witness(PERSISTENT, EXCLUSIVE)
     rng = random.Random(5)
-    for seed in range(100 * effort):
+    for seed in range(50 * effort):
         witness.replay(seed, killer.kill(seed, rng))
         assert segment.reap() == 1
         assert segment.check() == []
@@ -104,7 +104,7 @@ def test_11_others_go_on(
     killer, witness = prepare(segment, workers[0], directory), storm.Witness(PERSISTENT, EXCLUSIVE)
     own = [op.new_pool(segment, f"other {i}", persistent=i % 2 == 0) for i in range(4)]
     rng = random.Random(6)
-    for seed in range(10 * effort):
+    for seed in range(5 * effort):
         for number, worker in enumerate(workers[1:]):
             worker.attach(directory / "segment")
             worker.start(activities.verify_own, own[2 * number : 2 * number + 2], number, seed, 400)

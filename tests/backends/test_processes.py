@@ -40,13 +40,13 @@ def test_random_operations_one_process_at_a_time(directory: Path, workers: list[
         parent = directory
 
     Machine.workers = workers
-    run_state_machine_as_test(Machine, settings=bounded(20 * effort, 60))
+    run_state_machine_as_test(Machine, settings=bounded(10 * effort, 60))
 
 
 def test_15_all_at_once_each_with_its_own_pages(directory: Path, workers: list[Worker], effort: int) -> None:
     segment = _native.create(str(directory / "shared"), MEMORY_BYTES)
     wheres = three_pools(segment)
-    for seed in range(3 * effort):
+    for seed in range(2 * effort):
         for owner, worker in enumerate(workers):
             worker.attach(directory / "shared")
             worker.start(activities.verify_own, wheres, owner, seed, 1500)
@@ -59,7 +59,7 @@ def test_15_all_at_once_each_with_its_own_pages(directory: Path, workers: list[W
 def test_15_all_at_once_on_the_same_pages(directory: Path, workers: list[Worker], effort: int) -> None:
     segment = _native.create(str(directory / "shared"), MEMORY_BYTES)
     wheres = three_pools(segment)
-    for seed in range(3 * effort):
+    for seed in range(2 * effort):
         for owner, worker in enumerate(workers):
             worker.attach(directory / "shared")
             worker.start(activities.contend, wheres, owner, seed, 4000)

@@ -10,7 +10,7 @@ from .machine import StoreMachine, bounded
 from .tiered import TieredMachine
 
 
-@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 25), (16, 10)])
+@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 12), (16, 5)])
 def test_14_random_puts_gets_and_flushes(
     directory: Path, memory_mib: int, examples: int, effort: int
 ) -> None:
@@ -21,7 +21,7 @@ def test_14_random_puts_gets_and_flushes(
     run_state_machine_as_test(Machine, settings=bounded(examples * effort, 60))
 
 
-@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 40), (16, 15)])
+@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 20), (16, 8)])
 def test_14_random_operations_of_every_kind(
     directory: Path, memory_mib: int, examples: int, effort: int
 ) -> None:
@@ -32,7 +32,7 @@ def test_14_random_operations_of_every_kind(
     run_state_machine_as_test(Machine, settings=bounded(examples * effort, 60))
 
 
-@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 20), (16, 8)])
+@pytest.mark.parametrize(("memory_mib", "examples"), [(8, 10), (16, 4)])
 def test_random_operations_with_pages_in_tiers(
     directory: Path, memory_mib: int, examples: int, effort: int
 ) -> None:
