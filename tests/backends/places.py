@@ -102,7 +102,7 @@ class Worker:
         self.process.stdout.close()
         try:
             self.process.stdin.close()
-            self.process.wait(10)
+            self.process.wait(60)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             self.process.kill()
             self.process.wait()
@@ -117,7 +117,7 @@ class Worker:
         try:
             good, result = pickle.load(self.process.stdout)
         except EOFError:
-            raise AssertionError(f"the worker ended with status {self.process.wait(10)}") from None
+            raise AssertionError(f"the worker ended with status {self.process.wait(60)}") from None
         if not good:
             raise result
         return result

@@ -72,7 +72,7 @@ class Faulty:
         listening.listen()
         command = [sys.executable, __file__, str(directory), str(point), str(control)]
         self.process = subprocess.Popen(command)
-        listening.settimeout(20)
+        listening.settimeout(60)
         self._connection, _ = listening.accept()
         listening.close()
         control.unlink()

@@ -147,7 +147,7 @@ def make(tmp_path: Path) -> Iterator[Maker]:
         kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours, libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device.setblocking(False)
-        kernel.settimeout(10)
+        kernel.settimeout(60)
         rule = CacheRule(cache, plenty=lambda: True)
         rule.settle(direct_mmap=True)
         overlay = build(

@@ -32,7 +32,7 @@ def as_nobody(code: str) -> None:
             f"import os; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n{code}",
         ],
         check=True,
-        timeout=20,
+        timeout=60,
     )
 
 

@@ -196,7 +196,7 @@ def test_servers_that_hang_are_stepped_around(host: Host, redis_cluster: Cluster
         start = time.monotonic()
         for _ in range(1000):
             assert got(one, content_of(), 0, PAGE_SIZE) == b""  # short: to look at what is got takes longer
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 20  # a fifth of what each waiting would take
     finally:
         for server in redis_cluster.servers:
             server.signal(signal.SIGCONT)

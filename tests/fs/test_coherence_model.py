@@ -129,7 +129,7 @@ class Portal:
         trio.from_thread.run_sync(self._nursery.start_soon, run, trio_token=self._token)
 
         def wait() -> T:
-            assert done.wait(10), "it does not end"
+            assert done.wait(60), "it does not end"
             return results[0]
 
         return wait
@@ -233,7 +233,7 @@ class Machine(RuleBasedStateMachine):
         data = self.data(PAGE_SIZE)
         gate = self.arm(handle.side, point)
         wait = self.portal.begin(self.overlays[handle.side].write, handle.fh, page * PAGE_SIZE, data)
-        assert gate.reached.wait(10)
+        assert gate.reached.wait(60)
         written = point == "write:written"
         if written:
             handle.file.becomes(handle.file.written(page * PAGE_SIZE, data))

@@ -84,7 +84,7 @@ def test_made_underneath_meanwhile(
         (faulty.directory / "new").touch(mode=0o600)
         (faulty.directory / "new").write_text("secret")
         faulty.heal()
-        out, errors = program.communicate(timeout=20)
+        out, errors = program.communicate(timeout=60)
     assert out.strip() == ("secret" if user == 0 else "")
     assert user == 0 or "PermissionError" in errors
 

@@ -44,7 +44,7 @@ class Gate:
         if point == self._point:
             self._point = ""
             self.reached.set()
-            assert self.opened.wait(10), "nobody opened the gate"
+            assert self.opened.wait(60), "nobody opened the gate"
             if self.failure is not None:
                 raise self.failure
 
@@ -362,7 +362,7 @@ def test_a_file_is_not_closed_under_a_read_that_waits_for_what_is_read_ahead(
             assert await read(overlay, fh, page * PAGE_SIZE) == content[page * PAGE_SIZE :][:PAGE_SIZE]
         ahead = overlay._files[fh].ahead
         assert ahead is not None
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while ahead.running:
                 await trio.sleep(0.001)
         gate.arm("read:lower-read")

@@ -168,7 +168,7 @@ def test_a_mount_in_the_foreground_ends_with_ctrl_c(tmp_path: Path, runtime_dir:
             assert process.poll() is None
         point.stat()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert mount_kinds(point) == []
     finally:
         process.kill()

@@ -15,7 +15,7 @@ from tmem.fs.mount import Unhurried
 def syslog(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "log"))
-        listening.settimeout(10)
+        listening.settimeout(60)
         yield listening
 
 
@@ -50,7 +50,7 @@ def test_a_log_that_is_started_anew(syslog: socket.socket, tmp_path: Path) -> No
     say(handler, "lost, too")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anew:
         anew.bind(str(tmp_path / "log"))
-        anew.settimeout(10)
+        anew.settimeout(60)
         say(handler, "after \udcff")
         assert anew.recv(100) == b"<12>after \xff\0"
     handler.close()

@@ -63,10 +63,10 @@ def test_hits_of_other_files_do_not_wait(
             assert place.read_by_daemon() - before < len(CONTENT)
             assert (place.point / "other").read_bytes() == CONTENT  # nor do other opens
             command = [sys.executable, "-m", "tmem", "list"]
-            assert subprocess.run(command, check=True, timeout=20, capture_output=True).stdout
+            assert subprocess.run(command, check=True, timeout=60, capture_output=True).stdout
             faulty.heal()
-            assert ends(one, 10)
-            assert ends(two, 10)
+            assert ends(one, 60)
+            assert ends(two, 60)
     assert (place.point / "slow").read_bytes() == CONTENT
 
 
@@ -82,7 +82,7 @@ def test_a_daemon_that_waits_can_be_ended(
         begun = time.monotonic()
         os.kill(place.pid, signal.SIGTERM)
         eventually(lambda: mounts.top_mount(str(place.point)) is None)
-        assert ends(waiting, 10)
+        assert ends(waiting, 60)
         assert waiting.returncode
         assert time.monotonic() - begun < 10 * PATIENCE_S
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is checked
@@ -103,7 +103,7 @@ def test_a_daemon_whose_requests_end_in_time_ends_well(
         os.kill(place.pid, signal.SIGTERM)
         eventually(lambda: mounts.top_mount(str(place.point)) is None)
         faulty.heal()
-        assert ends(waiting, 10)
+        assert ends(waiting, 60)
         assert waiting.returncode == 0  # it has got its bytes
     assert os.waitpid(place.pid, 0)[1] == 0
 
@@ -117,5 +117,5 @@ def test_a_program_that_is_killed_while_it_waits_ends(
         eventually(lambda: faulty.waiting() == ["read"])
         waiting.kill()
         os.kill(place.pid, signal.SIGTERM)
-        assert ends(waiting, 10)
+        assert ends(waiting, 60)
         assert waiting.returncode == -signal.SIGKILL

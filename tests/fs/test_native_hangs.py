@@ -54,7 +54,7 @@ def test_hits_go_on_while_all_of_python_waits(
                     assert os.pread(other.fileno(), PAGE_SIZE, start) == CONTENT[start : start + PAGE_SIZE]
             assert waiting.poll() is None
             faulty.heal()
-            assert waiting.wait(10) == 0
+            assert waiting.wait(60) == 0
     assert (place.point / "slow").read_bytes() == CONTENT
 
 
@@ -83,7 +83,7 @@ def test_who_is_killed_ends_at_once(
     with program(code, place.point / name) as waiting:
         eventually(lambda: operation in faulty.waiting())
         waiting.send_signal(number)
-        assert waiting.wait(10) == -number
+        assert waiting.wait(60) == -number
         assert operation in faulty.waiting()  # the lower has not answered
     faulty.heal()
     assert (place.point / "slow").read_bytes() == CONTENT
@@ -97,7 +97,7 @@ def test_what_cannot_be_looked_up_is_listed(place: Place, faulty: Faulty) -> Non
     faulty.fail("lookup", errno=errno.EIO)
     for _ in range(2):
         with program(LIST, place.point) as listing:
-            assert listing.wait(10) == 0
+            assert listing.wait(60) == 0
     faulty.heal()
     assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
 
@@ -116,7 +116,7 @@ def test_who_is_killed_at_the_end_of_a_file_ends_at_once(
             other.close()
             eventually(lambda: "getattr" in faulty.waiting())
             waiting.kill()
-            assert waiting.wait(10) == -signal.SIGKILL
+            assert waiting.wait(60) == -signal.SIGKILL
             assert "getattr" in faulty.waiting()
     faulty.heal()
     assert (place.point / "other").read_bytes() == CONTENT
@@ -139,4 +139,4 @@ def test_a_signal_that_is_handled_disturbs_nothing(
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(0.5)
         faulty.heal()
-        assert waiting.wait(10) == 0
+        assert waiting.wait(60) == 0

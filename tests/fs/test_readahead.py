@@ -102,7 +102,7 @@ def read(stream: Stream, upto: int, pages: int = 8) -> None:
 
 
 async def settled(stream: Stream) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         while stream.running:
             await trio.lowlevel.checkpoint()
 

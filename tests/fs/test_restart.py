@@ -310,7 +310,7 @@ def test_a_daemon_that_stands_still_goes_on(place: Place) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             reader.communicate(timeout=0.5)
         os.kill(place.pid, signal.SIGCONT)
-        assert reader.communicate(timeout=20)[0] == b"text"
+        assert reader.communicate(timeout=60)[0] == b"text"
     finally:
         os.kill(place.pid, signal.SIGCONT)
         reader.kill()

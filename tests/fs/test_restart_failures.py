@@ -154,7 +154,7 @@ def test_requests_that_take_too_long(place: Place, code: NewCode) -> None:
                     place.restart()
                 assert (place.point / "other").read_text() == "other"
                 fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-                assert truncating.wait(20) == 0
+                assert truncating.wait(60) == 0
             finally:
                 truncating.kill()
     assert place.restart().count == 1

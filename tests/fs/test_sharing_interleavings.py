@@ -37,7 +37,7 @@ class LatePrecache(Precache):
 
     def put(self, oid: bytes, index: int, data: memoryview) -> int:
         self.at_put.set()
-        assert self.go_on.wait(10), "nobody let the put go on"
+        assert self.go_on.wait(60), "nobody let the put go on"
         return super().put(oid, index, data)
 
 
