@@ -31,7 +31,7 @@ def swap_on(guest: Guest, device: str) -> None:
 
 def swap_off(guest: Guest, device: str) -> None:
     """Bring everything back into RAM and stop using the device."""
-    guest.run(["swapoff", device], 180)
+    guest.run(["swapoff", device], 300)
 
 
 def attach(guest: Guest, port: int, export: str, device: str = "/dev/nbd0") -> None:
@@ -58,7 +58,7 @@ def network(setting: Setting) -> Figures:
         guest.wait_booted()
         attach(guest, ports[name], name)
         swap_on(guest, "/dev/nbd0")
-        guest.watch(stall_s=40)
+        guest.watch(stall_s=90)
     before = heavy.bytes + light.bytes
     size, seconds = (LONG_HOG, 60.0) if setting.long else (HOG, 6.0)
     hogs = {
@@ -88,7 +88,7 @@ def network(setting: Setting) -> Figures:
 
 def _ended(host: Host, guest: Guest, hog: Command, client: str, device: str = "/dev/nbd0") -> Figures:
     """Check a hog that has ended, its swap device and the pool behind it; the figures."""
-    figures = last_json(hog.wait(120))
+    figures = last_json(hog.wait(300))
     pool = host.pool(client)
     demand(figures["bad_pages"] == 0, f"{client}: no page is lost: {figures}")
     # The hog's pages are free now, and the kernel says so when it next uses the clusters, or at swapoff.
@@ -135,16 +135,16 @@ def virtio(setting: Setting) -> Figures:
         guest.run(f"echo 0 >/sys/block/{device.removeprefix('/dev/')}/queue/rotational")
         guest.run(["mkswap", device])
         guest.run(["swapon", "--discard", "--priority", "5", device])  # the same: both are used in turn
-    guest.watch(stall_s=60)
+    guest.watch(stall_s=120)
     hog = start_hog(guest, LONG_HOG if setting.long else HOG, 60 if setting.long else 8)
     kills = 0
     for client in devices:
         _wait_for_pages(host, client, 2000)
         kills += host.kill_servers(client)
-    hog.wait_for("touch", 120)
+    hog.wait_for("touch", 300)
     for client in devices:
         kills += host.kill_servers(client)
-    figures: Figures = last_json(hog.wait(200))
+    figures: Figures = last_json(hog.wait(400))
     demand(figures["bad_pages"] == 0, f"no page is lost: {figures}")
     demand(kills >= 4, f"every server was killed twice: {kills} kills")
     demand("I/O error" not in guest.console(), f"no request failed: {guest.console_tail()}")
@@ -157,7 +157,7 @@ def virtio(setting: Setting) -> Figures:
     return figures | {"kills": kills, "boot_s": round(guest.boot_s or 0, 1)}
 
 
-def _wait_for_pages(host: Host, client: str, npages: int, timeout_s: float = 60.0) -> None:
+def _wait_for_pages(host: Host, client: str, npages: int, timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while host.pool(client)["pages"] < npages:
         demand(time.monotonic() < deadline, f"{client} gets {npages} pages within {timeout_s:g} s")

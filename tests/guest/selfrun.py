@@ -83,7 +83,7 @@ class _Run:
         add = ["tmem", "swap", "add", "g", "--size", f"{plan.device_mib}M", "--attach", "--force"]
         add += ["--realtime"] if "realtime" in plan.guards else []
         add += [] if plan.discard else ["--no-discard"]
-        guest.run(add, 120)
+        guest.run(add, 300)
         if plan.io_timeout_ms:
             guest.run(f"echo {plan.io_timeout_ms} >/sys/block/nbd0/queue/io_timeout")
         guest.run(["mkdir", "-p", _LOWER])
@@ -134,7 +134,7 @@ class _Run:
         size = ["-s", f"{plan.files_mib}M", "-t", span, "-r", str(plan.seed)]
         forgiving = ["-e"] if plan.strikes else []
         reader = self._start("reader", ["guest-tool", "reader", *size, *forgiving, _LOWER, _MOUNT])
-        reader.wait_for("reading", 120)
+        reader.wait_for("reading", 300)
         self.guest.watch(stall_s=plan.stall_s, keys="mwlt")
         hog = ["-s", f"{plan.hog_mib}M", "-t", str(plan.touch_s), "-c", str(plan.noise_words), "-o", "500"]
         began = time.monotonic()
@@ -271,7 +271,7 @@ class _Run:
         self._commands[name] = self.guest.start(argv)
         return self._commands[name]
 
-    def _until(self, condition: str, what: str, timeout_s: float = 90) -> None:
+    def _until(self, condition: str, what: str, timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while self.guest.run(condition, timeout_s, check=False).rc != 0:
             said = "".join(command.stdout + command.stderr for command in self._commands.values())

@@ -14,6 +14,8 @@ from .cache import GuestError
 from .machine import Guest, GuestTimeout, Options
 from .uml import UmlGuest
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine these take minutes
+
 # The largest mapping of the hog holds its pages. The generation of one of them is spoiled.
 SPOIL = """
 import sys
@@ -48,7 +50,7 @@ def runs_this_project(guest: Guest, series: str) -> None:
         guest.run("sleep 60", timeout_s=0.5)
     sleeping = guest.start(["sleep", "60"])
     sleeping.signal(signal.SIGTERM)
-    assert sleeping.wait(20).rc == -signal.SIGTERM
+    assert sleeping.wait(90).rc == -signal.SIGTERM
 
 
 def test_user_mode_linux_runs_it_too(root: None) -> None:
@@ -71,19 +73,19 @@ def test_a_guest_runs_this_project_and_stalls_and_bad_pages_are_seen(boot: Calla
     runs_this_project(guest, kernels.SERIES[0])
     guest.watch(stall_s=3, keys="m")
     hog = guest.start(["guest-tool", "hog", "-s", "4M", "-t", "600"])
-    hog.wait_for("touch", 60)
+    hog.wait_for("touch", 180)
     assert not guest.is_hung()
 
     hog.signal(signal.SIGSTOP)
-    assert guest.wait_hang(30)
+    assert guest.wait_hang(90)
     assert guest.is_hung()
-    guest.wait_console("Mem-Info", 20)
+    guest.wait_console("Mem-Info", 90)
     guest.put("/tmp/spoil.py", SPOIL)
     guest.run(["python3", "/tmp/spoil.py", str(hog.pid)])
     hog.signal(signal.SIGUSR1)
     hog.signal(signal.SIGCONT)
-    result = hog.wait(60)
+    result = hog.wait(180)
     assert result.rc == 1
     assert json.loads(result.stdout.splitlines()[-1])["bad_pages"] == 1
-    guest.wait_console("MOVES AGAIN", 30)
+    guest.wait_console("MOVES AGAIN", 90)
     assert not guest.is_hung()

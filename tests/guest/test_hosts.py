@@ -46,13 +46,13 @@ def test_a_lost_page_would_be_noticed(boot: Callable[..., Guest]) -> None:
         scenarios_hosts.attach(guest, port, "one")
         scenarios_hosts.swap_on(guest, "/dev/nbd0")
         hog = guest.start(["guest-tool", "hog", "-s", scenarios_hosts.CAPPED_HOG, "-t", "600"])
-        hog.wait_for("touch", 120)
+        hog.wait_for("touch", 300)
         store = _native.attach(str(host.directory / "default"))
         (pool,) = store.client("one", create=False).pools()
         # Behind the guest's back, in the middle of what it has swapped out.
         assert pool.flush(bytes(OID_SIZE), 1000, 200) > 0
         store.close()
         hog.signal(signal.SIGUSR1)
-        result = hog.wait(120)
+        result = hog.wait(300)
         assert result.rc == 1
         assert last_json(result)["bad_pages"] > 0

@@ -15,13 +15,13 @@ Show = Callable[..., Figures]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_contained_with_discards_it_survives_kills(show: Show) -> None:
     _show(show, PLANS["short-kills"])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_realtime_and_watermarks_do_without_containment(show: Show, long: None) -> None:
     _show(show, PLANS["short-realtime"])
 
