@@ -40,6 +40,7 @@ _OF_THE_MACHINE = ("nbd/", "faults/", "fs/test_lower_disk.py", "fs/test_sharing_
 _LONG = (
     "machine",
     "guest/test_hosts.py",
+    "fs/posix/test_table.py",
     "backends/test_state.py",
     "guest/test_self.py",
     "fs/test_model.py",
