@@ -16,6 +16,7 @@ import trio
 
 from tmem.errors import TmemError, errno_of
 from tmem.fs.coherence import Change, Coherence, FileState
+from tmem.fs.fanotify import is_local
 from tmem.fs.identity import object_id
 from tmem.fs.inodes import Inode, InodeTable
 from tmem.fs.instances import Instances
@@ -92,6 +93,7 @@ class Handlers(pyfuse3.Operations):
         """What other hosts have read, where the mount has a tier."""
         self.watch: Watch | None = None
         """Tells of changes underneath, where they are reported."""
+        self._is_local = is_local(table.root)
         self._waiting = waiting
 
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
@@ -110,6 +112,10 @@ class Handlers(pyfuse3.Operations):
                 if begun:
                     raise
                 return work(*arguments)
+
+    def is_here(self, inode: Inode) -> bool:
+        """Say whether only this kernel answers for a file, and so does."""
+        return self._is_local and inode.key[0] == self.table.device
 
     def attributes(self, inode: Inode, status: os.stat_result) -> "EntryAttributes":
         """Return what the kernel is told about an inode."""

@@ -65,10 +65,15 @@ class Namespace(Handlers):
             self.coherence.discard(inode.state.name, inode.state)
 
     async def getattr(self, inode: int, ctx: "RequestContext") -> "EntryAttributes":
-        """Return attributes."""
+        """Return attributes; a lower that may not answer is asked by a thread (natively, usually)."""
         with errors():
             node = self.table[inode]
-            entry = self.attributes(node, os.fstat(self.table.descriptor(node)))
+            if self.reading is None or self.is_here(node):
+                status = os.fstat(self.table.descriptor(node))
+            else:  # what changes meanwhile the reader sees (`passing_tell`)
+                with self.table.kept(node) as beside:
+                    status = await self.in_thread(os.fstat, beside)
+            entry = self.attributes(node, status)
             if inode == pyfuse3.ROOT_INODE:
                 entry.st_ino = node.key[1]  # its node id is always 1; this is what stat shows
             return entry
@@ -247,7 +252,10 @@ class Namespace(Handlers):
     async def statfs(self, ctx: "RequestContext") -> "StatvfsData":
         """Return the lower file system's numbers."""
         with errors():
-            lower = os.fstatvfs(self.table.root)
+            if self._is_local:
+                lower = os.fstatvfs(self.table.root)
+            else:
+                lower = await self.in_thread(os.fstatvfs, self.table.root)
         data = pyfuse3.StatvfsData()
         data.f_bsize, data.f_frsize = lower.f_bsize, lower.f_frsize
         data.f_blocks, data.f_bfree, data.f_bavail = lower.f_blocks, lower.f_bfree, lower.f_bavail

@@ -18,7 +18,6 @@ import pyfuse3
 from tmem.fs import lower
 from tmem.fs.acting import Caller, acting_as
 from tmem.fs.base import errors
-from tmem.fs.fanotify import is_local
 from tmem.fs.grants import Grants
 from tmem.fs.inodes import Inode, proc_path
 from tmem.fs.namespace import Namespace
@@ -62,7 +61,6 @@ class Opening(Namespace):
         self._policy = policy
         self._worth = Worth(self._account, clock)
         self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
-        self._is_local = is_local(self.table.root)
         self._patience = Patience()
         self._files: dict[int, OpenFile] = {}
 
@@ -81,10 +79,7 @@ class Opening(Namespace):
         Not to write, which takes two opens with nothing between them: the file is looked at in the first.
         """
         reads = not flags & (os.O_ACCMODE | os.O_TRUNC)
-        return reads and not self._is_here(self.table[inode]) and not self._patience.is_quick
-
-    def _is_here(self, inode: Inode) -> bool:
-        return self._is_local and inode.key[0] == self.table.device
+        return reads and not self.is_here(self.table[inode]) and not self._patience.is_quick
 
     async def open_elsewhere(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
         """Open a file to read it, in a thread. OSError, TmemError, FUSEError."""
@@ -109,7 +104,7 @@ class Opening(Namespace):
             # First with a descriptor that only reads: one of our own that writes hides other writers.
             with contextlib.suppress(PermissionError):
                 unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        if self._is_here(node):
+        if self.is_here(node):
             descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
         else:
             descriptor, seconds = _open_and_look(path, flags)
@@ -249,7 +244,7 @@ class Opening(Namespace):
         """Have hits of an open file answered below Python."""
         inode = file.inode
         self.coherence.admit(file.state)
-        reading.open(file.number, file.descriptor, file.state, self._is_here(inode))
+        reading.open(file.number, file.descriptor, file.state, self.is_here(inode))
         if self.coherence.takes_below:
             self.table.opens.know(inode.nodeid, *inode.key, file.state.gate)
         if not file.accessed:

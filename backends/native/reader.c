@@ -156,6 +156,18 @@ static bool find_at_hand(struct reader *r, const struct fuse_in_header *in, cons
  * have to wait for its turn again. */
 static bool replies_first(const struct reader *r) { return eager_pays(&r->eager_hits); }
 
+/* Have a thread ask for attributes that only the lower can tell, and may not. */
+static bool ask_lower(struct reader *r, const struct fuse_in_header *in, size_t length, struct entry *entry)
+{
+    struct nodes *nodes = atomic_load(&r->nodes);
+    bool local = atomic_load_explicit(&r->answering, memory_order_acquire);
+    if (in->opcode != FUSE_GETATTR || !nodes || !waiting_ask(&r->asking, nodes, !local, in, length, entry))
+        return false;
+    atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
+    look_after_interrupts(r);
+    return true;
+}
+
 /* Wait for the lower, and be away from requests meanwhile, so that the stand-in comes if it takes long. */
 static bool wait_here(struct reader *r, struct desk *d, size_t length)
 {
@@ -277,6 +289,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&at_hand, size);
         return TAKEN_ANSWERED;
     }
+    if (ask_lower(r, in, length, NULL))
+        return TAKEN_ELSEWHERE;
     enum taken opened = leads ? take_open(r, d, length) : TAKEN_NONE;
     if (opened != TAKEN_NONE)
         return opened;
@@ -354,6 +368,8 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
         entry_fill(e, 0, NULL, 0);
         return true;
     }
+    if (ask_lower(r, in, length, e))
+        return false;
     if (!shortcut_put(&r->shortcut, &r->passing, in, length, e, false)
         && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e, false)))
         (void)pass_on(&r->passing, &d->request, length, e);

@@ -16,11 +16,13 @@ struct flight {
     uint32_t size;          /* of a READ, WRITE or READDIRPLUS: bytes that it may bring, or has brought */
     uint64_t offset;        /* of a READDIRPLUS */
     uint32_t thread;        /* who waits for it, 0 unknown */
+    uint64_t changes;       /* `passing.changes` when it came */
     bool given;             /* libfuse has it */
     bool held;              /* a thread of the reader has it */
     bool may_be_given_up;
     bool interrupted;       /* a signal has reached who waits */
     bool reads_only;        /* an OPEN for reading alone */
+    bool overtaken;         /* names or attributes were changed since it came, when it is answered */
     bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */
     struct buffer *payload; /* of a WRITE; a READDIRPLUS's reply, with a header in front */
     size_t length;          /* of that reply, without it */

@@ -34,7 +34,8 @@ struct reader {
     struct hits hits;
     struct buffers *buffers;
     struct passing passing;
-    struct waiting waiting;
+    struct waiting waiting; /* READs */
+    struct waiting asking;  /* GETATTRs */
     struct shortcut shortcut;
     struct onlookers onlookers;
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */

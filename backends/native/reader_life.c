@@ -37,6 +37,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
+    waiting_init(&r->asking, &r->hits, &r->passing, quick_us);
     ends_init(&r->ends);
     onlookers_init(&r->onlookers, &r->shortcut);
     rc |= shortcut_init(&r->shortcut);
@@ -85,10 +86,12 @@ void reader_free(struct reader *r)
     if (r->has_standin)
         pthread_join(r->standin.thread, NULL);
     waiting_end(&r->waiting);
+    waiting_end(&r->asking);
     onlookers_end(&r->onlookers);
     if (r->rings) /* only now: they commit what those have answered */
         rings_stop(r->rings);
     waiting_free(&r->waiting);
+    waiting_free(&r->asking);
     for (unsigned i = 0; r->ring_desks && i < rings_count(r->rings); i++)
         desk_clear(&r->ring_desks[i]);
     free(r->ring_desks);
@@ -189,7 +192,7 @@ bool reader_quiet(struct reader *r)
     bool asleep = !atomic_load(&r->active) && !r->calls;
     pthread_mutex_unlock(&r->sleep_lock);
     /* In this order: each gives what it has in hand to the next. */
-    return asleep && waiting_quiet(&r->waiting) && shortcut_quiet(&r->shortcut) && passing_quiet(&r->passing)
+    return asleep && waiting_quiet(&r->waiting) && waiting_quiet(&r->asking) && shortcut_quiet(&r->shortcut) && passing_quiet(&r->passing)
         && poll(p, 2, 0) == 0;
 }
 

@@ -54,6 +54,14 @@ static int open_at_hand(int directory, const char *name)
     return -1;
 }
 
+bool look_is_at_hand(int directory, const char *name)
+{
+    int fd = open_at_hand(directory, name);
+    if (fd >= 0)
+        close(fd);
+    return fd >= 0 || (errno != EAGAIN && errno != ENOSYS);
+}
+
 static int open_path(struct patience *p, int directory, const char *name, bool may_wait)
 {
     int fd = open_at_hand(directory, name);

@@ -27,6 +27,8 @@ bool patience_is_quick(const struct patience *p);
  * likely to be. */
 bool patience_missed_lately(struct patience *p);
 
+/* Whether the kernel has a name at hand; false as well where it does not tell. */
+bool look_is_at_hand(int directory, const char *name);
 /* An O_PATH descriptor of what has this name, and what stat says of it; -1: errno. EAGAIN: the lower would have to be asked, and
  * the caller may not wait for it. */
 int look_up_name(struct patience *p, int directory, const char *name, bool may_wait, struct stat *st);

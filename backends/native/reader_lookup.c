@@ -3,14 +3,17 @@
 
 #include <errno.h>
 
-/* An errno, or 0 and what the kernel is told. EAGAIN: it would have to wait, and may not. */
-static int look_up(struct nodes *n, uint64_t parent, const char *name, bool may_wait, struct fuse_entry_out *out)
+/* An errno, or 0 and what the kernel is told. EAGAIN: it would have to wait, and may not. `local`: the root's device; of a name elsewhere
+ * that is at hand the attributes may not be, and there is no way to see that, so threads have to look at it first in any case. */
+static int look_up(struct nodes *n, uint64_t parent, const char *name, bool may_wait, bool local, struct fuse_entry_out *out)
 {
     struct lifetimes lifetimes;
     struct stat st;
     struct node *directory = nodes_find(n, parent), *one;
     if (!directory)
         return ESTALE;
+    if (!may_wait && !nodes_is_here(n, directory, local))
+        return EAGAIN;
     int at = nodes_descriptor(n, directory);
     if (at < 0)
         return errno;
@@ -41,7 +44,7 @@ bool reader_look_up(struct reader *r, uint64_t unique, uint64_t parent, const ch
     struct nodes *nodes = atomic_load(&r->nodes);
     if (!nodes)
         return false;
-    int error = look_up(nodes, parent, name, may_wait, &out);
+    int error = look_up(nodes, parent, name, may_wait, atomic_load(&r->answering), &out);
     if (error == EAGAIN && !may_wait)
         return false;
     (void)passing_reply(&r->passing, unique, error, &out, error ? 0 : sizeof out);

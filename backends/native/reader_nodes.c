@@ -3,6 +3,7 @@
 #include "tm.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -433,20 +434,38 @@ int nodes_shown(const struct nodes *n, uint64_t nodeid)
     return one && !one->stored_to && one->device == n->device && !is_root(one) ? one->fd : -1;
 }
 
+bool nodes_is_here(const struct nodes *n, const struct node *one, bool local) { return local && one->device == n->device; }
+
+int nodes_borrow(struct nodes *n, uint64_t nodeid, bool all, bool *doubted)
+{
+    int fd = -1;
+    pthread_mutex_lock(&n->lock);
+    const struct node *one = nodes_find(n, nodeid);
+    if (one && one->fd >= 0 && (all || one->device != n->device)) {
+        fd = fcntl(one->fd, F_DUPFD_CLOEXEC, 0);
+        *doubted = one->stored_to;
+    }
+    pthread_mutex_unlock(&n->lock);
+    return fd;
+}
+
+void nodes_tell(struct nodes *n, uint64_t nodeid, const struct stat *st, bool doubted, struct fuse_attr_out *out)
+{
+    struct lifetimes lifetimes;
+    nodes_lifetimes(n, &lifetimes);
+    *out = (struct fuse_attr_out){0};
+    put_seconds(doubted ? 0 : attributes_seconds(&lifetimes, st), &out->attr_valid, &out->attr_valid_nsec);
+    put_attributes(st, nodeid == ROOT_NODE ? st->st_ino : nodeid, &out->attr);
+}
+
 bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out)
 {
     struct stat st;
-    double seconds = 0;
     pthread_mutex_lock(&n->lock);
     int fd = nodes_shown(n, nodeid);
     bool known = fd >= 0 && !fstat(fd, &st);
-    if (known)
-        seconds = attributes_seconds(&n->lifetimes, &st);
     pthread_mutex_unlock(&n->lock);
-    if (!known)
-        return false;
-    *out = (struct fuse_attr_out){0};
-    put_seconds(seconds, &out->attr_valid, &out->attr_valid_nsec);
-    put_attributes(&st, nodeid, &out->attr);
-    return true;
+    if (known)
+        nodes_tell(n, nodeid, &st, false, out);
+    return known;
 }

@@ -25,7 +25,7 @@ struct job {
     unsigned n;
     _Atomic unsigned at;         /* the first name that nobody looks at */
     _Atomic unsigned hands;      /* turns that are not over */
-    _Atomic int64_t longest_ns;
+    _Atomic int64_t longest_ns;  /* that one took which was not at hand; 0: all were */
     struct turn turns[SIDE_BY_SIDE];
     char *names[]; /* the texts follow */
 };
@@ -67,8 +67,10 @@ static void look_at_names(struct job *j)
     struct stat st;
     for (unsigned i; (i = atomic_fetch_add(&j->at, 1)) < j->n;) {
         uint64_t begun_ns = timing_now();
+        bool at_hand = look_is_at_hand(j->directory, j->names[i]);
         (void)fstatat(j->directory, j->names[i], &st, AT_SYMLINK_NOFOLLOW); /* who asks again gets its errors */
-        note(j, begun_ns);
+        if (!at_hand) /* else its attributes may be as well, and nothing is said about the lower */
+            note(j, begun_ns);
     }
 }
 
@@ -86,7 +88,8 @@ static void read_content(struct job *j)
 
 static void end_job(struct onlookers *o, struct job *j)
 {
-    patience_note(nodes_patience(j->nodes), atomic_load(&j->longest_ns));
+    if (atomic_load(&j->longest_ns))
+        patience_note(nodes_patience(j->nodes), atomic_load(&j->longest_ns));
     close(j->directory);
     nodes_drop(j->nodes);
     shortcut_again(o->shortcut, j->asked);

@@ -368,6 +368,7 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
     f->opcode = in->opcode;
     f->room = room_of(in->opcode, body);
     f->thread = in->pid;
+    f->changes = p->changes;
     f->may_be_given_up = may_be_given_up(in, length);
     if (in->opcode == FUSE_WRITE) {
         if (length >= sizeof *in + sizeof *writing && writing->size <= length - sizeof *in - sizeof *writing
@@ -424,6 +425,7 @@ bool passing_hold(struct passing *p, const struct fuse_in_header *in, size_t len
         f->opcode = in->opcode;
         f->thread = in->pid;
         f->held = true;
+        f->changes = p->changes;
         f->may_be_given_up = may_be_given_up(in, length);
         if (in->opcode == FUSE_OPEN) {
             f->reads_only = opens_to_read((const uint8_t *)(in + 1));
@@ -467,6 +469,23 @@ bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry)
     bool wanted = take_held(p, unique, &interrupted, entry);
     pthread_mutex_unlock(&p->lock);
     return wanted;
+}
+
+void passing_tell(struct passing *p, uint64_t unique, int error, struct fuse_attr_out *out)
+{
+    struct entry *entry;
+    bool interrupted;
+    pthread_mutex_lock(&p->lock);
+    bool overtaken = flights_find(&p->flights, unique)->changes != p->changes;
+    if (overtaken)
+        out->attr_valid = out->attr_valid_nsec = 0;
+    if (!take_held(p, unique, &interrupted, &entry))
+        ; /* nobody hears it */
+    else if (error) /* with the lock: before the reply to a change that comes now */
+        reply_error(p, entry, unique, -(error < MOST_ERROR ? error : EIO));
+    else
+        reply_bytes(p, entry, unique, (const uint8_t *)out, sizeof *out);
+    pthread_mutex_unlock(&p->lock);
 }
 
 bool passing_wants_held(struct passing *p, uint64_t unique)

@@ -33,6 +33,7 @@
 #include <stdatomic.h>
 
 struct fuse_in_header;
+struct fuse_attr_out;
 struct message;
 struct queue {
     struct message *first, **last;
@@ -61,11 +62,13 @@ struct passing {
     unsigned abandoned;             /* of those, that libfuse or a thread has still in hand */
     int64_t checked_ms;             /* when `passing_recheck` looked last */
     uint64_t own;                   /* numbers of requests that the kernel does not know of */
+    uint64_t changes;               /* of names and attributes through the mount that are answered, or about to be */
 };
 
 enum {
     MOST_MESSAGE = 80 << 10, /* bytes of a message; of a SETXATTR at most 64 KiB, a name and headers */
     MOST_OTHER = 160,        /* of a reply to what names no size, as most requests */
+    MOST_ERROR = 512,        /* ERESTARTSYS: from here on the kernel refuses the reply, and who waits for it waits for ever */
 };
 
 enum passed { PASSED, PASSED_LATER, PASSED_NOT };
@@ -102,6 +105,10 @@ bool passing_hold(struct passing *p, const struct fuse_in_header *in, size_t len
 bool passing_may_close(struct passing *p);
 /* Whether it is still to be answered, and where. */
 bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry);
+/* Answer a GETATTR that is held, if it is still to be: a positive errno, or 0 and what it says, which is believed no longer than this
+ * takes if names or attributes were changed through the mount since it came: it may be older, and the kernel does not see that
+ * of a directory. For any thread. */
+void passing_tell(struct passing *p, uint64_t unique, int error, struct fuse_attr_out *out);
 /* Whether it is not given up yet; else it is held no longer. */
 bool passing_wants_held(struct passing *p, uint64_t unique);
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */

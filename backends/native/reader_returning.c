@@ -11,8 +11,6 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { MOST_ERROR = 512 }; /* ERESTARTSYS: from here on the kernel refuses the reply, and who waits for it waits for ever */
-
 #define OWN_NUMBERS (UINT64_C(1) << 62) /* the kernel does not come so far */
 
 void reply_bytes(const struct passing *p, struct entry *entry, uint64_t unique, const uint8_t *data, size_t length)
@@ -71,6 +69,28 @@ static void reply_by_number(struct passing *p, const struct flight *f, size_t le
 
 static bool is_own(const struct flight *f) { return f->unique >= OWN_NUMBERS; }
 
+/* Whether a request may have changed names or attributes. Not a WRITE: the kernel counts these by itself, for the file alone. */
+static bool is_change(const struct flight *f)
+{
+    switch (f->opcode) {
+    case FUSE_SETATTR:
+    case FUSE_SYMLINK:
+    case FUSE_MKNOD:
+    case FUSE_MKDIR:
+    case FUSE_UNLINK:
+    case FUSE_RMDIR:
+    case FUSE_RENAME:
+    case FUSE_RENAME2:
+    case FUSE_LINK:
+    case FUSE_SETXATTR:
+    case FUSE_REMOVEXATTR:
+    case FUSE_CREATE:
+        return true;
+    default:
+        return f->opcode == FUSE_OPEN && !f->reads_only; /* it may have truncated the file */
+    }
+}
+
 static struct flight *landed(struct passing *p, uint64_t unique)
 {
     pthread_mutex_lock(&p->lock);
@@ -87,6 +107,8 @@ static struct flight *landed(struct passing *p, uint64_t unique)
         if (f->interrupted && !f->given_up)
             atomic_fetch_sub(&p->interrupted, 1);
         p->abandoned -= f->given_up && !is_own(f);
+        f->overtaken = f->changes != p->changes;
+        p->changes += is_change(f);
     }
     pthread_mutex_unlock(&p->lock);
     return f;
@@ -135,6 +157,16 @@ static void reply_whole(struct passing *p, const struct flight *f, size_t length
     (void)ignored;
 }
 
+static void believe_no_longer(uint8_t *reply, size_t length)
+{
+    struct fuse_attr_out told;
+    if (length < sizeof(struct fuse_out_header) + sizeof told)
+        return;
+    memcpy(&told, reply + sizeof(struct fuse_out_header), sizeof told);
+    told.attr_valid = told.attr_valid_nsec = 0;
+    memcpy(reply + sizeof(struct fuse_out_header), &told, sizeof told);
+}
+
 /* Whether anybody hears it. */
 static bool pass_back(struct passing *p, size_t length)
 {
@@ -154,6 +186,8 @@ static bool pass_back(struct passing *p, size_t length)
     } else { /* a notice, if it has no number */
         if (f)
             amend(&p->amendments, f->opcode, f->reads_only, p->reply, length);
+        if (f && f->opcode == FUSE_GETATTR && f->overtaken)
+            believe_no_longer(p->reply, length);
         reply_whole(p, f, length);
     }
     if (f && f->payload)

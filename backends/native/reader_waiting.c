@@ -1,15 +1,21 @@
 #include "reader_waiting.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { STACK_BYTES = 256 << 10 };
 
 struct errand {
-    struct buffer *request, *data;
+    struct buffer *request, *data; /* of a READ */
     size_t length;
-    struct file *file; /* held */
-    bool replies_first; /* and puts then */
+    bool replies_first;      /* and puts then */
+    struct file *file;       /* held */
+    struct nodes *nodes;     /* of a GETATTR; NULL: it is a READ */
+    uint64_t unique, nodeid;
+    int fd;                  /* its own */
+    bool doubted;            /* `nodes_borrow` */
 };
 
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
@@ -47,6 +53,17 @@ static void run_errand(struct waiting *w, struct errand *e)
     buffer_drop(e->data);
 }
 
+static void ask(struct waiting *w, struct errand *e)
+{
+    struct fuse_attr_out out;
+    struct stat st;
+    int error = fstat(e->fd, &st) ? errno : 0;
+    close(e->fd);
+    if (!error)
+        nodes_tell(e->nodes, e->nodeid, &st, e->doubted, &out);
+    passing_tell(w->passing, e->unique, error, &out);
+}
+
 static void *wait_for_lower(void *arg)
 {
     struct waiter *self = arg;
@@ -56,7 +73,10 @@ static void *wait_for_lower(void *arg)
             ; /* a signal */
         if (!self->errand)
             return NULL;
-        run_errand(w, self->errand);
+        if (self->errand->nodes)
+            ask(w, self->errand);
+        else
+            run_errand(w, self->errand);
         free(self->errand);
         self->errand = NULL;
         pthread_mutex_lock(&w->lock);
@@ -113,13 +133,29 @@ static struct waiter *find_idle(struct waiting *w)
     return one;
 }
 
+/* Have a thread do it, which frees it then; false: it is the caller's as before. */
+static bool give(struct waiting *w, struct errand *e, const struct fuse_in_header *in, size_t length, struct entry *entry)
+{
+    pthread_mutex_lock(&w->lock);
+    struct waiter *waiter = w->ending ? NULL : find_idle(w);
+    if (waiter && !passing_hold(w->passing, in, length, entry)) {
+        w->idle[w->nidle++] = waiter;
+        waiter = NULL;
+    }
+    if (waiter) {
+        waiter->errand = e; /* before it may be told to end */
+        sem_post(&waiter->called);
+    }
+    pthread_mutex_unlock(&w->lock);
+    return waiter != NULL;
+}
+
 bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry,
                   bool replies_first)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
     const struct fuse_read_in *read_in = (const void *)(in + 1);
     struct errand *e = malloc(sizeof *e);
-    struct waiter *waiter;
     if (!e)
         return false;
     *e = (struct errand){.request = *request, .data = *data, .length = length, .replies_first = replies_first};
@@ -127,23 +163,28 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
         free(e);
         return false;
     }
-    pthread_mutex_lock(&w->lock);
-    waiter = w->ending ? NULL : find_idle(w);
-    if (waiter && !passing_hold(w->passing, in, length, entry)) {
-        w->idle[w->nidle++] = waiter;
-        waiter = NULL;
-    }
-    if (waiter) {
+    if (give(w, e, in, length, entry)) {
         *request = *data = NULL;
-        waiter->errand = e; /* before it may be told to end */
-        sem_post(&waiter->called);
+        return true;
     }
-    pthread_mutex_unlock(&w->lock);
-    if (!waiter) {
-        files_release(&w->hits->files, e->file);
-        free(e);
+    files_release(&w->hits->files, e->file);
+    free(e);
+    return false;
+}
+
+bool waiting_ask(struct waiting *w, struct nodes *nodes, bool all, const struct fuse_in_header *in, size_t length, struct entry *entry)
+{
+    struct errand *e = malloc(sizeof *e);
+    if (!e)
+        return false;
+    *e = (struct errand){.nodes = nodes, .unique = in->unique, .nodeid = in->nodeid};
+    if ((e->fd = nodes_borrow(nodes, in->nodeid, all, &e->doubted)) >= 0) {
+        if (give(w, e, in, length, entry))
+            return true;
+        close(e->fd);
     }
-    return waiter != NULL;
+    free(e);
+    return false;
 }
 
 bool waiting_is_quick(const struct waiting *w)

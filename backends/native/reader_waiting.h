@@ -1,9 +1,14 @@
-/* READs that wait for the lower, in threads of their own, so that hits and other requests do not wait behind them.
+/* READs that wait for the lower, and GETATTRs of one that may not answer, in threads of their own, so that hits and other requests do not
+ * wait behind them.
  *
  * Each is a flight meanwhile (`reader_passing.h`): its program may be killed, and is then answered at once, whatever the
  * lower does; the thread goes on, and its bytes are for the pool alone. A file that is closed meanwhile stays open until
  * then (`files_hold`). What cannot be answered here after all goes to libfuse. Threads are started as they are needed; when
- * all wait, READs go to libfuse at once, which has threads of its own.
+ * all wait, requests go to libfuse at once, which has threads of its own. Each kind has its own threads: READs of files that are open need
+ * not wait for attributes.
+ *
+ * A GETATTR is always waited for by a thread, if the lower is not local: a network file system answers most at once, of what it has
+ * been told before, and then one day not at all; no earlier answer tells.
  *
  * A lower that usually answers about as fast as threads are switched (`quick_us`) is waited for by who has read the request,
  * if no other one waits. The first answer that takes longer ends that, until many quick ones have followed: so others wait for at most
@@ -12,7 +17,7 @@
 #define READER_WAITING_H
 
 #include "reader_hits.h"
-#include "reader_look.h"
+#include "reader_nodes.h"
 #include "reader_passing.h"
 
 #include <semaphore.h>
@@ -47,6 +52,9 @@ void waiting_free(struct waiting *w); /* once nobody calls `waiting_give` any mo
  * comes back true. `entry` brought it (NULL: the device). `replies_first`: what was read is put after the reply. */
 bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry,
                   bool replies_first);
+
+/* The same for a GETATTR; `all`: the root's device is not local. */
+bool waiting_ask(struct waiting *w, struct nodes *nodes, bool all, const struct fuse_in_header *in, size_t length, struct entry *entry);
 
 /* Whether it will probably be quick. */
 bool waiting_is_quick(const struct waiting *w);

@@ -181,10 +181,16 @@ def test_attributes_are_those_of_the_file(desk: Desk, table: InodeTable, place: 
     assert desk.reader.counters()["attributes"] > 9
 
 
-def test_only_a_local_lower_is_asked_below_python(desk: Desk, table: InodeTable, place: Path) -> None:
-    (place / "a").touch()
+def test_only_a_local_lower_is_asked_at_once(desk: Desk, table: InodeTable, place: Path) -> None:
+    """Another one by threads, which say the same."""
+    every_kind(place)
     desk.reader.set_nodes(table.nodes, False)
-    assert told(desk, table.lookup(table[pyfuse3.ROOT_INODE], b"a")[0].nodeid) is None
+    for path in place.iterdir():
+        inode = table.lookup(table[pyfuse3.ROOT_INODE], os.fsencode(path.name))[0]
+        assert told(desk, inode.nodeid) == wanted(path.lstat(), inode.nodeid)
+    number = place.stat().st_ino
+    assert told(desk, pyfuse3.ROOT_INODE) == wanted(place.stat(), number)
+    assert told(desk, 0) is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")

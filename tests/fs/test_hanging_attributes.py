@@ -1,0 +1,193 @@
+"""Attributes that a lower does not tell: who asks for them waits, and nobody else."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyfuse3
+import pytest
+
+from tmem.fs.inodes import InodeTable
+
+from .conftest import Mounter, Place
+from .faulty import Faulty
+from .hanging import CONTENT, READ, two_files
+from .hanging import program as running
+from .reader_desk import GETATTR, Desk, make
+from .rings import BY_RINGS
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Segment
+
+pytestmark = pytest.mark.usefixtures("root")
+
+MKDIR = 9
+STAT = "import os, sys; os.stat(sys.argv[1])"
+FSTAT = "import os, sys; os.fstat(int(sys.argv[1]))"
+FREE = "import os, sys; os.statvfs(sys.argv[1])"
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[Faulty]:
+    with two_files(tmp_path) as lower:
+        yield lower
+        lower.heal()
+
+
+@pytest.fixture(params=["loop=native", BY_RINGS])
+def place(
+    request: pytest.FixtureRequest, faulty: Faulty, segment: "Segment", mounter: Mounter
+) -> Iterator[Place]:
+    yield mounter(f"timeout=0,cache=direct,{request.param}", lower=faulty.point)
+    faulty.heal()
+
+
+def fstat(descriptor: int) -> "subprocess.Popen[bytes]":
+    """A program that asks for attributes of an open file."""
+    return subprocess.Popen([sys.executable, "-c", FSTAT, str(descriptor)], pass_fds=[descriptor])
+
+
+def test_a_stat_that_hangs_holds_up_nobody_else(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """By an open file, which is one request, and by name, which looks it up first."""
+    with (place.point / "slow").open("rb") as slow:
+        faulty.fail("getattr", hangs=True, name="slow")
+        with (
+            fstat(slow.fileno()) as one,
+            fstat(slow.fileno()) as killed,
+            running(STAT, place.point / "slow") as by_name,
+        ):
+            eventually(lambda: faulty.waiting() == ["getattr"] * 3)
+            for code in (STAT, READ):
+                with running(code, place.point / "other") as other:
+                    assert other.wait(10) == 0
+            with running(FREE, place.point) as free:
+                assert free.wait(10) == 0
+            killed.kill()
+            assert killed.wait(10) == -signal.SIGKILL
+            assert (one.poll(), by_name.poll()) == (None, None)
+            faulty.heal()
+            assert (one.wait(10), by_name.wait(10)) == (0, 0)
+    assert (place.point / "slow").stat().st_size == len(CONTENT)
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+def test_more_than_there_are_threads_hold_up_nobody_else(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """Of the root as well, and how much room there is."""
+    with (place.point / "slow").open("rb") as slow, (place.point / "other").open("rb") as other:
+        faulty.fail("getattr", hangs=True, name="slow")
+        faulty.fail("statfs", hangs=True)
+        with running(FREE, place.point):
+            eventually(lambda: faulty.waiting() == ["statfs"])
+            programs = [fstat(slow.fileno()) for _ in range(THREADS + 1)]
+            eventually(lambda: len(faulty.waiting()) == THREADS + 2)
+            with fstat(other.fileno()) as asks:
+                assert asks.wait(10) == 0
+            faulty.heal()
+            assert [program.wait(10) for program in programs] == [0] * len(programs)
+
+
+THREADS = 16
+
+
+@pytest.fixture
+def table(faulty: Faulty) -> Iterator[InodeTable]:
+    table = InodeTable(os.open(faulty.point, os.O_RDONLY), quota=16)
+    table.nodes.believe(table.device, 1.0, 1.0, 7.5, 7.5, 60.0, 0.0)
+    yield table
+    table.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, table: InodeTable) -> Iterator[Desk]:
+    for desk in make(tmp_path):
+        desk.reader.set_nodes(table.nodes, False)
+        yield desk
+
+
+def ask(desk: Desk, node: int) -> int:
+    """Send a GETATTR of a node."""
+    unique = next(desk.uniques)
+    desk.kernel.send(struct.pack("=IIQQIIII4x", 56, GETATTR, unique, node, 0, 0, 0, 0) + bytes(12))
+    desk.serve()
+    return unique
+
+
+def believed(answer: bytes) -> float:
+    """Return for how long the kernel believes the attributes in a reply."""
+    seconds, nanoseconds = struct.unpack_from("=QI", answer)
+    return float(seconds + nanoseconds / 1e9)
+
+
+def test_attributes_that_a_change_has_overtaken_are_not_kept(
+    desk: Desk, table: InodeTable, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """They may be from before it, and the kernel has forgotten by then that it was to ask again."""
+    node = table.lookup(table[pyfuse3.ROOT_INODE], b"slow")[0].nodeid
+    for overtaken in (True, False):
+        faulty.fail("getattr", hangs=True, name="slow")
+        if not overtaken:
+            change = desk.request(MKDIR, bytes(8) + b"name\0")
+            desk.serve()
+            assert desk.forwarded() == (MKDIR, change)
+        asked = ask(desk, node)
+        eventually(lambda: faulty.waiting() == ["getattr"])
+        if overtaken:
+            change = desk.request(MKDIR, bytes(8) + b"name\0")
+            desk.serve()
+            assert desk.forwarded() == (MKDIR, change)
+            desk.reply(change)
+            assert desk.answer() == (change, 0, b"")
+        faulty.heal()
+        number, error, body = desk.answer()
+        assert (number, error) == (asked, 0)
+        assert believed(body) == (0 if overtaken else 7.5)
+        assert struct.unpack_from("=QQ", body, 16) == (node, len(CONTENT))
+        if not overtaken:
+            desk.reply(change)
+            assert desk.answer() == (change, 0, b"")
+
+
+def test_attributes_from_python_that_a_change_has_overtaken_are_not_kept(desk: Desk) -> None:
+    """Those of a node that is not known here."""
+    for overtaken in (True, False):
+        asked = ask(desk, 77)
+        assert desk.forwarded() == (GETATTR, asked)
+        if overtaken:
+            change = desk.request(MKDIR, bytes(8) + b"name\0")
+            desk.serve()
+            assert desk.forwarded() == (MKDIR, change)
+            desk.reply(change)
+            desk.answer()
+        desk.reply(asked, struct.pack("=QIIQ80x", 7, 500_000_000, 0, 77))
+        number, error, body = desk.answer()
+        assert (number, error, believed(body)) == (asked, 0, 0 if overtaken else 7.5)
+        assert struct.unpack_from("=Q", body, 16) == (77,)
+
+
+def test_what_the_root_and_a_file_that_is_stored_to_are_told(desk: Desk, table: InodeTable) -> None:
+    """The number that stat shows; and nothing that is believed."""
+    unique = ask(desk, pyfuse3.ROOT_INODE)
+    number, error, body = desk.answer()
+    assert (number, error, believed(body)) == (unique, 0, 7.5)
+    assert struct.unpack_from("=Q", body, 16) == (os.fstat(table.root).st_ino,)
+    inode = table.lookup(table[pyfuse3.ROOT_INODE], b"other")[0]
+    table.store_to(inode, True)
+    ask(desk, inode.nodeid)
+    assert believed(desk.answer()[2]) == 0
+
+
+def test_an_error_is_told(desk: Desk, table: InodeTable, faulty: Faulty) -> None:
+    node = table.lookup(table[pyfuse3.ROOT_INODE], b"slow")[0].nodeid
+    faulty.fail("getattr", errno=5)
+    unique = ask(desk, node)
+    assert desk.answer() == (unique, -5, b"")
