@@ -69,50 +69,56 @@ class Opening(Namespace):
         with errors():
             if flags & os.O_TRUNC:
                 return await self._open_truncated(self.table[inode], flags, Caller.of(ctx))
-            if self.waits_to_open(inode, flags):
+            if self.waits_to_open(inode):
                 return await self.open_elsewhere(inode, flags, Caller.of(ctx))
             return self.open_file(inode, flags, Caller.of(ctx))
 
-    def waits_to_open(self, inode: int, flags: int) -> bool:
-        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`.
-
-        Not to write, which takes two opens with nothing between them: the file is looked at in the first.
-        """
-        reads = not flags & (os.O_ACCMODE | os.O_TRUNC)
-        return reads and not self.is_here(self.table[inode]) and not self._patience.is_quick
+    def waits_to_open(self, inode: int) -> bool:
+        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`."""
+        return not self.is_here(self.table[inode]) and not self._patience.is_quick
 
     async def open_elsewhere(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
-        """Open a file to read it, in a thread. OSError, TmemError, FUSEError."""
+        """Open a file, without O_TRUNC, in a thread. OSError, TmemError, FUSEError."""
         node = self.table[inode]
+        unchanged: bool | None = None
         with self.table.kept(node) as beside:
-            descriptor, seconds = await self.in_thread(_open_and_look, proc_path(beside), flags)
+            if flags & os.O_ACCMODE != os.O_RDONLY:  # as in `open_file`
+                with contextlib.suppress(PermissionError):
+                    unchanged = self._validate(node, await self._open_kept(node, beside, os.O_RDONLY))
+            descriptor = await self._open_kept(node, beside, flags)
+        return self._opened(node, descriptor, flags, caller, unchanged)
+
+    async def _open_kept(self, inode: Inode, beside: int, flags: int) -> int:
+        """Open an inode by a descriptor of ours in a thread. OSError, also if the kernel has forgotten it."""
+        descriptor, seconds = await self.in_thread(_open_and_look, proc_path(beside), flags)
         self._patience.note(seconds)
-        try:
-            if self.table[inode] is not node:
-                raise OSError(errno.ESTALE, "forgotten, for its request was given up")
-        except BaseException:
+        if self.table.nodes.get(inode.nodeid) is not inode:
             os.close(descriptor)
-            raise
-        return self._opened(node, descriptor, flags, caller)
+            raise OSError(errno.ESTALE, "forgotten, for its request was given up")
+        return descriptor
 
     def open_file(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
         """Open a file, without O_TRUNC. OSError, TmemError."""
         node = self.table[inode]
-        path = self.table.path(node)
         unchanged: bool | None = None
         if flags & os.O_ACCMODE != os.O_RDONLY:
             # First with a descriptor that only reads: one of our own that writes hides other writers.
             with contextlib.suppress(PermissionError):
-                unchanged = self._validate(node, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        if self.is_here(node):
-            descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
-        else:
-            descriptor, seconds = _open_and_look(path, flags)
-            self._patience.note(seconds)
+                unchanged = self._validate(node, self._open_now(node, os.O_RDONLY))
+        descriptor = self._open_now(node, flags)
         info = self._opened(node, descriptor, flags, caller, unchanged)
         if self.reading is not None and self._grants.due:
             self._grant()
         return info
+
+    def _open_now(self, inode: Inode, flags: int) -> int:
+        """Open an inode on this thread. OSError."""
+        path = self.table.path(inode)
+        if self.is_here(inode):
+            return os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+        descriptor, seconds = _open_and_look(path, flags)
+        self._patience.note(seconds)
+        return descriptor
 
     def _grant(self) -> None:
         """Have opens answered below Python for a while, if they are to be answered in the usual way."""
@@ -131,7 +137,11 @@ class Opening(Namespace):
 
     async def _open_truncated(self, inode: Inode, flags: int, caller: Caller | None = None) -> "FileInfo":
         # Opened without O_TRUNC first: the change needs a descriptor before it happens.
-        descriptor = os.open(self.table.path(inode), (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CLOEXEC)
+        if self.waits_to_open(inode.nodeid):
+            with self.table.kept(inode) as beside:
+                descriptor = await self._open_kept(inode, beside, flags & ~os.O_TRUNC)
+        else:
+            descriptor = self._open_now(inode, flags & ~os.O_TRUNC)
         try:
             with self.change_of(self.state_of(inode), descriptor) as change:
                 change.flush(0, None)

@@ -98,7 +98,7 @@ class Shortcuts:
 
     def _open(self, unique: int, node: int, body: bytes, caller: Caller, start_soon: Start) -> None:
         (flags,) = _OPEN_IN.unpack_from(body)
-        if self._overlay.waits_to_open(node, flags):
+        if self._overlay.waits_to_open(node):
             start_soon(partial(self._open_later, flags, caller), unique, node)
         else:
             self._opened(unique, self._overlay.open_file(node, flags, caller))

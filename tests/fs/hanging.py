@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .faulty import Faulty
@@ -28,9 +28,12 @@ def two_files(directory: Path) -> Iterator[Faulty]:
 
 
 @contextlib.contextmanager
-def program(code: str, path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A program that runs `code` with `path`; killed at the end."""
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL)
+def program(
+    code: str, path: Path | str, descriptors: Sequence[int] = ()
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A program that runs `code` with `path`, and has these `descriptors`; killed at the end."""
+    command = [sys.executable, "-c", code, str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=descriptors)
     try:
         yield process
     finally:

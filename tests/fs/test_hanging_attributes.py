@@ -1,10 +1,10 @@
 """Attributes that a lower does not tell: who asks for them waits, and nobody else."""
 
+import contextlib
 import os
 import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ MKDIR = 9
 STAT = "import os, sys; os.stat(sys.argv[1])"
 FSTAT = "import os, sys; os.fstat(int(sys.argv[1]))"
 FREE = "import os, sys; os.statvfs(sys.argv[1])"
+THREADS = 16
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def place(
     faulty.heal()
 
 
-def fstat(descriptor: int) -> "subprocess.Popen[bytes]":
+def fstat(descriptor: int) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
     """A program that asks for attributes of an open file."""
-    return subprocess.Popen([sys.executable, "-c", FSTAT, str(descriptor)], pass_fds=[descriptor])
+    return running(FSTAT, str(descriptor), [descriptor])
 
 
 def test_a_stat_that_hangs_holds_up_nobody_else(
@@ -82,21 +83,18 @@ def test_a_stat_that_hangs_holds_up_nobody_else(
 def test_more_than_there_are_threads_hold_up_nobody_else(
     place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
-    """Of the root as well, and how much room there is."""
+    """Nor does how much room there is."""
+    code = "import os, sys, threading; [threading.Thread(target=os.fstat, args=[int(sys.argv[1])]).start() "
+    code += f"for _ in range({THREADS + 1})]"
     with (place.point / "slow").open("rb") as slow, (place.point / "other").open("rb") as other:
         faulty.fail("getattr", hangs=True, name="slow")
         faulty.fail("statfs", hangs=True)
-        with running(FREE, place.point):
-            eventually(lambda: faulty.waiting() == ["statfs"])
-            programs = [fstat(slow.fileno()) for _ in range(THREADS + 1)]
+        with running(FREE, place.point), running(code, str(slow.fileno()), [slow.fileno()]) as many:
             eventually(lambda: len(faulty.waiting()) == THREADS + 2)
             with fstat(other.fileno()) as asks:
                 assert asks.wait(10) == 0
             faulty.heal()
-            assert [program.wait(10) for program in programs] == [0] * len(programs)
-
-
-THREADS = 16
+            assert many.wait(10) == 0
 
 
 @pytest.fixture
