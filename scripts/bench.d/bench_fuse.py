@@ -2,7 +2,7 @@
 
 Client and daemons are pinned: on the same CPU, then on two, because the placement decides every ratio. What
 the scheduler makes of it comes third, without a verdict. A hit decompresses; the peers copy from the lower's
-page cache. Not for names and attributes: `bench_tree`.
+page cache; the floor (`floor`) does next to nothing. Not for names and attributes: `bench_tree`.
 """
 
 import os
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from common import judged, medians, paired_ratio, take_turns
+from floor import FLOORS, HITS, MISSES, Floor
 from reader import Reader, rate
 
 from tmem.backends import _native
@@ -128,7 +129,7 @@ class Bench:
             ("lower", self.lower, cold),
             ("bindfs", self.mounts["bindfs"].point, False),  # its own time, without the lower's
             ("bindfs, as cold", self.mounts["bindfs"].point, cold),
-            *((name, self.mounts[name].point, cold) for name in OURS),
+            *((name, self.mounts[name].point, cold) for name in (*OURS, *MISSES)),
         ):
             if is_cold:
                 drop([file])
@@ -169,6 +170,10 @@ def bench(sizes: Sizes) -> Iterator[Bench]:
                 name: stack.enter_context(mounted(name, lower, directory / name.replace(" ", "")))
                 for name in (*OURS, *PEERS)
             }
+            floor = Floor(directory)
+            for name in FLOORS:
+                point = directory / name.replace(" ", "")
+                mounts[name] = stack.enter_context(mounted(name, lower, point, command=floor.command(name)))
         made = Bench(lower, mounts, Reader(directory), sizes)
         made.fill()
         yield made
@@ -187,10 +192,10 @@ def _hits(made: Bench, placement: Placement) -> list[dict[str, object]]:
     one, four = 1, 4
     cases: dict[str, dict[str, Callable[[], float]]] = {
         "4k random, 1 client": {
-            name: partial(made.random, name, one, placement) for name in (*OURS, "bindfs", "mergerfs")
+            name: partial(made.random, name, one, placement) for name in (*OURS, "bindfs", "mergerfs", *HITS)
         },
         "4k random, 4 clients": {
-            name: partial(made.random, name, four, placement) for name in (*OURS, *PEERS)
+            name: partial(made.random, name, four, placement) for name in (*OURS, *PEERS, *HITS)
         },
         "128K sequential": {
             name: partial(made.sequential, name, MEGABYTE // 8, placement)
@@ -198,13 +203,13 @@ def _hits(made: Bench, placement: Placement) -> list[dict[str, object]]:
         },
         "1M sequential": {
             name: partial(made.sequential, name, MEGABYTE, placement)
-            for name in (*OURS, "bindfs", "bindfs O_DIRECT", "mergerfs")
+            for name in (*OURS, "bindfs", "bindfs O_DIRECT", "mergerfs", "floor")
         },
     }
     for case, peers in cases.items():
         taken = take_turns(peers, made.sizes.rounds)
         for ours in OURS:
-            for peer in (peer for peer in peers if peer not in OURS):
+            for peer in (peer for peer in peers if peer not in OURS and peer not in HITS):
                 target = TARGETS.get((case, peer)) if ours != UNJUDGED else None
                 if ours == UNJUDGED and (case, peer) not in TARGETS:
                     continue  # of the plain path only what the others are judged by
@@ -217,6 +222,11 @@ def _hits(made: Bench, placement: Placement) -> list[dict[str, object]]:
                         target if placement.name != "any CPU" else None,
                     )
                 )
+        rows += [
+            judged(f"{case}, {floor}", placement.name, paired_ratio(taken[floor], taken["bindfs"]), "bindfs")
+            for floor in HITS
+            if floor in taken
+        ]
         rows.append({"case": case, "placement": placement.name, "rate": medians(taken), "rounds": taken})
     return rows
 
@@ -233,6 +243,10 @@ def _misses(made: Bench, placement: Placement, cold: bool) -> list[dict[str, obj
         target = MISS_TARGET if ours != UNJUDGED and placement.name != "any CPU" else None
         ratio = paired_ratio(allowed, rounds[ours])
         rows.append(judged(case + SUFFIXES[ours], placement.name, ratio, "the time allowed", target))
+    rows += [
+        judged(f"{case}, {floor}", placement.name, paired_ratio(allowed, rounds[floor]), "the time allowed")
+        for floor in MISSES
+    ]
     rows.append({"case": case, "placement": placement.name, "mean_us": medians(rounds), "rounds": rounds})
     return rows
 

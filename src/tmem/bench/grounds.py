@@ -5,13 +5,14 @@ in order what it has set up. A server that died of it first would take swapped p
 for the reader of statistics of a group.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tmem.backends import cgroup
@@ -37,6 +38,16 @@ def workplace(below: Path = SHARED_MEMORY) -> Iterator[Path]:
         yield Path(name)
 
 
+def go_before_others(pid: int) -> None:
+    """Have the session of a process weigh among others what our own niceness says.
+
+    To the scheduler each session is a group (autogroup), and niceness counts only within it: at load 12 a
+    daemon at nice -20 in a session of its own took two to four times as long.
+    """
+    with suppress(OSError):  # a kernel without, or not root
+        Path(f"/proc/{pid}/autogroup").write_text(str(os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 @contextmanager
 def running(
     argv: Sequence[str],
@@ -60,6 +71,7 @@ def running(
             start_new_session=True,
         )
         try:
+            go_before_others(process.pid)
             yield process
         finally:
             process.terminate()

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,19 +81,24 @@ def pin(pid: int, cpus: Iterable[int]) -> None:
 
 @contextmanager
 def mounted(
-    name: str, lower: Path, point: Path, cpus: Iterable[int] | None = None, runtime: Path | None = None
+    name: str,
+    lower: Path,
+    point: Path,
+    cpus: Iterable[int] | None = None,
+    runtime: Path | None = None,
+    command: Sequence[str] | None = None,
 ) -> Iterator[Mounted]:
     """Serve `lower` on `point` with the daemon called `name`, on `cpus`, while the block lasts.
 
-    `runtime` is where our segment is, unless TMEM_RUNTIME_DIR says it. What a daemon says goes to the file
-    `point`.log.
+    `runtime` is where our segment is, unless TMEM_RUNTIME_DIR says it; `command` serves if it is none that is
+    known here. What a daemon says goes to the file `point`.log.
     """
     point.mkdir(exist_ok=True)
     log = point.with_name(f"{point.name}.log")
     environment = {**os.environ, "TMEM_CONFIG": os.devnull}  # not what this machine has
     if runtime is not None:
         environment["TMEM_RUNTIME_DIR"] = str(runtime)
-    argv = [*_COMMANDS[name], str(lower), str(point)]
+    argv = [*(command or _COMMANDS[name]), str(lower), str(point)]
     with running(argv, environment, cpus, log) as process:
 
         def settled() -> bool:
