@@ -31,11 +31,12 @@ bool eager_looks(struct eager *e, uint64_t now_ns)
     return false;
 }
 
-void eager_found(struct eager *e)
+bool eager_found(struct eager *e)
 {
     if (!e->until_ns)
-        return;
+        return false;
     e->until_ns = 0;
     if (e->looks > 1 && e->credit < EAGER_MOST && ++e->credit == EAGER_MOST)
         e->next_left_out = EAGER_LEFT_OUT;
+    return true;
 }

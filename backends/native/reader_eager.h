@@ -27,8 +27,8 @@ enum { EAGER_NS = 50000, EAGER_MOST = 16, EAGER_LOSS = 4, EAGER_LEFT_OUT = 64, E
 void eager_answered(struct eager *e, uint64_t now_ns);
 /* Whether to look now. */
 bool eager_looks(struct eager *e, uint64_t now_ns);
-/* A request was there. */
-void eager_found(struct eager *e);
+/* A request was there. Returns whether it was looked for. */
+bool eager_found(struct eager *e);
 /* Whether it has paid lately: programs run while replies are written, so they have CPUs of their own. */
 static inline bool eager_pays(const struct eager *e) { return e->credit > 0; }
 /* What is waited for is something else: no verdict. */

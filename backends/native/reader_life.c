@@ -244,7 +244,7 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->ends = atomic_load(&r->ended);
     out->lookups = atomic_load(&r->lookups);
     out->woken = atomic_load(&r->woken);
-    out->found_awake = atomic_load(&r->found_awake);
+    out->found_awake = atomic_load(&r->found_awake) + (r->rings ? rings_found_awake(r->rings) : 0);
     out->opens = atomic_load(&r->nopens);
     out->closes = atomic_load(&r->ncloses);
 }

@@ -3,6 +3,7 @@
  * (DEFER_TASKRUN). */
 #include "reader_rings.h"
 
+#include "reader_eager.h"
 #include "reader_waiting.h"
 #include "tm.h"
 
@@ -35,6 +36,8 @@ enum {
     SPARE = 2 * TM_PAGE,    /* a hit that starts within a page is decompressed from that page's start */
     KEPT_BYTES = 64 << 10,  /* of an entry's memory; more is given back when nothing comes for a while */
     WHILE_S = 1,
+    TOGETHER = 4,           /* answers that are committed together at most: the first wakes a CPU, the others find it awake */
+    SMALL_BYTES = 16 << 10, /* of an answer that may wait for others */
     STAY_EVERY = 256,       /* turns */
     SUBMISSIONS = 2 * ENTRIES, /* a power of two; an entry has one at a time, and the bell */
     QUEUES_BYTES = 4 * TM_PAGE,
@@ -98,12 +101,14 @@ struct ring {
     bool listens;   /* that read is under way */
     bool runs;      /* it has a thread */
     bool large;     /* entries are, that had a request */
+    unsigned waits; /* answers that wait to be committed, of this turn */
+    struct eager eager_here, eager_elsewhere, *eager; /* by who has answered last, and that one */
     _Atomic int error; /* why an entry was refused or lost, 0: none was */
     pthread_t thread;
 
     uint8_t *queues; /* the memory of both queues of io_uring, whose parts follow */
     size_t queues_bytes;
-    _Atomic uint32_t *submit_head, *submit_tail, *complete_head, *complete_tail;
+    _Atomic uint32_t *submit_head, *submit_tail, *submit_flags, *complete_head, *complete_tail;
     uint32_t submit_mask, complete_mask;
     const struct io_uring_cqe *completions;
     struct submission *submissions;
@@ -123,6 +128,7 @@ struct rings {
     size_t payload_bytes;
     sem_t started;
     _Atomic bool ending;
+    _Atomic uint64_t found_awake;
     unsigned count;
     struct ring rings[];
 };
@@ -143,6 +149,24 @@ static int submit_and_wait(const struct ring *r, unsigned count)
         return (int)syscall(SYS_io_uring_enter, r->fd, count, 1, IORING_ENTER_GETEVENTS, NULL, 0);
     return (int)syscall(SYS_io_uring_enter, r->fd, count, 1, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &how,
                         sizeof how);
+}
+
+/* ... and have the kernel hand over what waits for this thread to be in a call. */
+static int submit_and_take(const struct ring *r, unsigned count)
+{
+    return (int)syscall(SYS_io_uring_enter, r->fd, count, 0, IORING_ENTER_GETEVENTS, NULL, 0);
+}
+
+static bool has_completions(const struct ring *r)
+{
+    return atomic_load_explicit(r->complete_tail, memory_order_acquire)
+        != atomic_load_explicit(r->complete_head, memory_order_relaxed);
+}
+
+/* Whether there would be some after a call. */
+static bool is_to_take(const struct ring *r)
+{
+    return atomic_load_explicit(r->submit_flags, memory_order_relaxed) & IORING_SQ_TASKRUN;
 }
 
 /* A place in the queue of submissions, which has one for every entry and for the bell. */
@@ -171,7 +195,7 @@ static uint32_t unsubmitted(const struct ring *r)
 static int make_ring(struct ring *r)
 {
     struct io_uring_params p = {.flags = IORING_SETUP_SQE128 | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
-                                    | IORING_SETUP_R_DISABLED | IORING_SETUP_NO_MMAP};
+                                    | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_R_DISABLED | IORING_SETUP_NO_MMAP};
     r->queues_bytes = QUEUES_BYTES;
     r->submissions_bytes = SUBMISSIONS * sizeof(struct submission);
     r->queues = mmap(NULL, r->queues_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -191,6 +215,7 @@ static int make_ring(struct ring *r)
     }
     r->submit_head = (void *)(r->queues + p.sq_off.head);
     r->submit_tail = (void *)(r->queues + p.sq_off.tail);
+    r->submit_flags = (void *)(r->queues + p.sq_off.flags);
     r->complete_head = (void *)(r->queues + p.cq_off.head);
     r->complete_tail = (void *)(r->queues + p.cq_off.tail);
     r->submit_mask = p.sq_entries - 1;
@@ -273,6 +298,8 @@ static void commit_answered(struct ring *r)
     struct entry *e = r->answered;
     r->answered = NULL;
     pthread_mutex_unlock(&r->lock);
+    if (e)
+        eager_answered(r->eager = &r->eager_elsewhere, timing_now());
     for (struct entry *next; e; e = next) {
         next = e->next;
         commit(r, e);
@@ -294,30 +321,58 @@ static void give_back(struct ring *r)
         }
 }
 
-static void complete(struct ring *r, struct entry *e, int32_t result)
+/* Returns whether it was answered here. Programs whose answers wait go on only after a call. */
+static bool take_request(struct ring *r, struct entry *e)
 {
-    if (!e)
-        r->listens = false;
-    else if (result < 0) { /* refused, or the connection is over */
-        r->error = -result;
-    } else {
-        e->busy = true;
-        note_size(e, e->header->payload_bytes);
-        if (r->all->serve(r->all->with, r->queue, e))
-            commit(r, e);
+    e->busy = true;
+    note_size(e, e->header->payload_bytes);
+    if (!r->all->serve(r->all->with, r->queue, e))
+        return false;
+    commit(r, e);
+    if (e->header->payload_bytes > SMALL_BYTES || ++r->waits == TOGETHER) {
+        (void)submit(r, unsubmitted(r));
+        r->waits = 0;
     }
+    return true;
 }
 
 static void look_at_completions(struct ring *r)
 {
+    unsigned requests = 0, answered = 0;
     uint32_t head = atomic_load_explicit(r->complete_head, memory_order_relaxed);
+    r->waits = 0;
     while (head != atomic_load_explicit(r->complete_tail, memory_order_acquire)) {
         const struct io_uring_cqe *c = &r->completions[head & r->complete_mask];
         struct entry *e = (void *)(uintptr_t)c->user_data;
         int32_t result = c->res;
         atomic_store_explicit(r->complete_head, ++head, memory_order_release);
-        complete(r, e, result);
+        if (!e) {
+            r->listens = false;
+        } else if (result < 0) { /* refused, or the connection is over */
+            r->error = -result;
+        } else {
+            if (!requests++ && eager_found(r->eager))
+                atomic_fetch_add_explicit(&r->all->found_awake, 1, memory_order_relaxed);
+            answered += take_request(r, e);
+        }
     }
+    if (answered)
+        eager_answered(r->eager = &r->eager_here, timing_now());
+}
+
+/* Commit, and look for a request for a moment before sleeping, where that pays: no call is needed for that. Returns whether
+ * there may be something. */
+static bool look_for_more(struct ring *r)
+{
+    bool looks = eager_looks(r->eager, timing_now());
+    if (looks && unsubmitted(r))
+        (void)submit_and_take(r, unsubmitted(r));
+    while (looks && !has_completions(r) && !is_to_take(r)) {
+        looks = eager_looks(r->eager, timing_now());
+    }
+    if (looks && !has_completions(r))
+        (void)submit_and_take(r, 0);
+    return looks;
 }
 
 /* Where the programs are whose requests it gets, if that is permitted. */
@@ -362,7 +417,7 @@ static void *run_ring(void *arg)
         commit_answered(r);
         if (!r->listens)
             listen_to_bell(r);
-        if (submit_and_wait(r, unsubmitted(r)) < 0) {
+        if (!look_for_more(r) && submit_and_wait(r, unsubmitted(r)) < 0) {
             if (errno == ETIME)
                 give_back(r);
             else if (errno != EINTR && errno != EAGAIN && errno != EBUSY)
@@ -411,6 +466,7 @@ struct rings *rings_new(size_t payload_bytes)
         struct ring *r = &all->rings[i];
         r->all = all;
         r->queue = i;
+        r->eager = &r->eager_here;
         r->fd = r->bell = -1;
         r->queues = r->memory = MAP_FAILED;
         r->submissions = MAP_FAILED;
@@ -429,6 +485,8 @@ struct rings *rings_new(size_t payload_bytes)
 unsigned rings_count(const struct rings *all) { return all->count; }
 
 int rings_descriptor(const struct rings *all, unsigned ring) { return all->rings[ring].fd; }
+
+uint64_t rings_found_awake(const struct rings *all) { return atomic_load(&all->found_awake); }
 
 /* Only now: what is mapped when the process locks its memory is faulted in, and most entries are never used. The kernel takes
  * the entry that was used last. */

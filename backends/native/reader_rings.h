@@ -39,6 +39,7 @@ struct rings *rings_new(size_t payload_bytes);
 unsigned rings_count(const struct rings *all);
 /* By which the kernel knows a ring: whoever has it lead elsewhere (dup2) ends it, once its thread has ended, too. */
 int rings_descriptor(const struct rings *all, unsigned ring);
+uint64_t rings_found_awake(const struct rings *all); /* requests that were looked for, and came, before a thread slept */
 /* Take requests from the device (`serve` NULL: let the kernel know that none will be taken); once. -1: an entry was refused, errno says why, and requests come by read(2). They may come by
  * rings all the same if it was not the first of its queue, so the threads go on. */
 int rings_start(struct rings *all, int device, ring_serve serve, void *with);

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tmem.bench.mounts import pin
 from tmem.errors import AttachError, TmemError
 from tmem.fs import mounts, uring
 from tmem.fs.options import MountOptions
@@ -97,6 +98,43 @@ def test_hits_misses_and_ends_of_files_on_every_cpu(place: Place, segment: "_nat
     counted = place.statistics()
     assert counted.hit_reads > counted.miss_reads > 0
     assert segment.check() == []
+
+
+def sleeps(pid: int) -> int:
+    """Return how often threads of a process have gone to sleep so far."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    fields = (line.split(":") for text in texts for line in text.splitlines())
+    return sum(int(value[0]) for name, *value in fields if name == "voluntary_ctxt_switches")
+
+
+def test_the_next_is_looked_for_before_a_thread_sleeps(
+    mounter: Mounter, segment: "_native.Segment", eventually: Callable[..., None]
+) -> None:
+    """Where the program has a CPU of its own: else each request finds a thread that sleeps, and wakes it."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    place = mounter(f"timeout=0,cache=direct,{BY_RINGS}")
+    (place.lower / "file").write_bytes(CONTENT)
+    for _ in range(3):
+        assert (place.point / "file").read_bytes() == CONTENT
+    pin(place.pid, {cpus[1]})
+    os.sched_setaffinity(0, {cpus[0]})
+    count = 500
+    try:
+        with (place.point / "file").open("rb", buffering=0) as file:
+
+            def most_are_found_awake() -> bool:
+                before = sleeps(place.pid)
+                for number in range(count):
+                    start = number * PAGE_SIZE % len(CONTENT)
+                    assert os.pread(file.fileno(), PAGE_SIZE, start) == CONTENT[start : start + PAGE_SIZE]
+                return sleeps(place.pid) - before < count / 2
+
+            eventually(most_are_found_awake)
+    finally:
+        os.sched_setaffinity(0, cpus)
+    place.umount()
 
 
 @pytest.mark.parametrize("size", [1, PAGE_SIZE + 1, MIB])
