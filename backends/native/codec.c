@@ -97,25 +97,40 @@ void codec_free(struct tm_ctx *ctx)
 
 static uint64_t checksum_plain(const uint8_t *data, size_t length) { return XXH3_64bits(data, length); }
 
+static uint64_t checksum_plain_copy(const uint8_t *page, uint8_t *to, const uint8_t *next)
+{
+    (void)next;
+    memcpy(to, page, TM_PAGE);
+    return XXH3_64bits(to, TM_PAGE);
+}
+
 static uint64_t (*hash)(const uint8_t *data, size_t length) = checksum_plain;
+static uint64_t (*hash_copy)(const uint8_t *page, uint8_t *to, const uint8_t *next) = checksum_plain_copy;
 
 /* When the library is loaded, so that no call has to ask. */
 __attribute__((constructor)) static void choose_hash(void)
 {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2"))
+    if (__builtin_cpu_supports("avx2")) {
         hash = checksum_wide;
+        hash_copy = checksum_wide_copy;
+    }
 #endif
 }
 
 uint64_t codec_checksum(const uint8_t *data, size_t length) { return hash(data, length); }
 
-static uint32_t checksum(const uint8_t *payload, uint32_t length, uint64_t word, uint32_t stamp)
+/* The back reference and stamp are mixed in after hashing: seeding XXH3 costs it a secret of its own. */
+static uint32_t mixed(uint64_t h, uint64_t word, uint32_t stamp)
 {
-    /* The back reference and stamp are mixed in afterwards: seeding XXH3 costs it a secret of its own. */
-    uint64_t h = hash(payload, length) ^ word ^ (uint64_t)stamp << 21;
+    h ^= word ^ (uint64_t)stamp << 21;
     h *= UINT64_C(0x9fb21c651e98df25);
     return (uint32_t)(h >> 32);
+}
+
+static uint32_t checksum(const uint8_t *payload, uint32_t length, uint64_t word, uint32_t stamp)
+{
+    return mixed(hash(payload, length), word, stamp);
 }
 
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp)
@@ -146,10 +161,15 @@ bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uin
     const uint8_t *payload = (const uint8_t *)(b + 1);
     if (header_slot(word) != slot || length > most - TM_HEADER || length > TM_PAGE)
         return false;
+    enum block_kind kind = block_kind(word);
+    bool whole = length == TM_PAGE && (kind == BLOCK_RAW || kind == BLOCK_LOOSE);
+    /* Alone it is better hashed first and copied from the cache then: 2.1 to 2.2 us instead of 2.0 for one at random. */
+    if (whole && ctx->next_payload)
+        return b->checksum == mixed(hash_copy(payload, page, ctx->next_payload), word, stamp);
     if (b->checksum != checksum(payload, length, word, stamp))
         return false;
     KP(46);
-    switch (block_kind(word)) {
+    switch (kind) {
     case BLOCK_LZ4:
         /* No copy first: if the block is reused meanwhile, the slot has changed and the caller tries again. */
         return LZ4_decompress_safe((const char *)payload, (char *)page, (int)length, (int)TM_PAGE) == (int)TM_PAGE;

@@ -158,6 +158,16 @@ int64_t tm_put(const struct tm_handle *h, const uint8_t *oid, uint32_t index, co
     return rc == TM_WAIT ? TM_WAIT : done;
 }
 
+/* What the block has that is read after the page at `index`, as far as the leaf tells; NULL: there is none. */
+static const uint8_t *payload_after(struct tm_segment *seg, const struct cursor *cur, uint32_t index)
+{
+    if (!cur->slots || index >= cur->last)
+        return NULL;
+    uint64_t word = atomic_load_explicit(&cur->slots[index + 1 - cur->first], memory_order_relaxed);
+    uint64_t block = word & SLOT_VALUE;
+    return slot_type(word) == SLOT_BLOCK && in_data(seg, block * 16) ? (const uint8_t *)(block_at(seg, block) + 1) : NULL;
+}
+
 int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, uint8_t *data, uint32_t n)
 {
     struct tm_ctx *ctx;
@@ -172,9 +182,11 @@ int64_t tm_get(const struct tm_handle *h, const uint8_t *oid, uint32_t index, ui
     bool off = !h->seg->pools[ctx->pool].persistent && mode_of(h->seg, ctx->client) == MODE_OFF;
     for (uint32_t i = 0; i < n; i++) {
         cursor_find(h->seg, ctx->pool, id, index + i, &cur);
+        ctx->next_payload = i + 1 < n ? payload_after(h->seg, &cur, index + i) : NULL;
         rc = cur.slots && !off
                  ? slot_get(ctx, ctx->pool, &cur.slots[index + i - cur.first], data + (size_t)i * TM_PAGE, NULL)
                  : TM_MISS;
+        ctx->next_payload = NULL;
         if (rc == TM_AWAY) {
             tier_ahead(ctx, id, (uint64_t)index + i + 1, n - i - 1, &cur);
             cur = (struct cursor){0};

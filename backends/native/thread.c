@@ -108,6 +108,7 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->ticks = 0;
     ctx->client = ctx->payer = TM_MAX_CLIENTS;
     ctx->began_ns = 0;
+    ctx->next_payload = NULL;
     ctx->window.open = false;
     ctx->window.nwanted = ctx->window.nheld = 0;
     ctx->rec = NULL;

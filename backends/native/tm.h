@@ -437,6 +437,7 @@ struct tm_ctx {
     uint32_t payer;    /* for the pool's pages */
     uint64_t began_ns; /* of an operation that is timed, else 0 */
     void *expander;    /* zstd's state for decompression; made with the rest, so that no get has to ask for memory */
+    const uint8_t *next_payload; /* of the block that is read after this one, NULL: there is none, or it is not known */
     void *condenser;   /* zstd's state for compression, of whom runs the pass; or NULL */
     _Alignas(16) uint8_t lz4[16416];
     _Alignas(64) uint8_t scratch[TM_SCRATCH];
@@ -528,6 +529,8 @@ bool chunk_free_busy(struct tm_ctx *ctx, uint32_t owner); /* what a dead thread 
 
 /* checksum.c */
 uint64_t checksum_wide(const uint8_t *data, size_t length);
+/* checksum_copy.c: of a page, which is copied meanwhile; what is hashed next, at `next`, is brought from memory. */
+uint64_t checksum_wide_copy(const uint8_t *page, uint8_t *to, const uint8_t *next);
 
 /* codec.c */
 bool codec_fill(const uint8_t *page, uint64_t *value); /* same-filled, and the word fits a slot */

@@ -184,6 +184,39 @@ static void corruption(void)
     tm_close(seg);
 }
 
+static struct tm_block *block_of_page(struct tm_segment *seg, const struct tm_handle *h, uint32_t index);
+
+/* Pages as they are that are read in one go, each hashed while it is copied: they come back over all borders of leaves and chunks,
+ * and up to a flipped bit. */
+static void runs(void)
+{
+    enum { RUN = 80 };
+    static uint8_t pages[RUN * TM_PAGE], back[RUN * TM_PAGE];
+    struct tm_segment *seg = fresh(8);
+    uint8_t oid[TM_OID] = {0};
+    uint64_t rng = 7;
+    for (size_t i = 0; i < sizeof pages; i++)
+        pages[i] = (uint8_t)next_random(&rng);
+    for (int persistent = 0; persistent < 2; persistent++) {
+        struct tm_handle h = new_pool(seg, "runs", persistent, false);
+        expect(tm_put(&h, oid, 0, pages, RUN, KEEP_NOTHING) == RUN, "a run is put");
+        for (uint32_t bad = 0; bad <= RUN; bad += 1 + bad % 3) {
+            uint8_t *byte = bad < RUN ? (uint8_t *)(block_of_page(seg, &h, bad) + 1) + mix(bad) % TM_PAGE : NULL;
+            memset(back, 0, sizeof back);
+            if (byte)
+                *byte ^= 4;
+            int64_t found = tm_get(&h, oid, 0, back, RUN);
+            if (byte)
+                *byte ^= 4;
+            expect(found == (persistent && !bad ? TM_CORRUPT : (int64_t)bad), "a run ends at a flipped bit");
+            expect(!memcmp(back, pages, (size_t)bad * TM_PAGE), "the pages before it are right");
+            if (byte && !persistent) /* dropped */
+                expect(tm_put(&h, oid, bad, pages + (size_t)bad * TM_PAGE, 1, KEEP_NOTHING) == 1, "put again");
+        }
+    }
+    tm_close(seg);
+}
+
 static struct tm_block *block_of_page(struct tm_segment *seg, const struct tm_handle *h, uint32_t index)
 {
     struct cursor cur = {0};
@@ -340,6 +373,7 @@ int main(int argc, char **argv)
     ranges(seed);
     device(seed);
     corruption();
+    runs();
     condensing();
     condensing_when_full();
     compaction();
