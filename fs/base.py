@@ -37,6 +37,10 @@ Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 """Brackets a handler's wait for a worker thread, so that the loop can have another task read requests."""
 
 
+_READ_THREADS, _CHANGE_THREADS = 64, 40
+_THREADS_OF_A_FILE = 16
+"""As many READs of a file keep any disk busy, and four files may hang before other misses wait."""
+
 FAILURES = (OSError, TmemError, MemoryError)
 """What a handler may fail with before `errors` has made a reply of it. Anything else ends the mount."""
 
@@ -95,9 +99,35 @@ class Handlers(pyfuse3.Operations):
         """Tells of changes underneath, where they are reported."""
         self._is_local = is_local(table.root)
         self._waiting = waiting
+        self.read_threads = trio.CapacityLimiter(_READ_THREADS)
+        self.change_threads = trio.CapacityLimiter(_CHANGE_THREADS)
 
-    async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run blocking work in a worker thread; the loop goes on meanwhile. If there is none, here."""
+    async def read_in_thread(self, inode: Inode, work: Callable[..., T], *arguments: object) -> T:
+        """The same for what reads a file; one that hangs has at most `_THREADS_OF_A_FILE` of these."""
+        if inode.reads is None:
+            inode.reads = trio.CapacityLimiter(_THREADS_OF_A_FILE)
+        reads, borrower = inode.reads, object()
+        try:
+            reads.acquire_on_behalf_of_nowait(borrower)  # else it would cost a turn of the scheduler
+        except trio.WouldBlock:
+            with self._waiting():
+                await reads.acquire_on_behalf_of(borrower)
+        try:
+            return await self.in_thread(work, *arguments, threads=self.read_threads)
+        finally:
+            reads.release_on_behalf_of(borrower)
+
+    async def change_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """The same for what changes a file: those that hang do not hold up reads and questions."""
+        return await self.in_thread(work, *arguments, threads=self.change_threads)
+
+    async def in_thread(
+        self, work: Callable[..., T], *arguments: object, threads: trio.CapacityLimiter | None = None
+    ) -> T:
+        """Run blocking work in a worker thread; the loop goes on meanwhile. If there is none, here.
+
+        `threads` bounds how many there are at a time; None: trio's own bound, which stats and opens share.
+        """
         begun = False
 
         def run() -> T:
@@ -107,7 +137,7 @@ class Handlers(pyfuse3.Operations):
 
         with self._waiting():
             try:
-                return await trio.to_thread.run_sync(run)
+                return await trio.to_thread.run_sync(run, limiter=threads)
             except RuntimeError:  # threads are limited (pids.max of a container, say)
                 if begun:
                     raise

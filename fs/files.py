@@ -110,8 +110,8 @@ class Files(Opening):
             end = os.fstat(file.descriptor).st_size
             if count < size and (off + count < end or not end):
                 with file.used():
-                    count += await self.in_thread(
-                        lower.read_fully, file.descriptor, off + count, wanted[count:]
+                    count += await self.read_in_thread(
+                        file.inode, lower.read_fully, file.descriptor, off + count, wanted[count:]
                     )
         except BaseException as error:
             if isinstance(error, OSError):
@@ -147,7 +147,7 @@ class Files(Opening):
                 finally:
                     change.flush(start, end)
 
-            return await self.in_thread(work)
+            return await self.change_in_thread(work)
 
     async def flush(self, fh: int) -> None:
         """Let the lower file system report what it reports at close."""
@@ -156,13 +156,13 @@ class Files(Opening):
             with errors():
                 descriptor = os.dup(file.descriptor)
                 with self._distrusting(file):
-                    await self.in_thread(os.close, descriptor)
+                    await self.change_in_thread(os.close, descriptor)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Make content durable."""
         file = self._files[fh]
         with errors(), self._distrusting(file), file.used():
-            await self.in_thread(os.fdatasync if datasync else os.fsync, file.descriptor)
+            await self.change_in_thread(os.fdatasync if datasync else os.fsync, file.descriptor)
 
     @contextlib.contextmanager
     def _distrusting(self, file: OpenFile) -> Iterator[None]:

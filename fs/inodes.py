@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import pyfuse3
+import trio
 
 from tmem.backends import _native
 from tmem.fs import syscalls
@@ -38,7 +39,7 @@ class Inode(_native.Node):
     What the native table knows of it are attributes, which follow it; here is what only Python needs.
     """
 
-    __slots__ = ("backing", "declined", "listed", "state")
+    __slots__ = ("backing", "declined", "listed", "reads", "state")
 
     def __init__(self) -> None:
         self.declined = False
@@ -49,6 +50,8 @@ class Inode(_native.Node):
         """Which version of a directory the kernel has a listing of, and until when to believe it."""
         self.state: FileState | None = None
         """Coherence of its pages, from its first open on."""
+        self.reads: trio.CapacityLimiter | None = None
+        """What bounds the worker threads that read it, once there was one."""
 
 
 def proc_path(descriptor: int) -> str:

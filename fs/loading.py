@@ -146,7 +146,9 @@ class Loader:
             file.loads += 1
             try:
                 with file.used():
-                    known, count, failure, lower_ns, was_put = await self._handlers.in_thread(work)
+                    known, count, failure, lower_ns, was_put = await self._handlers.read_in_thread(
+                        file.inode, work
+                    )
                     whole, wanted, stored, put_ns = was_put
             finally:
                 file.loads -= 1
@@ -207,7 +209,9 @@ class _Source:
         ranges = self._handlers.precache.absent(self._file.state.oid, first, last)
         if self._handlers.beyond is None or not self._handlers.beyond.up:  # the lower may not be needed
             ranges = bridged(ranges)
-            await self._handlers.in_thread(lower.prefetch, self._file.descriptor, ranges)
+            await self._handlers.read_in_thread(
+                self._file.inode, lower.prefetch, self._file.descriptor, ranges
+            )
         return ranges
 
     async def load(self, first: int, last: int) -> bool:

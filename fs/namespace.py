@@ -104,7 +104,7 @@ class Namespace(Handlers):
                 change.flush(size, None)
                 try:
                     before = os.fstat(descriptor)
-                    await self.in_thread(self.resize, descriptor, size, fh)
+                    await self.change_in_thread(self.resize, descriptor, size, fh)
                     self.lose_set_ids(inode, proc_path(descriptor), before, caller)
                 finally:
                     change.flush(size, None)

@@ -148,7 +148,7 @@ class Opening(Namespace):
                 try:
                     before = os.fstat(descriptor)
                     # By its path: it may be open for reading only.
-                    await self.in_thread(os.truncate, proc_path(descriptor), 0)
+                    await self.change_in_thread(os.truncate, proc_path(descriptor), 0)
                     self.lose_set_ids(inode, descriptor, before, caller)
                 finally:
                     change.flush(0, None)

@@ -7,6 +7,7 @@ worker thread at a named point until the test lets it go on.
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -279,12 +280,13 @@ def test_a_read_of_who_was_killed_does_not_put_what_another_file_has(
     busy = threading.Event()
 
     async def main() -> None:
-        threads = trio.to_thread.current_default_thread_limiter()
+        threads = overlay.read_threads
         threads.total_tokens = 1
         fh = await opened(overlay)
         entry = await overlay.lookup(pyfuse3.ROOT_INODE, b"other", CONTEXT)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, busy.wait, 10)  # a lower that does not answer
+            hangs = partial(trio.to_thread.run_sync, busy.wait, 10, limiter=threads)
+            nursery.start_soon(hangs)  # a lower that does not answer
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(read, overlay, fh)
             await trio.testing.wait_all_tasks_blocked()
