@@ -18,12 +18,6 @@ OID_SIZE: int
 UUID_SIZE: int
 VERSION: int  # of the segment's layout
 
-def names(directory: int, /) -> tuple[list[bytes], bytes, int]:
-    """Return the names in the directory open at `directory`, and the errno that ended them, or 0.
-
-    Without "." and "..". Between them the *places*: 16 bytes for each name, for `ListingPage.look_up`.
-    """
-
 def pack(records: list[Buffer], size_bytes: int, most: int, /) -> list[bytes]:
     """Return the values that hold the records, in order, as many in each as go in (`tiers.redis_values`).
 
@@ -520,10 +514,6 @@ class Nodes(Generic[_N]):
     def open(self) -> int:
         """How many O_PATH descriptors are open."""
 
-    @property
-    def missed_lately(self) -> bool:
-        """Whether, within a second, a name was not at hand that the event loop may not wait for."""
-
     def bound(self, quota: int, batch: int, by_handle: bool, /) -> None:
         """Have at most `quota` descriptors open, and close `batch` at a time, if that can be done."""
 
@@ -641,38 +631,33 @@ class Opens:
         opened it.
         """
 
-class ListingPage:
-    """A reply to one READDIRPLUS of a `Reader`. At last `Reader.list`, or `take_back`."""
+class Listings:
+    """The directories that are open, and their listings (backends/native/reader_listings.h).
 
-    start: int
-    """Number of the first entry that is wanted."""
-    next: int
-    """Number of the first name that was not looked up."""
-    full: bool
-    """Whether there is no room for that one."""
-    waits: bool
-    """Whether that one would have to be waited for."""
-    length: int
-    """Bytes of the entries so far."""
-    short_lived: int
-    """Entries whose attributes are believed less long than names of the directory."""
-    shortest: float
-    """For how many seconds those are at least."""
+    A `Reader` answers their requests from it. For the event loop's thread.
+    """
 
-    def look_up(self, directory: int, names: list[bytes], places: bytes, may_wait: bool, /) -> int:
-        """Look up the next names of the directory open at `directory`, some at a time, and count the lookups.
+    def __init__(self, nodes: Nodes[_N], /) -> None: ...
+    def open(self, nodeid: int, /) -> int:
+        """Open a directory; return the handle. OSError."""
 
-        Unless it `may_wait`, only as far as the kernel has them at hand (or the lower is quick). Returns how
-        many were found.
+    def close(self, fh: int, /) -> None:
+        """Close a directory. OSError(EBADF) if there is none, as all that follow."""
 
-        Names that are gone get no entry; "." and ".." and what cannot be looked up get one without a node.
-        OSError: of "." or ".."; no memory. `names` must not be changed meanwhile. Of `places`, which are
-        zeros where there is none, those at the end may be left out; a file that the kernel has been told of
-        lately, by its place, gets an entry with the name alone.
-        """
+    def close_all(self) -> None: ...
+    def descriptor(self, fh: int, /) -> int: ...
+    def names(self, fh: int, number: int, /) -> list[bytes]:
+        """Return some names of a listing, from `number` on; from 0 on it begins anew. OSError that ended it
+        early, once there are no more."""
 
-    def take_back(self) -> None:
-        """Empty it: the kernel will not get it, and does not count its lookups."""
+    def saved(self) -> tuple[list[tuple[int, int, int, int, list[bytes]]], int]:
+        """Return handle, node id, generation, descriptor and names of each, and the next handle."""
+
+    def restore(self, fh: int, nodeid: int, descriptor: int, names: list[bytes], /) -> None:
+        """Take in an open directory of the code before this; its descriptor is the table's then."""
+
+    def number_from(self, next: int, /) -> None:
+        """Count handles on from there."""
 
 class Gate:
     """Where the pages of one file are, for a `Reader`: closed when new, and while the file changes."""
@@ -769,7 +754,7 @@ class Reader:
         """
 
     def reply(self, number: int, error: int, argument: bytes = b"", /) -> bool:
-        """Answer with a positive errno or 0, and an argument of at most 256 bytes or a page (`list`).
+        """Answer with a positive errno or 0, and an argument of at most 256 bytes.
 
         False: nobody hears it, for the request was given up. What it did is undone in a moment.
         """
@@ -783,8 +768,8 @@ class Reader:
     def fetch(self, directory: int, names: list[bytes], /) -> bool:
         """Have threads look at names in an open directory, and the request asked last asked once more then.
 
-        After that the kernel has the names at hand. No names: all that the directory says of itself. False:
-        there is no memory, descriptor or thread for it, and who is asked has to wait itself.
+        After that the kernel has the names at hand. False: there is no memory, descriptor or thread for it,
+        and who is asked has to wait itself.
         """
 
     def drain(self) -> None:
@@ -829,21 +814,13 @@ class Reader:
     def set_nodes(self, nodes: Nodes[_N], answers: bool, /) -> None:
         """Use these from now on, once. `answers`: GETATTRs are answered from them."""
 
-    def page(self, number: int, name: float, /) -> ListingPage:
-        """Begin the reply to a READDIRPLUS, given the offset that libfuse has got of it.
+    def set_listings(self, listings: Listings, /) -> None:
+        """Answer what is asked of directories from these, once, and after `set_nodes`: nothing of it is put
+        by for `asked`."""
 
-        `name`: for how many seconds names of that directory are believed. ValueError if there is no such
-        request.
-        """
-
-    def list(self, page: ListingPage, /) -> None:
-        """Have the kernel get this page once libfuse has replied with nothing. ValueError as for `page`."""
-
-    def ends(self, fh: int, number: int, /) -> None:
-        """Say that the listing `fh` has no entry from `number` on: a request for it takes no Python then.
-
-        0: it begins anew, and may end elsewhere. Handles must not be used twice.
-        """
+    def list(self, number: int, fh: int, /) -> None:
+        """Have a READDIRPLUS that libfuse has got, given the offset that it got, answered from a listing once
+        libfuse has replied with nothing. However long the lower takes. OSError."""
 
     def open(self, fh: int, descriptor: int, gate: Gate, local: bool = False, /) -> None:
         """Serve the open file `fh` by `descriptor` until `close_file`; `local`: its size is known at once."""
@@ -871,10 +848,6 @@ class Reader:
 
     def pass_through(self, fh: int, backing_id: int, /) -> None:
         """Have the reply to the OPEN or CREATE that will give out `fh` ask for FUSE passthrough."""
-
-    def keep_listing(self, fh: int, believe: bool, /) -> None:
-        """Have the reply to the OPENDIR that will give out `fh` let the kernel keep the listing it will get;
-        `believe`: and use the one that it has."""
 
     def counters(self) -> dict[str, int]:
         """Return what was answered here, by the names of `fs.statistics`; ahead_reads: hits that had been

@@ -25,7 +25,7 @@ from tmem.backends import _native
 from tmem.fs import syscalls
 from tmem.fs.coherence import FileState
 from tmem.fs.fanotify import is_local
-from tmem.fs.identity import Version, handle_of
+from tmem.fs.identity import handle_of
 from tmem.fs.state import SavedInode, SavedInodes
 
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -39,15 +39,13 @@ class Inode(_native.Node):
     What the native table knows of it are attributes, which follow it; here is what only Python needs.
     """
 
-    __slots__ = ("backing", "declined", "listed", "reads", "state")
+    __slots__ = ("backing", "declined", "reads", "state")
 
     def __init__(self) -> None:
         self.declined = False
         """Whether its opens are passed through; decided when the first one is opened."""
         self.backing = 0
         """The kernel's number of its backing file, if it is passed through while it is open (`backing`)."""
-        self.listed: tuple[Version | None, float] = (None, 0.0)
-        """Which version of a directory the kernel has a listing of, and until when to believe it."""
         self.state: FileState | None = None
         """Coherence of its pages, from its first open on."""
         self.reads: trio.CapacityLimiter | None = None
@@ -161,7 +159,11 @@ class InodeTable:
 
     def lookup(self, parent: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """Find `name` in `parent`; the caller must count the lookup with `remember`, or `drop` the inode."""
-        descriptor = os.open(name, _PATH_FLAGS, dir_fd=self.descriptor(parent))
+        return self.lookup_at(self.descriptor(parent), name)
+
+    def lookup_at(self, directory: int, name: bytes) -> tuple[Inode, os.stat_result]:
+        """The same in the directory open at `directory`."""
+        descriptor = os.open(name, _PATH_FLAGS, dir_fd=directory)
         try:
             status = os.fstat(descriptor)
         except BaseException:

@@ -55,6 +55,7 @@ class Overlay(Files, Directories):
         """Have hits answered by a native reader from now on, or not any more; what it can, past libfuse."""
         super().read_by(reading)
         if reading is not None:
+            reading.reader.set_listings(self.listings)
             reading.answer_with(Shortcuts(self, reading.reader))
 
     def statistics(self) -> MountStatistics:
@@ -104,7 +105,7 @@ class Overlay(Files, Directories):
         self.count_native_hits()
         if self.watch is not None:
             self.watch.tell_the_rest()
-        inodes, places = self.table.saved([*self.used_by_files(), *self.used_by_listings()])
+        inodes, places = self.table.saved(self.used_by_files())
         files, next_file = self.saved_files(places)
         listings, next_listing = self.saved_listings(places)
         return SavedOverlay(

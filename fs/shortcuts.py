@@ -1,4 +1,4 @@
-"""Requests that are answered past libfuse: looking up, listing, opening and closing.
+"""Requests that are answered past libfuse, but in Python: looking up, opening and closing of files.
 
 They are what programs make most of beside reading, and the way through the socket, libfuse, pyfuse3 and a
 turn of trio's scheduler costs more than most of them take (backends/native/reader_shortcut.h). Everything is
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tmem.errors import TmemError
     from tmem.fs.overlay import Overlay
 
-_LOOKUP, _FORGET, _OPEN, _RELEASE, _OPENDIR, _READDIRPLUS = 1, 2, 14, 18, 27, 44
+_LOOKUP, _FORGET, _OPEN, _RELEASE = 1, 2, 14, 18
 _MOST_AT_A_TIME = 32
 _LONGEST_SECONDS = 0.002
 _DIRECT_IO, _KEEP_CACHE, _NONSEEKABLE = 1, 2, 4
@@ -50,7 +50,7 @@ class Shortcuts:
         """Answer what lies there, return how many; what has to wait goes on in a task of `start_soon`.
 
         Not for as long as helpers bring more: there is other work, and `Reader.serve` tells of the rest. Most
-        take 50 us, but a page of a listing milliseconds, and a lower that is far away longer.
+        take 50 us, but with a lower that is far away much longer.
         """
         until = time.monotonic() + _LONGEST_SECONDS
         count = 0
@@ -81,11 +81,10 @@ class Shortcuts:
                 self._look_up(unique, node, body, may_wait=fetched > 0)
             elif opcode == _OPEN:
                 self._open(unique, node, body, Caller(uid, gid, pid), start_soon)
-            elif opcode == _OPENDIR:
-                self._open_directory(unique, node)
             else:
+                assert opcode == _RELEASE, "the reader answers the rest"
                 (number,) = _HANDLE_IN.unpack_from(body)
-                self._with_handle(opcode, unique, number, start_soon, fetched)
+                self._close(unique, number, start_soon)
         except _REFUSALS as failure:
             self._refuse(unique, failure)
 
@@ -114,20 +113,11 @@ class Shortcuts:
         if not self._reader.reply(unique, 0, _OPEN_OUT.pack(info.fh, said, 0)):
             self._overlay.unheard(info.fh)
 
-    def _open_directory(self, unique: int, node: int) -> None:
-        self._reader.reply(unique, 0, _OPEN_OUT.pack(self._overlay.open_directory(node), 0, 0))
-
-    def _with_handle(self, opcode: int, unique: int, number: int, start_soon: Start, fetched: int) -> None:
-        if opcode == _RELEASE and self._overlay.is_used(number):
+    def _close(self, unique: int, number: int, start_soon: Start) -> None:
+        if self._overlay.is_used(number):
             start_soon(self._close_later, unique, number)
             return
-        if opcode == _RELEASE:
-            self._overlay.close_file(number)
-        elif opcode == _READDIRPLUS:
-            if not self._overlay.report_page(number, unique, fetched):
-                return
-        else:
-            self._overlay.close_directory(number)
+        self._overlay.close_file(number)
         self._reader.reply(unique, 0)
 
     async def _close_later(self, unique: int, number: int) -> None:

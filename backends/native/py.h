@@ -28,7 +28,7 @@ typedef struct {
 
 extern PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError; /* of tmem.errors */
 extern PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *RingsType, *HeadroomType, *NodesType, *NodeType, *PageType, *OpensType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *NodeType, *ListingsType, *OpensType;
 extern const char *const mode_names[3];
 
 PyTypeObject *make_segment_type(void);
@@ -43,7 +43,7 @@ PyTypeObject *make_rings_type(void);
 PyTypeObject *make_headroom_type(void);
 PyTypeObject *make_nodes_type(void);
 PyTypeObject *make_node_type(void);
-PyTypeObject *make_page_type(void);
+PyTypeObject *make_listings_type(void);
 PyTypeObject *make_opens_type(void);
 
 struct tm_segment *segment_of(SegmentObject *owner); /* NULL with an exception */
@@ -101,9 +101,8 @@ struct nodes;
 struct nodes *nodes_of(PyObject *nodes);
 
 /* py_listing.c */
-PyObject *page_new(struct reader *r, PyObject *args);
-PyObject *page_list(struct reader *r, PyObject *page);
-PyObject *names(PyObject *module, PyObject *directory); /* a function of the module */
+struct listings;
+struct listings *listings_of(PyObject *listings);
 
 /* py_opens.c */
 struct opens;

@@ -1,256 +1,214 @@
-/* ListingPage (reader_listing.h) and the names in a directory. */
+/* Listings (reader_listings.h): the directories that are open. */
 #include "py.h"
-#include "reader.h"
-#include "reader_listing.h"
+#include "reader_listings.h"
 
-#include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <string.h>
 #include <unistd.h>
 
-enum {
-    MOST_NAMES = 256,        /* looked at in one step */
-    NAMES_BYTES = 64 << 10,  /* of a call for names */
-};
-
-/* What a directory says of one of its files; Python keeps them as bytes. */
-struct listed_place {
-    uint64_t number; /* 0: unknown */
-    uint64_t type;   /* DT_* */
-};
+enum { AT_A_TIME = 64 }; /* names for Python */
 
 typedef struct {
     PyObject_HEAD
-    struct page page;
-    uint64_t number; /* of the request */
-    uint64_t start;  /* the first entry that it wants */
-    uint64_t next;   /* the one after those that were looked up */
-    bool full;
-} PageObject;
+    struct listings *listings;
+} ListingsObject;
 
-/* ---- Page ------------------------------------------------------------------------------------------------- */
+struct listings *listings_of(PyObject *listings) { return ((ListingsObject *)listings)->listings; }
 
-PyObject *page_new(struct reader *r, PyObject *args)
+static int init(ListingsObject *self, PyObject *args, PyObject *kwargs)
 {
-    unsigned long long number;
-    double name;
-    allocfunc allocate = (allocfunc)PyType_GetSlot(PageType, Py_tp_alloc);
-    if (!PyArg_ParseTuple(args, "Kd:page", &number, &name))
-        return NULL;
-    PageObject *self = (PageObject *)allocate(PageType, 0);
-    int rc = self ? reader_page(r, number, name, &self->page, &self->start) : 0;
-    if (!self || !rc) {
-        if (self) {
-            self->number = number;
-            self->next = self->start;
-        }
-        return (PyObject *)self;
+    static char *keywords[] = {"", NULL};
+    PyObject *nodes;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!:Listings", keywords, NodesType, &nodes))
+        return -1;
+    if (!self->listings && !(self->listings = listings_new(nodes_of(nodes)))) {
+        PyErr_NoMemory();
+        return -1;
     }
-    Py_DECREF((PyObject *)self);
-    if (rc == ENOMEM)
-        return PyErr_NoMemory();
-    PyErr_SetString(PyExc_ValueError, "no listing of this number is under way");
-    return NULL;
+    return 0;
 }
 
-PyObject *page_list(struct reader *r, PyObject *page)
-{
-    const PageObject *self = (const PageObject *)page;
-    if (Py_TYPE(page) != PageType) {
-        PyErr_SetString(PyExc_TypeError, "expected a page");
-        return NULL;
-    }
-    if (!reader_list(r, self->number, &self->page)) {
-        PyErr_SetString(PyExc_ValueError, "no listing of this number is under way");
-        return NULL;
-    }
-    Py_RETURN_NONE;
-}
-
-static void page_dealloc(PageObject *self)
+static void dealloc(ListingsObject *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
-    page_end(&self->page);
+    if (self->listings)
+        listings_drop(self->listings);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF((PyObject *)type);
 }
 
-static PyObject *look_up(PageObject *self, PyObject *args)
+static PyObject *failed(int error)
 {
-    struct name taken[MOST_NAMES];
-    PyObject *list;
-    const char *places;
-    Py_ssize_t places_bytes;
-    int directory, done, may_wait;
-    bool full;
-    if (!PyArg_ParseTuple(args, "iO!y#p:look_up", &directory, &PyList_Type, &list, &places, &places_bytes, &may_wait))
-        return NULL;
-    uint64_t nplaces = (uint64_t)places_bytes / sizeof(struct listed_place);
-    uint64_t all = (uint64_t)PyList_Size(list), left = all > self->next ? all - self->next : 0;
-    unsigned n = left < MOST_NAMES ? (unsigned)left : MOST_NAMES;
-    for (unsigned i = 0; i < n; i++) {
-        char *bytes;
-        Py_ssize_t length;
-        if (PyBytes_AsStringAndSize(PyList_GetItem(list, (Py_ssize_t)(self->next + i)), &bytes, &length))
-            return NULL;
-        struct listed_place place = {0, 0};
-        if (self->next + i < nplaces)
-            memcpy(&place, places + (self->next + i) * sizeof place, sizeof place);
-        taken[i] = (struct name){bytes, (size_t)length, place.number, (uint32_t)place.type};
-    }
-    Py_BEGIN_ALLOW_THREADS /* the list keeps them, and the caller keeps the list as it is */
-    done = page_step(&self->page, directory, taken, n, self->next, may_wait, &full);
-    Py_END_ALLOW_THREADS
-    if (done < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
-    self->next += (unsigned)done;
-    self->full = full;
-    return PyLong_FromUnsignedLong(self->page.nfound);
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-static PyObject *take_back(PageObject *self, PyObject *unused)
+static struct listing *find(ListingsObject *self, unsigned long long fh)
 {
-    (void)unused;
+    struct listing *one = listings_find(self->listings, fh);
+    if (!one)
+        (void)failed(EBADF);
+    return one;
+}
+
+static PyObject *open_one(ListingsObject *self, PyObject *arg)
+{
+    struct stat st;
+    uint64_t device, nodeid = PyLong_AsUnsignedLongLong(arg);
+    const struct listing *one = NULL;
+    int fd, error;
+    if (PyErr_Occurred())
+        return NULL;
     Py_BEGIN_ALLOW_THREADS
-    page_take_back(&self->page);
+    int way = listings_way(self->listings, nodeid, &device);
+    fd = way < 0 ? -1 : listing_open_at(way, &st);
+    error = errno;
     Py_END_ALLOW_THREADS
+    if (fd < 0)
+        return failed(error);
+    if (!(one = listings_add(self->listings, nodeid, fd, &st))) {
+        error = errno;
+        close(fd);
+        return failed(error);
+    }
+    return PyLong_FromUnsignedLongLong(one->fh);
+}
+
+static PyObject *close_one(ListingsObject *self, PyObject *arg)
+{
+    uint64_t fh = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    if (!listings_close(self->listings, fh))
+        return failed(EBADF);
     Py_RETURN_NONE;
 }
 
-static PyObject *get_start(PageObject *self, void *unused)
+static PyObject *close_all(ListingsObject *self, PyObject *unused)
 {
     (void)unused;
-    return PyLong_FromUnsignedLongLong(self->start);
+    listings_close_all(self->listings);
+    Py_RETURN_NONE;
 }
 
-static PyObject *get_next(PageObject *self, void *unused)
+static PyObject *descriptor(ListingsObject *self, PyObject *arg)
 {
-    (void)unused;
-    return PyLong_FromUnsignedLongLong(self->next);
+    uint64_t fh = PyLong_AsUnsignedLongLong(arg);
+    const struct listing *one = PyErr_Occurred() ? NULL : find(self, fh);
+    return one ? PyLong_FromLong(one->fd) : NULL;
 }
 
-static PyObject *get_full(PageObject *self, void *unused)
+static PyObject *list_of(const struct names *c, size_t from, size_t most)
 {
-    (void)unused;
-    return PyBool_FromLong(self->full);
-}
-
-static PyObject *get_waits(PageObject *self, void *unused)
-{
-    (void)unused;
-    return PyBool_FromLong(self->page.waits);
-}
-
-static PyObject *get_length(PageObject *self, void *unused)
-{
-    (void)unused;
-    return PyLong_FromSize_t(self->page.length);
-}
-
-static PyObject *get_short_lived(PageObject *self, void *unused)
-{
-    (void)unused;
-    return PyLong_FromUnsignedLong(self->page.short_lived);
-}
-
-static PyObject *get_shortest(PageObject *self, void *unused)
-{
-    (void)unused;
-    return PyFloat_FromDouble(self->page.shortest);
-}
-
-PyTypeObject *make_page_type(void)
-{
-    static PyMethodDef methods[] = {{"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
-                                    {"take_back", (PyCFunction)take_back, METH_NOARGS, NULL},
-                                    {NULL, NULL, 0, NULL}};
-    static PyGetSetDef getset[] = {{"start", (getter)get_start, NULL, NULL, NULL},
-                                   {"next", (getter)get_next, NULL, NULL, NULL},
-                                   {"full", (getter)get_full, NULL, NULL, NULL},
-                                   {"waits", (getter)get_waits, NULL, NULL, NULL},
-                                   {"length", (getter)get_length, NULL, NULL, NULL},
-                                   {"short_lived", (getter)get_short_lived, NULL, NULL, NULL},
-                                   {"shortest", (getter)get_shortest, NULL, NULL, NULL},
-                                   {NULL, NULL, NULL, NULL, NULL}};
-    static PyType_Slot slots[] = {{Py_tp_dealloc, (void *)page_dealloc},
-                                  {Py_tp_methods, methods},
-                                  {Py_tp_getset, getset},
-                                  {0, NULL}};
-    static PyType_Spec spec = {"tmem.backends._native.ListingPage", sizeof(PageObject), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
-    return (PyTypeObject *)PyType_FromSpec(&spec);
-}
-
-/* ---- Names ------------------------------------------------------------------------------------------------ */
-
-/* Bytes that grow. */
-struct places {
-    struct listed_place *all;
-    size_t count, room;
-};
-
-static int add_place(struct places *p, uint64_t number, uint64_t type)
-{
-    if (p->count == p->room) {
-        size_t room = p->room ? p->room * 2 : 64;
-        struct listed_place *larger = PyMem_Realloc(p->all, room * sizeof *larger);
-        if (!larger) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        p->all = larger;
-        p->room = room;
+    size_t left = c && c->count > from ? c->count - from : 0, n = left < most ? left : most;
+    PyObject *list = PyList_New((Py_ssize_t)n);
+    for (size_t i = 0; list && i < n; i++) {
+        PyObject *name = PyBytes_FromString(c->all[from + i].bytes);
+        if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
+            Py_CLEAR(list);
     }
-    p->all[p->count++] = (struct listed_place){type == DT_UNKNOWN ? 0 : number, type};
-    return 0;
+    return list;
 }
 
-/* Add the names of one piece of a directory, but "." and "..". */
-static int add_names(PyObject *list, struct places *places, const char *piece, ssize_t length)
+static PyObject *names(ListingsObject *self, PyObject *args)
 {
-    for (ssize_t at = 0; at < length;) {
-        const struct dirent64 *entry = (const void *)(piece + at);
-        const char *name = entry->d_name;
-        at += entry->d_reclen;
-        if (name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])))
-            continue;
-        PyObject *bytes = PyBytes_FromString(name);
-        int rc = bytes && !add_place(places, entry->d_ino, entry->d_type) ? PyList_Append(list, bytes) : -1;
-        Py_XDECREF(bytes);
-        if (rc)
-            return rc;
-    }
-    return 0;
-}
-
-PyObject *names(PyObject *module, PyObject *directory)
-{
-    PyObject *list = PyList_New(0), *result = NULL;
-    struct places places = {NULL, 0, 0};
-    char *piece = PyMem_Malloc(NAMES_BYTES);
-    int fd = (int)PyLong_AsLong(directory);
-    ssize_t n = 0;
-    (void)module;
-    if (!list || !piece || PyErr_Occurred())
-        goto end;
-    bool first = true;
-    do {
+    unsigned long long fh, number;
+    struct listing *one;
+    if (!PyArg_ParseTuple(args, "KK:names", &fh, &number) || !(one = find(self, fh)))
+        return NULL;
+    if (!number) {
+        struct names *content;
         Py_BEGIN_ALLOW_THREADS
-        n = first ? lseek(fd, 0, SEEK_SET) : 0;
-        if (n >= 0)
-            n = getdents64(fd, piece, NAMES_BYTES);
+        content = names_read(one->fd, one->was_read);
         Py_END_ALLOW_THREADS
-        first = false;
-        if (n > 0 && add_names(list, &places, piece, n))
+        one->was_read = true;
+        if (!content)
+            return PyErr_NoMemory();
+        listings_begin(self->listings, one, content);
+    }
+    if (one->content && number >= one->content->count && one->content->error)
+        return failed(one->content->error);
+    return list_of(one->content, (size_t)number, AT_A_TIME);
+}
+
+static bool add_row(struct listing *one, void *list)
+{
+    PyObject *all = list_of(one->content, 0, SIZE_MAX);
+    PyObject *row = all ? Py_BuildValue("KKIiN", (unsigned long long)one->fh, (unsigned long long)one->nodeid, one->generation,
+                                        one->fd, all)
+                        : NULL;
+    int rc = row ? PyList_Append(list, row) : -1;
+    Py_XDECREF(row);
+    return !rc;
+}
+
+static PyObject *saved(ListingsObject *self, PyObject *unused)
+{
+    PyObject *list = PyList_New(0);
+    (void)unused;
+    if (list && !listings_each(self->listings, add_row, list))
+        Py_CLEAR(list);
+    return list ? Py_BuildValue("NK", list, (unsigned long long)listings_number(self->listings)) : NULL;
+}
+
+static PyObject *restore(ListingsObject *self, PyObject *args)
+{
+    unsigned long long fh, nodeid;
+    int fd;
+    PyObject *list;
+    if (!PyArg_ParseTuple(args, "KKiO!:restore", &fh, &nodeid, &fd, &PyList_Type, &list))
+        return NULL;
+    Py_ssize_t n = PyList_Size(list);
+    const char **texts = PyMem_Calloc((size_t)n + 1, sizeof *texts);
+    struct listing *one = NULL;
+    if (!texts)
+        return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (!(texts[i] = PyBytes_AsString(PyList_GetItem(list, i))))
             goto end;
-    } while (n > 0 || (n < 0 && errno == EINTR));
-    result = Py_BuildValue("Oy#i", list, places.all ? (const char *)places.all : "",
-                           (Py_ssize_t)(places.count * sizeof *places.all), n < 0 ? errno : 0);
+    struct names *content = names_of(texts, (size_t)n);
+    if (!content) {
+        PyErr_NoMemory();
+        goto end;
+    }
+    uint64_t next = listings_number(self->listings);
+    listings_number_from(self->listings, fh);
+    if ((one = listings_add(self->listings, nodeid, fd, NULL))) {
+        one->was_read = true;
+        listings_begin(self->listings, one, content);
+    } else {
+        int error = errno;
+        names_free(content);
+        (void)failed(error);
+    }
+    listings_number_from(self->listings, next);
 end:
-    PyMem_Free(places.all);
-    PyMem_Free(piece);
-    Py_XDECREF(list);
-    return result;
+    PyMem_Free(texts);
+    return one ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *number_from(ListingsObject *self, PyObject *arg)
+{
+    uint64_t next = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    listings_number_from(self->listings, next);
+    Py_RETURN_NONE;
+}
+
+PyTypeObject *make_listings_type(void)
+{
+    static PyMethodDef methods[] = {{"open", (PyCFunction)open_one, METH_O, NULL},
+                                    {"close", (PyCFunction)close_one, METH_O, NULL},
+                                    {"close_all", (PyCFunction)close_all, METH_NOARGS, NULL},
+                                    {"descriptor", (PyCFunction)descriptor, METH_O, NULL},
+                                    {"names", (PyCFunction)names, METH_VARARGS, NULL},
+                                    {"saved", (PyCFunction)saved, METH_NOARGS, NULL},
+                                    {"restore", (PyCFunction)restore, METH_VARARGS, NULL},
+                                    {"number_from", (PyCFunction)number_from, METH_O, NULL},
+                                    {NULL, NULL, 0, NULL}};
+    static PyType_Slot slots[] = {
+        {Py_tp_init, (void *)init}, {Py_tp_dealloc, (void *)dealloc}, {Py_tp_methods, methods}, {0, NULL}};
+    static PyType_Spec spec = {"tmem.backends._native.Listings", sizeof(ListingsObject), 0, Py_TPFLAGS_DEFAULT, slots};
+    return (PyTypeObject *)PyType_FromSpec(&spec);
 }

@@ -5,7 +5,7 @@
 
 PyObject *SegmentError, *PoolError, *CorruptPageError, *TierDownError, *TierCorruptError;
 PyTypeObject *SegmentType, *ClientType, *PoolType, *ExporterType, *DeviceType, *GateType, *BufferType,
-    *ReaderType, *RingsType, *HeadroomType, *NodesType, *NodeType, *PageType, *OpensType;
+    *ReaderType, *RingsType, *HeadroomType, *NodesType, *NodeType, *ListingsType, *OpensType;
 
 static PyObject *raise_open(int rc, PyObject *path)
 {
@@ -121,7 +121,6 @@ static PyObject *checksum(PyObject *module, PyObject *arg)
 }
 
 static PyMethodDef functions[] = {
-    {"names", names, METH_O, "names(directory)\n--\n\nThe names in a directory, and the errno that ended them (0)."},
     {"pack", records_pack, METH_VARARGS,
      "pack(records, size_bytes, most)\n--\n\nRecords in values of a tier in Redis."},
     {"unpack", records_unpack, METH_VARARGS,
@@ -162,8 +161,8 @@ static int add_types(PyObject *module)
     HeadroomType = RingsType ? make_headroom_type() : NULL;
     NodesType = HeadroomType ? make_nodes_type() : NULL;
     NodeType = NodesType ? make_node_type() : NULL;
-    PageType = NodeType ? make_page_type() : NULL;
-    OpensType = PageType ? make_opens_type() : NULL;
+    ListingsType = NodeType ? make_listings_type() : NULL;
+    OpensType = ListingsType ? make_opens_type() : NULL;
     if (!OpensType)
         return -1;
     return PyModule_AddObjectRef(module, "Segment", (PyObject *)SegmentType)
@@ -178,7 +177,7 @@ static int add_types(PyObject *module)
            || PyModule_AddObjectRef(module, "Headroom", (PyObject *)HeadroomType)
            || PyModule_AddObjectRef(module, "Nodes", (PyObject *)NodesType)
            || PyModule_AddObjectRef(module, "Node", (PyObject *)NodeType)
-           || PyModule_AddObjectRef(module, "ListingPage", (PyObject *)PageType)
+           || PyModule_AddObjectRef(module, "Listings", (PyObject *)ListingsType)
            || PyModule_AddObjectRef(module, "Opens", (PyObject *)OpensType)
            || PyModule_AddIntConstant(module, "PAGE_SIZE", TM_PAGE)
            || PyModule_AddIntConstant(module, "OID_SIZE", TM_OID)

@@ -211,13 +211,6 @@ static PyObject *get_open(NodesObject *self, void *unused)
     return PyLong_FromSize_t(nodes_open(self->nodes));
 }
 
-static PyObject *get_missed_lately(NodesObject *self, void *unused)
-{
-    struct patience *p = nodes_patience(self->nodes);
-    (void)unused;
-    return PyBool_FromLong(patience_missed_lately(p) && !patience_is_quick(p));
-}
-
 /* ---- Finding and counting --------------------------------------------------------------------------------- */
 
 static PyObject *get(NodesObject *self, PyObject *arg)
@@ -442,7 +435,6 @@ PyTypeObject *make_nodes_type(void)
                                     {"store_to", (PyCFunction)store_to, METH_VARARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
     static PyGetSetDef getset[] = {{"open", (getter)get_open, NULL, NULL, NULL},
-                                   {"missed_lately", (getter)get_missed_lately, NULL, NULL, NULL},
                                    {NULL, NULL, NULL, NULL, NULL}};
     static PyType_Slot slots[] = {{Py_tp_init, (void *)init},
                                   {Py_tp_dealloc, (void *)dealloc},

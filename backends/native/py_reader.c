@@ -3,6 +3,7 @@
 #include "reader.h"
 #include "reader_shortcut.h"
 
+#include <errno.h>
 #include <string.h>
 
 /* Two switches of threads are some 10 us where nothing else runs, and several times that where much does. */
@@ -315,26 +316,33 @@ static PyObject *fetch(ReaderObject *self, PyObject *args)
     return r ? shortcut_fetch(r, args) : NULL;
 }
 
-static PyObject *new_page(ReaderObject *self, PyObject *args)
+static PyObject *set_listings(ReaderObject *self, PyObject *listings)
 {
     struct reader *r = reader_of(self);
-    return r ? page_new(r, args) : NULL;
-}
-
-static PyObject *list(ReaderObject *self, PyObject *page)
-{
-    struct reader *r = reader_of(self);
-    return r ? page_list(r, page) : NULL;
-}
-
-static PyObject *ends(ReaderObject *self, PyObject *args)
-{
-    struct reader *r = reader_of(self);
-    unsigned long long fh, number;
-    if (!r || !PyArg_ParseTuple(args, "KK:ends", &fh, &number))
+    if (!r)
         return NULL;
-    reader_ends(r, fh, number);
+    if (Py_TYPE(listings) != ListingsType) {
+        PyErr_SetString(PyExc_TypeError, "expected listings");
+        return NULL;
+    }
+    reader_set_listings(r, listings_of(listings));
     Py_RETURN_NONE;
+}
+
+static PyObject *list(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    unsigned long long number, fh;
+    int error;
+    if (!r || !PyArg_ParseTuple(args, "KK:list", &number, &fh))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = reader_list(r, number, fh);
+    Py_END_ALLOW_THREADS
+    if (!error)
+        Py_RETURN_NONE;
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
 }
 
 static PyObject *open_file(ReaderObject *self, PyObject *args)
@@ -423,18 +431,6 @@ static PyObject *pass_through(ReaderObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *keep_listing(ReaderObject *self, PyObject *args)
-{
-    struct reader *r = reader_of(self);
-    unsigned long long fh;
-    int believe;
-    if (!r || !PyArg_ParseTuple(args, "Kp:keep_listing", &fh, &believe))
-        return NULL;
-    if (reader_keep_listing(r, fh, believe))
-        return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
 static PyObject *counters(ReaderObject *self, PyObject *unused)
 {
     struct reader *r = reader_of(self);
@@ -488,9 +484,8 @@ PyTypeObject *make_reader_type(void)
         {"reply", (PyCFunction)reply, METH_VARARGS, NULL},
         {"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
         {"fetch", (PyCFunction)fetch, METH_VARARGS, NULL},
-        {"page", (PyCFunction)new_page, METH_VARARGS, NULL},
-        {"list", (PyCFunction)list, METH_O, NULL},
-        {"ends", (PyCFunction)ends, METH_VARARGS, NULL},
+        {"set_listings", (PyCFunction)set_listings, METH_O, NULL},
+        {"list", (PyCFunction)list, METH_VARARGS, NULL},
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},
         {"close_file", (PyCFunction)close_file, METH_O, NULL},
         {"stream", (PyCFunction)stream, METH_VARARGS, NULL},
@@ -499,7 +494,6 @@ PyTypeObject *make_reader_type(void)
         {"note", (PyCFunction)note, METH_O, NULL},
         {"follows", (PyCFunction)follows, METH_VARARGS, NULL},
         {"pass_through", (PyCFunction)pass_through, METH_VARARGS, NULL},
-        {"keep_listing", (PyCFunction)keep_listing, METH_VARARGS, NULL},
         {"counters", (PyCFunction)counters, METH_NOARGS, NULL},
         {"take", (PyCFunction)take_buffer, METH_O, NULL},
         {"send", (PyCFunction)send_buffer, METH_VARARGS, NULL},

@@ -11,7 +11,10 @@
 PyObject *shortcut_asked(struct reader *r)
 {
     struct fuse_in_header in;
-    struct asked *a = reader_asked(r);
+    struct asked *a;
+    Py_BEGIN_ALLOW_THREADS /* directories are read here */
+    a = reader_asked(r);
+    Py_END_ALLOW_THREADS
     if (!a)
         Py_RETURN_NONE;
     memcpy(&in, a->bytes, sizeof in);
@@ -23,7 +26,7 @@ PyObject *shortcut_asked(struct reader *r)
         (void)reader_reply(r, in.unique, ENOMEM, NULL, 0);
         PyErr_NoMemory();
     }
-    free(reader_shortcut(r)->current);
+    asked_free(reader_shortcut(r)->current);
     reader_shortcut(r)->current = a;
     return request;
 }

@@ -224,6 +224,19 @@ static enum taken take_open(struct reader *r, struct desk *d, size_t length)
     return TAKEN_ELSEWHERE;
 }
 
+/* The same of what is asked of directories. */
+static enum taken take_listing(struct reader *r, const struct fuse_in_header *in, size_t length)
+{
+    if (!reader_lists(r, in, length) || !passing_hold(&r->passing, in, length, NULL))
+        return TAKEN_NONE;
+    look_after_interrupts(r);
+    uint64_t began_ns = timing_now();
+    reader_leave(r);
+    reader_list_here(r, in, length, NULL);
+    reader_return(r);
+    return timing_now() - began_ns < QUICK_NAME_NS ? TAKEN_ANSWERED : TAKEN_WAITED;
+}
+
 /* `leads`: for the event loop's thread, which wakes helpers. `all`: has room for a small hit, which is not answered then; what
  * it has is sent before anything else is done. NULL: there is none. */
 static enum taken take(struct reader *r, struct desk *d, bool leads, struct together *all)
@@ -297,6 +310,9 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
     enum taken named = leads ? take_name(r, in, length) : TAKEN_NONE;
     if (named != TAKEN_NONE)
         return named;
+    enum taken listed = leads ? take_listing(r, in, length) : TAKEN_NONE;
+    if (listed != TAKEN_NONE)
+        return listed;
     if (leads && atomic_load_explicit(&r->idle, memory_order_relaxed) && more_waits(r))
         wake_helper(r); /* Python is going to be busy */
     if (shortcut_put(&r->shortcut, &r->passing, in, length, NULL, leads)) {

@@ -5,7 +5,7 @@
  * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
  * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
  * through it), `reader_shortcut` (requests for Python that do not go there), `reader_nodes` and
- * `reader_lookup` (names), `reader_hits` and, for misses that wait for the
+ * `reader_lookup` (names), `reader_listings` and `reader_directory` (directories), `reader_hits` and, for misses that wait for the
  * lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
  *
  * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`). Most other requests go on through the socket, and libfuse's
@@ -113,21 +113,18 @@ uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t le
  * is no such request. */
 struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length);
 struct nodes;
-struct page;
 /* What is known of files beyond their pages; once, for as long as the reader lives. `answers`: GETATTRs are answered from
  * it, else it is only asked for lifetimes. */
 void reader_set_nodes(struct reader *r, struct nodes *nodes, bool answers);
 /* Answer OPENs as these allow; once. By the thread that calls reader_serve. */
 struct opens;
 void reader_set_opens(struct reader *r, struct opens *opens);
-/* Begin the reply to the READDIRPLUS of this number, of a directory whose names are believed `name` seconds. The page has
- * a buffer then, with a reference. EINVAL: there is no such request; ENOMEM. */
-int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset);
-/* Reply with it once libfuse has replied with nothing. False: there is no such request, or it has its reply. */
-bool reader_list(struct reader *r, uint64_t number, const struct page *p);
-/* The listing of handle `fh` ends before the entry `number`, which may be asked for: it has nothing there. 0: it may end
- * elsewhere from now on. */
-void reader_ends(struct reader *r, uint64_t fh, uint64_t number);
+/* Where open directories are: their requests are answered from it (`reader_directory.c`); once. Nodes must be set. By the same. */
+struct listings;
+void reader_set_listings(struct reader *r, struct listings *listings);
+/* Have the READDIRPLUS of this number, which libfuse has got, answered from the listing `fh`, however long the lower takes,
+ * once libfuse has replied with nothing. An errno, or 0. */
+int reader_list(struct reader *r, uint64_t number, uint64_t fh);
 /* The pool that hits come from; NULL: none. Returns when no thread uses the one before. */
 void reader_set_pool(struct reader *r, const struct tm_handle *pool);
 /* A file was opened: its handle, and a descriptor, which stays the caller's until reader_close. `local`: to ask for its
@@ -146,11 +143,9 @@ uint64_t reader_position(struct reader *r, uint64_t fh);
 void reader_note(struct reader *r, uint64_t fh);
 /* Whether one of the last misses of the file ended at `offset`, wherever it was answered. */
 bool reader_follows(struct reader *r, uint64_t fh, uint64_t offset);
-/* Amend the reply to the OPEN or CREATE that gives out this handle: passthrough to the backing file; or to the OPENDIR:
- * the kernel may keep the listing that it will get, and still believe the last one. To be called before the reply.
- * -1: no memory. */
+/* Amend the reply to the OPEN or CREATE that gives out this handle: passthrough to the backing file. To be called before
+ * the reply. -1: no memory. */
 int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id);
-int reader_keep_listing(struct reader *r, uint64_t fh, bool believe);
 void reader_counters(struct reader *r, struct reader_counters *out);
 
 #endif

@@ -15,9 +15,7 @@
 struct amendment {
     struct amendment *next;
     uint64_t fh;
-    bool listing;
-    uint32_t flags;     /* for a listing */
-    int32_t backing_id; /* for a file */
+    int32_t backing_id;
 };
 
 void amendments_init(struct amendments *all)
@@ -53,17 +51,11 @@ int amend_file(struct amendments *all, uint64_t fh, int32_t backing_id)
     return add(all, (struct amendment){.fh = fh, .backing_id = backing_id});
 }
 
-int amend_listing(struct amendments *all, uint64_t fh, bool believe)
-{
-    uint32_t flags = FOPEN_CACHE_DIR | (believe ? FOPEN_KEEP_CACHE : 0);
-    return add(all, (struct amendment){.fh = fh, .listing = true, .flags = flags});
-}
-
-static struct amendment *take(struct amendments *all, uint64_t fh, bool listing)
+static struct amendment *take(struct amendments *all, uint64_t fh)
 {
     struct amendment **p = &all->first, *a;
     pthread_mutex_lock(&all->lock);
-    while (*p && ((*p)->fh != fh || (*p)->listing != listing))
+    while (*p && (*p)->fh != fh)
         p = &(*p)->next;
     if ((a = *p))
         *p = a->next;
@@ -75,7 +67,7 @@ void amend(struct amendments *all, uint32_t opcode, bool reads_only, uint8_t *re
 {
     struct fuse_out_header out;
     struct fuse_open_out open;
-    if (opcode != FUSE_OPEN && opcode != FUSE_OPENDIR && opcode != FUSE_CREATE)
+    if (opcode != FUSE_OPEN && opcode != FUSE_CREATE)
         return;
     size_t at = sizeof out + (opcode == FUSE_CREATE ? sizeof(struct fuse_entry_out) : 0);
     if (length < at + sizeof open)
@@ -84,10 +76,8 @@ void amend(struct amendments *all, uint32_t opcode, bool reads_only, uint8_t *re
     memcpy(&open, reply + at, sizeof open);
     if (out.error)
         return;
-    struct amendment *a = take(all, open.fh, opcode == FUSE_OPENDIR);
-    if (a && a->listing) {
-        open.open_flags |= a->flags;
-    } else if (a) {
+    struct amendment *a = take(all, open.fh);
+    if (a) {
         open.open_flags = (open.open_flags & ~(uint32_t)(FOPEN_DIRECT_IO | FOPEN_KEEP_CACHE)) | FOPEN_PASSTHROUGH;
         open.padding = (uint32_t)a->backing_id; /* its name in older headers */
     }

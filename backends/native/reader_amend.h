@@ -1,5 +1,5 @@
-/* Amendments: what the replies to OPEN, CREATE and OPENDIR say beyond what libfuse can. One waits for its reply by the
- * handle that the reply gives out. For any thread. */
+/* Amendments: what the replies to OPEN and CREATE say beyond what libfuse can. One waits for its reply by the handle that
+ * the reply gives out. For any thread. */
 #ifndef READER_AMEND_H
 #define READER_AMEND_H
 
@@ -18,8 +18,6 @@ void amendments_init(struct amendments *all);
 void amendments_free(struct amendments *all);
 /* For the file of handle `fh`: passthrough to a backing file. -1: no memory. */
 int amend_file(struct amendments *all, uint64_t fh, int32_t backing_id);
-/* For the listing of handle `fh`: the kernel may keep what it will get, and `believe` what it has. -1: no memory. */
-int amend_listing(struct amendments *all, uint64_t fh, bool believe);
 /* Amend the reply to a request of kind `opcode`, if there is anything to amend. `reads_only`: an OPEN for reading alone, so the
  * kernel need not wait at close for what there is nothing to say about. */
 void amend(struct amendments *all, uint32_t opcode, bool reads_only, uint8_t *reply, size_t length);

@@ -74,19 +74,35 @@ static bool is_done_here(struct reader *r, const struct asked *a)
     return !a->tried && (reader_open_here(r, in, a->length) || reader_close_here(r, in, a->length, true));
 }
 
+/* Answer the oldest if it is one that needs no Python at all. `serves`: within reader_serve, and away from requests meanwhile. */
+static bool list_first(struct reader *r, bool serves)
+{
+    struct asked *a = shortcut_first(&r->shortcut);
+    const struct fuse_in_header *in = (const void *)a->bytes;
+    if (!reader_lists(r, in, a->length))
+        return false;
+    if (serves)
+        reader_leave(r);
+    reader_list_here(r, in, a->length, shortcut_take(&r->shortcut));
+    if (serves)
+        reader_return(r);
+    return true;
+}
+
 bool reader_asks(struct reader *r, unsigned *answered)
 {
-    struct fuse_in_header in;
     struct asked *a;
     for (unsigned n = 0; n < ASKED_TOGETHER && (a = shortcut_first(&r->shortcut)); n++, ++*answered) {
-        memcpy(&in, a->bytes, sizeof in);
-        if (passing_wants_held(&r->passing, in.unique)) { /* a FORGET is no flight */
+        const struct fuse_in_header *in = (const void *)a->bytes;
+        if (passing_wants_held(&r->passing, in->unique)) { /* a FORGET is no flight */
+            if (list_first(r, true))
+                continue;
             if (!is_done_here(r, a)) {
                 a->tried = true;
                 return true;
             }
         }
-        free(shortcut_take(&r->shortcut));
+        asked_free(shortcut_take(&r->shortcut));
     }
     return false;
 }
@@ -94,13 +110,16 @@ bool reader_asks(struct reader *r, unsigned *answered)
 /* Outside reader_serve: what were opened here would not be learned before the next request, which may be for the same file. */
 struct asked *reader_asked(struct reader *r)
 {
-    struct fuse_in_header in;
     struct asked *a;
-    while ((a = shortcut_take(&r->shortcut))) {
-        memcpy(&in, a->bytes, sizeof in);
-        if (passing_wants_held(&r->passing, in.unique))
-            break;
-        free(a);
+    for (unsigned n = 0; n < ASKED_TOGETHER && (a = shortcut_first(&r->shortcut)); n++) {
+        const struct fuse_in_header *in = (const void *)a->bytes;
+        bool wanted = passing_wants_held(&r->passing, in->unique);
+        if (wanted && list_first(r, false))
+            continue;
+        a = shortcut_take(&r->shortcut);
+        if (wanted)
+            return a;
+        asked_free(a);
     }
-    return a;
+    return NULL;
 }

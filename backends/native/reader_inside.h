@@ -7,6 +7,7 @@
 #include "reader_ahead.h"
 #include "reader_eager.h"
 #include "reader_listing.h"
+#include "reader_listings.h"
 #include "reader_opens.h"
 #include "reader_rings.h"
 #include "reader_onlookers.h"
@@ -39,7 +40,8 @@ struct reader {
     struct shortcut shortcut;
     struct onlookers onlookers;
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
-    struct opens *opens; /* a reference, of the event loop's thread; NULL: none */
+    struct opens *opens;       /* a reference, of the event loop's thread; NULL: none */
+    struct listings *listings; /* the same */
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
@@ -81,6 +83,10 @@ bool reader_may_open(struct reader *r, const struct fuse_in_header *in, size_t l
 bool reader_open_here(struct reader *r, const struct fuse_in_header *in, size_t length);
 /* Answer a RELEASE that needs no Python. By the same. `held`: it is a flight. */
 bool reader_close_here(struct reader *r, const struct fuse_in_header *in, size_t length, bool held);
+/* Whether a request is one of an open directory, or opens one, and is answered here; then do so. It must be a flight. `asked`: it
+ * was put by, and is not the caller's any more; NULL: it was not. By the event loop's thread. */
+bool reader_lists(struct reader *r, const struct fuse_in_header *in, size_t length);
+void reader_list_here(struct reader *r, const struct fuse_in_header *in, size_t length, struct asked *asked);
 /* Whether a request lies for Python that needs it; of those before it some are `answered`, which is counted up. By the same. */
 bool reader_asks(struct reader *r, unsigned *answered);
 void *reader_help(void *arg);     /* a thread; `arg` is a helper */

@@ -104,6 +104,8 @@ void reader_free(struct reader *r)
         nodes_drop(atomic_load(&r->nodes));
     if (r->opens)
         opens_drop(r->opens);
+    if (r->listings)
+        listings_drop(r->listings);
     ends_free(&r->ends);
     onlookers_free(&r->onlookers);
     shortcut_free(&r->shortcut);
@@ -129,7 +131,7 @@ bool reader_reply(struct reader *r, uint64_t unique, int error, const void *byte
 
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked)
 {
-    return onlookers_start(&r->onlookers, atomic_load(&r->nodes), directory, names, n, asked);
+    return onlookers_start(&r->onlookers, atomic_load(&r->nodes), LOOK_AT_NAMES, directory, names, n, asked);
 }
 
 bool reader_full(const struct reader *r) { return passing_full(&r->passing); }
@@ -163,25 +165,13 @@ void reader_set_opens(struct reader *r, struct opens *opens)
     r->opens = opens;
 }
 
-int reader_page(struct reader *r, uint64_t number, double name, struct page *p, uint64_t *offset)
+void reader_set_listings(struct reader *r, struct listings *listings)
 {
-    struct nodes *nodes = atomic_load(&r->nodes);
-    uint32_t size;
-    if (!nodes || !passing_asks_for(&r->passing, number, offset, &size))
-        return EINVAL;
-    struct buffer *b = buffer_take(r->buffers, sizeof(struct fuse_out_header) + size);
-    if (!b)
-        return ENOMEM;
-    page_begin(p, b, size, nodes, name);
-    return 0;
+    if (r->listings)
+        return;
+    listings_hold(listings);
+    r->listings = listings;
 }
-
-bool reader_list(struct reader *r, uint64_t number, const struct page *p)
-{
-    return passing_list(&r->passing, number, p->buffer, p->length);
-}
-
-void reader_ends(struct reader *r, uint64_t fh, uint64_t number) { ends_note(&r->ends, fh, number); }
 
 void reader_pause(struct reader *r, bool paused) { atomic_store(&r->paused, paused); }
 
@@ -218,11 +208,6 @@ void reader_note(struct reader *r, uint64_t fh) { files_note(&r->hits.files, fh)
 int reader_pass_through(struct reader *r, uint64_t fh, int32_t backing_id)
 {
     return amend_file(&r->passing.amendments, fh, backing_id);
-}
-
-int reader_keep_listing(struct reader *r, uint64_t fh, bool believe)
-{
-    return amend_listing(&r->passing.amendments, fh, believe);
 }
 
 void reader_counters(struct reader *r, struct reader_counters *out)

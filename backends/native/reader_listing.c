@@ -107,7 +107,7 @@ static int put_found(struct page *p, struct fuse_direntplus *entry, const struct
 /* Append only the name of a file that the kernel believes to know; false: it may not, or not for long enough. */
 static bool put_known(struct page *p, const struct name *name, size_t length, uint64_t number)
 {
-    int64_t left_ns = (name->number ? nodes_believed(p->nodes, name->number) : 0) - p->now_ns;
+    int64_t left_ns = (p->tells && name->number ? nodes_believed(p->nodes, name->number) : 0) - p->now_ns;
     if (left_ns < LEAST_BELIEVED_NS)
         return false;
     struct fuse_direntplus *entry = append(p, name, length, number); /* node 0: the kernel looks at nothing else */
@@ -122,7 +122,6 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
 {
     struct stat st;
     unsigned i;
-    p->nfound = 0;
     p->waits = *full = false;
     p->now_ns = (int64_t)timing_now();
     for (i = 0; i < n; i++) {
@@ -130,8 +129,9 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         if ((*full = length > p->size - p->length))
             break;
         if (is_dots(&names[i])) { /* the kernel counts no lookup of these */
-            if (fstatat(directory, names[i].bytes, &st, 0))
-                return -1;
+            st = (struct stat){.st_ino = names[i].number, .st_mode = S_IFDIR};
+            if (!st.st_ino && fstatat(directory, names[i].bytes, &st, 0))
+                goto failed;
             put_unsaid(append(p, &names[i], length, number + i), st.st_ino, &st);
             continue;
         }
@@ -143,27 +143,17 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         if ((p->waits = fd < 0 && !may_wait && errno == EAGAIN))
             break;
         struct fuse_direntplus *entry = append(p, &names[i], length, number + i);
-        if (fd < 0) /* it has a name all the same */
+        if (fd < 0) { /* it has a name all the same */
             put_unsaid(entry, NO_NODE, NULL);
-        else if (put_found(p, entry, &st, fd))
-            return -1;
+        } else if (put_found(p, entry, &st, fd)) {
+            p->length -= length;
+            goto failed;
+        }
     }
     return (int)i;
-}
-
-void page_take_back(struct page *p)
-{
-    for (size_t at = 0; at < p->length;) {
-        const struct fuse_direntplus *entry = entry_at(p, at);
-        struct name name = {entry->dirent.name, entry->dirent.namelen, 0, 0};
-        uint64_t nodeid = entry->entry_out.nodeid;
-        if (nodeid && !is_dots(&name)) {
-            nodes_told(p->nodes, nodeid, 0);
-            (void)nodes_take_back(p->nodes, nodeid, 1); /* not the last one of a node that has a view: it had others before */
-        }
-        at += FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name.length);
-    }
-    p->length = 0;
+failed:
+    *full = true;
+    return p->length ? (int)i : -1;
 }
 
 void ends_init(struct ends *e) { pthread_mutex_init(&e->lock, NULL); }

@@ -9,18 +9,12 @@
 #define READER_LISTING_H
 
 #include "reader_buffers.h"
+#include "reader_names.h"
 #include "reader_nodes.h"
 
 #include <pthread.h>
 
 #define LEAST_BELIEVED_NS INT64_C(50000000) /* for which it must be: programs ask for attributes right after a page */
-
-struct name {
-    const char *bytes; /* ends with a zero */
-    size_t length;
-    uint64_t number; /* of the file, as the directory says; 0: unknown, or on another device */
-    uint32_t type;   /* DT_* */
-};
 
 struct page {
     struct buffer *buffer; /* begins with the header of a reply, as `undo` wants it */
@@ -28,8 +22,9 @@ struct page {
     struct lifetimes lifetimes;
     struct nodes *nodes;   /* a reference */
     int64_t now_ns;        /* monotonic, before the last step */
-    unsigned nfound;       /* by the last step: files whose lookups were counted */
+    unsigned nfound;       /* files whose lookups were counted */
     bool waits;            /* it ended before a name that would have to be waited for */
+    bool tells;            /* the numbers of names are those of files on the root's device */
     double name;           /* seconds for which names of the directory are believed */
     unsigned short_lived;  /* entries whose attributes are believed for less */
     double shortest;       /* seconds, of those; `name` if there are none */
@@ -40,12 +35,11 @@ struct page {
 void page_begin(struct page *p, struct buffer *buffer, size_t size, struct nodes *nodes, double name);
 void page_end(struct page *p);
 /* Look up names[0] and so on, whose entries get the numbers from `number` on; how many are dealt with. *full: the next one
- * does not fit. Unless it `may_wait`, only as far as `look_up_name` goes then. Those that are gone get no entry, those that cannot be looked up one without attributes; -1: errno of
- * "." or "..", or no memory. */
+ * does not fit. Unless it `may_wait`, only as far as `look_up_name` goes then. Those that are gone get no entry, those that
+ * cannot be looked up one without attributes. -1: errno of the first one, which the page would begin with: "." or "..", or no
+ * memory; at another one the page ends. */
 int page_step(struct page *p, int directory, const struct name *names, unsigned n, uint64_t number, bool may_wait,
               bool *full);
-/* Empty it: nobody will get it, so its lookups do not count. */
-void page_take_back(struct page *p);
 
 /* Where listings end whose ends were reported: programs ask once more, which need not be Python's. One place for many
  * handles, the last one has it: a listing that lost it is asked in Python. For any thread. */

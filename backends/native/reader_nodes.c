@@ -192,6 +192,7 @@ void node_free(struct node *one)
 {
     if (one->fd >= 0)
         close(one->fd);
+    free(one->listed);
     free(one->handle);
     free(one);
 }
@@ -246,6 +247,8 @@ void nodes_bound(struct nodes *n, size_t quota, size_t batch, bool by_handle)
 }
 
 /* ---- Finding and counting --------------------------------------------------------------------------------- */
+
+uint64_t nodes_device(const struct nodes *n) { return n->device; }
 
 size_t nodes_count(const struct nodes *n) { return n->count; }
 

@@ -28,6 +28,7 @@ struct node {
     struct node *next_by_id, *next_by_key;
     struct node *older, *newer;   /* of those that are open, by when they were opened */
     struct handle *handle;        /* NULL: not asked for yet, or there is none */
+    struct listed *listed;        /* of a directory: the listing that the kernel has (reader_listings.h); NULL: none */
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
     int64_t lookups;              /* that the kernel has not taken back */
@@ -61,6 +62,7 @@ void nodes_clear(struct nodes *n, bool closes, void (*release)(void *view));
 
 /* ---- Finding and counting --------------------------------------------------------------------------------- */
 
+uint64_t nodes_device(const struct nodes *n); /* the root's */
 size_t nodes_count(const struct nodes *n);
 size_t nodes_open(const struct nodes *n);
 /* How ids and generations go on; to be set before others are given out. */

@@ -1,15 +1,15 @@
 #include "reader_onlookers.h"
 
+#include "reader_names.h"
+#include "reader_listings.h"
 #include "reader_waiting.h"
 #include "tm.h"
 
-#include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-enum { CONTENT_BYTES = 32 << 10 };
 
 struct job;
 /* What one thread is to do of a job. */
@@ -19,6 +19,7 @@ struct turn {
 };
 
 struct job {
+    enum work work;
     struct asked *asked;
     struct nodes *nodes; /* a reference */
     int directory;       /* its own */
@@ -74,15 +75,26 @@ static void look_at_names(struct job *j)
     }
 }
 
+static void open_directory(struct job *j)
+{
+    struct asked *a = j->asked;
+    uint64_t begun_ns = timing_now();
+    a->fd = listing_open_at(j->directory, &a->st);
+    a->error = a->fd < 0 ? errno : 0;
+    a->opened = true;
+    note(j, begun_ns);
+}
+
+/* What cannot be read so is for who asks again. */
 static void read_content(struct job *j)
 {
-    char piece[CONTENT_BYTES];
+    struct stat st;
     uint64_t begun_ns = timing_now();
-    int fd = openat(j->directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC); /* with a position of its own */
-    while (fd >= 0 && getdents64(fd, piece, sizeof piece) > 0)
-        ;
-    if (fd >= 0)
+    int fd = listing_open_at(j->directory, &st); /* with a position of its own: who was given up may read there still */
+    if (fd >= 0) {
+        j->asked->content = names_read(fd, false);
         close(fd);
+    }
     note(j, begun_ns);
 }
 
@@ -114,8 +126,10 @@ static void *fetch(void *arg)
         o->nturns--;
         pthread_mutex_unlock(&o->lock);
         struct job *j = t->job;
-        if (j->n)
+        if (j->work == LOOK_AT_NAMES)
             look_at_names(j);
+        else if (j->work == OPEN_DIRECTORY)
+            open_directory(j);
         else
             read_content(j);
         if (atomic_fetch_sub(&j->hands, 1) == 1)
@@ -159,13 +173,14 @@ static bool have_threads(struct onlookers *o, unsigned turns)
     return o->nthreads;
 }
 
-bool onlookers_start(struct onlookers *o, struct nodes *nodes, int directory, const char *const *names, unsigned n,
-                    struct asked *asked)
+bool onlookers_start(struct onlookers *o, struct nodes *nodes, enum work work, int directory, const char *const *names,
+                     unsigned n, struct asked *asked)
 {
     struct job *j = new_job(nodes, directory, names, n);
     if (!j)
         return false;
     unsigned turns = n < 1 ? 1 : n < SIDE_BY_SIDE ? n : SIDE_BY_SIDE;
+    j->work = work;
     j->asked = asked;
     atomic_init(&j->hands, turns);
     pthread_mutex_lock(&o->lock);

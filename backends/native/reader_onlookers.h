@@ -1,7 +1,8 @@
 /* Threads that have the kernel fetch names of the lower (`reader_look.h`), on behalf of requests that have to wait for them.
  *
  * They look at the names, and say nothing of what they saw: then the request is asked once more, and the event loop's thread
- * does everything as it does it with names at hand, in one go, so that nothing which happens meanwhile is missed. The names of a
+ * does everything as it does it with names at hand, in one go, so that nothing which happens meanwhile is missed. What they have
+ * opened, and what a directory says of itself, stays with the request. The names of a
  * listing are looked at by several threads: disks, and servers all the more, answer several questions sooner than one after
  * the other. Threads are started as they are needed; when all wait, requests do. */
 #ifndef READER_ONLOOKERS_H
@@ -31,9 +32,14 @@ void onlookers_init(struct onlookers *o, struct shortcut *shortcut);
 /* Take no more, and wait for what there is, and so for the lower. */
 void onlookers_end(struct onlookers *o);
 void onlookers_free(struct onlookers *o);
-/* Have `n` names looked at in the directory open at `directory`, or all that it says of itself if there are none, and `asked`,
- * which is not the caller's any more, asked once more then. False: there is no memory, descriptor or thread for it. */
-bool onlookers_start(struct onlookers *o, struct nodes *nodes, int directory, const char *const *names, unsigned n,
-                    struct asked *asked);
+enum work {
+    LOOK_AT_NAMES,
+    OPEN_DIRECTORY, /* what comes of it stays with the request */
+    READ_DIRECTORY, /* what it says of itself: the same */
+};
+/* Have this done with `n` names in the directory open at `directory`, or with itself, and `asked`, which is not the caller's any
+ * more, asked once more then. False: there is no memory, descriptor or thread for it. */
+bool onlookers_start(struct onlookers *o, struct nodes *nodes, enum work work, int directory, const char *const *names,
+                     unsigned n, struct asked *asked);
 
 #endif

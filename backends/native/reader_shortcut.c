@@ -1,5 +1,6 @@
 #include "reader_shortcut.h"
 
+#include "reader_names.h"
 #include "reader_passing.h"
 
 #include <fcntl.h>
@@ -25,8 +26,8 @@ void shortcut_free(struct shortcut *s)
 {
     struct asked *a;
     while ((a = shortcut_take(s)))
-        free(a);
-    free(s->current);
+        asked_free(a);
+    asked_free(s->current);
     if (s->event >= 0)
         close(s->event);
     pthread_mutex_destroy(&s->lock);
@@ -89,21 +90,37 @@ static void append(struct shortcut *s, struct asked *a, bool told)
     pthread_mutex_unlock(&s->lock);
 }
 
+struct asked *asked_new(const struct fuse_in_header *in, size_t length, bool tried)
+{
+    struct asked *a = malloc(sizeof *a + length + 1);
+    if (!a)
+        return NULL;
+    *a = (struct asked){.length = length, .tried = tried, .fd = -1};
+    memcpy(a->bytes, in, length);
+    a->bytes[length] = 0;
+    return a;
+}
+
+void asked_free(struct asked *a)
+{
+    if (!a)
+        return;
+    if (a->fd >= 0)
+        close(a->fd);
+    names_free(a->content);
+    free(a);
+}
+
 bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
                   struct entry *entry, bool leads)
 {
     if (!shortcut_takes(s, in, length))
         return false;
-    struct asked *a = malloc(sizeof *a + length + 1);
+    struct asked *a = asked_new(in, length, leads);
     if (!a)
         return false;
-    a->length = length;
-    a->fetched = 0;
-    a->tried = leads;
-    memcpy(a->bytes, in, length);
-    a->bytes[length] = 0;
     if (passing && in->opcode != FUSE_FORGET && !passing_hold(passing, in, length, entry)) {
-        free(a);
+        asked_free(a);
         return false;
     }
     append(s, a, !leads);

@@ -12,19 +12,26 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/stat.h>
 
 enum { MOST_REPLY = 256 }; /* bytes */
 
 struct fuse_in_header;
 struct passing;
 struct entry;
+struct names;
 
 struct asked {
     struct asked *next;
     size_t length;
     unsigned fetched; /* how often names were fetched for it (`reader_onlookers.h`) */
-    bool tried;      /* it cannot be answered without Python */
-    uint8_t bytes[]; /* the request, header and all; a zero after it */
+    bool tried;       /* it cannot be answered without Python */
+    bool begun;       /* its listing has begun, so that it goes on when it is asked once more */
+    bool opened;      /* a thread has opened its directory, or tried to: */
+    int fd, error;    /* -1: it could not, and the errno; or it is somebody else's now */
+    struct stat st;   /* of what it has opened */
+    struct names *content; /* that a thread has read for it; NULL: none */
+    _Alignas(uint64_t) uint8_t bytes[]; /* the request, header and all; a zero after it */
 };
 
 struct shortcut {
@@ -46,11 +53,14 @@ bool shortcut_takes(struct shortcut *s, const struct fuse_in_header *in, size_t 
  * flight already. False: it is for libfuse. */
 bool shortcut_put(struct shortcut *s, struct passing *passing, const struct fuse_in_header *in, size_t length,
                   struct entry *entry, bool leads);
-/* Put by once more what was taken. */
+/* A request that is put by later; NULL: no memory. */
+struct asked *asked_new(const struct fuse_in_header *in, size_t length, bool tried);
+void asked_free(struct asked *a); /* with what threads have left there; may be NULL */
+/* Put by once more what was taken, or made. */
 void shortcut_again(struct shortcut *s, struct asked *a);
 /* The oldest, which stays where it is. For the thread that alone takes. NULL: none. */
 struct asked *shortcut_first(struct shortcut *s);
-/* The oldest; the caller frees it. NULL: none. */
+/* The oldest, the caller's from now on. NULL: none. */
 struct asked *shortcut_take(struct shortcut *s);
 bool shortcut_quiet(struct shortcut *s);
 

@@ -1,5 +1,6 @@
 """A native reader between a kernel and a libfuse that are ends of sockets here."""
 
+import contextlib
 import os
 import random
 import socket
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tmem.backends import _native
+from tmem.fs.inodes import Inode
+from tmem.fs.reading import NOTHING
 from tmem.types import PAGE_SIZE
 
 FORGET, GETATTR, OPEN, READ, WRITE, SETXATTR, GETXATTR = 2, 3, 14, 15, 16, 21, 22
@@ -37,6 +40,7 @@ class Desk:
     content: bytes
     file: int
     uniques: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
+    listings: "_native.Listings | None" = None
 
     def request(self, opcode: int, body: bytes = b"", pid: int = 0) -> int:
         """Send a request of the process `pid`, and return its number."""
@@ -89,6 +93,34 @@ class Desk:
         """Return opcode and number of the next request that libfuse gets."""
         _, opcode, unique = struct.unpack_from("=IIQ", self.forwarded_message())
         return opcode, unique
+
+    def list_by(self, nodes: "_native.Nodes[Inode]", local: bool = True) -> "_native.Listings":
+        """Have directories listed below Python, with these nodes, of a `local` lower."""
+        self.reader.open_shortcut()
+        self.reader.set_nodes(nodes, local)
+        self.listings = _native.Listings(nodes)
+        self.reader.set_listings(self.listings)
+        return self.listings
+
+    def page(self, fh: int, start: int, size: int = 32768) -> bytes:
+        """Return what a READDIRPLUS brings; names may be fetched first."""
+        unique = self.request(READDIRPLUS, struct.pack("=QQIIQII", fh, start, size, 0, 0, 0, 0))
+        while True:
+            assert self.reader.serve(-1, 20) == NOTHING
+            with contextlib.suppress(BlockingIOError):
+                number, error, body = self.answer_now()
+                assert (number, error) == (unique, 0)
+                return body
+
+    def page_of(self, place: Path, names: list[bytes], start: int = 0, size: int = 32768) -> bytes:
+        """Return the page of some names of a directory from number `start` on."""
+        assert self.listings is not None
+        fh = 1 << 40
+        names = [b"-", *names]  # a listing that begins is one of names that are there
+        self.listings.restore(fh, 1, os.open(place, os.O_RDONLY), names)
+        page = self.page(fh, 1 + start, size)
+        self.listings.close(fh)
+        return page
 
     def silent(self) -> bool:
         """Say whether the kernel has got no reply."""

@@ -16,7 +16,7 @@ import pytest
 
 from tmem.backends import _native
 from tmem.fs.inodes import Inode, InodeTable
-from tmem.fs.reading import ASKED
+from tmem.fs.reading import ASKED, NOTHING
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
@@ -102,6 +102,29 @@ def test_an_open_that_hangs_holds_up_nobody_else(
         (place.point / "slow").unlink()
         faulty.heal()
     assert (place.point / "other").read_bytes() == CONTENT
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("operation", ["opendir", "readdir"])
+def test_a_directory_that_hangs_holds_up_nobody_else(
+    place: Place, faulty: Faulty, eventually: Callable[..., None], operation: str
+) -> None:
+    """Although no name was ever waited for, and who is killed ends."""
+    with (place.point / "other").open("rb") as other:
+        faulty.fail(operation, hangs=True)
+        with running(LIST, place.point) as one, running(LIST, place.point) as two:
+            eventually(lambda: operation in faulty.waiting())
+            ask = "import os, sys; os.fstat(int(sys.argv[1]))"
+            command = [sys.executable, "-c", ask, str(other.fileno())]
+            subprocess.run(command, check=True, timeout=10, pass_fds=[other.fileno()])
+            one.send_signal(signal.SIGKILL)
+            assert one.wait(10) == -signal.SIGKILL
+            assert operation in faulty.waiting()
+            assert two.poll() is None
+            faulty.heal()
+            assert two.wait(10) == 0
+    assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
 
@@ -230,20 +253,36 @@ def test_who_was_given_up_meanwhile_is_not_asked_again(
 def test_a_reader_ends_once_its_threads_have_what_they_wait_for(
     tmp_path: Path, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
-    """With directories, too, and with more to do than there are threads."""
+    """With more to do than there are threads; and nothing that they have opened stays."""
     directory = os.open(faulty.point, os.O_RDONLY)
+    nodes = _native.Nodes(os.dup(directory), Inode)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for desk in make(tmp_path):
-        desk.reader.open_shortcut()
-        desk.reader.set_nodes(_native.Nodes(os.dup(directory), Inode), False)
-        faulty.fail("readdir", hangs=True)
-        for number in range(40):
+        desk.list_by(nodes, local=False)
+        faulty.fail("opendir", hangs=True)
+        for _ in range(40):
             desk.request(OPENDIR, bytes(8))
-            desk.serve()
-            assert desk.reader.asked()
-            assert desk.reader.fetch(directory, [] if number % 2 else [b"slow"] * 100)
-        eventually(lambda: "readdir" in faulty.waiting())
+            assert desk.serve() == NOTHING
+            desk.request(LOOKUP, b"slow\0")
+            if desk.serve() == ASKED:
+                assert desk.reader.asked()
+                assert desk.reader.fetch(directory, [b"slow"] * 100)
+        eventually(lambda: "opendir" in faulty.waiting())
         faulty.heal()
-    os.close(directory)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    nodes.close()
+
+
+def test_a_directory_that_is_gone_once_it_is_open_is_closed(faulty: Faulty) -> None:
+    """A server may be restarted in between: each try would cost a descriptor."""
+    nodes = _native.Nodes(os.open(faulty.point, os.O_RDONLY), Inode)
+    listings = _native.Listings(nodes)
+    faulty.fail("getattr", errno=errno.ESTALE)
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    with pytest.raises(OSError, match="Stale"):
+        listings.open(1)
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    nodes.close()
 
 
 def test_one_slow_answer_ends_it_that_a_lower_is_quick(faulty: Faulty) -> None:

@@ -1,6 +1,5 @@
 """The inode table: identity of files, counting lookups, few descriptors for many files."""
 
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,25 +107,6 @@ def test_many_descriptors_are_closed_at_once_and_none_that_is_needed(tmp_path: P
             assert inode.descriptor >= 0
         assert Path(table.path(inode)).read_text() == f"{number}"
     table.close()
-
-
-def test_a_directory_that_is_gone_once_it_is_open_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server may be restarted in between: each try would cost a descriptor."""
-    root = os.open(tmp_path, os.O_RDONLY)
-    overlay = build(root, Precache(SegmentPaths.of("none"), "web"), fine_stamps=True)
-
-    def gone(descriptor: int) -> os.stat_result:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
-    before = os.listdir("/proc/self/fd")  # noqa: PTH208
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fstat", gone)
-        with pytest.raises(OSError, match="Stale"):
-            overlay.open_directory(pyfuse3.ROOT_INODE)
-    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
-    overlay.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")

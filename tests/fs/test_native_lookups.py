@@ -19,7 +19,7 @@ from tmem.backends import _native
 from tmem.fs.inodes import Inode, InodeTable
 from tmem.fs.reading import ASKED, NOTHING, REQUEST
 
-from .reader_desk import BATCH_FORGET, FORGET, READDIRPLUS, Desk, make
+from .reader_desk import BATCH_FORGET, FORGET, Desk, make
 
 LOOKUP, INTERRUPT = 1, 36
 _ENTRY = struct.Struct("=QQQQII")
@@ -82,31 +82,15 @@ class Names:
         if inode is not None:
             self.table.drop(inode)
 
-    def list_some(self, names: list[bytes], fails: bool) -> None:
-        """List these names, and have the kernel count what it gets; or the page fail."""
-        directory = os.open(self.place, os.O_RDONLY)
-        try:
-            unique = self.send(
-                READDIRPLUS, pyfuse3.ROOT_INODE, struct.pack("=QQIIQII", 5, 0, 32768, 0, 0, 0, 0)
-            )
-            assert self.desk.serve() == ASKED
-            assert self.desk.reader.asked()
-            page = self.desk.reader.page(unique, 0.0)
-            page.look_up(directory, names, b"", True)
-            if fails:
-                page.take_back()
-            elif page.length:
-                self.desk.reader.list(page)
-            self.desk.reader.reply(unique, errno.ENOMEM if fails else 0)
-            body = self.desk.answer()[2]
-            at = 0
-            while at < len(body):
-                (node,) = struct.unpack_from("=Q", body, at)
-                self.counts[node] = self.counts.get(node, 0) + 1
-                (length,) = struct.unpack_from("=I", body, at + 144)
-                at = (at + 152 + length + 7) & ~7
-        finally:
-            os.close(directory)
+    def list_some(self, names: list[bytes]) -> None:
+        """List these names, and have the kernel count what it gets."""
+        body = self.desk.page_of(self.place, names)
+        at = 0
+        while at < len(body):
+            (node,) = struct.unpack_from("=Q", body, at)
+            self.counts[node] = self.counts.get(node, 0) + 1
+            (length,) = struct.unpack_from("=I", body, at + 144)
+            at = (at + 152 + length + 7) & ~7
 
     def check(self) -> None:
         """Compare the table with what the kernel has, and with the files."""
@@ -128,8 +112,7 @@ def names(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Names]:
     numbers_tell = getattr(request, "param", True)
     table = InodeTable(os.open(place, os.O_RDONLY), quota=QUOTA, numbers_tell=numbers_tell)
     for desk in make(tmp_path):
-        desk.reader.open_shortcut()
-        desk.reader.set_nodes(table.nodes, True)
+        desk.list_by(table.nodes)
         yield Names(desk, table, place)
     table.close()
 
@@ -235,11 +218,11 @@ def test_a_listing_leaves_closed_what_was_closed(names: Names) -> None:
     every = [b"%d" % number for number in range(40)]
     for name in every:
         (names.place / os.fsdecode(name)).touch()
-    names.list_some(every, fails=False)
+    names.list_some(every)
     first = names.table.find(_key(names.place / "0"))
     assert first is not None
     assert first.descriptor < 0
-    names.list_some([b"0"], fails=False)
+    names.list_some([b"0"])
     assert (first.descriptor, first.lookups) == (-1, 2)
     names.found(b"0")
     assert first.descriptor >= 0
@@ -304,7 +287,7 @@ def test_files_come_and_go_and_none_is_taken_for_another(names: Names) -> None:
                 given.add((node, generation))
         elif kind == 9:
             some = [n.encode() for n in random_.sample(sorted(files), min(len(files), 5))]
-            names.list_some(some, fails=random_.random() < 0.5)
+            names.list_some(some)
             for inode in names.table.all() if random_.random() < 0.2 else []:
                 if inode.nodeid not in nodes and inode.nodeid != pyfuse3.ROOT_INODE:
                     status = os.fstat(names.table.descriptor(inode))

@@ -22,13 +22,14 @@ from tmem.fs.lifetimes import Lifetimes
 from tmem.fs.reading import NOTHING, REQUEST
 
 from .conftest import Mounter
-from .reader_desk import GETATTR, READDIRPLUS, Desk, make
+from .reader_desk import GETATTR, OPENDIR, READDIRPLUS, Desk, make
 
 EVERYTHING = [name for name in dir(os.stat_result) if name.startswith("st_")]
 _ATTRIBUTES = struct.Struct("=QQQqqqIIIIIIIIII")
 _ENTRY = struct.Struct("=QQQQII")
 _DIRENT = struct.Struct("=QQII")
 _NO_NODE = 1 << 63
+RELEASEDIR = 29
 
 
 class Entry(NamedTuple):
@@ -80,11 +81,6 @@ def wanted_of(path: Path) -> tuple[int, ...]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    yield from make(tmp_path)
-
-
-@pytest.fixture
 def place(tmp_path: Path) -> Path:
     """An empty directory."""
     place = tmp_path / "place"
@@ -97,6 +93,18 @@ def table(place: Path) -> Iterator[InodeTable]:
     table = InodeTable(os.open(place, os.O_RDONLY), quota=16)
     yield table
     table.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    yield from make(tmp_path)
+
+
+@pytest.fixture
+def lists(desk: Desk, table: InodeTable) -> Desk:
+    """The same, with directories listed below Python."""
+    desk.list_by(table.nodes)
+    return desk
 
 
 def every_kind(directory: Path) -> None:
@@ -295,19 +303,18 @@ def _next(desk: Desk) -> tuple[int, int, bytes] | None:
     [(None, False, False), (None, True, False), (None, True, True), (0.25, True, True), (1e30, False, False)],
 )
 def test_lifetimes_are_those_of_python(
-    desk: Desk, table: InodeTable, place: Path, seconds: float | None, attributes: bool, names: bool
+    lists: Desk, table: InodeTable, place: Path, seconds: float | None, attributes: bool, names: bool
 ) -> None:
     (place / "young").touch()
     lifetimes = Lifetimes(seconds, table.device)
     lifetimes.attributes_told, lifetimes.names_told = attributes, names
-    desk.reader.set_nodes(table.nodes, True)
     inode, status = table.lookup(table[pyfuse3.ROOT_INODE], b"young")
     for device, age in ((table.device, 60.0), (table.device, -1.0), (table.device + 1, -1.0)):
         rule = lifetimes.rule()._replace(device=device, age=age)  # as if it were older
         table.nodes.believe(*rule)
-        unique = ask(desk, inode.nodeid)
-        assert desk.serve() == NOTHING
-        number, _, body = desk.answer()
+        unique = ask(lists, inode.nodeid)
+        assert lists.serve() == NOTHING
+        number, _, body = lists.answer()
         whole, rest = struct.unpack_from("=QI", body)
         assert number == unique
         here = device == table.device
@@ -315,7 +322,7 @@ def test_lifetimes_are_those_of_python(
         if not here:
             of_attributes = rule.young
         assert (whole, rest) == _told_seconds(of_attributes)
-        page = listed(desk, place, [b"young"], lifetime=rule.name if here else rule.name_elsewhere)
+        page = listed(lists, place, [b"young"])
         assert page[0].attribute_seconds == _told_seconds(of_attributes)[0]
         assert page[0].name_seconds == _told_seconds(rule.name if here else rule.name_elsewhere)[0]
     assert lifetimes.rule().name == lifetimes.of_name(table.device)
@@ -327,79 +334,82 @@ def _told_seconds(seconds: float) -> tuple[int, int]:
     return whole, int((seconds - whole) * 1e9) if seconds < 1e9 else 999_999_999 if seconds > 2**64 else 0
 
 
-def begin(desk: Desk, place: int, start: int, size: int) -> tuple[int, "_native.ListingPage"]:
-    """Have a listing asked for."""
-    body = struct.pack("=QQIIQII", 5, start, size, 0, 0, 0, 0)
-    unique = desk.request(READDIRPLUS, body)
-    assert desk.serve() == REQUEST
-    message = desk.forwarded_message()
-    fh, number, length = struct.unpack_from("=QQI", message, 40)
-    assert (fh, number, length) == (5, unique, min(size, 65536))
-    page = desk.reader.page(number, 1.0)
-    assert page.start == page.next == start
-    return unique, page
+def listed(lists: Desk, place: Path, names: list[bytes], start: int = 0) -> list[Entry]:
+    """List some names of a directory once, however many pages that takes."""
+    found: list[Entry] = []
+    while page := entries(lists.page_of(place, names, start)):
+        found += [entry._replace(number=entry.number - 1) for entry in page]
+        start = found[-1].number
+    return found
 
 
-def listed(
-    desk: Desk, place: Path, names: list[bytes], start: int = 0, size: int = 32768, lifetime: float = 1.0
-) -> list[Entry]:
-    """List some names of a directory once."""
-    directory = os.open(place, os.O_RDONLY)
-    try:
-        unique, page = begin(desk, directory, start, size)
-        while page.next < len(names) and not page.full:
-            page.look_up(directory, names, b"", True)
-        if page.length:
-            desk.reader.list(page)
-        desk.reply(unique)
-        number, error, body = desk.answer()
-        assert (number, error, len(body)) == (unique, 0, page.length)
-        return entries(body)
-    finally:
-        os.close(directory)
+def test_a_directory_is_opened_listed_and_closed(lists: Desk, place: Path) -> None:
+    """Without Python; and what is closed is closed."""
+    (place / "a").touch()
+    unique = lists.request(OPENDIR, bytes(8))
+    assert lists.serve() == NOTHING
+    number, error, body = lists.answer()
+    fh, said, _ = struct.unpack("=QIi", body)
+    assert (number, error, said) == (unique, 0, 0)  # it has changed just now: nothing is to be kept
+    assert [entry.name for entry in entries(lists.page(fh, 0))] == [b".", b"..", b"a"]
+    closing = (RELEASEDIR, struct.pack("=QIIQ", fh, 0, 0, 0))
+    listing = (READDIRPLUS, struct.pack("=QQIIQII", fh, 0, 4096, 0, 0, 0, 0))
+    for (opcode, body), wanted in ((closing, 0), (closing, -errno.EBADF), (listing, -errno.EBADF)):
+        unique = lists.request(opcode, body)
+        assert lists.serve() == NOTHING
+        assert lists.answer() == (unique, wanted, b"")
+    assert lists.reader.quiet
 
 
-def test_pages_follow_each_other(desk: Desk, table: InodeTable, place: Path) -> None:
-    desk.reader.set_nodes(table.nodes, True)
+def test_pages_follow_each_other(lists: Desk, place: Path) -> None:
     names = [b".", b"..", *(b"%04d" % number * (1 + number % 30) for number in range(700))]
     for name in names[2:]:
         Path(os.fsdecode(os.fsencode(place) + b"/" + name)).touch()
     for size in (4096, 32768, 1 << 20):
         shown: list[Entry] = []
-        while page := listed(desk, place, names, len(shown), size):
+        while page := entries(lists.page_of(place, names, len(shown), size)):
             taken = sum((152 + len(entry.name) + 7) & ~7 for entry in page)
             following = len(shown) + len(page)
             if following < len(names):  # no room for one more
                 assert taken + ((152 + len(names[following]) + 7) & ~7) > min(size, 65536)
             shown += page
         assert [entry.name for entry in shown] == names
-        assert [entry.number for entry in shown] == list(range(1, len(names) + 1))
+        assert [entry.number - 1 for entry in shown] == list(range(1, len(names) + 1))
         assert all(stat.S_IFMT(entry.attributes[9]) >> 12 == entry.kind for entry in shown)
         assert shown[0].node == place.stat().st_ino
         assert shown[1].node == place.parent.stat().st_ino
 
 
-def test_an_end_is_told_below_python(desk: Desk) -> None:
-    def told_end(fh: int, start: int) -> bool:
-        unique = desk.request(READDIRPLUS, struct.pack("=QQIIQII", fh, start, 4096, 0, 0, 0, 0))
-        natively = desk.serve() == NOTHING
-        if not natively:
-            desk.forwarded()
-            desk.reply(unique, error=-errno.EIO)
-        return desk.answer() == (unique, 0, b"") and natively
+def test_an_end_is_told_by_whoever_is_asked(lists: Desk, place: Path) -> None:
+    """Without a look at the listing, unless that has begun anew, or another one's end took its place."""
 
-    assert not told_end(5, 10)
-    desk.reader.ends(5, 10)
-    assert told_end(5, 10)
-    assert not any(told_end(fh, start) for fh, start in [(5, 9), (5, 11), (5, 0), (6, 10), (5 + 64, 10)])
-    desk.reader.ends(5 + 64, 0)  # in the same place
-    assert told_end(5, 10)
-    desk.reader.ends(5, 0)  # it begins anew
-    assert not told_end(5, 10)
-    desk.reader.ends(5 + 64, 3)
-    assert told_end(5 + 64, 3)
-    assert not told_end(5, 0)
-    assert desk.reader.counters()["ends"] == 3
+    def ends() -> int:
+        return lists.reader.counters()["ends"]
+
+    assert lists.listings is not None
+    (place / "a").touch()
+    (place / "b").touch()
+    fh = lists.listings.open(pyfuse3.ROOT_INODE)
+    assert lists.page(fh, 4) == b""  # it has not begun
+    assert ends() == 0
+    assert len(entries(lists.page(fh, 0))) == 4
+    assert lists.page(fh, 4) == b""
+    assert ends() == 1
+    assert len(entries(lists.page(fh, 3))) == 1
+    (place / "c").touch()
+    assert len(entries(lists.page(fh, 0))) == 5
+    assert len(entries(lists.page(fh, 4))) == 1
+    assert ends() == 1
+    lists.listings.number_from(fh + 64)  # in the same place
+    other = lists.listings.open(pyfuse3.ROOT_INODE)
+    assert other == fh + 64
+    assert len(entries(lists.page(other, 0))) == 5
+    assert lists.page(other, 5) == lists.page(fh, 5) == b""  # which is looked at, and takes the place
+    assert ends() == 2
+    for one in (fh, other):
+        lists.listings.close(one)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            lists.listings.close(one)
 
 
 def test_a_directory_that_grows_is_listed_anew(mounter: Mounter) -> None:
@@ -420,19 +430,16 @@ def test_a_directory_that_grows_is_listed_anew(mounter: Mounter) -> None:
         os.close(opened)
 
 
-def test_what_is_gone_is_left_out_and_what_fails_has_a_name(
-    desk: Desk, table: InodeTable, place: Path
-) -> None:
-    desk.reader.set_nodes(table.nodes, True)
+def test_what_is_gone_is_left_out_and_what_fails_has_a_name(lists: Desk, place: Path) -> None:
     (place / "a").write_bytes(b"abc")
     (place / "z").mkdir()
     names = [b"gone", b"a", b"n" * 300, *(b"gone too %d" % number for number in range(600)), b"z", b"no"]
-    a, failed, z = listed(desk, place, names)
+    a, failed, z = listed(lists, place, names)
     assert (a.name, a.number, a.attributes) == (b"a", 2, wanted_of(place / "a"))
     assert (failed.name, failed.number, failed.node) == (b"n" * 300, 3, _NO_NODE)
     assert (failed.attributes[9], failed.kind) == (0, 0)
     assert (z.name, z.number, z.attributes) == (b"z", 604, wanted_of(place / "z"))
-    assert listed(desk, place, [b"gone"]) == []
+    assert listed(lists, place, [b"gone"]) == []
 
 
 def believe(table: InodeTable, attributes: float = 30.0, names: float = 60.0, device: int = 0) -> None:
@@ -440,74 +447,45 @@ def believe(table: InodeTable, attributes: float = 30.0, names: float = 60.0, de
     table.nodes.believe(table.device + device, names, 1.0, attributes, attributes, 60.0, 0.0)
 
 
-def test_what_is_written_to_unseen_is_not_believed(desk: Desk, table: InodeTable, place: Path) -> None:
-    desk.reader.set_nodes(table.nodes, True)
+def test_what_is_written_to_unseen_is_not_believed(lists: Desk, table: InodeTable, place: Path) -> None:
     believe(table, 60.0)
     for name in "abc":
         (place / name).touch()
     table.store_to(table.lookup(table[pyfuse3.ROOT_INODE], b"b")[0], True)
-    directory = os.open(place, os.O_RDONLY)
-    unique, page = begin(desk, directory, 0, 4096)
-    page.look_up(directory, [b"a", b"b", b"c"], b"", True)
-    assert (page.short_lived, page.shortest) == (1, 0.0)
-    desk.reader.list(page)
-    with pytest.raises(ValueError, match="under way"):
-        desk.reader.list(page)
-    with pytest.raises(ValueError, match="under way"):
-        desk.reader.page(unique, 1.0)
-    desk.reply(unique)
-    assert [entry.attribute_seconds for entry in entries(desk.answer()[2])] == [60, 0, 60]
-    with pytest.raises(ValueError, match="under way"):
-        desk.reader.list(page)
-    os.close(directory)
+    assert [entry.attribute_seconds for entry in listed(lists, place, [b"a", b"b", b"c"])] == [60, 0, 60]
 
 
-def test_a_page_that_fails_leaves_no_lookups(desk: Desk, table: InodeTable, place: Path) -> None:
-    """The kernel will not forget what it was never told."""
-    desk.reader.set_nodes(table.nodes, True)
-    believe(table)
-    for name in "abc":
-        (place / name).touch()
-    known, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
-    table.remember(known)
-    directory = os.open(place, os.O_RDONLY)
-    names, places, _ = _native.names(directory)
-    for _ in range(2):  # nor is it taken for told
-        _, page = begin(desk, directory, 0, 4096)
-        page.look_up(directory, [b".", *names, b"n" * 300], bytes(16) + places, True)
-        assert (known.lookups, len(table)) == (2, 4)
-        page.take_back()
-        assert (known.lookups, len(table), table.open_descriptors, page.length) == (1, 2, 1, 0)
-        page.take_back()
-        assert known.lookups == 1
-    os.close(directory)
-
-
-def test_names_are_all_there(place: Path) -> None:
+def test_names_are_all_there(table: InodeTable, place: Path) -> None:
     wanted_names = {b"%05d" % number * 20 for number in range(3000)} | {b"\xff\n", b"...", b"..a"}
     for name in wanted_names:
         os.close(os.open(os.fsencode(place) + b"/" + name, os.O_CREAT | os.O_WRONLY))
-    directory = os.open(place, os.O_RDONLY)
+    listings = _native.Listings(table.nodes)
+    fh = listings.open(pyfuse3.ROOT_INODE)
     for _ in range(2):
-        names, _, failed = _native.names(directory)
-        assert (set(names), len(names), failed) == (wanted_names, len(wanted_names), 0)
-    os.close(directory)
-    assert _native.names(directory) == ([], b"", errno.EBADF)
+        names: list[bytes] = []
+        while some := listings.names(fh, len(names)):
+            names += some
+        assert names[:2] == [b".", b".."]
+        assert (set(names[2:]), len(names)) == (wanted_names, len(wanted_names) + 2)
+    listings.close(fh)
+    listings.restore(fh, pyfuse3.ROOT_INODE, os.open(place / "...", os.O_RDONLY), [b"was there"])
+    assert listings.names(fh, 1) == []
+    for _ in range(2):  # it is no directory
+        with pytest.raises(OSError, match="Not a directory"):
+            listings.names(fh, 0)
+    listings.close_all()
+    with pytest.raises(OSError, match="Stale"):
+        listings.open(77)
 
 
-def relisted(desk: Desk, place: Path, places: bytes | None = None) -> list[Entry]:
-    """List a directory once, as the overlay does."""
-    directory = os.open(place, os.O_RDONLY)
-    try:
-        names, found, _ = _native.names(directory)
-        unique, page = begin(desk, directory, 0, 65536)
-        while page.next < len(names):
-            page.look_up(directory, names, found if places is None else places, True)
-        desk.reader.list(page)
-        desk.reply(unique)
-        return entries(desk.answer()[2])
-    finally:
-        os.close(directory)
+def relisted(lists: Desk) -> list[Entry]:
+    """List the root once; all but the dots."""
+    assert lists.listings is not None
+    fh = lists.listings.open(pyfuse3.ROOT_INODE)
+    page = entries(lists.page(fh, 0, 65536))
+    assert [entry.name for entry in page[:2]] == [b".", b".."]
+    lists.listings.close(fh)
+    return page[2:]
 
 
 def forget(table: InodeTable, node: int) -> None:
@@ -518,68 +496,67 @@ def forget(table: InodeTable, node: int) -> None:
 
 
 def test_what_the_kernel_was_told_lately_is_a_name_alone(
-    desk: Desk, table: InodeTable, place: Path, eventually: Callable[..., None]
+    lists: Desk, table: InodeTable, place: Path, eventually: Callable[..., None]
 ) -> None:
     every_kind(place)
     (place / "another name").unlink()
     believe(table)
-    desk.reader.set_nodes(table.nodes, True)
-    whole = relisted(desk, place)
+    whole = relisted(lists)
     assert all(entry.node and entry.attributes[9] for entry in whole)
-    alone = relisted(desk, place)
+    alone = relisted(lists)
     assert [entry.node for entry in alone] == [0] * len(whole)
     # Number and kind are what programs see of the entry itself.
     assert [(e.name, e.number, e.kind, e.ino) for e in alone] == [
         (e.name, e.number, e.kind, e.ino) for e in whole
     ]
-    assert relisted(desk, place, places=b"") == whole  # nobody knows which files they are
+    unknown = listed(lists, place, [entry.name for entry in whole])  # nobody knows which files they are
+    assert unknown == [entry._replace(number=entry.number - 2) for entry in whole]
     forget(table, whole[0].node)
-    assert [entry.node == 0 for entry in relisted(desk, place)] == [False] + [True] * (len(whole) - 1)
+    assert [entry.node == 0 for entry in relisted(lists)] == [False] + [True] * (len(whole) - 1)
     table.nodes.doubt()
-    again = relisted(desk, place)
+    again = relisted(lists)
     assert again[0].generation > whole[0].generation
     assert [e._replace(generation=0) for e in again] == [e._replace(generation=0) for e in whole]
     (place / "new").touch()
-    assert [entry.name for entry in relisted(desk, place) if entry.node] == [b"new"]
+    assert [entry.name for entry in relisted(lists) if entry.node] == [b"new"]
     os.link(place / "new", place / "its other name")  # is asked for by itself
-    assert [entry.name for entry in relisted(desk, place) if entry.node] == []
+    assert [entry.name for entry in relisted(lists) if entry.node] == []
     for seconds in (0.04, 0.0):  # not for long enough, or not at all
         believe(table, seconds)
         table.nodes.doubt()
-        assert [all(e.node for e in relisted(desk, place)) for _ in range(2)] == [True, True]
+        assert [all(e.node for e in relisted(lists)) for _ in range(2)] == [True, True]
     believe(table, 60.0, names=0.2)  # names count as well
     table.nodes.doubt()
     (place / "its other name").unlink()
-    relisted(desk, place)
-    eventually(lambda: all(entry.node for entry in relisted(desk, place)), timeout_s=5)
+    relisted(lists)
+    eventually(lambda: all(entry.node for entry in relisted(lists)), timeout_s=5)
 
 
 def test_what_a_directory_says_of_other_files_is_not_taken_for_known(
-    desk: Desk, table: InodeTable, place: Path
+    lists: Desk, table: InodeTable, place: Path
 ) -> None:
     (place / "a").touch()
-    desk.reader.set_nodes(table.nodes, True)
     believe(table)
     number = (place / "a").stat().st_ino
     before = table.nodes.restore(
         number, table.device, 1 << 40, stat.S_IFREG, -1, 1, 1, None, True, True, False
     )
-    whole = relisted(desk, place)[0]  # its node has another number than the file
-    assert (whole.node, relisted(desk, place)[0].node) == (1 << 62, 1 << 62)
+    whole = relisted(lists)[0]  # its node has another number than the file
+    assert (whole.node, relisted(lists)[0].node) == (1 << 62, 1 << 62)
     forget(table, before.nodeid)
     forget(table, whole.node)
     inode, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
     assert inode.nodeid == number
     table.store_to(inode, True)  # the attributes of this one are never believed
-    assert [relisted(desk, place)[0].node for _ in range(2)] == [number] * 2
+    assert [relisted(lists)[0].node for _ in range(2)] == [number] * 2
     table.store_to(inode, False)
-    assert [relisted(desk, place)[0].node for _ in range(2)] == [number, 0]
+    assert [relisted(lists)[0].node for _ in range(2)] == [number, 0]
     table.store_to(inode, True)  # nor what was told of them
-    assert relisted(desk, place)[0].node
+    assert relisted(lists)[0].node
     table.store_to(inode, False)
     table.nodes.doubt()
     believe(table, device=1)
-    assert [relisted(desk, place)[0].node for _ in range(2)] == [number] * 2  # a number of another device
+    assert [relisted(lists)[0].node for _ in range(2)] == [number] * 2  # a number of another device
 
 
 def test_the_second_listing_asks_for_nothing_and_shows_every_change(

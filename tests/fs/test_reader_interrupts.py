@@ -233,13 +233,19 @@ def test_a_late_page_of_a_listing_is_forgotten(
 ) -> None:
     """The same where the reader replies; "." is not counted, what could not be looked up does no harm."""
     table = InodeTable(os.open(tmp_path, os.O_RDONLY), quota=16)
-    desk.reader.set_nodes(table.nodes, True)
     (tmp_path / "a").touch()
+    listings = _native.Listings(table.nodes)
+    desk.reader.set_nodes(table.nodes, True)
+    desk.reader.set_listings(listings)
     directory = os.open(tmp_path, os.O_RDONLY)
-    unique = given_up(desk, program, READDIRPLUS, READ_BODY)
-    page = desk.reader.page(unique, 1.0)
-    page.look_up(directory, [b".", b"a", b"n" * 300, b"gone", b"file"], b"", True)
-    desk.reader.list(page)
+    names = [b"-", b".", b"a", b"n" * 300, b"gone", b"file"]
+    listings.restore(9, 1, directory, names)
+    body = struct.pack("=QQIIQII", 9, 1, 4096, 0, 0, 0, 0)
+    unique = given_up(desk, program, READDIRPLUS, body)
+    desk.reader.list(unique, 9)
+    for wrong in ((unique, 9), (unique, 8), (unique + 1, 9)):  # once, and what there is
+        with pytest.raises(OSError, match=r"Invalid|Bad file"):
+            desk.reader.list(*wrong)
     desk.reply(unique)
     message = desk.forwarded_message()
     assert struct.unpack_from("=II", message) == (len(message), BATCH_FORGET)
@@ -247,7 +253,7 @@ def test_a_late_page_of_a_listing_is_forgotten(
     assert list(struct.iter_unpack("=QQ", message[48:])) == [(a, 1), (1 << 63, 1), (file, 1)]
     assert desk.silent()
     assert desk.reader.quiet
-    os.close(directory)
+    listings.close_all()
     table.close()
 
 

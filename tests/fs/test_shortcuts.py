@@ -94,12 +94,11 @@ def test_they_are_answered_in_any_order_each_once(desk: Desk) -> None:
     second = desk.request(OPEN, struct.pack("=II", os.O_RDONLY, 0))
     assert desk.serve() == ASKED
     assert [asked(desk)[1], asked(desk)[1]] == [first, second]
-    desk.reader.keep_listing(5, True)
     desk.reader.reply(second, 0, struct.pack("=QIi", 6, 0, 0))
     desk.reader.reply(first, 0, struct.pack("=QIi", 5, 0, 0))
-    no_flush, keep = 1 << 5, 1 << 1 | 1 << 3
+    no_flush = 1 << 5
     assert desk.answer() == (second, 0, struct.pack("=QIi", 6, no_flush, 0))
-    assert desk.answer() == (first, 0, struct.pack("=QIi", 5, keep, 0))
+    assert desk.answer() == (first, 0, struct.pack("=QIi", 5, 0, 0))
     with pytest.raises(ValueError, match="256 bytes"):
         desk.reader.reply(second, 0, bytes(257))
 

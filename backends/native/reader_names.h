@@ -1,0 +1,45 @@
+/* What a directory says of itself: its names, as it has them at one time, and which version of it that is.
+ *
+ * Threading: plain values; whoever has one reads or frees it. */
+#ifndef READER_NAMES_H
+#define READER_NAMES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+struct name {
+    const char *bytes; /* ends with a zero */
+    size_t length;
+    uint64_t number; /* of the file, as the directory says; 0: unknown */
+    uint32_t type;   /* DT_* */
+};
+
+/* What a change of a directory's names cannot leave as it was, if it is settled. */
+struct version {
+    struct timespec mtime, ctime;
+    int64_t size;
+    bool known; /* false: there is none */
+};
+
+struct names {
+    struct name *all;     /* "." and ".." first, unless nothing can be said */
+    size_t count, room;
+    struct piece *pieces; /* which have the bytes */
+    int error;            /* errno that ended it early; 0 */
+    struct version after; /* of the directory, once they were read */
+};
+
+/* Read the directory open at `fd`, from its beginning; `again`: it was read before. NULL: no memory. */
+struct names *names_read(int fd, bool again);
+/* Of names that are known; the bytes are copied. NULL: no memory. */
+struct names *names_of(const char *const *names, size_t count);
+void names_free(struct names *c); /* may be NULL */
+
+/* Of what stat says, if every later change will show in it: directories have coarse stamps on some file systems whose
+ * files have fine ones (tmpfs), so one that was changed within the last two seconds has none. */
+struct version version_settled(const struct stat *st);
+bool version_equals(const struct version *one, const struct version *other); /* none is equal to none */
+
+#endif
