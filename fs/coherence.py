@@ -74,6 +74,8 @@ class FileState:
     """Whether the pool may be asked for its pages."""
     top: int = 0
     """No page at this index or above was ever put."""
+    gone: bool = False
+    """Whether the file is known to have lost its last link."""
     untold: bool = False
     """Whether the kernel may have pages of its own from before `version`: the next open has it drop them."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -195,6 +197,7 @@ class Coherence:
         if state is None:
             self._precache.counters.flushed_pages += self._precache.flush_object(name)
             return
+        state.gone = True
         self._suspect(state)
 
     def distrust(self, state: FileState) -> None:

@@ -56,9 +56,13 @@ class Namespace(Handlers):
 
     def _retire(self, inode: Inode) -> None:
         assert inode.state is not None
-        linked = False
-        with contextlib.suppress(OSError):
-            linked = os.fstat(self.table.descriptor(inode)).st_nlink > 0
+        linked = not inode.state.gone
+        if self.is_here(
+            inode
+        ):  # else the lower may not answer; what is remembered in vain is evicted one day
+            linked = False
+            with contextlib.suppress(OSError):
+                linked = os.fstat(self.table.descriptor(inode)).st_nlink > 0
         if linked:
             self.coherence.remember(inode.state)
         else:

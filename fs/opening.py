@@ -343,7 +343,12 @@ class Opening(Namespace):
             if not file.inode.opens:
                 if file.inode.backing:
                     self._unback(file.inode, file.descriptor)
-                self.discard_if_unlinked(file.descriptor)
+                if self.is_here(file.inode):
+                    self.discard_if_unlinked(file.descriptor)
+                elif (
+                    file.state.gone
+                ):  # the lower may not answer; without a link underneath, pages are evicted one day
+                    self.coherence.discard(file.state.name, file.state)
         finally:
             if self.reading is None or not self.reading.close(fh):
                 os.close(file.descriptor)

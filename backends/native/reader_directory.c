@@ -49,14 +49,6 @@ static bool leave_to_threads(struct question *q, enum work work, int directory, 
 
 static bool is_local(struct reader *r) { return atomic_load_explicit(&r->answering, memory_order_acquire) != NULL; }
 
-/* Note how long a lower has taken, unless it is here. */
-static void note_time(struct reader *r, uint64_t device, uint64_t began_ns)
-{
-    struct nodes *nodes = atomic_load(&r->nodes);
-    if (!is_local(r) || device != nodes_device(nodes))
-        patience_note(nodes_patience(nodes), (int64_t)(timing_now() - began_ns));
-}
-
 /* ---- Opening ----------------------------------------------------------------------------------------------- */
 
 /* A descriptor and what stat says of it; -1: *error, or 0 if threads are to do it. */
@@ -76,11 +68,8 @@ static int open_directory(struct question *q, struct stat *st, int *error)
     if (way >= 0 && !was_fetched(q) && listings_wait(q->r->listings, device, is_local(q->r), false)
         && leave_to_threads(q, OPEN_DIRECTORY, way, NULL, 0))
         return -1;
-    uint64_t began_ns = timing_now();
     int fd = way < 0 ? -1 : listing_open_at(way, st);
     *error = fd < 0 ? errno : 0;
-    if (way >= 0)
-        note_time(q->r, device, began_ns);
     return fd;
 }
 
@@ -115,10 +104,8 @@ static bool begin(struct question *q, struct listing *one, int *error)
              && leave_to_threads(q, READ_DIRECTORY, one->fd, NULL, 0))
         return false;
     if (!content) {
-        uint64_t began_ns = timing_now();
         content = names_read(one->fd, one->was_read);
         one->was_read = true;
-        note_time(r, one->device, began_ns);
     }
     if (!content) {
         *error = ENOMEM;

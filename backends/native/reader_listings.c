@@ -103,12 +103,15 @@ bool listings_wait(struct listings *l, uint64_t device, bool local, bool reads)
 {
     struct patience *p = nodes_patience(l->nodes);
     bool here = local && device == nodes_device(l->nodes);
-    return !patience_is_quick(p) && (!here || (reads && patience_missed_lately(p)));
+    return !here || (reads && !patience_is_quick(p) && patience_missed_lately(p));
 }
 
 int listing_open_at(int way, struct stat *st)
 {
-    int fd = openat(way, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd;
+    do
+        fd = openat(way, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    while (fd < 0 && errno == EINTR);
     if (fd < 0 || !fstat(fd, st))
         return fd;
     int error = errno;

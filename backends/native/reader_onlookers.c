@@ -78,24 +78,20 @@ static void look_at_names(struct job *j)
 static void open_directory(struct job *j)
 {
     struct asked *a = j->asked;
-    uint64_t begun_ns = timing_now();
     a->fd = listing_open_at(j->directory, &a->st);
     a->error = a->fd < 0 ? errno : 0;
     a->opened = true;
-    note(j, begun_ns);
 }
 
 /* What cannot be read so is for who asks again. */
 static void read_content(struct job *j)
 {
     struct stat st;
-    uint64_t begun_ns = timing_now();
     int fd = listing_open_at(j->directory, &st); /* with a position of its own: who was given up may read there still */
     if (fd >= 0) {
         j->asked->content = names_read(fd, false);
         close(fd);
     }
-    note(j, begun_ns);
 }
 
 static void end_job(struct onlookers *o, struct job *j)

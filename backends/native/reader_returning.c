@@ -69,9 +69,22 @@ static void reply_by_number(struct passing *p, const struct flight *f, size_t le
 
 static bool is_own(const struct flight *f) { return f->unique >= OWN_NUMBERS; }
 
-/* Whether a request may have changed names or attributes. Not a WRITE: the kernel counts these by itself, for the file alone. */
+/* Of stores to mapped memory, whose end only has the kernel ask again: it would believe an older answer that comes after it. */
+static bool writes_back(const struct flight *f)
+{
+    struct fuse_write_in in;
+    if (f->opcode != FUSE_WRITE || !f->payload)
+        return false;
+    memcpy(&in, f->payload->data + sizeof(struct fuse_in_header), sizeof in);
+    return in.write_flags & FUSE_WRITE_CACHE;
+}
+
+/* Whether a request may have changed names or attributes. Not a WRITE by a program: the kernel counts these by itself, for the file
+ * alone. */
 static bool is_change(const struct flight *f)
 {
+    if (writes_back(f))
+        return true;
     switch (f->opcode) {
     case FUSE_SETATTR:
     case FUSE_SYMLINK:

@@ -48,6 +48,19 @@ def place(
     faulty.heal()
 
 
+def test_a_file_of_a_lower_that_hangs_is_closed_without_asking(place: Place, faulty: Faulty) -> None:
+    """Nor when its program was killed, or the kernel forgets the file."""
+    other = place.point / "other"
+    with (place.point / "slow").open("rb") as slow:
+        assert slow.read(100) == CONTENT[:100]
+        faulty.fail("getattr", hangs=True, name="slow")
+    with running(STAT, other) as one:
+        assert one.wait(10) == 0
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+    faulty.heal()
+
+
 def fstat(descriptor: int) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
     """A program that asks for attributes of an open file."""
     return running(FSTAT, str(descriptor), [descriptor])
@@ -106,10 +119,13 @@ def table(faulty: Faulty) -> Iterator[InodeTable]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, table: InodeTable) -> Iterator[Desk]:
+def desk(tmp_path: Path, faulty: Faulty, table: InodeTable) -> Iterator[Desk]:
     for desk in make(tmp_path):
         desk.reader.set_nodes(table.nodes, False)
-        yield desk
+        try:
+            yield desk
+        finally:
+            faulty.heal()  # else its end waits for who hangs
 
 
 def ask(desk: Desk, node: int) -> int:
