@@ -41,8 +41,8 @@ def workplace(below: Path = SHARED_MEMORY) -> Iterator[Path]:
 def go_before_others(pid: int) -> None:
     """Have the session of a process weigh among others what our own niceness says.
 
-    To the scheduler each session is a group (autogroup), and niceness counts only within it: at load 12 a
-    daemon at nice -20 in a session of its own took two to four times as long.
+    To the scheduler each session is a group (autogroup), and niceness counts only within it: a
+    daemon in a session of its own would share with all others like anybody.
     """
     with suppress(OSError):  # a kernel without, or not root
         Path(f"/proc/{pid}/autogroup").write_text(str(os.getpriority(os.PRIO_PROCESS, 0)))
