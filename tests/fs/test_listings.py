@@ -95,4 +95,5 @@ def test_a_listing_of_young_files_is_asked_for_again(mounter: Mounter) -> None:
         before = switches(place.pid)
         assert sum(entry.stat().st_size for entry in os.scandir(place.point / "d")) == 0
         costs.append(switches(place.pid) - before)
-    assert max(costs) < 500, costs
+    # Not each second; once they may become too old between a listing and its stats.
+    assert sum(cost >= 500 for cost in costs) <= 1, [cost for cost in costs if cost >= 100]
