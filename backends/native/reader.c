@@ -291,7 +291,7 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         }
         if (found == FOUND_IF_WAITING && leads && !r->several && waiting_is_quick(&r->waiting) && wait_here(r, d, length))
             return TAKEN_ANSWERED;
-        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL, leads && replies_first(r))) {
+        if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL)) {
             look_after_interrupts(r);
             return TAKEN_ELSEWHERE;
         }
@@ -387,7 +387,7 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
     if (ask_lower(r, in, length, e))
         return false;
     if (!shortcut_put(&r->shortcut, &r->passing, in, length, e, false)
-        && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e, false)))
+        && (found != FOUND_IF_WAITING || !waiting_give(&r->waiting, &d->request, &d->data, length, e)))
         (void)pass_on(&r->passing, &d->request, length, e);
     look_after_interrupts(r);
     return false;

@@ -150,15 +150,14 @@ static bool give(struct waiting *w, struct errand *e, const struct fuse_in_heade
     return waiter != NULL;
 }
 
-bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry,
-                  bool replies_first)
+bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry)
 {
     const struct fuse_in_header *in = (const void *)(*request)->data;
     const struct fuse_read_in *read_in = (const void *)(in + 1);
     struct errand *e = malloc(sizeof *e);
     if (!e)
         return false;
-    *e = (struct errand){.request = *request, .data = *data, .length = length, .replies_first = replies_first};
+    *e = (struct errand){.request = *request, .data = *data, .length = length};
     if (!(e->file = files_hold(&w->hits->files, read_in->fh))) {
         free(e);
         return false;

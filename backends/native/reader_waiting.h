@@ -49,16 +49,16 @@ bool waiting_quiet(struct waiting *w);
 void waiting_end(struct waiting *w);
 void waiting_free(struct waiting *w); /* once nobody calls `waiting_give` any more */
 /* Have the READ in `*request` found by way of `*data`: buffers that are not the caller's any more, and NULL, if it
- * comes back true. `entry` brought it (NULL: the device). `replies_first`: what was read is put after the reply. */
-bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry,
-                  bool replies_first);
+ * comes back true. `entry` brought it (NULL: the device). */
+bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry);
 
 /* The same for a GETATTR; `all`: the root's device is not local. */
 bool waiting_ask(struct waiting *w, struct nodes *nodes, bool all, const struct fuse_in_header *in, size_t length, struct entry *entry);
 
 /* Whether it will probably be quick. */
 bool waiting_is_quick(const struct waiting *w);
-/* The same, done at once by the caller; false: it was not. */
+/* The same, done at once by the caller; false: it was not. `replies_first`: what was read is put after the reply, which only who
+ * reads the next request may do: it would not find the pages yet. */
 bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, bool replies_first);
 
 /* Start a thread of the reader: with a small stack, and no signals: those are for the threads that Python knows. */

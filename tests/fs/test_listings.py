@@ -83,12 +83,13 @@ def test_a_listing_is_as_old_as_its_attributes_at_most(mounter: Mounter) -> None
     assert min(again) * 4 > min(first)  # a busy machine adds to some of them
 
 
-def test_a_listing_of_young_files_is_asked_for_again(mounter: Mounter) -> None:
+def test_a_listing_of_young_files_is_asked_for_again(mounter: Mounter, tmp_path: Path) -> None:
     """The kernel may believe their attributes for a second only, and would ask for them one by one."""
-    place = mounter("loop=native")
-    (place.lower / "d").mkdir()
+    lower = tmp_path / "young"
+    (lower / "d").mkdir(parents=True)
     for number in range(1000):
-        (place.lower / "d" / f"{number:04d}").touch()
+        (lower / "d" / f"{number:04d}").touch()
+    place = mounter("loop=native", lower=lower)  # after that: a report of a change has them asked for, too
     begun = time.monotonic()
     costs: list[int] = []
     while time.monotonic() < begun + 4 or len(costs) < 3:  # the directory is settled after two seconds
