@@ -161,7 +161,7 @@ static bool ask_lower(struct reader *r, const struct fuse_in_header *in, size_t 
 {
     struct nodes *nodes = atomic_load(&r->nodes);
     bool local = atomic_load_explicit(&r->answering, memory_order_acquire);
-    if (in->opcode != FUSE_GETATTR || !nodes || !waiting_ask(&r->asking, nodes, !local, in, length, entry))
+    if (in->opcode != FUSE_GETATTR || !nodes || !waiting_ask(&r->asking, nodes, local, in, length, entry))
         return false;
     atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
     look_after_interrupts(r);

@@ -1,5 +1,7 @@
 #include "reader_interrupt.h"
 
+#include "reader_names.h"
+
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <signal.h>
@@ -80,12 +82,6 @@ static size_t forget(uint64_t node, uint8_t *out)
     return sizeof one;
 }
 
-/* The kernel counts no lookup of these two. */
-static bool is_dots(const char *name, uint32_t length)
-{
-    return length && length <= 2 && name[0] == '.' && name[length - 1] == '.';
-}
-
 static size_t forget_listed(const uint8_t *body, size_t length, uint8_t *out)
 {
     struct fuse_in_header in = {.opcode = FUSE_BATCH_FORGET};
@@ -97,7 +93,7 @@ static size_t forget_listed(const uint8_t *body, size_t length, uint8_t *out)
         struct fuse_forget_one one = {.nodeid = entry.entry_out.nodeid, .nlookup = 1};
         if (at + FUSE_NAME_OFFSET_DIRENTPLUS + entry.dirent.namelen > length)
             break;
-        if (one.nodeid && !is_dots((const char *)body + at + FUSE_NAME_OFFSET_DIRENTPLUS, entry.dirent.namelen)) {
+        if (one.nodeid && !name_is_dots((const char *)body + at + FUSE_NAME_OFFSET_DIRENTPLUS, entry.dirent.namelen)) {
             memcpy(out + to, &one, sizeof one);
             to += sizeof one;
             batch.count++;

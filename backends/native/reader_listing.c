@@ -33,11 +33,6 @@ void page_end(struct page *p)
         nodes_drop(p->nodes);
 }
 
-static bool is_dots(const struct name *name)
-{
-    return name->length && name->length <= 2 && name->bytes[0] == '.' && name->bytes[name->length - 1] == '.';
-}
-
 /* Append an entry of which nothing but the name is known. */
 static struct fuse_direntplus *append(struct page *p, const struct name *name, size_t length, uint64_t number)
 {
@@ -128,7 +123,7 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         size_t length = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + names[i].length);
         if ((*full = length > p->size - p->length))
             break;
-        if (is_dots(&names[i])) { /* the kernel counts no lookup of these */
+        if (name_is_dots(names[i].bytes, names[i].length)) {
             st = (struct stat){.st_ino = names[i].number, .st_mode = S_IFDIR};
             if (!st.st_ino && fstatat(directory, names[i].bytes, &st, 0))
                 goto failed;

@@ -102,8 +102,7 @@ int listings_way(struct listings *l, uint64_t nodeid, uint64_t *device)
 bool listings_wait(struct listings *l, uint64_t device, bool local, bool reads)
 {
     struct patience *p = nodes_patience(l->nodes);
-    bool here = local && device == nodes_device(l->nodes);
-    return !here || (reads && !patience_is_quick(p) && patience_missed_lately(p));
+    return !nodes_is_here(l->nodes, device, local) || (reads && !patience_is_quick(p) && patience_missed_lately(p));
 }
 
 int listing_open_at(int way, struct stat *st)
@@ -112,12 +111,7 @@ int listing_open_at(int way, struct stat *st)
     do
         fd = openat(way, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     while (fd < 0 && errno == EINTR);
-    if (fd < 0 || !fstat(fd, st))
-        return fd;
-    int error = errno;
-    close(fd);
-    errno = error;
-    return -1;
+    return look_at_open(fd, st);
 }
 
 struct listing *listings_add(struct listings *l, uint64_t nodeid, int fd, const struct stat *st)

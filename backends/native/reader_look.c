@@ -78,16 +78,21 @@ static int open_path(struct patience *p, int directory, const char *name, bool m
     return fd;
 }
 
-int look_up_name(struct patience *p, int directory, const char *name, bool may_wait, struct stat *st)
+int look_at_open(int fd, struct stat *st)
 {
-    int fd;
-    do
-        fd = open_path(p, directory, name, may_wait);
-    while (fd < 0 && errno == EINTR);
     if (fd < 0 || !fstat(fd, st))
         return fd;
     int error = errno;
     close(fd);
     errno = error;
     return -1;
+}
+
+int look_up_name(struct patience *p, int directory, const char *name, bool may_wait, struct stat *st)
+{
+    int fd;
+    do
+        fd = open_path(p, directory, name, may_wait);
+    while (fd < 0 && errno == EINTR);
+    return look_at_open(fd, st);
 }

@@ -12,7 +12,7 @@ static int look_up(struct nodes *n, uint64_t parent, const char *name, bool may_
     struct node *directory = nodes_find(n, parent), *one;
     if (!directory)
         return ESTALE;
-    if (!may_wait && !nodes_is_here(n, directory, local))
+    if (!may_wait && !nodes_is_here(n, directory->device, local))
         return EAGAIN;
     int at = nodes_descriptor(n, directory);
     if (at < 0)

@@ -19,7 +19,7 @@ struct piece {
     char bytes[]; /* struct dirent64, one after the other */
 };
 
-static int add(struct names *c, const char *bytes, uint64_t number, uint32_t type)
+static int add(struct names *c, const char *bytes, size_t length, uint64_t number, uint32_t type)
 {
     if (c->count == c->room) {
         size_t room = c->room ? c->room * 2 : FIRST_ROOM;
@@ -29,7 +29,7 @@ static int add(struct names *c, const char *bytes, uint64_t number, uint32_t typ
         c->all = larger;
         c->room = room;
     }
-    c->all[c->count++] = (struct name){bytes, strlen(bytes), type == DT_UNKNOWN ? 0 : number, type};
+    c->all[c->count++] = (struct name){bytes, length, type == DT_UNKNOWN ? 0 : number, type};
     return 0;
 }
 
@@ -51,10 +51,11 @@ static int add_piece(struct names *c, const char *bytes, size_t length)
     for (size_t at = 0; at < length;) {
         const struct dirent64 *entry = (const void *)(p->bytes + at);
         const char *name = entry->d_name;
+        size_t bytes_long = strlen(name);
         at += entry->d_reclen;
-        if (name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2])))
+        if (name_is_dots(name, bytes_long))
             c->all[name[1] ? 1 : 0].number = entry->d_ino;
-        else if (add(c, name, entry->d_ino, entry->d_type))
+        else if (add(c, name, bytes_long, entry->d_ino, entry->d_type))
             return -1;
     }
     return 0;
@@ -65,7 +66,7 @@ struct names *names_read(int fd, bool again)
     _Alignas(struct dirent64) char piece[PIECE_BYTES];
     struct stat st;
     struct names *c = calloc(1, sizeof *c);
-    if (!c || add(c, ".", 0, DT_DIR) || add(c, "..", 0, DT_DIR))
+    if (!c || add(c, ".", 1, 0, DT_DIR) || add(c, "..", 2, 0, DT_DIR))
         goto failed;
     ssize_t n = again ? lseek(fd, 0, SEEK_SET) : 0;
     while (n >= 0) {
@@ -92,8 +93,9 @@ struct names *names_of(const char *const *names, size_t count)
 {
     struct names *c = calloc(1, sizeof *c);
     for (size_t i = 0; c && i < count; i++) {
-        const struct piece *p = keep(c, names[i], strlen(names[i]) + 1);
-        if (!p || add(c, p->bytes, 0, DT_UNKNOWN)) {
+        size_t bytes_long = strlen(names[i]);
+        const struct piece *p = keep(c, names[i], bytes_long + 1);
+        if (!p || add(c, p->bytes, bytes_long, 0, DT_UNKNOWN)) {
             names_free(c);
             return NULL;
         }

@@ -16,6 +16,12 @@ struct name {
     uint32_t type;   /* DT_* */
 };
 
+/* "." or "..": the kernel counts no lookups of these. */
+static inline bool name_is_dots(const char *bytes, size_t length)
+{
+    return length && length <= 2 && bytes[0] == '.' && bytes[length - 1] == '.';
+}
+
 /* What a change of a directory's names cannot leave as it was, if it is settled. */
 struct version {
     struct timespec mtime, ctime;

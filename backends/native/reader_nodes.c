@@ -437,14 +437,14 @@ int nodes_shown(const struct nodes *n, uint64_t nodeid)
     return one && !one->stored_to && one->device == n->device && !is_root(one) ? one->fd : -1;
 }
 
-bool nodes_is_here(const struct nodes *n, const struct node *one, bool local) { return local && one->device == n->device; }
+bool nodes_is_here(const struct nodes *n, uint64_t device, bool local) { return local && device == n->device; }
 
-int nodes_borrow(struct nodes *n, uint64_t nodeid, bool all, bool *doubted)
+int nodes_borrow(struct nodes *n, uint64_t nodeid, bool local, bool *doubted)
 {
     int fd = -1;
     pthread_mutex_lock(&n->lock);
     const struct node *one = nodes_find(n, nodeid);
-    if (one && one->fd >= 0 && (all || one->device != n->device)) {
+    if (one && one->fd >= 0 && !nodes_is_here(n, one->device, local)) {
         fd = fcntl(one->fd, F_DUPFD_CLOEXEC, 0);
         *doubted = one->stored_to;
     }

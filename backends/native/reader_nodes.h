@@ -91,8 +91,8 @@ void node_free(struct node *one);
 int nodes_descriptor(struct nodes *n, struct node *one);
 /* The descriptor of one whose attributes are told, -1: they are not, or it is closed. */
 int nodes_shown(const struct nodes *n, uint64_t nodeid);
-/* Whether only this kernel answers for it, given whether it does for the root's device. */
-bool nodes_is_here(const struct nodes *n, const struct node *one, bool local);
+/* Whether only this kernel answers for what is on this device, given whether it does for the root's. */
+bool nodes_is_here(const struct nodes *n, uint64_t device, bool local);
 /* Its handle, NULL: it has none, or it cannot be asked for. */
 const struct handle *nodes_handle(struct nodes *n, struct node *one);
 
@@ -106,9 +106,9 @@ void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns);
 /* Until when what was told of a file on the root's device is believed; 0: it is not known. */
 int64_t nodes_believed(struct nodes *n, uint64_t nodeid);
 void nodes_doubt(struct nodes *n); /* the kernel will ask for all names again */
-/* The same of one that is not on the root's device, or of any if `all`, whose lower may not answer: a descriptor of the caller's, and
+/* The same of one that is not here (`nodes_is_here`), whose lower may not answer: a descriptor of the caller's, and
  * whether what it says is `doubted`. -1: it is closed, or there is no such node. For any thread. */
-int nodes_borrow(struct nodes *n, uint64_t nodeid, bool all, bool *doubted);
+int nodes_borrow(struct nodes *n, uint64_t nodeid, bool local, bool *doubted);
 /* What a GETATTR is told of it. For any thread. */
 void nodes_tell(struct nodes *n, uint64_t nodeid, const struct stat *st, bool doubted, struct fuse_attr_out *out);
 /* The reply to a GETATTR, of a local lower; false: it is not told here. For any thread. */

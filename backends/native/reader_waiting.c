@@ -171,13 +171,13 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
     return false;
 }
 
-bool waiting_ask(struct waiting *w, struct nodes *nodes, bool all, const struct fuse_in_header *in, size_t length, struct entry *entry)
+bool waiting_ask(struct waiting *w, struct nodes *nodes, bool local, const struct fuse_in_header *in, size_t length, struct entry *entry)
 {
     struct errand *e = malloc(sizeof *e);
     if (!e)
         return false;
     *e = (struct errand){.nodes = nodes, .unique = in->unique, .nodeid = in->nodeid};
-    if ((e->fd = nodes_borrow(nodes, in->nodeid, all, &e->doubted)) >= 0) {
+    if ((e->fd = nodes_borrow(nodes, in->nodeid, local, &e->doubted)) >= 0) {
         if (give(w, e, in, length, entry))
             return true;
         close(e->fd);

@@ -52,8 +52,8 @@ void waiting_free(struct waiting *w); /* once nobody calls `waiting_give` any mo
  * comes back true. `entry` brought it (NULL: the device). */
 bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, struct entry *entry);
 
-/* The same for a GETATTR; `all`: the root's device is not local. */
-bool waiting_ask(struct waiting *w, struct nodes *nodes, bool all, const struct fuse_in_header *in, size_t length, struct entry *entry);
+/* The same for a GETATTR of what is not here; `local`: the root's device is. */
+bool waiting_ask(struct waiting *w, struct nodes *nodes, bool local, const struct fuse_in_header *in, size_t length, struct entry *entry);
 
 /* Whether it will probably be quick. */
 bool waiting_is_quick(const struct waiting *w);
