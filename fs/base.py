@@ -102,25 +102,6 @@ class Handlers(pyfuse3.Operations):
         self.read_threads = trio.CapacityLimiter(_READ_THREADS)
         self.change_threads = trio.CapacityLimiter(_CHANGE_THREADS)
 
-    async def read_in_thread(self, inode: Inode, work: Callable[..., T], *arguments: object) -> T:
-        """The same for what reads a file; one that hangs has at most `_THREADS_OF_A_FILE` of these."""
-        if inode.reads is None:
-            inode.reads = trio.CapacityLimiter(_THREADS_OF_A_FILE)
-        reads, borrower = inode.reads, object()
-        try:
-            reads.acquire_on_behalf_of_nowait(borrower)  # else it would cost a turn of the scheduler
-        except trio.WouldBlock:
-            with self._waiting():
-                await reads.acquire_on_behalf_of(borrower)
-        try:
-            return await self.in_thread(work, *arguments, threads=self.read_threads)
-        finally:
-            reads.release_on_behalf_of(borrower)
-
-    async def change_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """The same for what changes a file: those that hang do not hold up reads and questions."""
-        return await self.in_thread(work, *arguments, threads=self.change_threads)
-
     async def in_thread(
         self, work: Callable[..., T], *arguments: object, threads: trio.CapacityLimiter | None = None
     ) -> T:
@@ -142,6 +123,25 @@ class Handlers(pyfuse3.Operations):
                 if begun:
                     raise
                 return work(*arguments)
+
+    async def read_in_thread(self, inode: Inode, work: Callable[..., T], *arguments: object) -> T:
+        """As `in_thread`, for what reads a file; one that hangs has at most `_THREADS_OF_A_FILE` of these."""
+        if inode.reads is None:
+            inode.reads = trio.CapacityLimiter(_THREADS_OF_A_FILE)
+        reads, borrower = inode.reads, object()
+        try:
+            reads.acquire_on_behalf_of_nowait(borrower)  # else it would cost a turn of the scheduler
+        except trio.WouldBlock:
+            with self._waiting():
+                await reads.acquire_on_behalf_of(borrower)
+        try:
+            return await self.in_thread(work, *arguments, threads=self.read_threads)
+        finally:
+            reads.release_on_behalf_of(borrower)
+
+    async def change_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """As `in_thread`, for what changes a file: those that hang do not hold up reads and questions."""
+        return await self.in_thread(work, *arguments, threads=self.change_threads)
 
     def is_here(self, inode: Inode) -> bool:
         """Say whether only this kernel answers for a file, and so does."""

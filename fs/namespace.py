@@ -56,10 +56,9 @@ class Namespace(Handlers):
 
     def _retire(self, inode: Inode) -> None:
         assert inode.state is not None
+        # The lower may not answer if it is elsewhere; what is remembered in vain is evicted one day.
         linked = not inode.state.gone
-        if self.is_here(
-            inode
-        ):  # else the lower may not answer; what is remembered in vain is evicted one day
+        if self.is_here(inode):
             linked = False
             with contextlib.suppress(OSError):
                 linked = os.fstat(self.table.descriptor(inode)).st_nlink > 0

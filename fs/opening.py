@@ -345,9 +345,7 @@ class Opening(Namespace):
                     self._unback(file.inode, file.descriptor)
                 if self.is_here(file.inode):
                     self.discard_if_unlinked(file.descriptor)
-                elif (
-                    file.state.gone
-                ):  # the lower may not answer; without a link underneath, pages are evicted one day
+                elif file.state.gone:  # not asked of a lower that may not answer: as in `_retire`
                     self.coherence.discard(file.state.name, file.state)
         finally:
             if self.reading is None or not self.reading.close(fh):
