@@ -22,6 +22,8 @@ from tmem.fs.options import MountOptions
 from tmem.fs.plan import Successor
 from tmem.fs.statistics import MountStatistics, RestartStatus
 
+from .faulty import Faulty
+from .hanging import two_files
 from .rings import permitted
 
 
@@ -129,6 +131,14 @@ def _end(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     os.close(pidfd)
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Iterator[Faulty]:
+    """A lower whose files can be made to hang (`hanging`)."""
+    with two_files(tmp_path) as lower:
+        yield lower
+        lower.heal()
 
 
 @pytest.fixture

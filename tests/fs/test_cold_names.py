@@ -1,4 +1,4 @@
-"""Names that the kernel does not have at hand: nobody waits for another.s, and all that is told is right."""
+"""Names that the kernel does not have at hand: nobody waits for another's, and all that is told is right."""
 
 import ctypes
 import errno
@@ -20,7 +20,7 @@ from tmem.fs.reading import ASKED, NOTHING
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, LIST, READ, two_files
+from .hanging import CONTENT, LIST, READ
 from .hanging import program as running
 from .reader_desk import OPENDIR, Desk, make
 from .rings import BY_RINGS
@@ -39,13 +39,11 @@ QUICK_NS = 100_000
 
 
 @pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[Faulty]:
+def faulty(faulty: Faulty) -> Faulty:
     """Nothing of it is at hand: the kernel asks it for every name, several at a time once it knows them."""
-    with two_files(tmp_path) as lower:
-        for path in lower.point.iterdir():
-            path.stat()
-        yield lower
-        lower.heal()
+    for path in faulty.point.iterdir():
+        path.stat()
+    return faulty
 
 
 @pytest.fixture(params=["loop=native", BY_RINGS])

@@ -16,7 +16,7 @@ from tmem.fs.inodes import InodeTable
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, READ, two_files
+from .hanging import CONTENT, READ
 from .hanging import program as running
 from .reader_desk import GETATTR, Desk, make
 from .rings import BY_RINGS
@@ -31,13 +31,6 @@ STAT = "import os, sys; os.stat(sys.argv[1])"
 FSTAT = "import os, sys; os.fstat(int(sys.argv[1]))"
 FREE = "import os, sys; os.statvfs(sys.argv[1])"
 THREADS = 16
-
-
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    with two_files(tmp_path) as lower:
-        yield lower
-        lower.heal()
 
 
 @pytest.fixture(params=["loop=native", BY_RINGS])

@@ -3,14 +3,13 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, READ, two_files
+from .hanging import CONTENT, READ
 from .hanging import program as running
 from .rings import BY_RINGS
 
@@ -22,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("root")
 STAT = "import os, sys; os.stat(sys.argv[1])"
 WRITE = "import os, sys; f = os.open(sys.argv[1], os.O_RDWR); os.pwrite(f, b'new', 4096); os.close(f)"
 REPLACE = "import os, sys; f = os.open(sys.argv[1], os.O_WRONLY | os.O_TRUNC); os.write(f, b'replaced')"
-
-
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    with two_files(tmp_path) as lower:
-        yield lower
-        lower.heal()
 
 
 @pytest.fixture(params=["loop=native", BY_RINGS])

@@ -9,20 +9,13 @@ import pytest
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, READ, program, two_files
+from .hanging import CONTENT, READ, program
 
 if TYPE_CHECKING:
     from tmem.backends._native import Segment
 
 MANY = 60
 """More than there are threads for all reads that the reader passes on, and its own."""
-
-
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    with two_files(tmp_path) as lower:
-        yield lower
-        lower.heal()
 
 
 @pytest.fixture(params=["loop=native", "loop=fast"])
