@@ -256,7 +256,7 @@ class Traffic:
     """Exchanges that go on side by side: while one thing is waited for, everything else goes on, too.
 
     One thread does them all: with one a node the CPU time of a batch was half as much again
-    (docs/benchmarks.md). It belongs to that thread.
+    (docs/benchmarks/tiers.md). It belongs to that thread.
     """
 
     def __init__(self) -> None:

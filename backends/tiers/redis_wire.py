@@ -2,8 +2,8 @@
 
 The `redis` package connects, shakes hands, authenticates, and does TLS; while an exchange lasts its socket is
 ours. The package reads 64 KiB at a time and copies each byte of a value three times before it is there, which
-was most of what a fetch took (docs/benchmarks.md). Here what comes is read into one buffer, a value is handed
-on where it lies, and what an error means is the package's word again.
+was most of what a fetch took (docs/benchmarks/tiers.md). Here what comes is read into one buffer, a value is
+handed on where it lies, and what an error means is the package's word again.
 
 Not for what answers mean, nor for who is asked: `redis_exchange`. Threading: a wire belongs to one thread.
 """
