@@ -1,4 +1,4 @@
-"""The minimum set of conformance tests of the specification's section 16, by its numbers.
+"""The minimum set of conformance tests of docs/semantics.md, by its numbers.
 
 9 and 13 are in `test_conformance_limits`, 10 and 12 in `test_conformance_control`; the weights of 8 in
 `test_weights`; 11, death in the middle, in `test_kill_python` and the crash harness; 14, counters, in

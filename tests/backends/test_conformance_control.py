@@ -1,4 +1,4 @@
-"""Conformance tests of the specification's section 16: 10, shared pools, and 12, save and handoff.
+"""Conformance tests of docs/semantics.md: 10, shared pools, and 12, save and handoff.
 
 What goes with a sharer that leaves is in `test_rules_destruction` (K2). Of 12 here is what the core does;
 `test_save` and `test_handoff` go on. See `test_conformance` for the others.

@@ -1,4 +1,4 @@
-"""Conformance tests of the specification's section 16: 9, limits, and 13, codecs. See `test_conformance`.
+"""Conformance tests of docs/semantics.md: 9, limits, and 13, codecs. See `test_conformance`.
 
 Of 9, versions, page sizes and reserved bits are fields of save files here (`test_savefile`), and of the
 segment's header (`test_segment_file`): creating a pool has no such arguments.

@@ -1,7 +1,7 @@
 """No rule of the specification is without a test that has its name.
 
 The names of all test functions of the project are collected, without running anything, and each rule (P1 to
-K5), each conformance test (section 16) and each historic defect (section 10) must be among them: as
+K5), each conformance test and each historic defect of docs/semantics.md must be among them: as
 ``test_p1_...``, ``test_1_...`` and ``test_10_1_...``. Two conformance tests have other names elsewhere.
 """
 

@@ -1,8 +1,8 @@
-"""The defects of the historic code, by their numbers in section 10 of the specification: none comes back.
+"""The defects of the historic code, by their numbers in docs/semantics.md: none comes back.
 
 10.2 is in `test_weights`. Of 10.13 the part that a remote client can reach is ``tests/nbd/test_rules.py``, of
-10.10 the command ``tests/cli/test_service.py``. 10.16 is about a tier on disk, which does not exist yet; the
-same mistake would be possible where pages are moved in memory.
+10.10 the command ``tests/cli/test_service.py``. Of 10.16 here is a page that is moved in memory; what goes to
+a tier and comes back is ``tests/native/tiers.c``.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""The rules of tmem's semantics one by one, named as in the specification: P put, D duplicate put, G get,
+"""The rules of tmem's semantics one by one, named as in docs/semantics.md: P put, D duplicate put, G get,
 F flush, C coherency. `test_rules_destruction` has K, `test_conformance` the set of conformance tests.
 """
 

@@ -1,4 +1,4 @@
-"""Rules of the specification that a file system front end must keep, with real mounts.
+"""Rules of docs/semantics.md that a file system front end must keep, with real mounts.
 
 Named as ``tests/backends/test_rules.py`` does: K4 and K5 are about its pool, D2 about what was refused.
 """

@@ -1,4 +1,4 @@
-"""Rules and historic defects of the specification that a swap device must mind, with real servers.
+"""Rules and historic defects of docs/semantics.md that a swap device must mind, with real servers.
 
 Named as ``tests/backends/test_rules.py`` and ``test_history.py`` do: K4 what becomes of the pool, D4 what a
 block device needs instead of D1, 10.13 log lines that a client can cause.
