@@ -124,6 +124,16 @@ class Handlers(pyfuse3.Operations):
                     raise
                 return work(*arguments)
 
+    async def ask(self, inode: Inode, work: Callable[..., T], *arguments: object) -> T:
+        """Return what `work` says, given a descriptor of the inode and `arguments`.
+
+        In a thread if the lower may not answer: then others go on.
+        """
+        if self.is_here(inode):
+            return work(self.table.descriptor(inode), *arguments)
+        with self.table.kept(inode) as beside:
+            return await self.in_thread(work, beside, *arguments)
+
     async def read_in_thread(self, inode: Inode, work: Callable[..., T], *arguments: object) -> T:
         """As `in_thread`, for what reads a file; one that hangs has at most `_THREADS_OF_A_FILE` of these."""
         if inode.reads is None:

@@ -155,7 +155,7 @@ class Namespace(Handlers):
     async def readlink(self, inode: int, ctx: "RequestContext") -> bytes:
         """Return where a symbolic link leads."""
         with errors():
-            return os.readlink(b"", dir_fd=self.table.descriptor(self.table[inode]))
+            return await self.ask(self.table[inode], _link_at)
 
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: "RequestContext"
@@ -280,7 +280,7 @@ class Namespace(Handlers):
         """Return an extended attribute."""
         try:
             with errors():
-                return os.getxattr(self.table.path(self.table[inode]), name)
+                return await self.ask(self.table[inode], _attribute_at, name)
         except pyfuse3.FUSEError as error:
             if error.errno == errno.EOPNOTSUPP and name in _ACL_NAMES:
                 raise pyfuse3.FUSEError(pyfuse3.ENOATTR) from None  # the kernel would refuse all access
@@ -289,7 +289,7 @@ class Namespace(Handlers):
     async def listxattr(self, inode: int, ctx: "RequestContext") -> Sequence[bytes]:
         """Return the names of the extended attributes."""
         with errors():
-            names = [os.fsencode(name) for name in os.listxattr(self.table.path(self.table[inode]))]
+            names = await self.ask(self.table[inode], _attributes_at)
         return [name for name in names if ctx.uid == 0 or not name.startswith(b"trusted.")]
 
     async def removexattr(self, inode: int, name: bytes, ctx: "RequestContext") -> None:
@@ -298,3 +298,15 @@ class Namespace(Handlers):
             node = self.table[inode]
             with self.change(node):
                 os.removexattr(self.table.path(node), name)
+
+
+def _link_at(descriptor: int) -> bytes:
+    return os.readlink(b"", dir_fd=descriptor)
+
+
+def _attribute_at(descriptor: int, name: bytes) -> bytes:
+    return os.getxattr(proc_path(descriptor), name)
+
+
+def _attributes_at(descriptor: int) -> list[bytes]:
+    return [os.fsencode(name) for name in os.listxattr(proc_path(descriptor))]

@@ -1,4 +1,4 @@
-"""A lower file system that fails as it is told: the files of one directory, served by a child process.
+"""A lower file system that fails as it is told: the tree of one directory, served by a child process.
 
 Each operation (`OPERATIONS`, by pyfuse3's names) can be given a `Fault`. Nothing is cached by the kernel, so
 that every access of the overlay's daemon comes here. `Faulty` is the test's end; run as a program, this is
@@ -15,7 +15,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ class Fault:
     errno: int = 0
     """Fail with this error."""
     name: str = ""
-    """Only for this file; empty: for all."""
+    """Only for files of this name, whatever directory they are in; empty: for all."""
     begin: int = 0
     """Reads and writes fail from this byte on; what comes before is done. Listings: from this entry on."""
     hangs: bool = False
@@ -110,7 +110,8 @@ class Faulty:
 
 OPERATIONS = (
     *("lookup", "getattr", "setattr", "open", "create", "read", "write", "flush", "fsync", "release"),
-    *("unlink", "opendir", "readdir", "statfs", "getxattr"),
+    *("unlink", "opendir", "readdir", "statfs", "getxattr", "setxattr", "listxattr", "removexattr"),
+    *("readlink", "symlink", "mkdir", "rmdir", "mknod", "link", "rename"),
 )
 
 
@@ -123,7 +124,7 @@ class _Server(pyfuse3.Operations):
         super().__init__()
         self.root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         self.directory = directory
-        self.names: dict[int, bytes] = {pyfuse3.ROOT_INODE: b"."}
+        self.names: dict[int, bytes] = {pyfuse3.ROOT_INODE: b"."}  # below the root
         self.faults: dict[str, Fault] = {}
         self.changed = trio.Event()
         self.waiting: list[str] = []
@@ -147,7 +148,7 @@ class _Server(pyfuse3.Operations):
         """Wait or fail as told; else the fault, for what only some operations know."""
         while True:
             fault = self.faults.get(operation, Fault())
-            if fault.name and fault.name != os.fsdecode(name):
+            if fault.name and fault.name != os.fsdecode(name.rpartition(b"/")[2]):
                 return Fault()
             if not fault.hangs:
                 break
@@ -158,16 +159,21 @@ class _Server(pyfuse3.Operations):
             raise pyfuse3.FUSEError(fault.errno)
         return fault
 
+    def below(self, parent: int, name: bytes) -> bytes:
+        """Return a name as `names` has it."""
+        return name if parent == pyfuse3.ROOT_INODE else self.names[parent] + b"/" + name
+
+    def path(self, inode: int) -> str:
+        return f"{self.directory}/{os.fsdecode(self.names[inode])}"
+
     def attributes(self, name: bytes) -> "EntryAttributes":
-        try:
-            status = os.stat(name, dir_fd=self.root)
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        with _errors():
+            status = os.stat(name, dir_fd=self.root, follow_symlinks=False)
         entry = pyfuse3.EntryAttributes()
         entry.entry_timeout = entry.attr_timeout = 0
         entry.st_ino = pyfuse3.ROOT_INODE if name == b"." else status.st_ino
         entry.st_mode, entry.st_nlink = status.st_mode, status.st_nlink
-        entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
+        entry.st_uid, entry.st_gid, entry.st_rdev = status.st_uid, status.st_gid, status.st_rdev
         told = self.faults.get("getattr", Fault())
         lies = told.size >= 0 and not stat.S_ISDIR(status.st_mode)
         entry.st_size = told.size if lies else status.st_size
@@ -179,7 +185,7 @@ class _Server(pyfuse3.Operations):
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> "EntryAttributes":
         await self.fault("lookup", name)
-        return self.attributes(name)
+        return self.attributes(self.below(parent_inode, name))
 
     async def getattr(self, inode: int, ctx: "RequestContext") -> "EntryAttributes":
         await self.fault("getattr", self.names[inode])
@@ -194,12 +200,19 @@ class _Server(pyfuse3.Operations):
         ctx: "RequestContext",
     ) -> "EntryAttributes":
         await self.fault("setattr", self.names[inode])
-        if fields.update_size:
-            os.truncate(Path(self.directory) / os.fsdecode(self.names[inode]), attr.st_size)
-        if fields.update_atime or fields.update_mtime:
-            atime_ns = attr.st_atime_ns + AGE_NS if fields.update_atime else None
-            mtime_ns = attr.st_mtime_ns + AGE_NS if fields.update_mtime else None
-            syscalls.utimens(f"{self.directory}/{os.fsdecode(self.names[inode])}", atime_ns, mtime_ns)
+        path = self.path(inode)
+        with _errors():
+            if fields.update_size:
+                os.truncate(path, attr.st_size)
+            if fields.update_uid or fields.update_gid:
+                uid = attr.st_uid if fields.update_uid else -1
+                os.chown(path, uid, attr.st_gid if fields.update_gid else -1, follow_symlinks=False)
+            if fields.update_mode:
+                os.chmod(path, stat.S_IMODE(attr.st_mode))  # noqa: PTH101
+            if fields.update_atime or fields.update_mtime:
+                atime_ns = attr.st_atime_ns + AGE_NS if fields.update_atime else None
+                mtime_ns = attr.st_mtime_ns + AGE_NS if fields.update_mtime else None
+                syscalls.utimens(path, atime_ns, mtime_ns)
         return self.attributes(self.names[inode])
 
     async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":
@@ -210,11 +223,11 @@ class _Server(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: "RequestContext"
     ) -> tuple["FileInfo", "EntryAttributes"]:
         fault = await self.fault("create", name)
-        try:
-            os.close(os.open(name, flags & os.O_EXCL | os.O_CREAT | os.O_WRONLY, mode, dir_fd=self.root))
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        entry = self.attributes(name)
+        with _errors():
+            wanted = flags & os.O_EXCL | os.O_CREAT | os.O_WRONLY
+            path = self.below(parent_inode, name)
+            os.close(os.open(path, wanted, stat.S_IMODE(mode), dir_fd=self.root))
+        entry = self.attributes(path)
         if fault.replaced_by:
             self.names[entry.st_ino] = b"replaced"
             os.rename(name, b"replaced", src_dir_fd=self.root, dst_dir_fd=self.root)
@@ -259,7 +272,75 @@ class _Server(pyfuse3.Operations):
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> None:
         await self.fault("unlink", name)
-        os.unlink(name, dir_fd=self.root)
+        with _errors():
+            os.unlink(self.below(parent_inode, name), dir_fd=self.root)
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> None:
+        await self.fault("rmdir", name)
+        with _errors():
+            os.rmdir(self.below(parent_inode, name), dir_fd=self.root)
+
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: "RequestContext"
+    ) -> "EntryAttributes":
+        await self.fault("mkdir", name)
+        with _errors():
+            os.mkdir(self.below(parent_inode, name), stat.S_IMODE(mode), dir_fd=self.root)
+        return self._own(parent_inode, name, ctx)
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: "RequestContext"
+    ) -> "EntryAttributes":
+        await self.fault("mknod", name)
+        with _errors():
+            os.mknod(self.below(parent_inode, name), mode, rdev, dir_fd=self.root)
+        return self._own(parent_inode, name, ctx)
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: "RequestContext"
+    ) -> "EntryAttributes":
+        await self.fault("symlink", name)
+        with _errors():
+            os.symlink(target, self.below(parent_inode, name), dir_fd=self.root)
+        return self._own(parent_inode, name, ctx)
+
+    def _own(self, parent: int, name: bytes, ctx: "RequestContext") -> "EntryAttributes":
+        """Give what was made to whom it was made for."""
+        path = self.below(parent, name)
+        with _errors():
+            os.chown(path, ctx.uid, ctx.gid, dir_fd=self.root, follow_symlinks=False)
+        return self.attributes(path)
+
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: "RequestContext"
+    ) -> "EntryAttributes":
+        await self.fault("link", new_name)
+        path = self.below(new_parent_inode, new_name)
+        with _errors():
+            os.link(self.names[inode], path, src_dir_fd=self.root, dst_dir_fd=self.root)
+        return self.attributes(path)
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: "RequestContext",
+    ) -> None:
+        await self.fault("rename", name_old)
+        old, new = self.below(parent_inode_old, name_old), self.below(parent_inode_new, name_new)
+        with _errors():
+            syscalls.renameat2(self.root, old, self.root, new, flags)
+        for inode, name in self.names.items():
+            if name == old or name.startswith(old + b"/"):
+                self.names[inode] = new + name[len(old) :]
+
+    async def readlink(self, inode: int, ctx: "RequestContext") -> bytes:
+        await self.fault("readlink", self.names[inode])
+        with _errors():
+            return os.readlink(os.fsencode(self.path(inode)))  # noqa: PTH115 - of bytes
 
     async def opendir(self, inode: int, ctx: "RequestContext") -> int:
         await self.fault("opendir", self.names[inode])
@@ -267,13 +348,14 @@ class _Server(pyfuse3.Operations):
 
     async def readdir(self, fh: int, start_id: int, token: "ReaddirToken") -> None:
         fault = await self.fault("readdir", self.names[fh])
-        names = sorted(os.fsencode(path.name) for path in Path(self.directory).iterdir())
+        names = sorted(os.fsencode(path.name) for path in Path(self.path(fh)).iterdir())
         for number in range(start_id, len(names)):
             if fault.begin and number >= fault.begin:
                 if number > start_id:
                     return
                 raise pyfuse3.FUSEError(fault.errno)
-            if not pyfuse3.readdir_reply(token, names[number], self.attributes(names[number]), number + 1):
+            entry = self.attributes(self.below(fh, names[number]))
+            if not pyfuse3.readdir_reply(token, names[number], entry, number + 1):
                 return
 
     async def releasedir(self, fh: int) -> None:
@@ -290,7 +372,33 @@ class _Server(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
         await self.fault("getxattr", self.names[inode])
-        raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        if not name.startswith(b"user."):
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        with _errors():
+            return os.getxattr(self.path(inode), name, follow_symlinks=False)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: "RequestContext") -> None:
+        await self.fault("setxattr", self.names[inode])
+        with _errors():
+            os.setxattr(self.path(inode), name, value, follow_symlinks=False)
+
+    async def listxattr(self, inode: int, ctx: "RequestContext") -> Sequence[bytes]:
+        await self.fault("listxattr", self.names[inode])
+        with _errors():
+            return [os.fsencode(name) for name in os.listxattr(self.path(inode), follow_symlinks=False)]
+
+    async def removexattr(self, inode: int, name: bytes, ctx: "RequestContext") -> None:
+        await self.fault("removexattr", self.names[inode])
+        with _errors():
+            os.removexattr(self.path(inode), name, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
 
 async def _serve(server: _Server, control: str) -> None:
