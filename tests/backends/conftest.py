@@ -15,6 +15,7 @@ import pytest
 
 from tmem.backends import _native
 
+from .demoting import MIB, Bench
 from .places import Worker
 
 SMALL_BYTES = 8 << 20
@@ -68,6 +69,14 @@ def ephemeral(client: _native.Client) -> _native.Pool:
 def kept(client: _native.Client) -> _native.Pool:
     """An ephemeral pool whose gets leave the page."""
     return client.new_pool(persistent=False, exclusive=False)
+
+
+@pytest.fixture
+def bench(small: _native.Segment, tmp_path: Path) -> Iterator[Bench]:
+    """A client with a spill file of 32 MiB, and its demotion."""
+    made = Bench(small, tmp_path, 32 * MIB)
+    yield made
+    made.demotion.close()
 
 
 @pytest.fixture

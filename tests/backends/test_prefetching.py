@@ -18,8 +18,8 @@ from tmem.errors import TierDownError
 from tmem.types import PAGE_SIZE
 
 from ..waiting import wait_until
+from .demoting import MIB, OID, Bench
 from .pages import stamp_of
-from .test_demotion import MIB, OID, Bench
 from .test_manager import running
 
 PLENTY = 1 << 40

@@ -25,6 +25,7 @@ from tmem.fs.statistics import MountStatistics, RestartStatus
 from .faulty import Faulty
 from .hanging import two_files
 from .rings import permitted
+from .underneath import Underneath
 
 
 @dataclass
@@ -159,3 +160,11 @@ def program(eventually: Callable[..., None]) -> Iterator["subprocess.Popen[bytes
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture
+def underneath() -> Iterator[Underneath]:
+    """A process that changes what is underneath a mount."""
+    process = Underneath()
+    yield process
+    process.close()

@@ -17,7 +17,7 @@ import trio
 from trio.testing import MockClock
 
 from tmem.backends.paths import SegmentPaths
-from tmem.fs import fanotify, watch
+from tmem.fs import watch
 from tmem.fs.fanotify import Event, Events
 from tmem.fs.kernel import Kernel
 from tmem.fs.overlay import Overlay, build
@@ -30,6 +30,7 @@ from .underneath import Underneath
 
 if TYPE_CHECKING:
     from tmem.backends import _native
+
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -47,13 +48,6 @@ class Recorder(Kernel):
 
     def forget_names(self) -> None:
         self.names += 1
-
-
-@pytest.fixture
-def underneath() -> Iterator[Underneath]:
-    process = Underneath()
-    yield process
-    process.close()
 
 
 @pytest.fixture
@@ -482,30 +476,3 @@ def test_absent_names_are_kept_only_where_the_kernel_can_be_told(overlay: Overla
         assert (entry.st_ino, entry.entry_timeout) == (0, 60)
 
     trio.run(main)
-
-
-def test_no_reports_of_file_systems_that_change_elsewhere() -> None:
-    directory = os.open("/proc", os.O_RDONLY)
-    try:
-        assert Events.of(directory) is None
-    finally:
-        os.close(directory)
-
-
-def test_reports_of_one_file_become_one(underneath: Underneath, lower: Path) -> None:
-    directory = os.open(lower, os.O_RDONLY)
-    events = Events.of(directory)
-    assert events is not None
-    try:
-        underneath(many_writes, lower / "file", 1000)
-        mine = [event for event in events.read() if event.pid == underneath.pid]
-        assert [event.mask for event in mine] == [fanotify.MODIFY | fanotify.CLOSE_WRITE]
-    finally:
-        events.close()
-        os.close(directory)
-
-
-def many_writes(path: Path, count: int) -> None:
-    with path.open("r+b", buffering=0) as file:
-        for _ in range(count):
-            file.write(b"x")

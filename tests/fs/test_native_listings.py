@@ -1,17 +1,13 @@
-"""Attributes and listings that are answered below Python say what Python would, of the right files."""
+"""Listings that are answered below Python say what Python would, and are believed for as long."""
 
 import contextlib
 import errno
 import os
 import random
-import socket
 import stat
 import struct
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyfuse3
 import pytest
@@ -19,65 +15,14 @@ import pytest
 from tmem.backends import _native
 from tmem.fs.inodes import InodeTable
 from tmem.fs.lifetimes import Lifetimes
-from tmem.fs.reading import NOTHING, REQUEST
+from tmem.fs.reading import NOTHING
 
 from .conftest import Mounter
-from .reader_desk import GETATTR, OPENDIR, READDIRPLUS, Desk, make
+from .names_told import Entry, ask, entries, every_kind, listed, wanted_of
+from .reader_desk import OPENDIR, READDIRPLUS, Desk, make
 
-EVERYTHING = [name for name in dir(os.stat_result) if name.startswith("st_")]
-_ATTRIBUTES = struct.Struct("=QQQqqqIIIIIIIIII")
-_ENTRY = struct.Struct("=QQQQII")
-_DIRENT = struct.Struct("=QQII")
 _NO_NODE = 1 << 63
 RELEASEDIR = 29
-
-
-class Entry(NamedTuple):
-    """One entry of a listing that the kernel has got."""
-
-    name: bytes
-    node: int
-    generation: int
-    name_seconds: int
-    attribute_seconds: int
-    attributes: tuple[int, ...]
-    ino: int
-    number: int
-    kind: int
-
-
-def entries(page: bytes) -> list[Entry]:
-    found = []
-    at = 0
-    while at < len(page):
-        node, generation, name_seconds, attribute_seconds, _, _ = _ENTRY.unpack_from(page, at)
-        attributes = _ATTRIBUTES.unpack_from(page, at + _ENTRY.size)
-        ino, off, length, kind = _DIRENT.unpack_from(page, at + _ENTRY.size + _ATTRIBUTES.size)
-        start = at + _ENTRY.size + _ATTRIBUTES.size + _DIRENT.size
-        assert node == 0 or ino == attributes[0]
-        name = page[start : start + length]
-        found.append(
-            Entry(name, node, generation, name_seconds, attribute_seconds, attributes, ino, off, kind)
-        )
-        at = (start + length + 7) & ~7
-    assert at == len(page)
-    return found
-
-
-def wanted(status: os.stat_result, node: int) -> tuple[int, ...]:
-    """Return what the kernel must be told of a file."""
-    times = (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)
-    return (
-        *(node, status.st_size, status.st_blocks, *(ns // 10**9 for ns in times)),
-        *(ns % 10**9 for ns in times),
-        *(status.st_mode, status.st_nlink, status.st_uid, status.st_gid),
-        *(status.st_rdev & 0xFFFFFFFF, status.st_blksize, 0),
-    )
-
-
-def wanted_of(path: Path) -> tuple[int, ...]:
-    """Return the same of a file whose node has its number."""
-    return wanted(path.stat(), path.stat().st_ino)
 
 
 @pytest.fixture
@@ -105,197 +50,6 @@ def lists(desk: Desk, table: InodeTable) -> Desk:
     """The same, with directories listed below Python."""
     desk.list_by(table.nodes)
     return desk
-
-
-def every_kind(directory: Path) -> None:
-    """Make files of every kind, with attributes at the limits of what can be told."""
-    (directory / "empty").touch()
-    (directory / "file").write_bytes(b"x" * 12345)
-    with (directory / "huge").open("wb") as file:
-        file.truncate(1 << 43)
-    (directory / "directory").mkdir(mode=0o1711)
-    (directory / "symlink").symlink_to("x" * 1000)
-    os.mkfifo(directory / "pipe")
-    with socket.socket(socket.AF_UNIX) as unix:
-        unix.bind(str(directory / "socket"))
-    os.link(directory / "file", directory / "another name")
-    (directory / os.fsdecode(b"\xff\n\xfe")).touch()
-    (directory / "early").touch()
-    os.utime(directory / "early", ns=(-(10**18) - 1, -999_999_999))
-    os.utime(directory / "file", ns=(1_700_000_000_000_000_001, 1_800_000_000_999_999_999))
-    if os.geteuid() == 0:
-        os.mknod(directory / "null", stat.S_IFCHR | 0o640, os.makedev(4095, 1048575))
-        os.mknod(directory / "disk", stat.S_IFBLK | 0o600, os.makedev(259, 3))
-        (directory / "far").touch()
-        os.chown(directory / "far", 0xFFFFFFFE, 0x80000001)
-        (directory / "far").chmod(0o6751)
-
-
-def test_both_loops_show_the_same(tmp_path: Path, mounter: Mounter) -> None:
-    """Listed with attributes, looked up, and asked again for what was looked up."""
-    (tmp_path / "lower").mkdir()
-    every_kind(tmp_path / "lower")
-    points = [mounter(f"{options},client={place}", point=tmp_path / place).point for place, options in LOOPS]
-    shown = []
-    for point in points:
-        with os.scandir(point) as listed:
-            rows = {entry.name: _all_of(entry.stat(follow_symlinks=False)) for entry in listed}
-        for _ in range(2):
-            again = {name: _all_of((point / name).lstat()) for name in rows}
-            assert again == rows
-        shown.append(rows)
-    below = {name: _all_of((tmp_path / "lower" / name).lstat()) for name in shown[0]}
-    assert len(below) >= 10
-    assert shown == [below, below]
-
-
-LOOPS = [("native", "loop=native,timeout=0"), ("plain", "loop=plain,timeout=0")]
-
-
-def _all_of(status: os.stat_result) -> dict[str, object]:
-    return {name: getattr(status, name) for name in EVERYTHING if name != "st_dev"}
-
-
-def ask(desk: Desk, node: int) -> int:
-    """Send a GETATTR of a node."""
-    unique = next(desk.uniques)
-    desk.kernel.send(struct.pack("=IIQQIIII4x", 56, GETATTR, unique, node, 0, 0, 0, 0) + bytes(12))
-    return unique
-
-
-def told(desk: Desk, node: int) -> tuple[int, ...] | None:
-    """Return what a GETATTR is answered with below Python; None if it is for Python."""
-    unique = ask(desk, node)
-    if desk.serve() == REQUEST:
-        assert desk.forwarded() == (GETATTR, unique)
-        desk.reply(unique, error=-errno.ESTALE)
-        assert desk.answer() == (unique, -errno.ESTALE, b"")
-        return None
-    number, error, body = desk.answer()
-    assert (number, error, len(body)) == (unique, 0, 16 + _ATTRIBUTES.size)
-    return _ATTRIBUTES.unpack_from(body, 16)
-
-
-def test_attributes_are_those_of_the_file(desk: Desk, table: InodeTable, place: Path) -> None:
-    every_kind(place)
-    desk.reader.set_nodes(table.nodes, True)
-    for path in place.iterdir():
-        inode, _ = table.lookup(table[pyfuse3.ROOT_INODE], os.fsencode(path.name))
-        table.remember(inode)
-        status = path.lstat()
-        assert told(desk, inode.nodeid) == wanted(status, inode.nodeid)
-    assert told(desk, pyfuse3.ROOT_INODE) is None  # its node id is not what stat shows
-    assert told(desk, 0) is None
-    assert desk.reader.counters()["attributes"] > 9
-
-
-def test_only_a_local_lower_is_asked_at_once(desk: Desk, table: InodeTable, place: Path) -> None:
-    """Another one by threads, which say the same."""
-    every_kind(place)
-    desk.reader.set_nodes(table.nodes, False)
-    for path in place.iterdir():
-        inode = table.lookup(table[pyfuse3.ROOT_INODE], os.fsencode(path.name))[0]
-        assert told(desk, inode.nodeid) == wanted(path.lstat(), inode.nodeid)
-    number = place.stat().st_ino
-    assert told(desk, pyfuse3.ROOT_INODE) == wanted(place.stat(), number)
-    assert told(desk, 0) is None
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
-def test_only_what_is_open_and_believed_is_asked(desk: Desk, table: InodeTable, place: Path) -> None:
-    desk.reader.set_nodes(table.nodes, True)
-    inodes = []
-    for number in range(100):
-        (place / f"{number}").write_bytes(b"x" * number)
-        inodes.append(table.lookup(table[pyfuse3.ROOT_INODE], b"%d" % number)[0])
-        table.remember(inodes[-1])
-    answers = [told(desk, inode.nodeid) for inode in inodes]
-    assert [number for number in range(100) if answers[number]] == list(range(84, 100))
-    assert [answer[1] for answer in answers[84:] if answer] == list(range(84, 100))
-    table.descriptor(inodes[3])  # is opened again
-    reopened = told(desk, inodes[3].nodeid)
-    assert reopened is not None
-    assert reopened[1] == 3
-    assert told(desk, inodes[84].nodeid) is None  # and this one closed for it
-    table.store_to(inodes[99], True)
-    assert told(desk, inodes[99].nodeid) is None
-    table.store_to(inodes[99], False)
-    assert told(desk, inodes[99].nodeid) is not None
-    forgotten = table.forget(inodes[98].nodeid, 1)
-    assert forgotten is inodes[98]
-    table.drop(forgotten)
-    assert told(desk, inodes[98].nodeid) is None
-
-
-def test_a_restarted_table_is_known(desk: Desk, table: InodeTable, place: Path) -> None:
-    (place / "a").write_bytes(b"12345")
-    (place / "b").write_bytes(b"1234")
-    for name in (b"a", b"b"):
-        table.remember(table.lookup(table[pyfuse3.ROOT_INODE], name)[0])
-    a, b = (table.lookup(table[pyfuse3.ROOT_INODE], name)[0] for name in (b"a", b"b"))
-    table.store_to(b, True)
-    saved, _ = table.saved([])
-    after = InodeTable(saved["root"], quota=16)
-    after.restore(saved)
-    desk.reader.set_nodes(after.nodes, True)
-    answer = told(desk, a.nodeid)
-    assert answer is not None
-    assert answer[1] == 5
-    assert told(desk, b.nodeid) is None
-
-
-def test_a_number_of_a_descriptor_is_not_mistaken(tmp_path: Path, table: InodeTable, place: Path) -> None:
-    """While numbers of descriptors are used again for other files, others ask."""
-    sizes = list(range(1, 41))
-    for size in sizes:
-        (place / f"{size}").write_bytes(b"x" * size)
-    inodes = {size: table.lookup(table[pyfuse3.ROOT_INODE], b"%d" % size)[0] for size in sizes}
-    for inode in inodes.values():
-        table.remember(inode)
-    sizes_of = {inode.nodeid: size for size, inode in inodes.items()}
-    stop = False
-
-    def churn() -> None:
-        random_ = random.Random(3)
-        while not stop:
-            table.descriptor(inodes[random_.choice(sizes)])
-
-    for desk in make(tmp_path, away_ms=1):  # somebody else answers: nobody else serves
-        desk.reader.set_nodes(table.nodes, True)
-        churner = threading.Thread(target=churn)
-        churner.start()
-        try:
-            random_ = random.Random(4)
-            natively = 0
-            until = time.monotonic() + 1
-            while time.monotonic() < until or not natively:
-                node = inodes[random_.choice(sizes)].nodeid
-                unique = ask(desk, node)
-                # What is for Python comes out there, at some time.
-                while (answer := _next(desk)) is None:
-                    pass
-                number, error, body = answer
-                assert number == unique
-                if not error:
-                    attributes = _ATTRIBUTES.unpack_from(body, 16)
-                    assert (attributes[0], attributes[1]) == (node, sizes_of[node])
-                    natively += 1
-        finally:
-            stop = True
-            churner.join()
-
-
-def _next(desk: Desk) -> tuple[int, int, bytes] | None:
-    """Return the next answer, one from Python being an error."""
-    try:
-        _, unique = desk.forwarded()
-        desk.reply(unique, error=-errno.ESTALE)
-    except BlockingIOError:
-        pass
-    try:
-        return desk.answer_now()
-    except BlockingIOError:
-        return None
 
 
 @pytest.mark.parametrize(
@@ -332,15 +86,6 @@ def test_lifetimes_are_those_of_python(
 def _told_seconds(seconds: float) -> tuple[int, int]:
     whole = min(int(seconds), (1 << 64) - 1)
     return whole, int((seconds - whole) * 1e9) if seconds < 1e9 else 999_999_999 if seconds > 2**64 else 0
-
-
-def listed(lists: Desk, place: Path, names: list[bytes], start: int = 0) -> list[Entry]:
-    """List some names of a directory once, however many pages that takes."""
-    found: list[Entry] = []
-    while page := entries(lists.page_of(place, names, start)):
-        found += [entry._replace(number=entry.number - 1) for entry in page]
-        start = found[-1].number
-    return found
 
 
 def test_a_directory_is_opened_listed_and_closed(lists: Desk, place: Path) -> None:
