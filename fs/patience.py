@@ -1,8 +1,8 @@
 """How long a lower that is elsewhere takes: whether the event loop's thread may wait for it.
 
 A thread costs more than the answer of a lower that has it at hand, and for another that thread must not wait.
-The first answer that takes longer ends that it is quick, until many quick ones have followed, as with names
-(backends/native/reader_look.h). Threading: the event loop's thread.
+The first answer that takes longer ends that it is quick, until many quick ones have followed, much as with
+names (backends/native/reader_look.h). Threading: the event loop's thread.
 """
 
 _QUICK_SECONDS = 100e-6

@@ -1,14 +1,19 @@
 /* The reader's table of open files, and gates. Locks are held for a few instructions. */
 #include "reader_files.h"
 
+#include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum {
     ENDS = 2,       /* helpers may take two requests of a stream in the wrong order */
-    COLD_AFTER = 4, /* misses that the kernel did not have, one after the other: asking costs 3 us each time */
-    TRY_EVERY = 16, /* of those that follow */
+    /* Misses that the kernel did not have, one after the other: asking begins to read the page, by way of the cache, and costs
+     * 10 us. Fewer would often come in a row where it has every other page, which the lower would then be asked for. */
+    COLD_AFTER = 8,
+    TRY_EVERY = 32, /* of those that follow */
     /* READs by which one of a stream may be early or late: several programs can take its requests by turns, and the kernel
      * sends several of a file that it caches. */
     APART = 8,
@@ -21,14 +26,18 @@ struct file {
     uint64_t mark; /* the stream's, UINT64_MAX none */
     uint64_t end;  /* read ahead of it to here */
     int fd;
+    int past;      /* `files_past_cache` */
     unsigned refs; /* of the table, and who holds it */
     bool local, unnoted;
     bool closes;   /* the descriptor is closed with the last reference */
     unsigned cold; /* misses that the kernel did not have, since the last that it had */
+    bool tried;    /* the kernel was asked for the last one */
     unsigned nends;
     uint64_t ends[ENDS]; /* of the last misses */
     struct gate *gate;
 };
+
+enum { UNTRIED = -1, NONE = -2 }; /* instead of a descriptor */
 
 struct gate *gate_new(void)
 {
@@ -115,6 +124,8 @@ static void destroy(struct file *one)
 {
     if (one->closes)
         close(one->fd);
+    if (one->past >= 0 && !MUTANT(45))
+        close(one->past);
     gate_drop(one->gate);
     free(one);
 }
@@ -169,7 +180,8 @@ int files_add(struct files *f, uint64_t fh, int fd, struct gate *gate, bool loca
     struct file *one = malloc(sizeof *one);
     if (!one)
         return -1;
-    *one = (struct file){.fh = fh, .at = NO_STREAM, .mark = UINT64_MAX, .fd = fd, .refs = 1, .local = local, .gate = gate};
+    *one = (struct file){.fh = fh, .at = NO_STREAM, .mark = UINT64_MAX, .fd = fd, .past = UNTRIED, .refs = 1, .local = local,
+                         .gate = gate};
     gate_hold(gate);
     pthread_mutex_lock(&f->lock);
     if (f->count >= f->nbuckets)
@@ -270,6 +282,58 @@ void files_had(struct files *f, uint64_t fh, bool had)
     pthread_mutex_unlock(&f->lock);
 }
 
+/* Only of a descriptor that only reads: beside it nobody can have a write lease, which another open would wait for, and one more of
+ * its kind does not look like a reader that was not there (`fs/writers.py`). */
+static int open_past_cache(int fd)
+{
+#ifdef STATX_DIOALIGN
+    char name[32];
+    struct statx st;
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || ((flags & O_ACCMODE) != O_RDONLY && !MUTANT(44))
+        || statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_DIOALIGN, &st))
+        return NONE;
+    /* Without: the file system knows no such reads, or they would go through the cache, of this file or all. */
+    if (!(st.stx_mask & STATX_DIOALIGN) || !st.stx_dio_mem_align || !st.stx_dio_offset_align)
+        return NONE;
+    if (TM_PAGE % st.stx_dio_mem_align || TM_PAGE % st.stx_dio_offset_align)
+        return NONE;
+    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+    int past = open(name, O_RDONLY | O_DIRECT | O_CLOEXEC | O_NONBLOCK | (flags & O_NOATIME));
+    return past < 0 ? NONE : past;
+#else
+    (void)fd;
+    return NONE;
+#endif
+}
+
+int files_past_cache(struct files *f, uint64_t fh)
+{
+    int past = NONE, fd = -1;
+    pthread_mutex_lock(&f->lock);
+    const struct file *known = *place(f, fh);
+    if (known) {
+        past = known->past;
+        fd = known->fd;
+    }
+    pthread_mutex_unlock(&f->lock);
+    if (past != UNTRIED)
+        return past;
+    int own = open_past_cache(fd);
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    if (one == known && one->past == UNTRIED) {
+        one->past = past = own;
+        own = NONE;
+    } else if (one == known) { /* another thread has been quicker */
+        past = one->past;
+    }
+    pthread_mutex_unlock(&f->lock);
+    if (own >= 0)
+        close(own);
+    return past;
+}
+
 static bool follows(const struct file *one, uint64_t offset)
 {
     bool found = false;
@@ -351,9 +415,12 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
     if (one) {
         struct gate *g = one->gate;
         may = !belongs(one, start, end, one->end) && (noted || !follows(one, start));
-        if (!noted)
-            one->ends[one->nends++ % ENDS] = end;
         out->tries = one->cold < COLD_AFTER || one->cold % TRY_EVERY == 0;
+        if (!noted) {
+            one->ends[one->nends++ % ENDS] = end;
+            one->tried = out->tries;
+        }
+        out->cold = one->cold >= COLD_AFTER && !one->tried;
         may = tell(one, &out->target) && may && out->target.takes;
         out->gate = g;
         if (may)

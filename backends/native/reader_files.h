@@ -36,6 +36,7 @@ struct missed {
     struct target target;
     struct gate *gate; /* a reference */
     bool tries;        /* it is worth to ask the kernel first whether it has the pages */
+    bool cold;         /* it was not, so the kernel was not: probably it does not have them */
 };
 
 #define NO_STREAM UINT64_MAX
@@ -76,5 +77,8 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
 void files_noted(struct files *f, uint64_t fh);
 /* Whether the kernel had what was missed. */
 void files_had(struct files *f, uint64_t fh, bool had);
+/* A descriptor of the same file whose reads go past the kernel's cache, and leave nothing there (O_DIRECT, in pages). It is
+ * valid as long as the caller holds the file. Negative: there is none. */
+int files_past_cache(struct files *f, uint64_t fh);
 
 #endif

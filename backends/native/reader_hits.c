@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
+#include <unistd.h>
 
 #ifndef RWF_DONTCACHE
 #define RWF_DONTCACHE 0x80
@@ -145,6 +146,14 @@ static uint64_t read_lower(struct hits *h, int fd, uint64_t start, uint8_t *data
     return done;
 }
 
+/* The same, past the kernel's cache: 7 us less a page, of some 40 on a disk in memory, than to have a page in there and drop it. */
+static uint64_t read_past_cache(struct hits *h, uint64_t fh, uint64_t start, uint8_t *data, uint64_t bytes)
+{
+    int fd = files_past_cache(&h->files, fh);
+    ssize_t n = fd < 0 ? -1 : pread(fd, data, bytes, (off_t)start);
+    return n < 0 ? 0 : (uint64_t)n;
+}
+
 /* Fill `data` with the missing pages, which are to be put. The last one must end where the file does: else it is for Python. */
 static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages,
                        bool waits, struct answer *out)
@@ -160,8 +169,15 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
     if (m.target.size == t->size && !memcmp(m.target.oid, t->oid, TM_OID)) {
         uint64_t there = t->size - start < bytes ? t->size - start : bytes, count = 0;
         uint64_t begun = timing_now();
+        bool past = false;
         KP(96);
-        if (waits || (npages <= MISS_PAGES && m.tries))
+        if (waits && m.cold && t->local && npages <= MISS_PAGES) {
+            count = read_past_cache(h, fh, start, data, bytes);
+            past = count == there; /* else it is read as if that had not been tried */
+        }
+        if (past)
+            ;
+        else if (waits || (npages <= MISS_PAGES && m.tries))
             count = read_lower(h, t->fd, start, data, bytes, waits);
         if (!waits && npages <= MISS_PAGES)
             files_had(&h->files, fh, count);
@@ -173,8 +189,8 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
             out->unput.first = first;
             out->unput.npages = npages;
             out->unput.pages = data;
-            /* One page that was waited for was read past the cache. */
-            out->unput.copied = !waits || npages > 1 || atomic_load(&h->leaves_copies);
+            /* One page that was waited for leaves no copy. */
+            out->unput.copied = !past && (!waits || npages > 1 || atomic_load(&h->leaves_copies));
             if (t->unnoted)
                 files_noted(&h->files, fh);
             add(&h->lower_ns, read_by - begun);

@@ -23,8 +23,7 @@ void patience_note(struct patience *p, int64_t took_ns)
 {
     int64_t usual_ns = atomic_load_explicit(&p->usual_ns, memory_order_relaxed);
     /* Of two at a time one may be lost; it is a guess. */
-    atomic_store_explicit(&p->usual_ns, took_ns > usual_ns ? took_ns : usual_ns - (usual_ns - took_ns) / FADING,
-                          memory_order_relaxed);
+    atomic_store_explicit(&p->usual_ns, usual_ns + (took_ns - usual_ns) / FADING, memory_order_relaxed);
 }
 
 bool patience_is_below(const struct patience *p, int64_t ns)

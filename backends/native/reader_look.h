@@ -3,7 +3,7 @@
  * A slow lower takes milliseconds for a name that the kernel does not have at hand, and programs that look at names side by side
  * would wait for the event loop's thread one after the other. So that thread looks up what is at hand, and has the rest fetched
  * first (`reader_onlookers.h`), unless the lower usually answers about as fast as threads are switched. As with READs
- * (`reader_waiting.h`) the first answer that takes longer ends that, until many quick ones have followed. For any thread. */
+ * (`reader_waiting.h`) the first answer that takes much longer ends that, until many quick ones have followed. For any thread. */
 #ifndef READER_LOOK_H
 #define READER_LOOK_H
 
@@ -14,7 +14,7 @@
 
 /* How long a lower takes for what is not at hand: names here, READs in `reader_waiting.h`. */
 struct patience {
-    _Atomic int64_t usual_ns;  /* the last that took longer, or less and less */
+    _Atomic int64_t usual_ns;  /* the mean, of which the last is an eighth */
     _Atomic int64_t missed_ns; /* when there was one last, monotonic */
 };
 

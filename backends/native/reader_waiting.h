@@ -11,8 +11,9 @@
  * been told before, and then one day not at all; no earlier answer tells.
  *
  * A lower that usually answers about as fast as threads are switched (`quick_us`) is waited for by who has read the request,
- * if no other one waits. The first answer that takes longer ends that, until many quick ones have followed: so others wait for at most
- * one slow answer, and for one that does not come until the stand-in takes over. */
+ * if no other one waits. "Usually" is the mean, of which the last answer is an eighth: the first one that takes many times as long ends that,
+ * until many quick ones have followed, and one that takes twice as long does not, for it costs less than what threads cost the next dozen.
+ * So others wait for at most one slow answer, and for one that does not come until the stand-in takes over. */
 #ifndef READER_WAITING_H
 #define READER_WAITING_H
 

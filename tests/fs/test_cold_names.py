@@ -308,3 +308,18 @@ def test_one_slow_answer_ends_it_that_a_lower_is_quick(faulty: Faulty) -> None:
     for _ in range(10):
         note(patience, ctypes.c_int64(QUICK_NS // 3))
     assert not is_quick(patience)
+
+
+def test_an_answer_that_is_a_little_slow_does_not_end_it() -> None:
+    """Threads for the next ones would cost more; several do."""
+    library = ctypes.CDLL(_native.__file__)
+    library.patience_is_quick.restype = ctypes.c_bool
+    patience = (ctypes.c_int64 * 2)()
+    library.patience_init(patience)
+    for _ in range(100):
+        library.patience_note(patience, ctypes.c_int64(QUICK_NS // 3))
+    library.patience_note(patience, ctypes.c_int64(QUICK_NS * 3))
+    assert library.patience_is_quick(patience)
+    for _ in range(3):
+        library.patience_note(patience, ctypes.c_int64(QUICK_NS * 3))
+    assert not library.patience_is_quick(patience)

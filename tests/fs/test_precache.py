@@ -90,6 +90,29 @@ def test_the_lower_file_does_not_stay_in_the_page_cache(place: Place, cached: bo
     os.close(descriptor)
 
 
+def test_pages_read_one_by_one_are_right_and_do_not_stay_either(place: Place) -> None:
+    """Whether they were in the page cache, on the disk alone, or written and not on the disk yet."""
+    pages, path = 256, place.lower / "file"
+    content = bytearray(random.Random(1).randbytes(pages * PAGE_SIZE - 100))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_SYNC)
+    for start in range(0, len(content), PAGE_SIZE):  # else the kernel drops a large folio only as a whole
+        os.write(descriptor, content[start : start + PAGE_SIZE])
+    wait_until(lambda: dropped(descriptor), what="the kernel has let go of what was just written")
+    other = random.Random(2).randbytes(PAGE_SIZE)
+    with path.open("r+b", buffering=0) as written:
+        for page in range(3, pages - 1, 16):
+            os.pwrite(written.fileno(), other, page * PAGE_SIZE)
+            content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = other
+    order = random.Random(3).sample(range(pages), pages)
+    with (place.point / "file").open("rb", buffering=0) as file:
+        for page in order:
+            start = page * PAGE_SIZE
+            assert os.pread(file.fileno(), PAGE_SIZE, start) == content[start : start + PAGE_SIZE], page
+    place.has_put(pages)
+    assert cached_pages(descriptor) <= pages // 16 + 1  # what is not on the disk yet has to stay
+    os.close(descriptor)
+
+
 def dropped(descriptor: int) -> bool:
     """Ask the kernel to forget what it caches of a file; say whether it has."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -115,7 +115,7 @@ def test_one_that_hangs_keeps_nobody_waiting(
 
 
 def test_a_slow_answer_ends_it(tmp_path: Path, eventually: Callable[..., None]) -> None:
-    for place in placed(tmp_path, 200_000):
+    for place in placed(tmp_path, 50_000):
         desk = place.desk
         while answered_elsewhere(place):  # until enough were quick
             desk.pool.flush_object(OID)
@@ -125,7 +125,7 @@ def test_a_slow_answer_ends_it(tmp_path: Path, eventually: Callable[..., None]) 
         with_event_loop.start()
         eventually(lambda place=place: place.lower.waiting() == ["read"])
         begun = time.monotonic()
-        eventually(lambda begun=begun: time.monotonic() > begun + 0.2)
+        eventually(lambda begun=begun: time.monotonic() > begun + 0.5)  # an eighth of it counts
         place.lower.heal()
         with_event_loop.join()
         desk.answer()

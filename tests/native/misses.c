@@ -1,19 +1,22 @@
 /* What the native reader reads of a lower file and puts, against changes of that file: by interleavings. A thread answers
- * a READ, one that the kernel has cached or one that waits for the lower, and stops at a named point of `reader_hits.c`; meanwhile the file is changed as `fs/coherence.py` does it (close
+ * a READ, one that the kernel has cached, one that waits for the lower, or one that reads it past the cache, and stops at a named point of `reader_hits.c`; meanwhile the file is changed as `fs/coherence.py` does it (close
  * the gate, flush, change, flush, open the gate). Whatever the order, the pool never has old bytes afterwards.
  *
- *     misses SEGMENT FILE      (FILE: on a file system that can read without waiting) */
+ *     misses SEGMENT FILE      (FILE: on a file system that can read without waiting, and past the cache) */
 #include "reader_hits.h"
 #include "expect.h"
 #include "witness.h"
 
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { PUTTING = 95, BEFORE_READ = 96, AFTER_READ = 97 }; /* the points */
 enum { FH = 5, PAGES = 1024, AT = 300, MANY = 40 }; /* MANY: more than are put at a time */
+enum { AT_ONCE = 1, WAITING = 2, COLD = 4, ANY_WAY = 7 };
 
 static _Atomic uint32_t stop_at, reached, go;
 static _Thread_local bool stops;
@@ -33,8 +36,10 @@ struct world {
     struct hits hits;
     struct gate *gate;
     struct tm_handle pool;
-    int file;   /* the lower file */
+    int file;   /* the lower file, for who changes it */
+    int lower;  /* for who reads it */
     bool waits; /* how READs are answered: by who may wait, and for more pages than others take */
+    bool cold;  /* the same, for few pages that the kernel probably does not have */
     uint8_t oid[TM_OID];
     uint64_t version; /* of all its pages */
 };
@@ -52,7 +57,7 @@ static void write_file(struct world *w)
 
 static void say(struct world *w, bool open) { gate_set(w->gate, w->oid, (uint64_t)PAGES * TM_PAGE, open, true); }
 
-static uint8_t data[MANY * TM_PAGE];
+static _Alignas(TM_PAGE) uint8_t data[MANY * TM_PAGE];
 static struct answer given;
 
 static enum found read_pages(struct world *w, uint32_t first, uint32_t npages, bool waits)
@@ -64,7 +69,7 @@ static enum found read_pages(struct world *w, uint32_t first, uint32_t npages, b
     return found;
 }
 
-static uint32_t npages(const struct world *w) { return w->waits ? MANY : 3; }
+static uint32_t npages(const struct world *w) { return w->waits && !w->cold ? MANY : 3; }
 
 static void *answer(void *arg)
 {
@@ -205,9 +210,9 @@ static void the_pool_goes(struct world *w)
 static void closed_while_it_waits(struct world *w)
 {
     pthread_t thread;
-    int fd = w->file;
+    int fd = w->lower;
     struct file *held = files_hold(&w->hits.files, FH);
-    w->file = dup(fd); /* for the next scenario */
+    w->lower = -1;
     begin(w, &thread, BEFORE_READ);
     expect(files_remove(&w->hits.files, FH), "a descriptor that is used was left to who closes it");
     finish(w, thread, w->version);
@@ -276,7 +281,7 @@ static void a_stream(struct world *w)
 static void not_at_once(struct world *w)
 {
     files_remove(&w->hits.files, FH);
-    files_add(&w->hits.files, FH, w->file, w->gate, false);
+    files_add(&w->hits.files, FH, w->lower, w->gate, false);
     expect(read_pages(w, PAGES - 1, 2, false) == FOUND_IF_WAITING, "the end of a lower that may hang");
     expect(read_pages(w, PAGES - 1, 2, true) == FOUND && given.length == TM_PAGE, "its last page");
     files_note(&w->hits.files, FH);
@@ -290,14 +295,54 @@ static void not_at_once(struct world *w)
 /* Whether the kernel has a page is not asked each time if it did not have the last ones. */
 static void a_cold_file(struct world *w)
 {
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 9; i++)
         files_had(&w->hits.files, FH, false);
     expect(read_pages(w, AT, 1, false) == FOUND_IF_WAITING, "it was asked");
     expect(read_pages(w, AT, 1, true) == FOUND, "who waits asks nobody");
-    for (int i = 0; i < 10; i++)
+    for (int i = 0; i < 22; i++)
         files_had(&w->hits.files, FH, false);
     expect(read_pages(w, AT + 10, 1, false) == FOUND, "it was never asked again");
     expect(read_pages(w, AT + 20, 1, false) == FOUND, "the kernel has them again");
+}
+
+static unsigned cached(const struct world *w)
+{
+    unsigned n = 0;
+    unsigned char present[PAGES] = {0};
+    void *at = mmap(NULL, PAGES * TM_PAGE, PROT_READ, MAP_SHARED, w->file, 0);
+    if (at == MAP_FAILED || mincore(at, PAGES * TM_PAGE, present))
+        exit(2);
+    munmap(at, PAGES * TM_PAGE);
+    for (unsigned i = 0; i < PAGES; i++)
+        n += present[i] & 1;
+    return n;
+}
+
+/* Another descriptor is opened then, which reads past the cache what programs have just written into it, and leaves nothing there. */
+static void past_the_cache(struct world *w)
+{
+    struct files *f = &w->hits.files;
+    struct statx st;
+    if (statx(w->lower, "", AT_EMPTY_PATH, STATX_DIOALIGN, &st) || !st.stx_dio_offset_align)
+        exit(2); /* give this test another file system */
+    expect(read_pages(w, AT, 3, true) == FOUND && page_is(data, AT, 1), "pages that are dirty");
+    write_file(w);
+    expect(read_pages(w, AT + 10, 3, true) == FOUND && page_is(data, AT + 10, 2), "and dirty again");
+    if (fsync(w->file) || posix_fadvise(w->file, 0, 0, POSIX_FADV_DONTNEED))
+        exit(2);
+    unsigned before = cached(w); /* the kernel may keep some */
+    expect(read_pages(w, AT + 20, 3, true) == FOUND && page_is(data, AT + 20, 2), "pages that are on the disk alone");
+    expect(cached(w) <= before, "they stayed in the cache");
+    int past = files_past_cache(f, FH), empty = open("/dev/null", O_RDONLY);
+    expect(past >= 0 && past == files_past_cache(f, FH), "it is not opened once");
+    if (dup2(empty, past) != past)
+        exit(2);
+    expect(read_pages(w, AT + 30, 3, true) == FOUND && page_is(data, AT + 30, 2), "it reads too little, the other one reads");
+    files_remove(f, FH);
+    expect(fcntl(past, F_GETFD) < 0, "it was not closed");
+    files_add(f, FH, w->file, w->gate, true);
+    expect(files_past_cache(f, FH) < 0, "it is opened beside one that writes");
+    close(empty);
 }
 
 static bool holds(struct world *w, uint64_t turn)
@@ -332,30 +377,32 @@ static void fetched_before_it_is_asked_for(struct world *w)
 static const struct {
     const char *name;
     void (*run)(struct world *w);
+    unsigned ways; /* AT_ONCE and so on */
 } scenarios[] = {
-    {"undisturbed", undisturbed},
-    {"a_stream", a_stream},
-    {"read_before_a_change", read_before_a_change},
-    {"begun_before_a_change", begun_before_a_change},
-    {"put_while_a_change_begins", put_while_a_change_begins},
-    {"read_before_a_foreign_change_is_found", read_before_a_foreign_change_is_found},
-    {"another_object", another_object},
-    {"the_pool_goes", the_pool_goes},
-    {"closed_while_it_waits", closed_while_it_waits},
-    {"what_is_for_whom", what_is_for_whom},
-    {"not_at_once", not_at_once},
-    {"a_cold_file", a_cold_file},
-    {"fetched_before_it_is_asked_for", fetched_before_it_is_asked_for},
+    {"undisturbed", undisturbed, ANY_WAY},
+    {"a_stream", a_stream, AT_ONCE | WAITING},
+    {"read_before_a_change", read_before_a_change, ANY_WAY},
+    {"begun_before_a_change", begun_before_a_change, ANY_WAY},
+    {"put_while_a_change_begins", put_while_a_change_begins, ANY_WAY},
+    {"read_before_a_foreign_change_is_found", read_before_a_foreign_change_is_found, ANY_WAY},
+    {"another_object", another_object, ANY_WAY},
+    {"the_pool_goes", the_pool_goes, ANY_WAY},
+    {"closed_while_it_waits", closed_while_it_waits, ANY_WAY},
+    {"what_is_for_whom", what_is_for_whom, AT_ONCE | WAITING},
+    {"not_at_once", not_at_once, AT_ONCE | WAITING},
+    {"a_cold_file", a_cold_file, AT_ONCE | WAITING},
+    {"past_the_cache", past_the_cache, COLD},
+    {"fetched_before_it_is_asked_for", fetched_before_it_is_asked_for, AT_ONCE | WAITING},
 };
 
-static void run(struct tm_segment *seg, const char *path, unsigned n, bool waits)
+static void run(struct tm_segment *seg, const char *path, unsigned n, unsigned way)
 {
-    struct world w = {.pool = {.seg = seg}, .waits = waits};
+    struct world w = {.pool = {.seg = seg}, .waits = way != AT_ONCE, .cold = way == COLD};
     struct tm_ctx *ctx = ctx_get(seg);
     uint32_t id, serial;
     scenario = scenarios[n].name;
     oid_make(w.oid, n);
-    w.oid[TM_OID - 1] = waits;
+    w.oid[TM_OID - 1] = (uint8_t)way;
     client_open(ctx, "test", true, &id, &serial);
     if (pool_new(ctx, id, serial, &(struct pool_wish){.id = -1}, &w.pool.pool, &w.pool.serial) != TM_OK
         || hits_init(&w.hits, 1 << 20))
@@ -365,11 +412,16 @@ static void run(struct tm_segment *seg, const char *path, unsigned n, bool waits
     w.gate = gate_new();
     say(&w, true);
     hits_use(&w.hits, &w.pool);
-    files_add(&w.hits.files, FH, w.file, w.gate, true);
+    w.lower = open(path, O_RDONLY);
+    files_add(&w.hits.files, FH, w.lower, w.gate, true);
+    for (int i = 0; w.cold && i < 10; i++)
+        files_had(&w.hits.files, FH, false);
     scenarios[n].run(&w);
     hits_free(&w.hits);
     gate_drop(w.gate);
     close(w.file);
+    if (w.lower >= 0)
+        close(w.lower);
     pool_destroy(ctx, w.pool.pool, w.pool.serial);
 }
 
@@ -381,8 +433,9 @@ int main(int argc, char **argv)
         return 2;
     }
     for (unsigned n = 0; n < sizeof scenarios / sizeof *scenarios; n++)
-        for (int waits = 0; waits < 2; waits++)
-            run(seg, argv[2], n, waits);
+        for (unsigned way = AT_ONCE; way <= COLD; way <<= 1)
+            if (scenarios[n].ways & way)
+                run(seg, argv[2], n, way);
     tm_close(seg);
     unlink(argv[1]);
     if (!failures)
