@@ -778,6 +778,12 @@ class Reader:
     def pause(self, paused: bool, /) -> None:
         """Have the helpers leave the device alone, or not any more."""
 
+    def watched(self) -> None:
+        """Take it that the thread that calls `serve` tells gates of changes underneath as they are reported.
+
+        While it stays away, a local file is asked whether it has changed before a READ of it is answered.
+        """
+
     @property
     def quiet(self) -> bool:
         """Whether nothing is in hand: no helper at work, no request for libfuse, no reply for the kernel."""

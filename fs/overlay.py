@@ -56,6 +56,8 @@ class Overlay(Files, Directories):
         super().read_by(reading)
         if reading is not None:
             reading.reader.set_listings(self.listings)
+            if self.watch is not None:
+                reading.reader.watched()
             reading.answer_with(Shortcuts(self, reading.reader))
 
     def statistics(self) -> MountStatistics:

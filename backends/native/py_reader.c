@@ -157,6 +157,16 @@ static PyObject *pause_reader(ReaderObject *self, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *watched(ReaderObject *self, PyObject *unused)
+{
+    struct reader *r = reader_of(self);
+    (void)unused;
+    if (!r)
+        return NULL;
+    reader_watched(r);
+    Py_RETURN_NONE;
+}
+
 static PyObject *use_rings(ReaderObject *self, PyObject *arg)
 {
     struct reader *r = reader_of(self);
@@ -475,6 +485,7 @@ PyTypeObject *make_reader_type(void)
         {"serve", (PyCFunction)(void (*)(void))serve, METH_FASTCALL, NULL},
         {"drain", (PyCFunction)drain, METH_NOARGS, NULL},
         {"pause", (PyCFunction)pause_reader, METH_O, NULL},
+        {"watched", (PyCFunction)watched, METH_NOARGS, NULL},
         {"use_rings", (PyCFunction)use_rings, METH_O, NULL},
         {"set_pool", (PyCFunction)set_pool, METH_O, NULL},
         {"set_nodes", (PyCFunction)set_nodes, METH_VARARGS, NULL},

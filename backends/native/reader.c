@@ -100,7 +100,12 @@ void reader_leave(struct reader *r)
     wake_standin(r);
 }
 
-void reader_return(struct reader *r) { atomic_fetch_add(&r->turns, 1); }
+void reader_return(struct reader *r)
+{
+    atomic_fetch_add(&r->turns, 1);
+    if (atomic_load(&r->hits.doubts))
+        atomic_store(&r->hits.doubts, false);
+}
 
 /* NONE: there was no request, or it is left where it is. ELSEWHERE: another thread answers it, or passes it on. HELD: its
  * answer is to be sent. WAITED: answered, but it took a while. */
@@ -550,6 +555,16 @@ static void rest(struct reader *r, uint32_t turns)
         ;
 }
 
+/* The event loop's thread stays away, which tells gates what has changed underneath. */
+static void doubt(struct reader *r, uint32_t turns)
+{
+    if (!atomic_load(&r->watched))
+        return;
+    atomic_store(&r->hits.doubts, true);
+    if (atomic_load(&r->turns) != turns) /* it is back, and may not have seen this */
+        atomic_store(&r->hits.doubts, false);
+}
+
 static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
 {
     struct pollfd p = {.fd = r->device, .events = POLLIN};
@@ -576,8 +591,10 @@ void *reader_stand_in(void *arg)
         atomic_fetch_add(&r->active, stays_away);
         pthread_mutex_unlock(&r->sleep_lock);
         passing_recheck(&r->passing);
-        if (stays_away)
+        if (stays_away) {
+            doubt(r, turns);
             serve_instead(r, &h->desk, turns);
+        }
         desk_clear(&h->desk);
         pthread_mutex_lock(&r->sleep_lock);
         atomic_fetch_sub(&r->active, stays_away);

@@ -76,6 +76,9 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
  * once. -1: errno; requests then come by the device. */
 struct rings;
 int reader_use_rings(struct reader *r, struct rings *rings);
+/* Whoever calls reader_serve tells gates of changes underneath as they are reported. While that thread stays away local files are
+ * asked themselves, as `gate_trust` says what they were, before a READ of theirs is answered. */
+void reader_watched(struct reader *r);
 /* No thread may be in reader_serve. Ends the helpers. */
 void reader_free(struct reader *r);
 /* Serve until a request for libfuse lies in the socket (READER_REQUEST), there is one that takes the short way

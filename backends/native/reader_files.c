@@ -74,6 +74,14 @@ void gate_overtake(struct gate *g)
     pthread_mutex_unlock(&g->put_lock);
 }
 
+bool stamps_of(const struct stat *st, struct stamps *out)
+{
+    if (!has_ns(st->st_mtim) || !has_ns(st->st_ctim))
+        return false;
+    *out = (struct stamps){ns_of(st->st_mtim), ns_of(st->st_ctim), (uint64_t)st->st_size, false};
+    return true;
+}
+
 void gate_trust(struct gate *g, const struct stamps *s)
 {
     pthread_mutex_lock(&g->lock);
@@ -405,6 +413,18 @@ bool files_expect(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, b
     bool found = one && !reaches_mark(one, offset, end, comes) && tell(one, out);
     pthread_mutex_unlock(&f->lock);
     return found;
+}
+
+bool files_show(struct files *f, uint64_t fh, const struct stat *st)
+{
+    struct stamps stamps;
+    if (!stamps_of(st, &stamps))
+        return false;
+    pthread_mutex_lock(&f->lock);
+    struct file *one = *place(f, fh);
+    bool shows = one && gate_shows(one->gate, &stamps);
+    pthread_mutex_unlock(&f->lock);
+    return shows;
 }
 
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out)

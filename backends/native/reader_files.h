@@ -4,6 +4,14 @@
 
 #include "reader.h"
 
+#include <sys/stat.h>
+
+#define SECOND_NS INT64_C(1000000000)
+/* Whoever owns a file can give it a time from beyond 2262, of which 64 bits of ns know nothing. */
+static inline bool has_ns(struct timespec t) { return t.tv_sec < INT64_MAX / SECOND_NS && t.tv_sec > INT64_MIN / SECOND_NS; }
+static inline int64_t ns_of(struct timespec t) { return t.tv_sec * SECOND_NS + t.tv_nsec; }
+bool stamps_of(const struct stat *st, struct stamps *out); /* false: it has such a time */
+
 struct gate {
     _Atomic uint32_t refs;
     pthread_mutex_t put_lock; /* held for a put of what was missed; taken before `lock` */
@@ -70,6 +78,8 @@ void files_release(struct files *f, struct file *one);
 bool files_find(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, struct target *out);
 /* The same of a READ that may come, or whose answer is there already (`comes`): no mark is taken away. */
 bool files_expect(struct files *f, uint64_t fh, uint64_t offset, uint64_t end, bool comes, struct target *out);
+/* Whether the pages of a file are valid for what stat says of it. */
+bool files_show(struct files *f, uint64_t fh, const struct stat *st);
 /* Note that the bytes [start, end) of a file were missed (unless that was `noted` before). Whether they may be read and put
  * here: not if a miss before ended there (a stream may begin), nor where a stream is, which Python reads ahead of. */
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);

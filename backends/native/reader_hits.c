@@ -36,6 +36,7 @@ static bool reads_past_cache(void)
 int hits_init(struct hits *h, size_t largest)
 {
     atomic_init(&h->leaves_copies, !reads_past_cache());
+    atomic_init(&h->doubts, false);
     h->largest = largest;
     fair_lock_init(&h->pool_lock);
     return files_init(&h->files);
@@ -205,6 +206,13 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
     return result;
 }
 
+/* Whether a file is still as it was when its pages were valid. Who has it open has its inode in memory, so that takes no waiting. */
+static bool is_unchanged(struct hits *h, uint64_t fh, const struct target *t)
+{
+    struct stat st;
+    return !t->local || (!fstat(t->fd, &st) && files_show(&h->files, fh, &st));
+}
+
 enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out)
 {
     uint64_t offset = read_in->offset, end = offset + read_in->size;
@@ -212,6 +220,8 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     struct stat st;
     if (read_in->size > h->largest || end < offset || end > (UINT64_C(1) << 32) * TM_PAGE
         || !files_find(&h->files, read_in->fh, offset, end, &t))
+        return FOUND_NOT;
+    if (atomic_load(&h->doubts) && !is_unchanged(h, read_in->fh, &t))
         return FOUND_NOT;
     if (end > t.size) { /* whatever reaches the end asks where that is now */
         if (!waits && !t.local)

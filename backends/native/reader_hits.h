@@ -14,6 +14,7 @@
 struct hits {
     size_t largest; /* bytes of a READ */
     _Atomic bool leaves_copies; /* the lower cannot read without keeping a copy in the kernel's cache */
+    _Atomic bool doubts;        /* nobody tells gates of changes underneath: ask each local file itself whether it has changed */
     struct files files;
     pthread_rwlock_t pool_lock; /* of the two below; read while a hit is fetched */
     bool has_pool;

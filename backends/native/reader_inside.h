@@ -32,6 +32,7 @@ struct reader {
     int device, ours, theirs;
     int others; /* epoll of everything but the device: to poll two descriptors costs half of what four do */
     int wake;   /* what else is in there, -1 nothing */
+    _Atomic bool watched; /* the event loop's thread has changes underneath reported */
     struct hits hits;
     struct buffers *buffers;
     struct passing passing;

@@ -66,6 +66,8 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     return r;
 }
 
+void reader_watched(struct reader *r) { atomic_store(&r->watched, true); }
+
 int reader_use_rings(struct reader *r, struct rings *rings)
 {
     r->rings = rings;

@@ -23,7 +23,6 @@ enum {
                             * is taken for one, and goes to Python */
 };
 
-#define SECOND_NS INT64_C(1000000000)
 #define COARSE_NS (2 * SECOND_NS) /* two changes this close may carry the same time stamp (`fs/identity.py`) */
 #define DAY_NS (24 * 3600 * SECOND_NS)
 
@@ -263,11 +262,6 @@ static bool name_of(int fd, uint64_t number, uint8_t *name)
     return true;
 }
 
-static int64_t ns_of(struct timespec t) { return t.tv_sec * SECOND_NS + t.tv_nsec; }
-
-/* Whoever owns a file can give it a time from beyond 2262, of which 64 bits of ns know nothing. */
-static bool has_ns(struct timespec t) { return t.tv_sec < INT64_MAX / SECOND_NS && t.tv_sec > INT64_MIN / SECOND_NS; }
-
 static int64_t wall_ns(void)
 {
     struct timespec now;
@@ -305,9 +299,9 @@ static struct gate *gate_for(struct opens *o, struct hits *hits, uint64_t nodeid
     const struct known *one = &o->places[place(o, nodeid)];
     if (fstat(fd, st) || !S_ISREG(st->st_mode) || st->st_size <= 0) /* some file systems say 0 of files with content */
         return NULL;
-    if (!has_ns(st->st_mtim) || !has_ns(st->st_ctim) || !has_ns(st->st_atim))
+    struct stamps stamps;
+    if (!stamps_of(st, &stamps) || !has_ns(st->st_atim))
         return NULL;
-    struct stamps stamps = {ns_of(st->st_mtim), ns_of(st->st_ctim), (uint64_t)st->st_size, false};
     *unchanged = one->nodeid != 0;
     if (!*unchanged)
         return begin(o, hits, nodeid, fd, st, &stamps);

@@ -18,6 +18,7 @@ from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
 from tmem.fs.caching import CacheRule
 from tmem.fs.device import Device
+from tmem.fs.fanotify import Events
 from tmem.fs.inodes import Inode
 from tmem.fs.openfile import OpenFile
 from tmem.fs.options import Cache
@@ -104,9 +105,13 @@ class Mount:
         assert self.answer() == (0, b"")
         return asked
 
+    def send_read(self, node: int, handle: int, size: int = 4 * PAGE_SIZE) -> None:
+        """Ask for what the file begins with, and serve nothing."""
+        self.request(READ, node, struct.pack("=QQIIQII", handle, 0, size, 0, 0, 0, 0))
+
     def read(self, node: int, handle: int, size: int = 4 * PAGE_SIZE) -> bytes:
         """Read from the beginning, below Python."""
-        self.request(READ, node, struct.pack("=QQIIQII", handle, 0, size, 0, 0, 0, 0))
+        self.send_read(node, handle, size)
         assert not self.served()
         error, data = self.answer()
         assert not error
@@ -137,7 +142,12 @@ def make(tmp_path: Path) -> Iterator[Maker]:
     """A function that makes a mount, once; the end of it all after that."""
     made: list[tuple[Mount, tuple[socket.socket, ...]]] = []
 
-    def make(policy: Policy | None = None, cache: Cache = Cache.AUTO, fine_stamps: bool = True) -> Mount:
+    def make(
+        policy: Policy | None = None,
+        cache: Cache = Cache.AUTO,
+        fine_stamps: bool = True,
+        watches: bool = False,
+    ) -> Mount:
         runtime, lower = tmp_path / "runtime", tmp_path / "lower"
         runtime.mkdir()
         lower.mkdir()
@@ -160,6 +170,9 @@ def make(tmp_path: Path) -> Iterator[Maker]:
         )
         overlay.precache.claim()
         assert overlay.precache.current is not None
+        if watches:
+            overlay.watch_with(Events.of(overlay.table.root))
+            assert overlay.watch is not None
         ends = types.SimpleNamespace(
             descriptor=device.fileno(), channel=ours, session=libfuse.fileno(), passthrough=False, rings=None
         )
