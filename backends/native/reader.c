@@ -286,12 +286,15 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         }
         send_together(r, all);
         if (found == FOUND) {
+            bool next = leads && ahead_expects(&r->ahead, read_in);
+            if (next)
+                ahead_begin(&r->ahead, &r->hits, r->buffers, read_in, !has_one_cpu(r));
             reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
             hits_put(&r->hits, &answer);
             /* Where the client has a CPU of its own, it works meanwhile, and it may have one though we have but one; where it has not,
              * this is only done sooner. */
-            if (leads && ahead_expects(&r->ahead, read_in) && !more_waits(r))
-                ahead_fetch(&r->ahead, &r->hits, r->buffers, read_in);
+            if (next)
+                ahead_fetch(&r->ahead, more_waits(r));
             return TAKEN_ANSWERED;
         }
         if (found == FOUND_IF_WAITING && leads && !r->several && waiting_is_quick(&r->waiting) && wait_here(r, d, length))

@@ -5,7 +5,7 @@
  * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
  * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
  * through it), `reader_shortcut` (requests for Python that do not go there), `reader_nodes` and
- * `reader_lookup` (names), `reader_listings` and `reader_directory` (directories), `reader_hits` and, for misses that wait for the
+ * `reader_lookup` (names), `reader_listings` and `reader_directory` (directories), `reader_hits`, `reader_ahead` (streams of hits) and, for misses that wait for the
  * lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
  *
  * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`). Most other requests go on through the socket, and libfuse's

@@ -256,14 +256,16 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     return FOUND;
 }
 
-bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, uint8_t *data, uint64_t *turn)
+bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, struct target *out)
 {
-    uint64_t end = offset + size, npages = size / TM_PAGE;
-    struct target t;
-    if (size > h->largest || end > (UINT64_C(1) << 32) * TM_PAGE || !files_expect(&h->files, fh, offset, end, false, &t) || end > t.size)
-        return false;
-    *turn = t.turn;
-    return fetch(h, &t, (uint32_t)(offset / TM_PAGE), data, (uint32_t)npages) == (int64_t)npages;
+    uint64_t end = offset + size;
+    return size <= h->largest && end <= (UINT64_C(1) << 32) * TM_PAGE && files_expect(&h->files, fh, offset, end, false, out)
+           && end <= out->size;
+}
+
+bool hits_fetch(struct hits *h, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages)
+{
+    return fetch(h, t, first, data, npages) == (int64_t)npages;
 }
 
 bool hits_hold(struct hits *h, const struct fuse_read_in *read_in, uint64_t turn)

@@ -49,8 +49,10 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
 /* Put what was read for an answer, of which nothing else is looked at. After the reply it keeps nobody waiting; but then nobody
  * may close the file meanwhile. */
 void hits_put(struct hits *h, struct answer *a);
-/* Fetch the pages of a READ that may come, all or none; `turn`: of the file's gate before. */
-bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, uint8_t *data, uint64_t *turn);
+/* Whether a READ that may come can be answered from whole pages, as far as the file's gate says; then what to fetch, in pieces. */
+bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, struct target *out);
+/* Fetch pages of it, all or none. For any thread. */
+bool hits_fetch(struct hits *h, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages);
 /* Whether what was fetched in that turn answers this READ, which is then counted as a hit. */
 bool hits_hold(struct hits *h, const struct fuse_read_in *read_in, uint64_t turn);
 

@@ -38,6 +38,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
     waiting_init(&r->asking, &r->hits, &r->passing, quick_us);
+    ahead_init(&r->ahead, &r->hits);
     ends_init(&r->ends);
     onlookers_init(&r->onlookers, &r->shortcut);
     rc |= shortcut_init(&r->shortcut);
@@ -87,6 +88,7 @@ void reader_free(struct reader *r)
         pthread_join(r->helpers[i].thread, NULL);
     if (r->has_standin)
         pthread_join(r->standin.thread, NULL);
+    ahead_free(&r->ahead);
     waiting_end(&r->waiting);
     waiting_end(&r->asking);
     onlookers_end(&r->onlookers);
@@ -112,7 +114,6 @@ void reader_free(struct reader *r)
     onlookers_free(&r->onlookers);
     shortcut_free(&r->shortcut);
     desk_clear(&r->desk);
-    ahead_clear(&r->ahead);
     buffers_free(r->buffers);
     pthread_mutex_destroy(&r->sleep_lock);
     pthread_cond_destroy(&r->awake);

@@ -351,27 +351,32 @@ static bool holds(struct world *w, uint64_t turn)
     return hits_hold(&w->hits, &read_in, turn);
 }
 
+static bool fetched(struct world *w, uint32_t first, uint32_t count, struct target *t)
+{
+    return hits_expect(&w->hits, FH, (uint64_t)first * TM_PAGE, count * TM_PAGE, t) && hits_fetch(&w->hits, t, first, data, count);
+}
+
 /* What was fetched before it was asked for answers nobody after a change, nor where Python wants to see the READ. */
 static void fetched_before_it_is_asked_for(struct world *w)
 {
-    uint64_t turn, size = npages(w) * TM_PAGE;
-    expect(!hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "a part of the pages");
+    struct target t, later;
+    expect(!fetched(w, AT, npages(w), &t), "a part of the pages");
     expect(read_pages(w, AT, npages(w), w->waits) == FOUND, "a miss");
-    expect(hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "all pages are there");
+    expect(fetched(w, AT, npages(w), &t), "all pages are there");
     expect(page_is(data, AT, w->version), "wrong bytes were fetched");
-    expect(holds(w, turn), "nothing has changed");
+    expect(holds(w, t.turn), "nothing has changed");
     files_stream(&w->hits.files, FH, AT * TM_PAGE);
     files_mark(&w->hits.files, FH, AT * TM_PAGE, (AT + 40) * TM_PAGE);
-    expect(!holds(w, turn), "a READ that reaches a mark is for Python");
+    expect(!holds(w, t.turn), "a READ that reaches a mark is for Python");
     expect(read_pages(w, AT, npages(w), w->waits) == FOUND_NOT, "the mark was taken away");
-    expect(holds(w, turn), "the mark is still there");
+    expect(holds(w, t.turn), "the mark is still there");
     files_mark(&w->hits.files, FH, AT * TM_PAGE, (AT + 40) * TM_PAGE);
-    expect(!hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "beyond a mark");
+    expect(!fetched(w, AT, npages(w), &later), "beyond a mark");
     files_stream(&w->hits.files, FH, NO_STREAM);
-    expect(hits_expect(&w->hits, FH, AT * TM_PAGE, (uint32_t)size, data, &turn), "all pages are there again");
+    expect(fetched(w, AT, npages(w), &t), "all pages are there again");
     own_change(w);
-    expect(!holds(w, turn), "old bytes after a change");
-    expect(!hits_expect(&w->hits, FH, (PAGES - 1) * TM_PAGE, 2 * TM_PAGE, data, &turn), "beyond the end");
+    expect(!holds(w, t.turn), "old bytes after a change");
+    expect(!fetched(w, PAGES - 1, 2, &later), "beyond the end");
 }
 
 static const struct {
