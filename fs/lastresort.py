@@ -4,8 +4,9 @@ A handler that waits for its lower (a dead server, a device that is gone) cannot
 waits on the event loop's thread keeps even the signal from being delivered to that thread. So signals are
 blocked everywhere but in a thread of its own, which waits for nothing else. It passes them on to trio (as the
 C handler reports them, `signal.set_wakeup_fd`), and if the process is still there some seconds after one that
-ends it, ends it as SIGKILL would, but unmounted. Programs get ENOTCONN; the pool is swept by whoever uses the
-client next. Threading: `LastResort` on the main thread, before others are started.
+ends it, or after the event loop has failed, ends it as SIGKILL would, but unmounted. Programs get ENOTCONN;
+the pool is swept by whoever uses the client next. Threading: `LastResort` on the main thread, before others
+are started.
 """
 
 import contextlib
@@ -20,12 +21,15 @@ from tmem.fs.restart import SIGNALS
 
 log = logging.getLogger(__name__)
 
-_LISTEN, _BE_DEAF = 200, 201  # beyond the numbers of signals
+_LISTEN, _BE_DEAF, _END = 200, 201, 202  # beyond the numbers of signals
 _TURN_SECONDS = 1.0
 
 
 class LastResort:
-    """Ends the process if nobody else does within `seconds` of a signal that is to end it, until `close`."""
+    """Ends the process if nobody else does within `seconds` of a signal that is to end it, or of `end`.
+
+    Until `close`.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._give_up: Callable[[], None] = lambda: None
@@ -59,6 +63,11 @@ class LastResort:
         finally:
             self._turn(_LISTEN)
 
+    def end(self) -> None:
+        """Have the process end as after a signal that is to end it: nobody reads requests any more."""
+        with contextlib.suppress(OSError):  # full: it has been told
+            self._writing.send(bytes([_END]))
+
     def close(self) -> None:
         """Do nothing any more."""
         self._closed.set()
@@ -83,6 +92,8 @@ class LastResort:
                     how = signal.SIG_UNBLOCK if number == _LISTEN else signal.SIG_BLOCK
                     signal.pthread_sigmask(how, SIGNALS)
                     self._turned.set()
+                elif number == _END:
+                    ends = True
                 else:
                     self._pass_on(number)
                     ends = ends or number in _ENDING

@@ -24,6 +24,7 @@ import pyfuse3
 import trio
 
 from tmem.fs.reading import ASKED, GONE, NOTHING, REQUEST, Reading
+from tmem.fs.tasks import Failed, Telling
 
 _TRIO_EVERY = 32  # requests; so that deadlines are seen under full load
 _LONGEST_WAIT_SECONDS = 1.0
@@ -66,9 +67,10 @@ class _Due(trio.abc.Instrument):
 
 
 class Readers:
-    """Runs the tasks that read requests, with the `fast` loop or the plain one."""
+    """Runs the tasks that read requests, with the `fast` loop or the plain one; `failed`: see `tasks`."""
 
-    def __init__(self, fast: bool = True) -> None:
+    def __init__(self, fast: bool = True, failed: Failed = lambda error: None) -> None:
+        self._failed = failed
         self._wants_fast = fast
         self._fast = False
         self._installed = False
@@ -182,10 +184,11 @@ class Readers:
 
     def _start(self, nursery: trio.Nursery) -> None:
         self._starting = True
+        tasks = Telling(nursery, self._failed)  # it starts others in it
         # In the fast loop no idle readers are kept, and none is started by pyfuse3 itself: its count of tasks
         # sinks with each one of ours that ends, so the bound must be below anything that it can reach.
         bounds = (0, _NEVER) if self._fast else (1, _MAX_TASKS)
-        nursery.start_soon(pyfuse3._session_loop, nursery, *bounds)  # type: ignore[attr-defined]
+        tasks.start_soon(pyfuse3._session_loop, tasks, *bounds)  # type: ignore[attr-defined]
 
     def _find_trio(self, session: int) -> bool:
         try:
@@ -254,7 +257,7 @@ class Readers:
     def _answer(self, reading: Reading) -> int:
         """Answer shortcuts that lie there; return how many."""
         assert self._nursery is not None
-        return reading.answer(self._nursery.start_soon)
+        return reading.answer(Telling(self._nursery, self._failed).start_soon)
 
     async def _leave(self, reading: Reading) -> int:
         """Read no more; return REQUEST if there is one all the same, and NOTHING if reading goes on.

@@ -32,6 +32,7 @@ from tmem.fs.precache import Precache
 from tmem.fs.reading import Reading
 from tmem.fs.restart import Restarter
 from tmem.fs.state import SavedRestarts
+from tmem.fs.tasks import Telling, telling
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ class Server:
     def __init__(self, plan: Plan, root: int, fine_stamps: bool | None = None) -> None:
         self.plan = plan
         self.precache = Precache(plan.paths, plan.options.client, plan.options.shared)
-        self._readers = Readers(fast=plan.options.loop is not Loop.PLAIN)
+        self._readers = Readers(fast=plan.options.loop is not Loop.PLAIN, failed=self._failed)
         self._cache = CacheRule(plan.options.cache)
         self._ending = False
         self._detached = False
+        self._failure: BaseException | None = None
         self._last_resort: LastResort | None = None
         self._going_on = trio.Event()  # set when a restart that had stopped everything failed
         self.overlay: Overlay = build(
@@ -164,18 +166,20 @@ class Server:
             self._last_resort.listening(lambda: self._give_up(mounted)),
         ):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._obey, signals, restarter, nursery)
+                tasks = Telling(nursery, self._failed)
+                tasks.start_soon(self._obey, signals, restarter, nursery)
                 if self.overlay.watch is not None:
-                    nursery.start_soon(self.overlay.watch.run)
-                restarter.serving(mounted)
-                ready()
-                while True:
-                    await self._readers.serve(mounted.session, reading)
-                    if self._ending or not self._readers.stopping:
-                        break
-                    with self._last_resort.deaf():
-                        restarter.become()
-                    self._going_on.set()
+                    tasks.start_soon(self.overlay.watch.run)
+                with telling(self._failed):
+                    restarter.serving(mounted)
+                    ready()
+                    while True:
+                        await self._readers.serve(mounted.session, reading)
+                        if self._ending or not self._readers.stopping:
+                            break
+                        with self._last_resort.deaf():
+                            restarter.become()
+                        self._going_on.set()
                 nursery.cancel_scope.cancel()
 
     async def _obey(self, signals: AsyncIterator[int], restarter: Restarter, nursery: trio.Nursery) -> None:
@@ -197,8 +201,16 @@ class Server:
             log.warning("%s", error)
         pyfuse3.terminate()
 
+    def _failed(self, error: BaseException) -> None:
+        """Have it all end in time: the tasks that are left, and then threads, may wait for the lower."""
+        assert self._last_resort is not None
+        self._failure = error
+        self._last_resort.end()
+
     def _give_up(self, mounted: Device) -> None:
         """Unmount from outside the event loop, which does not come back."""
+        if self._failure is not None:  # else it is told when all has ended
+            log.error("the mount of %s failed", self.plan.lower, exc_info=self._failure)
         if not self._detached:
             mounts.detach(self.plan.mountpoint)
         mounted.abandon()
@@ -206,6 +218,10 @@ class Server:
     async def _restart(
         self, restarter: Restarter, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
+        with telling(self._failed):
+            await self._restart_telling(restarter, task_status)
+
+    async def _restart_telling(self, restarter: Restarter, task_status: trio.TaskStatus[None]) -> None:
         restarter.begin()
         task_status.started()
         if not self.can_restart:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import wait_until
+from tmem.backends import pressure
 from tmem.backends.paths import SegmentPaths
 from tmem.errors import AttachError
 from tmem.fs import mounts
@@ -113,6 +114,11 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
         if mounts.top_mount(str(place.point)) is not None:
             mounts.detach(str(place.point))
         _end(place.pid)
+
+
+def in_plenty(patch: pytest.MonkeyPatch) -> None:
+    """Have mounts that are made from now on find memory in plenty, whatever else this machine does."""
+    patch.setattr(pressure, "rooms", lambda: [pressure.Room(1 << 30, 1 << 30)])
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A lower whose files ``slow`` and ``other`` can be made to hang, and programs that wait for them."""
+"""A lower whose files ``slow`` and ``other`` can be made to hang; programs that wait for them or never do."""
 
 import contextlib
 import subprocess
@@ -11,6 +11,10 @@ from .faulty import Faulty
 CONTENT = b"".join(number.to_bytes(8, "big") for number in range(8192))
 READ = "import os, sys; os.read(os.open(sys.argv[1], os.O_RDONLY), 4096)"
 LIST = "import os, sys; os.listdir(sys.argv[1])"
+BUSY = (
+    "import os, sys; file = os.open(sys.argv[1], os.O_RDONLY); print(flush=True)\n"
+    "while True: os.pread(file, 4096, 0); os.stat(sys.argv[1])"
+)
 
 
 @contextlib.contextmanager
@@ -40,3 +44,21 @@ def program(
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
+
+
+@contextlib.contextmanager
+def busy(path: Path, count: int = 4) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Programs that read a file and look it up all the time."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(count):
+            command = [sys.executable, "-c", BUSY, str(path)]
+            one = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            stack.callback(one.wait, 20)
+            stack.callback(one.kill)
+            stack.enter_context(one.stdout)  # type: ignore[arg-type]  # a pipe: never None
+            found.append(one)
+        for one in found:
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"\n"
+        yield found

@@ -22,7 +22,7 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, READ, program, two_files
+from .hanging import CONTENT, READ, busy, program, two_files
 from .rings import BY_RINGS, permitted
 
 if TYPE_CHECKING:
@@ -208,53 +208,6 @@ def test_hits_go_on_beside_requests_that_hang(
         on_every_cpu(read)
         faulty.heal()
         assert [one.wait(60) for one in many] == [0] * len(many)
-
-
-BUSY = (
-    "import os, sys; file = os.open(sys.argv[1], os.O_RDONLY); print(flush=True)\n"
-    "while True: os.pread(file, 4096, 0); os.stat(sys.argv[1])"
-)
-
-
-@contextlib.contextmanager
-def busy(path: Path, count: int = 4) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Programs that read a file and look it up all the time."""
-    with contextlib.ExitStack() as stack:
-        found = []
-        for _ in range(count):
-            command = [sys.executable, "-c", BUSY, str(path)]
-            one = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            stack.callback(one.wait, 20)
-            stack.callback(one.kill)
-            stack.enter_context(one.stdout)  # type: ignore[arg-type]  # a pipe: never None
-            found.append(one)
-        for one in found:
-            assert one.stdout is not None
-            assert one.stdout.readline() == b"\n"
-        yield found
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_daemon_ends_under_load(mounter: Mounter, place: Place, number: signal.Signals) -> None:
-    """Programs get an error, none hangs, and the next mount is as if new."""
-    (place.lower / "file").write_bytes(CONTENT)
-    with busy(place.point / "file") as programs:
-        os.kill(place.pid, number)
-        assert os.waitpid(place.pid, 0)[1] == (number if number == signal.SIGKILL else 0)
-        for one in programs:
-            assert one.wait(60) == 1
-    again = mounter(f"timeout=0,{BY_RINGS}")
-    assert (again.point / "file").read_bytes() == CONTENT
-    again.umount()
-
-
-def test_unmounting_lazily_under_load(place: Place, eventually: Callable[..., None]) -> None:
-    (place.lower / "file").write_bytes(CONTENT)
-    with busy(place.point / "file") as programs:
-        mounts.umount(str(place.point), lazily=True)
-        for one in programs:  # its path is gone, or it reads on until it looks
-            assert one.wait(60) == 1
-    assert os.waitpid(place.pid, 0)[1] == 0
 
 
 def test_programs_that_are_killed_under_load(place: Place) -> None:

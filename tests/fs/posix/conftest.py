@@ -18,15 +18,19 @@ from tmem.fs import mounts
 from tmem.fs.mount import daemonise
 from tmem.fs.options import MountOptions
 
+from ..conftest import in_plenty
 from ..rings import BY_RINGS, permitted
 from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
 
-MODES = ["loop=native,cache=direct", "loop=plain,cache=kernel", "loop=fast,cache=direct"]
+SHIPPED = "loop=native,cache=auto"
+"""What a mount without options is where memory is in plenty: the kernel keeps small files."""
+WHOLE = [SHIPPED, "loop=plain,cache=kernel"]
+"""Of the table the others try what concerns contents only: all else is the same code as in these."""
 if os.environ.get("TMEM_LONG") == "1":
-    MODES.insert(0, f"{BY_RINGS},cache=direct")
-"""Of the table the last one tries what concerns contents only: all else is the same code as in the others."""
-NAMES = pytest.mark.parametrize("twins", MODES[:-1], indirect=True, scope="module")
+    WHOLE.append(f"{BY_RINGS},cache=direct")
+MODES = [*WHOLE, "loop=native,cache=direct", "loop=fast,cache=direct"]
+NAMES = pytest.mark.parametrize("twins", WHOLE, indirect=True, scope="module")
 """For what concerns names and listings alone."""
 PASSING = "loop=native,skip_files=*"
 """All files are passed through: their reads and writes are the kernel's, so only files are tried."""
@@ -74,12 +78,13 @@ def mounted(base: Path, options: str) -> Iterator[Twins]:
     """Mount with a segment of its own, for all users."""
     directory = Path(tempfile.mkdtemp(prefix="mount-", dir=base))
     directory.chmod(0o755)
-    place = Twins(directory / "plain", directory / "lower", directory / "point", options == MODES[-1])
+    place = Twins(directory / "plain", directory / "lower", directory / "point", options not in WHOLE)
     for path in (place.plain, place.lower, place.point):
         path.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         runtime = Path(tempfile.mkdtemp(prefix="tmem-test-", dir="/dev/shm"))
         patch.setenv("TMEM_RUNTIME_DIR", str(runtime))
+        in_plenty(patch)
         (runtime / "default.d").mkdir(mode=0o700)
         segment = _native.create(str(runtime / "default"), 64 << 20)
         pid = -1
