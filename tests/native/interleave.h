@@ -108,7 +108,7 @@ static bool wait_for(_Atomic uint32_t *flag)
 
 static void at_point(int i) { expect(wait_for(&actors[i].reached), "actor %d never came to point %u", i, actors[i].point); }
 
-static void die(pid_t pid)
+static inline void die(pid_t pid)
 {
     kill(pid, SIGKILL);
     waitpid(pid, NULL, 0);
