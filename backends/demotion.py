@@ -30,6 +30,7 @@ from tmem.backends.batches import Batches
 from tmem.backends.errands import Errand
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.prefetching import QUIET_S, Prefetch
+from tmem.backends.tierlooks import LATE_S, LOOK_S, TierFigures, TierLook
 from tmem.backends.tiers.contract import Tier, TierIdentity
 from tmem.errors import PoolError, TierDownError, TierError, TierFullError, TmemError
 from tmem.types import PAGE_SIZE
@@ -110,6 +111,8 @@ class ClientDemotion:
         self._any = False
         self._ready = False  # the tier knows what lives
         self._rest_until = 0.0
+        self._look = TierLook(clock(), "", None)
+        self._look_s = 0.0  # when the tier is to be looked at again
         self._marks_s = clock()  # when marks were taken away last, as far as we know
         self._cold_hand = 0  # where a lap for cold pages goes on; 0: none is under way
         self._quiet_from_s = clock() + QUIET_S  # from when on memory is in plenty again
@@ -123,6 +126,12 @@ class ClientDemotion:
     def trouble(self) -> str:
         """What people should know: why its tier is not open, or nothing can be demoted."""
         return self._complaint or self.problem
+
+    def seen(self, now_s: float) -> TierFigures | None:
+        """Return how the tier was when its thread looked last; None before it has, unless it takes long."""
+        look = self._look
+        known = look.statistics is not None or look.down or now_s - look.at_s > LATE_S
+        return look.figures(now_s) if known else None
 
     def go(
         self,
@@ -148,6 +157,7 @@ class ClientDemotion:
                 # Whoever took the tier away may have removed what is there before the last batch came.
                 self._tidy()
                 self._ready = False
+            self._see()
             if not self.trouble and self._clock() >= self._quiet_from_s:
                 self.prefetch.round(back_pages, cold_s > 0, lambda: self._may_come_back(need))
             self._complaint = ""
@@ -157,8 +167,36 @@ class ClientDemotion:
             if self._complaint != (words := _words(error)):
                 _log.warning("tier of %s: %s", self.name, words)
             self._complaint = words
+            self._note(words)
         finally:
             self._batches.drop()  # nothing is under way unless this fails
+
+    def _note(self, down: str) -> None:
+        """Keep what is known of the tier, for who asks."""
+        self._look = TierLook(self._clock(), down, None if self._tier is None else self._tier.statistics())
+
+    def _see(self) -> None:
+        """Look at the tier now and then: nothing may go there for days, and it be down or full of what nobody
+        needs any more."""
+        if self._tier is None or (now_s := self._clock()) < self._look_s:
+            return
+        if not (self.client.tiered and self.client.tier_epoch == self.epoch):
+            return  # it is being taken away
+        self._look_s = now_s + LOOK_S
+        down = ""
+        try:
+            self._tier.check()
+            if self.client.phase == "none" and self._has_garbage():
+                self._tidy()
+        except TierError as error:
+            self._ready, down = False, str(error)
+        self._note(down)
+
+    def _has_garbage(self) -> bool:
+        """Whether the tier has not been told yet what lives, or a quarter of its records does not."""
+        assert self._tier is not None
+        records = self._tier.statistics().records
+        return not self._ready or self.client.statistics()["tier_pages"] * 4 < records * 3
 
     def _may_come_back(self, need: "Callable[[ClientDemotion], Need | None]") -> bool:
         return need(self) is None and self.client.tiered and self.client.phase == "none" and not self._ended
@@ -204,10 +242,13 @@ class ClientDemotion:
         """See whether batches have landed since there were `before`."""
         if self._batches.acknowledged != before:
             self.problem, self._rest_until = "", 0.0
+            if self._look.down:
+                self._note("")
 
     def _failed(self, error: TierError, now_s: float) -> bool:
         """See to what a tier says; whether to ask it again at once."""
         self._ready = False
+        self._note("" if isinstance(error, TierFullError) else str(error))
         if isinstance(error, TierFullError) and not self.problem:
             # What pages have left behind there may do: the next batch asks for it first.
             self.problem = str(error)
@@ -253,6 +294,7 @@ class ClientDemotion:
             self.cold_pages += self.demoted_pages - before
         except TierError as error:  # full, or down: nothing that anybody waits for
             _log.info("cold pages of %s stay in memory: %s", self.name, error)
+            self._note("" if isinstance(error, TierFullError) else str(error))
             self._ready, self._cold_hand, self._marks_s = False, 0, now_s
         return self._cold_hand != 0
 
@@ -337,6 +379,12 @@ class Demotion:
         found = {**self._complaints, **self._unfollowed}
         found.update({one.name: one.trouble for one in self._clients.values() if one.trouble})
         return found
+
+    def tiers(self) -> dict[str, TierFigures]:
+        """Return what was seen of each client's tier last, by the client's name. Asks no tier."""
+        now_s = self._clock()
+        found = {one.name: one.seen(now_s) for one in list(self._clients.values())}
+        return {name: figures for name, figures in found.items() if figures is not None}
 
     def round(self) -> bool:
         """Look at all clients once, and demote for a while where memory is short; True: soon again."""

@@ -38,6 +38,7 @@ from tmem.backends.statistics import (
     SegmentStatistics,
     Timing,
 )
+from tmem.backends.tierlooks import TierFigures
 from tmem.errors import PoolError, ServiceError
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ _COUNTERS = _words(
     hit_reads miss_reads passthrough_reads hit_pages miss_pages hit_bytes lower_bytes lower_ns lower_errors
     put_pages put_ns ahead_pages refused_pages overtaken_pages flushed_pages foreign_changes declined_opens
     backed_opens noticed_changes lost_reports tier_hit_pages tier_miss_pages tier_sent_pages
-    tier_dropped_pages tier_wrong_values tier_failures
+    tier_dropped_pages tier_wrong_values tier_failures tier_written_records tier_written_bytes
+    tier_refused_batches
     """
 )
 _GAUGES = _words(
@@ -75,11 +77,12 @@ _GAUGES = _words(
     chunks_total chunks_used chunks_used_max chunks_free cap_bytes floor_bytes weight ephemeral_bytes
     compressed_pages raw_pages held authorised_pools pools pages bytes spare_bytes margin_bytes
     stalled_percent urgency tier_pages twin_pages original_pages original_bytes dedup_bytes
-    stepped_aside watching tier_up io_uring pool_active
+    stepped_aside watching tier_up io_uring pool_active tier_age_ns tier_used_bytes tier_capacity_bytes
+    tier_free_bytes tier_records
     """
 )
 # What a row is rather than how much of something, and is told by labels.
-_IDENTITY = frozenset({"layout_version", "id", "persistent", "exclusive", "shared"})
+_IDENTITY = frozenset({"layout_version", "id", "persistent", "exclusive", "shared", "tier_down"})
 _NAMES = {"chunks_total": "chunks", "bytes": "stored_bytes"}
 """Names that would break a rule of Prometheus: a gauge does not end in total, and bytes are of something."""
 
@@ -88,7 +91,7 @@ _CLIENT_BOUNDS_NS = (*(1 << bits for bits in range(9, 20)), *(1 << bits for bits
 1 s. With as many as the segment's, 64 clients would have 6,900 series."""
 
 _Labels = tuple[str, ...]
-_Row = tuple[_Labels, Mapping[str, int]]
+_Row = tuple[_Labels, Mapping[str, int | None]]
 
 
 class SegmentCollector(Collector):
@@ -140,14 +143,15 @@ def _pools(client: "Client") -> Iterator[_Row]:
 def rows_of(
     prefix: str, statistics: Mapping[str, str], labels: list[str], rows: Iterable[_Row]
 ) -> Iterator[Metric]:
-    """Return a family for each of the `statistics` (names and helps), with a sample for each row."""
+    """Return a family for each of the `statistics` (names and helps), with a sample for each row with it."""
     rows = list(rows)
     for name, words in statistics.items():
         if name in _IDENTITY:
             continue
         family = _family(prefix, name, words, labels)
         for values, numbers in rows:
-            family.add_metric(values, _scaled(name, numbers[name]))
+            if (number := numbers.get(name)) is not None:
+                family.add_metric(values, _scaled(name, number))
         yield family
 
 
@@ -235,6 +239,9 @@ def _manager(paths: SegmentPaths) -> Iterator[Metric]:
         family = _family("tmem_manager_", name, "Done by the manager since it started.", [])
         family.add_metric([], _scaled(name, value))
         yield family
+    tiers = ping.get("tiers")  # an earlier version has none
+    rows = [((name,), figures) for name, figures in tiers.items()] if isinstance(tiers, dict) else []
+    yield from rows_of("tmem_client_", described(TierFigures), ["client"], rows)
     up = GaugeMetricFamily("tmem_service_up", "Whether a service runs.", labels=["service"])
     starts = CounterMetricFamily(
         "tmem_service_starts", "How often the manager started a service.", labels=["service"]

@@ -34,6 +34,7 @@ from tmem.backends.resizing import Resizer
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
 from tmem.backends.settling import Settler, Wanted
 from tmem.backends.supervisor import Supervisor
+from tmem.backends.tierlooks import TierFigures
 from tmem.errors import ServiceError, TmemError
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ class _Manager:
         self._complaint = ""
         self._tier_problems: dict[str, str] = {}
         """Why pages of clients stay in memory although they have a tier, by the client's name."""
+        self._tiers: Callable[[], dict[str, TierFigures]] = dict
+        """Says what was seen of tiers last; it waits for none."""
         self._stopping = False
         self.renewed = False
         self._operations: dict[str, Callable[[dict[str, object]], Awaitable[dict[str, object]]]] = {
@@ -253,6 +256,7 @@ class _Manager:
     async def _demote(self) -> None:
         """Move cold persistent pages to the tiers of their clients (`demotion`), and back."""
         demotion = Demotion(self._paths, self._segment, room=Room(self._segment))
+        self._tiers = demotion.tiers
         complaint = ""
         try:
             while True:
@@ -321,6 +325,7 @@ class _Manager:
             "segment": self._paths.name,
             "complaint": self._complaint,
             "tier_problems": self._tier_problems,
+            "tiers": {name: asdict(figures) for name, figures in self._tiers().items()},
             "statistics": asdict(self.statistics)
             | asdict(self._resizer.statistics)
             | asdict(self._compactor.statistics),

@@ -20,9 +20,9 @@ How the store uses a tier (docs/concurrency.md has the whole protocol):
 
 What an implementation must be:
 
-- **One writer, many readers.** `write`, `begin` and what it returned, `retain` and `destroy` are called by
-  one thread at a time of the one process that opened the tier with `writer=True`; `read` by any thread of any
-  process that opened it, at the same time as everything else.
+- **One writer, many readers.** `write`, `begin` and what it returned, `retain`, `check` and `destroy` are
+  called by one thread at a time of the one process that opened the tier with `writer=True`; `read` by any
+  thread of any process that opened it, at the same time as everything else.
 - **Atomic and durable batches.** Either `write` returns, and from then on every reader finds every record at
   its location until a `retain` without it, or it raises, and nothing of the batch is named by anybody.
 - **Batches that overlap.** `begin` and `Writing.end` are the two halves of `write`, so that the next batch is
@@ -35,7 +35,7 @@ What an implementation must be:
   on. After it was opened a writer calls `retain` before its first `write`.
 - **Never another's.** A tier is opened for one `TierIdentity`; what belongs to another (another segment,
   the client of that number before) is refused with `TierCorruptError` or not seen, never returned.
-- **Bounded.** `read` and `write` raise `TierDownError` after a time of their own, and do not hang.
+- **Bounded.** `read`, `write` and `check` raise `TierDownError` after a time of their own, and do not hang.
 
 Synchronous and without any I/O framework; the contract's tests are `tests/backends/tiers/contract.py`.
 """
@@ -82,6 +82,8 @@ class TierStatistics:
     """Room that they take up there, with everything that is lost around them."""
     capacity_bytes: int | None = None
     """Room that there is in all; None if the tier does not know."""
+    free_bytes: int | None = None
+    """What is left of that; of servers others take some, too."""
     written_records: int = 0
     written_bytes: int = 0
     read_records: int = 0
@@ -153,6 +155,13 @@ class Tier(Protocol):
 
         `live` may name locations that were never written here (a slot read while it changed): they cost
         room at most until the next call. Raises `TierDownError`; then nothing in `live` was forgotten.
+        """
+        ...
+
+    def check(self) -> None:
+        """Ask whether it is there and may be trusted with pages: little work, as often as every few seconds.
+
+        Raises `TierDownError`, with what to do.
         """
         ...
 

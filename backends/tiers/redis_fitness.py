@@ -23,6 +23,11 @@ class Memory:
     maximum_bytes: int | None
     """The sum of maxmemory; None if one of them has no limit."""
 
+    @property
+    def free_bytes(self) -> int | None:
+        """What is left up to `maximum_bytes`."""
+        return None if self.maximum_bytes is None else max(self.maximum_bytes - self.used_bytes, 0)
+
 
 class Fitness:
     """Watches the servers behind `nodes`; `clock` is a monotonic clock in seconds."""
@@ -39,7 +44,6 @@ class Fitness:
         if self._clock() < self._next:
             return
         self.look()
-        self._next = self._clock() + CHECK_SECONDS
 
     def look(self) -> None:
         """Ask all servers now. TierDownError as `check`."""
@@ -70,6 +74,7 @@ class Fitness:
                 limited = limited and limit > 0
         self.memory = Memory(used, maximum if limited else None)
         self._check_replicas(primaries)
+        self._next = self._clock() + CHECK_SECONDS
 
     def _check_replicas(self, primaries: list[str]) -> None:
         nodes = self._nodes

@@ -121,7 +121,8 @@ class RedisTier:
 
     def check(self) -> None:
         """Raise TierDownError, with what to do, if pages should not be trusted to the servers now."""
-        self._fitness.look()
+        with self._counting():
+            self._fitness.look()
 
     def write(self, records: Sequence["Buffer"]) -> list[int]:
         """See the contract. Also raises TierDownError while the servers are not fit (`redis_fitness`)."""
@@ -221,6 +222,7 @@ class RedisTier:
                 records=sum(value.live.bit_count() for value in kept),
                 used_bytes=sum(value.size_bytes for value in kept) + len(kept) * values.KEY_OVERHEAD_BYTES,
                 capacity_bytes=memory.maximum_bytes if memory else None,
+                free_bytes=memory.free_bytes if memory else None,
                 server_used_bytes=memory.used_bytes if memory else None,
                 values=len(kept),
                 **self._counts,

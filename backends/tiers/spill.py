@@ -266,12 +266,25 @@ class SpillFile:
         self._nused = used.count(1) - 1
         self._live_records = len(live)
 
+    def check(self) -> None:
+        """Read its first block, and look whether servers find it at its path, as `Tier.check`."""
+        try:
+            if not _stands_at(self.path, self._descriptor):
+                raise TierDownError(f"{self.path} is gone, or another file: bring the client's own back")
+            _head_of(self._descriptor, self.path)
+        except (OSError, TierError) as error:
+            self._failures += 1
+            words = str(error) if isinstance(error, TierError) else _failed(self.path, "reached", error)
+            raise TierDownError(words) from None
+
     def statistics(self) -> TierStatistics:
         """Return what is known, as `Tier.statistics`."""
+        used_bytes, capacity_bytes = self._nused * BLOCK_BYTES, self.size_bytes - BLOCK_BYTES
         return TierStatistics(
             records=self._live_records,
-            used_bytes=self._nused * BLOCK_BYTES,
-            capacity_bytes=self.size_bytes - BLOCK_BYTES,
+            used_bytes=used_bytes,
+            capacity_bytes=capacity_bytes,
+            free_bytes=capacity_bytes - used_bytes,
             written_records=self._written,
             written_bytes=self._written_bytes,
             read_records=self._read,

@@ -193,6 +193,8 @@ _OF_THE_MANAGER = {
     "tmem_service_starts_total",
 }
 """These come from a manager; tests/cli/test_metrics.py sees them."""
+_OF_TIERS = "tmem_client_tier_"
+"""So do these; tests/cli/test_metrics.py sees all of them."""
 _OF_MOUNTS = "tmem_mount_"
 """These come from mounts; tests/fs/test_mount_metrics.py sees them."""
 
@@ -210,7 +212,7 @@ def test_what_dashboard_and_rules_ask_for_exists(busy: _native.Segment, expressi
     names = re.findall(r"\btmem_[a-z_]+", expression)
     assert names
     for name in names:
-        assert name in found or name in _OF_THE_MANAGER or name.startswith(_OF_MOUNTS), name
+        assert name in found or name in _OF_THE_MANAGER or name.startswith((_OF_MOUNTS, _OF_TIERS)), name
     for name, selector in re.findall(r"\b(tmem_[a-z_]+)\{([^}]*)\}", expression):
         for label, value in re.findall(r'(\w+)="([^"]*)"', selector):
             present = {dict(labels).get(label) for labels in found.get(name, {})}

@@ -7,15 +7,18 @@ import signal
 import socket
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tmem.backends import segment
 from tmem.backends.exporter import MOST_CLIENTS
 
 from .conftest import Tmem
 
 Eventually = Callable[..., None]
+MONITORING = Path(__file__).parents[2] / "docs" / "monitoring"
 
 
 @pytest.fixture
@@ -65,6 +68,43 @@ def test_a_scrape_has_the_segment_the_manager_and_its_services(served: int) -> N
     assert value(text, 'tmem_service_starts_total{service="metrics"}') >= 1
     assert "tmem_manager_populated_bytes_total" in text
     assert "tmem_get_seconds_bucket" in text
+
+
+def test_a_scrape_has_tiers(served: int, tmem: Tmem, tmp_path: Path, eventually: Eventually) -> None:
+    """All that rules and dashboard ask for; one that goes is down within seconds, for whoever looks."""
+    with closing(segment.attach("default")) as opened:
+        opened.client("web").new_pool(persistent=True)
+        opened.client("plain").new_pool(persistent=True)
+    assert "tmem_client_tier_up{" not in scrape(served)
+    file = tmp_path / "spill"
+    assert tmem("set", "web", "--tier", str(file), "--tier-size", "1M").status == 0
+
+    def told(name: str) -> float | None:
+        match = re.search(rf'^tmem_client_tier_{name}{{client="web"}} (\S+)$', scrape(served), re.MULTILINE)
+        return match and float(match[1])
+
+    eventually(lambda: told("up") == 1)
+    assert (told("capacity_bytes"), told("free_bytes"), told("used_bytes")) == (1044480, 1044480, 0)
+    assert (told("records"), told("refused_batches_total"), told("failures_total")) == (0, 0, 0)
+    assert (told("written_records_total"), told("written_bytes_total")) == (0, 0)
+    assert 0 <= (told("age_seconds") or 0) < 60
+    asked = "".join(path.read_text() for path in MONITORING.iterdir())
+    for name in {*re.findall(r"tmem_client_tier_(\w+)", asked)}:
+        assert told(name) is not None, name
+    text = scrape(served)
+    assert "tier_down" not in text
+    assert 'tmem_client_tier_up{client="plain"}' not in text
+    listed = json.loads(tmem("list", "web", "--json").out)["clients"][0]
+    assert (listed["tier_up"], listed["tier_down"], listed["tier_free_bytes"]) == (True, "", 1044480)
+    assert "(0% of 1020K is full)" in tmem("list", "web").out
+    assert " tier " not in tmem("top", "--once", "-d", "0.1").out
+    file.rename(tmp_path / "away")
+    eventually(lambda: told("up") == 0)
+    assert told("failures_total") == 1
+    assert f"the tier is down: {file} " in tmem("list", "web").out
+    assert "  1 tier down " in tmem("top", "--once", "-d", "0.1").out
+    (tmp_path / "away").rename(file)
+    eventually(lambda: told("up") == 1)
 
 
 @pytest.mark.usefixtures("root")

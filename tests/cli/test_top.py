@@ -178,6 +178,21 @@ def test_what_has_no_room_is_told_and_can_be_reached(looks: tuple[Look, Look]) -
     assert "web1" in "\n".join(drawn(frame(looks), View(first=3), 80, 20))
 
 
+def test_tiers_in_trouble_are_told_beside_the_name(looks: tuple[Look, Look]) -> None:
+    def tier(free: int | None, up: bool = True) -> dict[str, object]:
+        return {"tier_up": up, "tier_free_bytes": free, "tier_capacity_bytes": 1000}
+
+    for tiers, words in (
+        ([tier(100), tier(None)], ""),
+        ([tier(99), tier(100)], "1 tier nearly full"),
+        ([tier(0), tier(99)], "2 tiers nearly full"),
+        ([tier(0), tier(500, up=False)], "1 tier down"),
+    ):
+        lines = drawn(frame(looks, tiers=dict(enumerate(tiers))), View(), 80, 24)
+        assert re.fullmatch(f"tmem default +{words} +manager 4711 .*", lines[0]), lines[0]
+        assert len(lines) <= 24
+
+
 def test_plain_terminals_get_plain_characters(looks: tuple[Look, Look]) -> None:
     lines = drawn(frame(looks, manager_pid=None), View(paused=True, help=True), 80, 30, blocks=False)
     assert all(line.isascii() for line in lines)

@@ -1,7 +1,8 @@
 """Memory runs out under load: writes are refused, pages stay, reads go on, and room that returns is used.
 
 Three bounds: the segment itself, the tmpfs that it lies on, and the control group of who serves the device.
-There are no tiers yet, so no spill file's disk can be full.
+Pages that go to tiers meanwhile are in `test_tiers`. A spill file has all of its size from the first, so a
+disk that is full is met when one is made: tests/backends/tiers/test_spill.py.
 """
 
 import contextlib

@@ -24,6 +24,7 @@ from tmem.backends.statistics import (
     SegmentStatistics,
     Timing,
 )
+from tmem.backends.tierlooks import TierFigures
 from tmem.cli.clients import attached, find_client, state_word
 from tmem.cli.columns import bold, columns_of, drawn, widths_of
 from tmem.cli.context import client_names, segment_name
@@ -78,11 +79,14 @@ def describe(
     """Return the state of the segment and of `clients` in the shape of ``list --json``."""
     memory = asdict(SegmentStatistics.from_dict(opened.statistics()))
     memory["freeable_bytes"] = opened.freeable_bytes()
-    pid, manager, problems = _manager(paths)
+    pid, manager, problems, tiers = _manager(paths)
+    unknown = dict.fromkeys(field.name for field in fields(TierFigures))
     described = []
     for client in sorted(clients, key=lambda client: client.name):
         try:
-            described.append({**_client(paths, client), "tier_problem": problems.get(client.name)})
+            name = client.name
+            told = {"tier_problem": problems.get(name), **unknown, **tiers.get(name, {})}
+            described.append({**_client(paths, client), **told})
         except PoolError:
             continue  # it ended while we looked
     return {
@@ -134,19 +138,18 @@ def _pool(pool: "_native.Pool") -> dict[str, object]:
     }
 
 
-def _manager(paths: SegmentPaths) -> tuple[int | None, dict[str, int], dict[str, str]]:
-    """Return the manager's process, what it has done (`manager.ManagerStatistics`, `ResizeStatistics`), and
-    why pages of clients stay in memory that have a tier."""
+def _manager(
+    paths: SegmentPaths,
+) -> tuple[int | None, dict[str, int], dict[str, str], dict[str, dict[str, object]]]:
+    """Return the manager's process, what it has done (`manager.ManagerStatistics`, `ResizeStatistics`),
+    why pages of clients stay in memory that have a tier, and `TierFigures` of those tiers."""
     try:
         pid, answer = service.ping(paths, timeout_s=2)
     except ServiceError:
-        return None, {}, {}
-    statistics, problems = answer.get("statistics"), answer.get("tier_problems")
-    return (
-        pid,
-        statistics if isinstance(statistics, dict) else {},
-        problems if isinstance(problems, dict) else {},
-    )
+        return None, {}, {}, {}
+    found = [answer.get(name) for name in ("statistics", "tier_problems", "tiers")]
+    statistics, problems, tiers = (one if isinstance(one, dict) else {} for one in found)
+    return pid, statistics, problems, tiers
 
 
 def _show(state: Mapping[str, object], long: bool) -> None:
@@ -178,10 +181,20 @@ def _show(state: Mapping[str, object], long: bool) -> None:
             trouble = f", {unreachable} gets could not reach it" if unreachable else ""
             if problem := client["tier_problem"]:
                 trouble += f"; pages stay in memory: {problem}"
-            there = f"{format_size(pages * PAGE_SIZE)} of pages in {client['tier']}"
+            elif down := client["tier_down"]:
+                trouble += f"; the tier is down: {down}"
+            there = f"{format_size(pages * PAGE_SIZE)} of pages in {client['tier']}{_fullness(client)}"
             click.echo(f"{client['name']} has {there}{trouble}")
     if long:
         _show_counts(state)
+
+
+def _fullness(client: Mapping[str, Any]) -> str:
+    """Return how full a client's tier is, as far as that is known."""
+    free, capacity = client["tier_free_bytes"], client["tier_capacity_bytes"]
+    if free is None or not capacity:
+        return ""
+    return f" ({100 * (capacity - free) / capacity:.0f}% of {format_size(capacity)} is full)"
 
 
 def _table(clients: list[Mapping[str, object]], segment_mode: str, width: int) -> Iterator[str]:

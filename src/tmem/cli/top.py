@@ -15,7 +15,7 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -97,7 +97,7 @@ class Watcher:
         self.interval_s = interval_s
         self._paths, self._opened, self._clock_ns = paths, opened, clock_ns
         self._pinged_ns = 0
-        self._pid = self._ping()
+        self._ping()
         self._before = self._now = sampling.take(opened, clock_ns)
         self._pressure_before = self._pressure = sampling.pressure()
         self._mounts: mountwatch.MountWatcher | None = None
@@ -109,7 +109,7 @@ class Watcher:
         self._before, self._pressure_before = self._now, self._pressure
         self._now, self._pressure = sampling.take(self._opened, self._clock_ns), sampling.pressure()
         if self._now.at_ns - self._pinged_ns > _PING_EVERY_S * 1e9:
-            self._pid = self._ping()
+            self._ping()
 
     def ask_mounts(self) -> mountwatch.MountWatcher:
         """Have the mounts asked, which does not wait for them."""
@@ -137,14 +137,19 @@ class Watcher:
             self._pressure_before,
             self._pressure,
             self.mounts,
+            self._tiers,
         )
 
-    def _ping(self) -> int | None:
+    def _ping(self) -> None:
         self._pinged_ns = self._clock_ns()
+        self._pid: int | None = None
+        self._tiers: dict[str, dict[str, Any]] = {}
         try:
-            return service.ping(self._paths, _PING_TIMEOUT_S)[0]
+            self._pid, answer = service.ping(self._paths, _PING_TIMEOUT_S)
         except ServiceError:
-            return None
+            return
+        if isinstance(tiers := answer.get("tiers"), dict):
+            self._tiers = tiers
 
 
 def _print_frames(console: "Console", watcher: Watcher, view: "View", count: int) -> None:

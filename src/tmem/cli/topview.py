@@ -4,8 +4,9 @@ Made for 80 columns; a wider terminal shows more. Pure: from numbers to what ric
 no terminal. Letters that are underlined in the headings are the keys that sort by that column.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -75,6 +76,8 @@ class Frame:
     pressure: Pressure
     mounts: Looks = UNASKED
     """What mounts have told, if anybody asked."""
+    tiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the manager has seen of tiers, by client: `TierFigures`."""
 
 
 def draw(frame: Frame, view: View, width: int, height: int | None, blocks: bool = True) -> RenderableType:
@@ -136,10 +139,25 @@ def _title(frame: Frame, view: View, width: int) -> Text:
         left.append(f"  {frame.now.mode}", style="bold yellow")
     if view.paused:
         left.append("  paused", style="bold yellow")
+    left.append(_tiers(frame.tiers))
     right = f"{manager}   every {frame.interval_s:g} s   {frame.clock}"
     left.append(" " * max(width - len(left) - len(right), 1))
     left.append(right, style="red" if frame.manager_pid is None else "dim")
     return left
+
+
+def _tiers(tiers: Mapping[str, Mapping[str, Any]]) -> Text:
+    """Return how many tiers are down, or else nearly full, if some are; `tmem list` says which."""
+    down = full = 0
+    for one in tiers.values():
+        free, capacity = one.get("tier_free_bytes"), one.get("tier_capacity_bytes")
+        if not one.get("tier_up"):
+            down += 1
+        elif free is not None and capacity and free < capacity / 10:
+            full += 1
+    if down:
+        return Text(f"  {down} tier{'s' if down > 1 else ''} down", style="bold red")
+    return Text(f"  {full} tier{'s' if full > 1 else ''} nearly full" if full else "", style="bold yellow")
 
 
 def _memory(now: Look, width: int, blocks: bool) -> Text:

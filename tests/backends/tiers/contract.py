@@ -187,6 +187,18 @@ class TierContract:
         check(tier, list(few), list(few.values()))
         tier.close()
 
+    def test_it_tells_whether_it_is_there_and_how_full(self, tier: Tier) -> None:
+        tier.check()
+        tier.write(records(0, 20))
+        tier.check()
+        told = tier.statistics()
+        assert (told.failures, told.records) == (0, 20)
+        assert told.used_bytes > 0
+        if told.capacity_bytes is not None:
+            assert told.free_bytes is not None
+            assert 0 <= told.free_bytes <= told.capacity_bytes - told.used_bytes
+        tier.close()
+
     def test_readers_elsewhere_find_it(self, tier: Tier, world: World) -> None:
         before = records(0, 5)
         locations = tier.write(before)

@@ -17,7 +17,7 @@ class Faults:
     """What goes wrong from now on; counts go down with each time."""
 
     down: int = 0
-    """So many calls of write, read and retain raise `TierDownError`, before anything is done."""
+    """So many calls of write, read, check and retain raise `TierDownError`, before anything is done."""
     full: int = 0
     """So many writes raise `TierFullError`."""
     lost_acknowledgements: int = 0
@@ -96,6 +96,9 @@ class FaultyTier:
     def retain(self, live: Sequence[int]) -> None:
         self._may_be_down()
         self._inner.retain(live)
+
+    def check(self) -> None:
+        self._may_be_down()
 
     def statistics(self) -> TierStatistics:
         return self._inner.statistics()

@@ -67,6 +67,9 @@ class MemoryTier:
             for location in self._shelf.records.keys() - set(live):
                 self._shelf.stale[location] = self._shelf.records.pop(location)[::-1]
 
+    def check(self) -> None:
+        pass
+
     def statistics(self) -> TierStatistics:
         with self._shelf.lock:
             return TierStatistics(
