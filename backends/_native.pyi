@@ -24,12 +24,39 @@ def pack(records: list[Buffer], size_bytes: int, most: int, /) -> list[bytes]:
     At most `size_bytes` long, with at most `most` (255) records. ValueError for a record that is too long.
     """
 
-def unpack(read: bytes, start: int, end: int) -> tuple[list[bytes | None], list[int], bool]:
+def unpack(read: Buffer, start: int, end: int, /) -> tuple[list[bytes | None], int, bool]:
     """Return the records of the value that `read` holds from `start` to `end` (`tiers.redis_values`).
 
-    The records by place, None where there is none (of a damaged value those that are whole); where the
-    record of each place begins in `read`, and where the last one ends; and whether any is None.
+    The records by place, None where there is none (of a damaged value those that are whole); how many bytes
+    they are together; and whether any is None.
     """
+
+def runs(locations: list[int], most: int, /) -> list[tuple[int, int, int, int]]:
+    """Return where in `locations` neighbours in one value of `most` places begin.
+
+    For each: where that is in the list, the number of the value, the place of the first, and how many.
+    """
+
+def resp_encode(
+    commands: list[tuple[bytes | str | int | float, ...]], sent_bytes: int, copied_bytes: int, /
+) -> list[list[bytes]]:
+    """Return what to send to a Redis server for the commands, as lists of what one call of the kernel takes.
+
+    Each but the last is at least `sent_bytes`, or as many pieces as the kernel takes. Words of `copied_bytes`
+    are the caller's own objects, shorter ones are put together.
+    """
+
+def resp_answers(
+    read: Buffer, start: int, end: int, most: int, taken: Callable[[Buffer, int, int], object] | None, /
+) -> tuple[list[object], int]:
+    """Return the answers that are whole from `start` on before `end`, `most` at most, and where they end.
+
+    Of values `taken(read, start, end)`, all of it as bytes if that is None; of a value that is not there
+    None; of numbers int; of a status bytes. Ends before whatever else comes, as an error: the caller's.
+    """
+
+def resp_slot(key: bytes, /) -> int:
+    """Return the hash slot of a key in a Redis cluster, of its tag in braces if it has one."""
 
 def checksum(data: Buffer) -> int:
     """XXH3 of `data`, 64 bits; what save files and handoffs are protected with. Releases the GIL."""

@@ -116,6 +116,12 @@ PyObject *gate_wrap(struct gate *g); /* owns the reference, also if it fails */
 /* py_records.c */
 PyObject *records_pack(PyObject *module, PyObject *args); /* functions of the module */
 PyObject *records_unpack(PyObject *module, PyObject *args);
+PyObject *records_runs(PyObject *module, PyObject *args);
+
+/* py_resp.c */
+PyObject *resp_encode(PyObject *module, PyObject *args); /* functions of the module */
+PyObject *resp_answers(PyObject *module, PyObject *args);
+PyObject *resp_slot(PyObject *module, PyObject *key);
 
 #define GIL_PAGES 16 /* from here on compression takes longer than handing over the GIL */
 

@@ -78,43 +78,85 @@ out:
 /* unpack(read, start, end): see _native.pyi. */
 PyObject *records_unpack(PyObject *module, PyObject *args)
 {
-    PyObject *read, *records = NULL, *ends = NULL, *result = NULL;
-    Py_ssize_t start, end, size, whole = 0, at, sum;
+    PyObject *read, *records = NULL, *result = NULL;
+    Py_ssize_t start, end, whole = 0, at, sum;
     bool sparse = false;
-    char *bytes;
+    Py_buffer view;
     (void)module;
-    if (!PyArg_ParseTuple(args, "Snn:unpack", &read, &start, &end) || PyBytes_AsStringAndSize(read, &bytes, &size))
+    if (!PyArg_ParseTuple(args, "Onn:unpack", &read, &start, &end) || PyObject_GetBuffer(read, &view, PyBUF_SIMPLE))
         return NULL;
-    if (start < 0 || start > end || end > size) {
+    if (start < 0 || start > end || end > view.len) {
         PyErr_SetString(PyExc_ValueError, "the value must lie in what was read");
-        return NULL;
+        goto out;
     }
+    const char *bytes = view.buf;
     const uint8_t *value = (const uint8_t *)bytes + start, *length = value + 1;
     Py_ssize_t count = start < end ? value[0] : 0;
-    at = sum = start + 1 + 2 * count;
+    const Py_ssize_t first = start + 1 + 2 * count;
+    at = sum = first;
     if (at > end)
         count = 0;
     while (whole < count && sum + (length[2 * whole] | length[2 * whole + 1] << 8) <= end) {
         sum += length[2 * whole] | length[2 * whole + 1] << 8;
         whole++;
     }
-    if (!(records = PyList_New(whole)) || !(ends = PyList_New(whole + 1)))
+    if (!(records = PyList_New(whole)))
         goto out;
-    for (Py_ssize_t i = 0; i <= whole; i++) {
-        PyObject *place = PyLong_FromSsize_t(at), *record;
-        if (!place || PyList_SetItem(ends, i, place) || i == whole)
-            break;
+    for (Py_ssize_t i = 0; i < whole; i++) {
         Py_ssize_t n = length[2 * i] | length[2 * i + 1] << 8;
-        sparse = sparse || !n;
-        record = n ? PyBytes_FromStringAndSize(bytes + at, n) : Py_NewRef(Py_None);
+        PyObject *record = n ? PyBytes_FromStringAndSize(bytes + at, n) : Py_NewRef(Py_None);
         if (!record || PyList_SetItem(records, i, record))
-            break;
+            goto out;
+        sparse = sparse || !n;
         at += n;
     }
-    if (!PyErr_Occurred())
-        result = Py_BuildValue("OOO", records, ends, sparse ? Py_True : Py_False);
+    result = Py_BuildValue("OnO", records, sum - first, sparse ? Py_True : Py_False);
 out:
+    PyBuffer_Release(&view);
     Py_XDECREF(records);
-    Py_XDECREF(ends);
     return result;
+}
+
+/* runs(locations, most): see _native.pyi. */
+PyObject *records_runs(PyObject *module, PyObject *args)
+{
+    PyObject *locations, *runs = NULL;
+    Py_ssize_t most;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!n:runs", &PyList_Type, &locations, &most))
+        return NULL;
+    if (most < 1) {
+        PyErr_SetString(PyExc_ValueError, "a value holds at least one record");
+        return NULL;
+    }
+    if (!(runs = PyList_New(0)))
+        return NULL;
+    const Py_ssize_t n = PyList_Size(locations);
+    long long first = 0, next = -1;
+    for (Py_ssize_t start = 0, i = 0; i <= n; i++) {
+        long long location = i < n ? PyLong_AsLongLong(PyList_GetItem(locations, i)) : -1;
+        if (location < 0 && i < n) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_ValueError, "a location is not negative");
+            goto failed;
+        }
+        if (i && location == next && location % most) {
+            next++;
+            continue;
+        }
+        if (i) {
+            PyObject *run = Py_BuildValue("nLLn", start, first / most, first % most, i - start);
+            int rc = run ? PyList_Append(runs, run) : -1;
+            Py_XDECREF(run);
+            if (rc)
+                goto failed;
+        }
+        start = i;
+        first = location;
+        next = location + 1;
+    }
+    return runs;
+failed:
+    Py_DECREF(runs);
+    return NULL;
 }

@@ -29,7 +29,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tmem.backends.tiers.redis_wire import Reply, Taken, Wire, Word, whole
+from tmem.backends.tiers.redis_wire import Reply, Taken, Wire, Word
 from tmem.errors import TierDownError, TierError, TierFullError
 
 _PASSING = (MovedError, AskError, TryAgainError, ClusterDownError, ReadOnlyError, BusyLoadingError)
@@ -73,7 +73,7 @@ class Exchange:
         group: Sequence[Open],
         demanded: int,
         seconds: float,
-        taken: Taken = whole,
+        taken: Taken | None = None,
         replica: bool = False,
     ) -> None:
         self.name = name
@@ -118,7 +118,7 @@ class Exchange:
         try:
             if self._pool is not None:
                 self._connection = self._pool.get_connection()
-                self._wire = Wire(self._connection, commands, len(commands), self._taken)
+                self._wire = Wire(self._connection, commands, self._taken)
         except FAILURES as error:
             self._broken(error)
         self.reached = self._wire is not None
@@ -155,8 +155,9 @@ class Exchange:
         assert self._wire is not None
         self.be_patient()
         try:
-            for answer in self._wire.receive():
-                self._meaning.send(answer)
+            for answers in self._wire.receive():
+                for answer in answers:
+                    self._meaning.send(answer)
         except StopIteration:
             self._end()
         except FAILURES as error:

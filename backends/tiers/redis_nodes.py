@@ -24,11 +24,11 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
-from redis.crc import key_slot
 from redis.credentials import CredentialProvider
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
+from tmem.backends import _native
 from tmem.backends.tiers.redis_exchange import (
     FAILURES,
     Command,
@@ -40,7 +40,7 @@ from tmem.backends.tiers.redis_exchange import (
     talk,
 )
 from tmem.backends.tiers.redis_url import RedisAddress
-from tmem.backends.tiers.redis_wire import Reply, Taken, Word, whole
+from tmem.backends.tiers.redis_wire import Reply, Taken, Word
 from tmem.errors import TierDownError, TierError
 
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.02, 0.25
@@ -73,7 +73,7 @@ class Nodes:
         *,
         replicated: bool = False,
         anywhere: bool = False,
-        taken: Taken = whole,
+        taken: Taken | None = None,
     ) -> list[Reply]:
         """Do the commands and return the answer of each, in order: of a value what `taken` makes of it.
 
@@ -92,7 +92,7 @@ class Nodes:
         *,
         replicated: bool = False,
         anywhere: bool = False,
-        taken: Taken = whole,
+        taken: Taken | None = None,
     ) -> "Running":
         """Send the commands as far as that goes at once; the rest of `run` is `Running.end`.
 
@@ -195,12 +195,12 @@ class Nodes:
         self, wanted: list[Open], replies: list[Reply], replicated: bool, troubles: list[str]
     ) -> list[Open]:
         """Try every command once; return those that must be tried again, and say why in `troubles`."""
-        exchanges, left = self.exchanges(wanted, replicated, troubles, whole)
+        exchanges, left = self.exchanges(wanted, replicated, troubles, None)
         exchange_all(exchanges, replies)
         return left + self.left_of(exchanges, troubles)
 
     def exchanges(
-        self, wanted: list[Open], replicated: bool, troubles: list[str], taken: Taken
+        self, wanted: list[Open], replicated: bool, troubles: list[str], taken: Taken | None
     ) -> tuple[list[Exchange], list[Open]]:
         """Return what to say to whom, and what nobody can be told now."""
         groups: dict[str, list[Open]] = {}
@@ -217,7 +217,7 @@ class Nodes:
             return [], wanted
         exchanges = []
         for name, group in groups.items():
-            demanded = self.demanded_of(name, key_slot(group[0].command.key)) if replicated else 0
+            demanded = self.demanded_of(name, _native.resp_slot(group[0].command.key)) if replicated else 0
             exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds, taken))
         return self._sorted(exchanges), []
 
@@ -249,7 +249,7 @@ class Nodes:
                 troubles.append(f"{exchange.name}: {exchange.trouble}")
         return left
 
-    def ask_replicas(self, wanted: list[Open], replies: list[Reply], taken: Taken) -> list[Open]:
+    def ask_replicas(self, wanted: list[Open], replies: list[Reply], taken: Taken | None) -> list[Open]:
         """Ask for each command every replica that there is of its slot; return those without an answer."""
         cluster = self._cluster
         if cluster is None:
@@ -261,7 +261,7 @@ class Nodes:
             groups: dict[str, list[Open]] = {}
             others = []
             for one in left:
-                nodes = slots.get(key_slot(one.command.key), ())
+                nodes = slots.get(_native.resp_slot(one.command.key), ())
                 if one.asked is None and rank < len(nodes):
                     groups.setdefault(nodes[rank].name, []).append(one)
                 else:
@@ -284,7 +284,7 @@ class Nodes:
             (only,) = self.primaries()
             return lambda _key: only
         slots = cluster.nodes_manager.slots_cache
-        return lambda key: slots[key_slot(key)][0].name
+        return lambda key: slots[_native.resp_slot(key)][0].name
 
     def _pools(self) -> dict[str, redis.ConnectionPool]:
         cluster = self._connected()
@@ -353,7 +353,7 @@ class Running:
         traffic: Traffic,
         replicated: bool,
         anywhere: bool,
-        taken: Taken,
+        taken: Taken | None,
     ) -> None:
         self._nodes = nodes
         self._traffic = traffic

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from tmem.backends import _native
 from tmem.backends.tiers import redis_values as values
 from tmem.backends.tiers.contract import TierIdentity, TierStatistics
 from tmem.backends.tiers.redis_exchange import Command, Traffic
@@ -176,17 +177,16 @@ class RedisTier:
 
     def _read(self, locations: Sequence[int]) -> list[bytes | None]:
         wanted: dict[int, list[tuple[int, int, int]]] = {}
-        for at, count in _runs(locations):
-            number, place = divmod(locations[at], values.MAX_RECORDS)
+        for at, number, place, count in _native.runs(list(locations), values.MAX_RECORDS):
             wanted.setdefault(number, []).append((at, place, count))
         found: list[bytes | None] = [None] * len(locations)
         there = length = 0
-        for number, (records, ends, sparse) in self._fetch(list(wanted)):
+        for number, (records, size_bytes, sparse) in self._fetch(list(wanted)):
             for at, place, count in wanted[number]:
                 some = records[place : place + count]
                 found[at : at + len(some)] = some
                 there += len(some) - (some.count(None) if sparse else 0)
-                length += ends[place + len(some)] - ends[place] if some else 0
+                length += size_bytes if len(some) == len(records) else sum(map(len, filter(None, some)))
         self._count(read_records=there, read_bytes=length, missing=len(found) - there)
         return found
 
@@ -342,9 +342,7 @@ class RedisTier:
                 if cursor == b"0":
                     break
 
-    def _fetch(
-        self, numbers: Sequence[int]
-    ) -> Iterator[tuple[int, tuple[list[bytes | None], list[int], bool]]]:
+    def _fetch(self, numbers: Sequence[int]) -> Iterator[tuple[int, tuple[list[bytes | None], int, bool]]]:
         """Yield the records of each of these values that is there."""
         for start in range(0, len(numbers), _AT_ONCE):
             chunk = numbers[start : start + _AT_ONCE]
@@ -375,22 +373,6 @@ class RedisTier:
         with self._lock:
             for name, number in more.items():
                 self._counts[name] += number
-
-
-def _runs(locations: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield where in `locations` neighbours in one value begin, and how many they are."""
-    start, length, end = 0, 1, len(locations)
-    while start < end:
-        first = locations[start]
-        most = min(values.MAX_RECORDS - first % values.MAX_RECORDS, end - start)
-        length = min(length, most)
-        # As many as before, most likely, which takes a sixth of the time that looking at each does.
-        if list(locations[start : start + length]) != list(range(first, first + length)):
-            length = 1
-        while length < most and locations[start + length] == first + length:
-            length += 1
-        yield start, length
-        start += length
 
 
 _COUNTS = (

@@ -10,38 +10,32 @@ Not for what answers mean, nor for who is asked: `redis_exchange`. Threading: a 
 
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError, InvalidResponse
+
+from tmem.backends import _native
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Word = bytes | str | int | float
 Reply = Any
 """What Redis answers: bytes, a number, None, an exception; a list of these where the package reads it."""
 
-
-Taken = Callable[[bytes, int, int], Reply]
+Taken = Callable[["Buffer", int, int], Reply]
 """Makes an answer of a value: of what was read, from where to where it is the value. Copies what it wants."""
-
-
-def whole(read: bytes, start: int, end: int) -> bytes:
-    """Take all of a value."""
-    return read[start:end]
-
-
-Parts = list[bytes]
 
 SENT_BYTES = 128 << 10
 """How much is put together for one call of the kernel: what follows is, while servers read that."""
-_SENT_PARTS = 900
-"""The kernel takes 1024."""
 _COPIED_BYTES = 1024
 """Words of fewer bytes are put together, longer ones are sent from where they lie."""
 
 _READ_BYTES = 256 << 10
 """How much is read at a time at most."""
 _LIKELY_BYTES = 33 << 10
-"""Room for one answer that is most likely enough, and more is made if it is not."""
+"""Room for one value, that is most likely enough, and more is made if it is not."""
 _LARGEST_BYTES = 16 << 20
 """A value that is longer than anybody stores is no value."""
 _LONGEST_LINE = 64 << 10
@@ -50,129 +44,103 @@ _NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,17}")
 _BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def encoded(commands: Iterable[tuple[Word, ...]]) -> Iterator[Parts]:
-    """Yield what to send for the commands, in pieces, as much as goes into one call of the kernel."""
-    parts: Parts = []
-    size_bytes = 0
-    for words in commands:
-        head = b"*%d\r\n" % len(words)
-        for word in words:
-            raw = word if isinstance(word, bytes) else str(word).encode()
-            if len(raw) < _COPIED_BYTES:
-                head += b"$%d\r\n%b\r\n" % (len(raw), raw)
-            else:
-                parts += (b"%b$%d\r\n" % (head, len(raw)), raw)
-                size_bytes += len(raw)
-                head = b"\r\n"
-        parts.append(head)
-        size_bytes += len(head)
-        if size_bytes >= SENT_BYTES or len(parts) >= _SENT_PARTS:
-            yield parts
-            parts, size_bytes = [], 0
-    if parts:
-        yield parts
+def encoded(commands: list[tuple[Word, ...]]) -> list[list[bytes]]:
+    """Return what to send for the commands, in pieces, as much as goes into one call of the kernel."""
+    return _native.resp_encode(commands, SENT_BYTES, _COPIED_BYTES)
 
 
 class Inbox:
-    """Cuts what comes in into answers, wherever it was cut before. `error` makes one of the server's text."""
+    """Cuts what comes in into `most` answers, wherever it was cut before.
 
-    def __init__(self, error: Callable[[str], Exception], taken: Taken = whole) -> None:
+    What is read goes to `room`. The core cuts what is whole; `error` makes one of a server's text, and
+    `taken` an answer of a value, or it is all of it.
+    """
+
+    def __init__(self, error: Callable[[str], Exception], most: int, taken: Taken | None = None) -> None:
         self._error = error
+        self._most = most
         self._taken = taken
-        self._kept: list[bytes] = []  # the beginning of an answer
-        self._kept_bytes = 0
-        self._whole_bytes = 0  # how long that answer is; 0: its first line is not there yet
-        self._unseen_bytes = 0  # of the chunk
+        self._buffer = bytearray(_LIKELY_BYTES)
+        self._start = self._end = 0  # of what was read and belongs to no answer yet
+        self._filled = False  # the last read took all the room there was
+        self._whole_bytes = 0  # how long the answer that begins there is; 0: its first line is not there yet
 
     def __len__(self) -> int:
-        return self._kept_bytes + self._unseen_bytes
+        return self._end - self._start
 
-    def answers(self, chunk: bytes) -> Iterator[Reply]:
-        """Yield the answers that are whole with this chunk. InvalidResponse of what is none."""
-        start = 0
-        if self._kept:
-            if not self._whole_bytes:
-                chunk = b"".join((*self._kept, chunk))
+    def room(self) -> memoryview:
+        """Return where to put what is read next: more, once all of it was needed."""
+        size_bytes = max(self._whole_bytes, _READ_BYTES if self._filled else 0, self._end + 1)
+        if size_bytes > len(self._buffer):
+            grown = bytearray(size_bytes)
+            grown[: self._end] = memoryview(self._buffer)[: self._end]
+            self._buffer = grown
+        return memoryview(self._buffer)[self._end :]
+
+    def answers(self, read_bytes: int) -> Iterator[list[Reply]]:
+        """Yield the answers that are whole with so many bytes more. InvalidResponse of what is none."""
+        self._end += read_bytes
+        self._filled = self._end == len(self._buffer)
+        if len(self) < self._whole_bytes:
+            return
+        self._whole_bytes = 0
+        while self._most and self._start < self._end:
+            found, self._start = _native.resp_answers(
+                self._buffer, self._start, self._end, self._most, self._taken
+            )
+            self._most -= len(found)
+            if found:
+                yield found
+            elif (answer := self._odd()) is not None:
+                self._most -= 1
+                yield [answer]
             else:
-                start = self._whole_bytes - self._kept_bytes
-                if start > len(chunk):
-                    self._keep(chunk)
-                    return
-                whole = b"".join((*self._kept, chunk[:start]))
-                self._unseen_bytes = len(chunk) - start
-            self._kept.clear()
-            self._kept_bytes = self._whole_bytes = 0
-            if start:
-                yield self._cut(whole, 0)[0]
-        while start < len(chunk):
-            answer, end = self._cut(chunk, start)
-            if end > len(chunk) or not end:
-                self._whole_bytes, self._unseen_bytes = max(end - start, 0), 0
-                self._keep(chunk[start:])
-                return
-            start, self._unseen_bytes = end, len(chunk) - end
-            yield answer
+                break
+        rest = len(self)
+        self._buffer[:rest] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, rest
 
-    def _keep(self, chunk: bytes) -> None:
-        self._kept.append(chunk)
-        self._kept_bytes += len(chunk)
-        if not self._whole_bytes and self._kept_bytes > _LONGEST_LINE:
-            raise InvalidResponse("an answer without an end")
-
-    def _cut(self, chunk: bytes, start: int) -> tuple[Reply, int]:
-        """Return the answer that begins at `start`, and where it ends. If that is beyond the chunk, or 0
-        because nobody can tell yet, it is none."""
-        line_end = chunk.find(b"\r\n", start)
-        kind = chunk[start]
+    def _odd(self) -> Exception | None:
+        """Return the error that comes next, None of an answer that is not whole."""
+        start = self._start
+        kind, line_end = self._buffer[start], self._buffer.find(b"\r\n", start, self._end)
         if line_end < 0 and kind in _KINDS:
-            return None, 0
-        line, end = chunk[start + 1 : line_end], line_end + 2
+            if len(self) > _LONGEST_LINE:
+                raise InvalidResponse("an answer without an end")
+            return None
+        line, end = bytes(self._buffer[start + 1 : line_end]), line_end + 2
         if kind == _VALUE:
-            if line == b"-1":
-                return None, end
-            length = _number(line)
+            length = int(line) if _NUMBER.fullmatch(line) else -1
             if not 0 <= length <= _LARGEST_BYTES:
-                raise InvalidResponse(f"a value of {length} bytes")
-            first, end = end, end + length + 2
-            if end > len(chunk):
-                return None, end
-            if chunk[end - 2 : end] != b"\r\n":
+                raise InvalidResponse(f"a value of {line[:20]!r} bytes")
+            self._whole_bytes = end + length + 2 - start
+            if self._whole_bytes <= len(self):
                 raise InvalidResponse("a value that does not end")
-            return self._taken(chunk, first, end - 2), end
-        if kind == _INTEGER:
-            return _number(line), end
-        if kind not in (_STATUS, _ERROR) or b"\n" in line or b"\r" in line:
-            raise InvalidResponse(f"{chunk[start : start + 20]!r} is no answer")
-        return line if kind == _STATUS else self._error(line.decode("utf-8", "replace")), end
+            return None
+        if kind != _ERROR or b"\n" in line or b"\r" in line:
+            raise InvalidResponse(f"{bytes(self._buffer[start : start + 20])!r} is no answer")
+        self._start = end
+        return self._error(line.decode("utf-8", "replace"))
 
 
 _KINDS = b"$:+-"
-_VALUE, _INTEGER, _STATUS, _ERROR = _KINDS
-
-
-def _number(line: bytes) -> int:
-    if _NUMBER.fullmatch(line) is None:
-        raise InvalidResponse(f"{line[:20]!r} is no number")
-    return int(line)
+_VALUE, _ERROR = b"$-"
 
 
 class Wire:
-    """`connection`, which is connected and idle, with these commands to send and so many answers to come.
+    """`connection`, which is connected and idle, with these commands to send, each of which has one answer.
 
     Once begun it must come to its end, or the connection be closed.
     """
 
-    def __init__(
-        self, connection: Any, commands: Iterable[tuple[Word, ...]], answers: int, taken: Taken
-    ) -> None:
+    def __init__(self, connection: Any, commands: list[tuple[Word, ...]], taken: Taken | None) -> None:
         self._socket: Any = connection._sock
         self._tls = isinstance(self._socket, ssl.SSLSocket)
         self._timeout_s = self._socket.gettimeout()
         self._socket.settimeout(0)
-        self._chunks = encoded(commands)
+        self._chunks = iter(encoded(commands))
         self._rest = memoryview(b"")  # of a chunk of which the kernel took less
-        self._inbox = Inbox(connection._parser.parse_error, taken)
-        self._read_bytes = min(_LIKELY_BYTES * answers, _READ_BYTES)
+        self._inbox = Inbox(connection._parser.parse_error, len(commands), taken)
         self.sending = True
         """Something is left to be sent."""
 
@@ -202,17 +170,18 @@ class Wire:
             return False
         return True
 
-    def receive(self) -> Iterator[Reply]:
+    def receive(self) -> Iterator[list[Reply]]:
         """Yield the answers that are there, as `Inbox.answers`. ConnectionError, InvalidResponse, OSError."""
         while True:
+            room = self._inbox.room()
             try:
-                chunk = self._socket.recv(self._read_bytes)
+                read_bytes = self._socket.recv_into(room)
             except _BLOCKED:
                 return
-            if not chunk:
+            if not read_bytes:
                 raise ConnectionError("Connection closed by server.")
-            yield from self._inbox.answers(chunk)
-            if len(chunk) < self._read_bytes and not self._tls:
+            yield from self._inbox.answers(read_bytes)
+            if read_bytes < len(room) and not self._tls:
                 return  # what comes now poll will tell, but not what TLS has decrypted already
 
     def end(self) -> None:

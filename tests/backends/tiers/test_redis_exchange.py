@@ -294,7 +294,7 @@ def test_a_call_that_is_interrupted_leaves_no_answers_behind(scripted: Make) -> 
     server = scripted(lambda *_: WHOLE)
     nodes = server.nodes()
 
-    def interrupted(read: bytes, start: int, end: int) -> object:
+    def interrupted(read: object, start: int, end: int) -> object:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from tmem.backends.tiers.redis_exchange import Command
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
-from tmem.backends.tiers.redis_wire import Taken, whole
+from tmem.backends.tiers.redis_wire import Taken
 from tmem.errors import TierDownError, TierFullError
 
 from ...waiting import wait_until
@@ -173,7 +173,7 @@ def test_what_a_dead_writer_still_sends_harms_nothing(server: Server, removed: b
             *,
             replicated: bool = False,
             anywhere: bool = False,
-            taken: Taken = whole,
+            taken: Taken | None = None,
         ) -> list[object]:
             late.extend(commands)
             return super().run(commands, replicated=replicated, anywhere=anywhere, taken=taken)

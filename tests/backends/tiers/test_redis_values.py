@@ -5,6 +5,8 @@ from array import array
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tmem.backends import _native
 from tmem.backends.tiers import redis_values as values
@@ -29,10 +31,7 @@ def test_records_come_back_in_order() -> None:
         assert packed == values.pack(group)
         assert unpacked(packed) == group
         around = b"$9\r\n" + packed + b"\r\n"
-        cut, ends, sparse = values.unpack(around, 4, 4 + len(packed))
-        assert cut == group
-        assert [around[a:b] for a, b in pairwise(ends)] == group
-        assert not sparse
+        assert values.unpack(bytearray(around), 4, 4 + len(packed)) == (group, sum(map(len, group)), False)
     assert at == len(batch)
 
 
@@ -91,6 +90,23 @@ def unpacked_slowly(value: bytes) -> list[bytes | None]:
         found.append(value[at : at + length] or None)
         at += length
     return found
+
+
+@given(st.lists(st.integers(0, 300), max_size=200), st.integers(1, 64))
+def test_runs_of_neighbours(starts: list[int], most: int) -> None:
+    locations = [location for start in starts for location in range(start, start + start % 5)]
+    runs = _native.runs(locations, most)
+    assert [number * most + place + n for _, number, place, count in runs for n in range(count)] == locations
+    assert [at for at, _, _, _ in runs] == [sum(run[3] for run in runs[:n]) for n in range(len(runs))]
+    assert all(0 <= place < place + count <= most for _, _, place, count in runs)
+    for (_, number, place, count), (_, other, first, _) in pairwise(runs):
+        assert (other, first) != (number, place + count)  # as long as they can be
+
+
+def test_what_is_no_list_of_locations() -> None:
+    for locations, most, why in (([1, -1], 64, "not negative"), ([1], 0, "at least one")):
+        with pytest.raises(ValueError, match=why):
+            _native.runs(locations, most)
 
 
 def test_keys() -> None:

@@ -6,8 +6,10 @@ import hiredis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.crc import key_slot
 from redis.exceptions import InvalidResponse
 
+from tmem.backends import _native
 from tmem.backends.tiers.redis_wire import SENT_BYTES, Inbox, Word, encoded
 
 LINES = st.binary(max_size=40).filter(lambda raw: not {13, 10} & set(raw))
@@ -39,14 +41,18 @@ def cut(stream: bytes, cuts: Iterable[int]) -> list[bytes]:
     return [chunk for chunk in (*chunks, stream) if chunk]
 
 
-def ours(chunks: Sequence[bytes]) -> tuple[list[object], int, bool]:
+def ours(chunks: Sequence[bytes], most: int = 1000) -> tuple[list[object], int, bool]:
     """The answers, how many bytes belong to none yet, and whether it was refused."""
-    inbox = Inbox(Complaint)
+    inbox = Inbox(Complaint, most)
     found: list[object] = []
     try:
         for chunk in chunks:
-            for answer in inbox.answers(chunk):
-                found.append(answer)
+            while chunk:
+                room = inbox.room()
+                read_bytes = min(len(room), len(chunk))
+                room[:read_bytes], chunk = chunk[:read_bytes], chunk[read_bytes:]
+                for answers in inbox.answers(read_bytes):
+                    found += answers
     except InvalidResponse:
         return found, 0, True
     return found, len(inbox), False
@@ -101,12 +107,61 @@ def test_no_answer(answer: bytes) -> None:
     assert ours([b"+OK\r\n", answer]) == ([b"OK"], 0, True)
 
 
+@given(st.lists(ANSWERS, min_size=1), st.data())
+def test_no_more_than_was_asked_for(answers: list[bytes], data: st.DataObject) -> None:
+    most = data.draw(st.integers(0, len(answers) - 1))
+    found, kept, refused = ours([b"".join(answers)], most)
+    assert (found, refused) == (theirs([b"".join(answers[:most])])[0], False)
+    assert kept == len(b"".join(answers[most:]))
+
+
+@given(st.lists(ANSWERS), st.binary(max_size=40), st.integers(0, 50), st.integers(0, 50))
+def test_the_core_cuts_what_is_whole_and_looks_at_nothing_else(
+    answers: list[bytes], garbage: bytes, before: int, after: int
+) -> None:
+    """Whatever lies around what was read; and what it left is where it says."""
+    stream = b"".join(answers) + garbage
+    around = bytes([13]) * before + stream + b"\r\n" * after
+    found, end = _native.resp_answers(around, before, before + len(stream), 1000, None)
+    assert found == theirs([stream])[0][: len(found)]
+    alone, alone_end = _native.resp_answers(stream, 0, len(stream), 1000, None)
+    assert (found, end) == (alone, alone_end + before)
+    if all(not answer.startswith(b"-") for answer in answers):
+        assert len(found) >= len(answers)
+    for start, last in ((-1, 2), (3, 2), (0, len(around) + 1)):
+        with pytest.raises(ValueError, match="must lie in"):
+            _native.resp_answers(around, start, last, 1, None)
+
+
 def test_a_value_that_comes_in_crumbs_takes_no_more_than_its_length() -> None:
     """A value far longer than what is read at a time, ten bytes each."""
     value = bytes(range(256)) * 4000
     stream = b"$%d\r\n%b\r\n:7\r\n" % (len(value), value)
     found, kept, refused = ours([stream[at : at + 10] for at in range(0, len(stream), 10)])
     assert (found, kept, refused) == ([value, 7], 0, False)
+
+
+def test_an_inbox_has_room_for_what_is_there() -> None:
+    """A value and a little more at first, more than that once all the room was needed, and a large value."""
+    inbox = Inbox(Complaint, 5)
+    rooms = []
+    for chunk in (b"$40000\r\n", bytes(40_000) + b"\r\n", b"$300000\r\n", bytes(300_000) + b"\r\n"):
+        while chunk:
+            room = inbox.room()
+            rooms.append(len(room))
+            read_bytes = min(len(room), len(chunk))
+            room[:read_bytes], chunk = chunk[:read_bytes], chunk[read_bytes:]
+            assert all(
+                len(answer) in (40_000, 300_000) for run in inbox.answers(read_bytes) for answer in run
+            )
+    assert rooms == [33 << 10, 40_010 - 8, 256 << 10, 300_011 - 9]
+    assert len(inbox) == 0
+
+
+@given(st.binary(max_size=40), st.binary(max_size=20), st.binary(max_size=20))
+def test_slots(plain: bytes, tag: bytes, rest: bytes) -> None:
+    for key in (plain, b"{%b}%b" % (tag, rest), b"%b{%b}%b" % (plain, tag, rest), b"%b{%b" % (plain, tag)):
+        assert _native.resp_slot(key) == key_slot(key)
 
 
 def test_what_is_sent_is_what_a_server_reads() -> None:
@@ -117,8 +172,9 @@ def test_what_is_sent_is_what_a_server_reads() -> None:
         *[("SET", b"k%d" % n, value) for n in range(5)],
         ("GET", "a name"),
     ]
-    sent = list(encoded(commands))
+    sent = encoded(commands)
     assert len(sent) > 1
+    assert sum(part is value for parts in sent for part in parts) == 6  # from where it lies
     reader = hiredis.Reader()
     for chunk in map(b"".join, sent):
         assert len(chunk) < SENT_BYTES + 2 * len(value)
@@ -126,3 +182,31 @@ def test_what_is_sent_is_what_a_server_reads() -> None:
     for words in commands:
         assert reader.gets() == [w if isinstance(w, bytes) else str(w).encode() for w in words]
     assert not reader.has_data()
+
+
+WORDS = st.one_of(st.binary(max_size=30), st.text(max_size=30), st.integers(), st.floats(allow_nan=False))
+
+
+@given(st.lists(st.lists(WORDS, min_size=1).map(tuple)), st.integers(1, 200), st.integers(0, 30))
+def test_any_words_are_sent(commands: list[tuple[Word, ...]], sent_bytes: int, copied_bytes: int) -> None:
+    reader = hiredis.Reader()
+    chunks = _native.resp_encode(commands, sent_bytes, copied_bytes)
+    for chunk in map(b"".join, chunks):
+        assert len(chunk) >= sent_bytes or chunk == b"".join(chunks[-1])
+        reader.feed(chunk)
+    for words in commands:
+        assert reader.gets() == [w if isinstance(w, bytes) else str(w).encode() for w in words]
+    assert not reader.has_data()
+
+
+def test_more_pieces_than_the_kernel_takes() -> None:
+    value = bytes(2000)
+    chunks = _native.resp_encode([("SET", b"k", value)] * 2000, 1 << 40, 1000)
+    assert [len(parts) <= 1024 for parts in chunks] == [True] * len(chunks)
+    assert len(b"".join(b"".join(parts) for parts in chunks)) > 2000 * len(value)
+
+
+def test_what_are_no_words_is_refused() -> None:
+    for commands in ([b"GET"], [("GET", "\udc80")]):
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            _native.resp_encode(commands, 10, 10)  # type: ignore[arg-type]
