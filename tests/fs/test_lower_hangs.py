@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +19,7 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty, ends
-from .hanging import CONTENT, READ, program, two_files
+from .hanging import CONTENT, READ, program
 from .rings import BY_RINGS
 
 if TYPE_CHECKING:
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("root")
 
 PATIENCE_S = 0.5
-
-
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    with two_files(tmp_path) as lower:
-        yield lower
 
 
 @pytest.fixture(params=["loop=native", BY_RINGS, "loop=fast"])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,17 +15,11 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, LIST, READ, program, two_files
+from .hanging import CONTENT, LIST, READ, program
 from .rings import BY_RINGS
 
 if TYPE_CHECKING:
     from tmem.backends import _native
-
-
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[Faulty]:
-    with two_files(tmp_path) as lower:
-        yield lower
 
 
 @pytest.fixture(params=["loop=native", BY_RINGS])
