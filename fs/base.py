@@ -37,7 +37,7 @@ Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 """Brackets a handler's wait for a worker thread, so that the loop can have another task read requests."""
 
 
-_READ_THREADS, _CHANGE_THREADS = 64, 40
+_READ_THREADS, _CHANGE_THREADS, _NAME_THREADS = 64, 40, 40
 _THREADS_OF_A_FILE = 16
 """As many READs of a file keep any disk busy, and four files may hang before other misses wait."""
 
@@ -101,6 +101,9 @@ class Handlers(pyfuse3.Operations):
         self._waiting = waiting
         self.read_threads = trio.CapacityLimiter(_READ_THREADS)
         self.change_threads = trio.CapacityLimiter(_CHANGE_THREADS)
+        self.name_threads = trio.CapacityLimiter(_NAME_THREADS)
+        self.rewrites = 0
+        """Changes of contents that have ended: with those of names the kernel lets none go together."""
 
     async def in_thread(
         self, work: Callable[..., T], *arguments: object, threads: trio.CapacityLimiter | None = None
@@ -153,17 +156,39 @@ class Handlers(pyfuse3.Operations):
         """As `in_thread`, for what changes a file: those that hang do not hold up reads and questions."""
         return await self.in_thread(work, *arguments, threads=self.change_threads)
 
+    async def name_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """As `in_thread`, for what changes names or attributes: those that hang hold up only such changes."""
+        return await self.in_thread(work, *arguments, threads=self.name_threads)
+
+    async def change_at(self, inode: Inode, work: Callable[..., T], *arguments: object) -> T:
+        """Make an own change of an inode: what `work` returns, given a descriptor of it and `arguments`.
+
+        In a thread if the lower may not answer: then others go on.
+        """
+        if self.is_here(inode):
+            with self.change(inode):
+                return work(self.table.descriptor(inode), *arguments)
+        with self.table.kept(inode) as beside, self.change(inode) as change:
+            return await self.name_in_thread(_changed, change, beside, work, *arguments)
+
     def is_here(self, inode: Inode) -> bool:
         """Say whether only this kernel answers for a file, and so does."""
         return self._is_local and inode.key[0] == self.table.device
 
-    def attributes(self, inode: Inode, status: os.stat_result) -> "EntryAttributes":
-        """Return what the kernel is told about an inode."""
+    def attributes(
+        self, inode: Inode, status: os.stat_result, rewrites: int | None = None
+    ) -> "EntryAttributes":
+        """Return what the kernel is told about an inode.
+
+        Not to be believed if its content may have changed since there were so many `rewrites`: the kernel
+        does not see that a reply to a change is older.
+        """
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = inode.nodeid
         entry.generation = inode.generation
         entry.entry_timeout = self.lifetimes.of_name(status.st_dev)
-        entry.attr_timeout = 0.0 if inode.stored_to else self.lifetimes.of_attributes(status)
+        doubted = inode.stored_to or (rewrites is not None and rewrites != self.rewrites)
+        entry.attr_timeout = 0.0 if doubted else self.lifetimes.of_attributes(status)
         entry.st_mode = status.st_mode
         entry.st_nlink = status.st_nlink
         entry.st_uid = status.st_uid
@@ -219,22 +244,27 @@ class Handlers(pyfuse3.Operations):
 
     def change(self, inode: Inode) -> Change:
         """Return the bracket around an own change of `inode` that ends before the handler waits."""
-        return self.change_of(self.state_if_any(inode), self.table.descriptor(inode))
+        return self.change_of(self.state_if_any(inode), self.table.descriptor(inode), self.is_here(inode))
 
-    def change_of(self, state: FileState | None, descriptor: int) -> Change:
-        """Return the bracket around an own change of the file open at `descriptor`."""
+    def change_of(self, state: FileState | None, descriptor: int, here: bool) -> Change:
+        """Return the bracket around an own change of the file open at `descriptor`.
+
+        Unless it `is_here` only what is done within `Change.seen` may take long.
+        """
         if self.watch is not None and state is not None:
             # Reports of changes from before it would else be taken for such beside it, which cost all pages.
             self.watch.catch_up()
-        return self.coherence.change(state, descriptor)
+        if here:
+            return self.coherence.change(state, descriptor)
+        return self.coherence.change_elsewhere(state)
 
     def discard_if_unlinked(self, descriptor: int) -> None:
         """Drop the pages of a file if its last link is gone."""
-        try:
-            status = os.fstat(descriptor)
-        except OSError:  # gone in the lower's eyes: what was done is done, and no name leads to its pages
-            return
-        if status.st_nlink:
+        self.discard_unless_linked(descriptor, status_if_any(descriptor))
+
+    def discard_unless_linked(self, descriptor: int, status: os.stat_result | None) -> None:
+        """Drop the pages of a file if its last link is gone; `status` is the file's, just taken."""
+        if status is None or status.st_nlink:
             return
         inode = self.table.known(status, descriptor)
         if inode is not None and inode.state is not None:
@@ -243,3 +273,19 @@ class Handlers(pyfuse3.Operations):
             key = (status.st_dev, status.st_ino)
             handle = self.table.handle_at(key, descriptor)
             self.coherence.discard(self._name_of(key, handle, descriptor), None)
+
+
+def _changed(change: Change, descriptor: int, work: Callable[..., T], *arguments: object) -> T:
+    with change.seen(descriptor):
+        return work(descriptor, *arguments)
+
+
+def status_if_any(descriptor: int) -> os.stat_result | None:
+    """Return the status of an open file; None if it is gone in the lower's eyes.
+
+    Then what was done to it is done, and no name leads to its pages.
+    """
+    try:
+        return os.fstat(descriptor)
+    except OSError:
+        return None

@@ -12,7 +12,9 @@ otherwise (by a read, by an open that failed or that nobody waited for) stays *u
 too; if the file was as validated just before and nobody opened it meanwhile, the version after it is adopted
 (the rule of NFS' weak cache consistency) and all other pages stay. What this cannot see is a foreign write to
 another page of the same file while one of our own writes to it is in the kernel; a report of it
-can (`reported`).
+can (`reported`). A lower that is elsewhere may take long, also to tell the version: so it is asked by the
+thread that makes the change, just before and after it, and judged when the bracket ends. One that was open
+for more than a second costs all pages.
 
 *Reads that are overtaken.* A miss reads lower bytes, and before it puts them a write may flush, write and
 flush: the put would bring stale bytes back for good. So each file has an epoch, which every change raises
@@ -27,13 +29,14 @@ For a pool of the mount's own; `sharing` has the rules for one that other mounts
 loop's thread, except `put_if` and `Change.flush`, which any thread may call.
 """
 
+import contextlib
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from tmem.fs.identity import Version, is_settled, version_at, version_of
 from tmem.fs.precache import Precache
@@ -43,6 +46,9 @@ from tmem.types import PAGE_SIZE
 
 if TYPE_CHECKING:
     from tmem.backends._native import Gate
+
+LONG_SECONDS = 1.0
+"""What a change elsewhere may take: beyond that a foreign one beside it, which nobody tells, is likely."""
 
 REMEMBERED_FILES = 100_000
 """Versions kept of files that the kernel has forgotten; beyond that the oldest start empty again."""
@@ -70,6 +76,8 @@ class FileState:
     """Own changes under way."""
     suspect: bool = False
     """The changes under way met a foreign one or an open: drop all pages when they end."""
+    left: Version | None = None
+    """The newest version that one of several changes elsewhere has left, as long as others are under way."""
     served: bool = True
     """Whether the pool may be asked for its pages."""
     top: int = 0
@@ -289,6 +297,10 @@ class Coherence:
         """Return the bracket around an own change of the file open (O_PATH will do) at `descriptor`."""
         return Change(self, state, descriptor)
 
+    def change_elsewhere(self, state: FileState | None) -> "ChangeElsewhere":
+        """Return the bracket around an own change of a file whose lower may not answer."""
+        return ChangeElsewhere(self, state)
+
     def _may_put(self, state: FileState, descriptor: int) -> bool:
         """Say whether what was just read from `descriptor` may stay when the file is opened again."""
         return state.name not in self._distrusted  # else, whatever it was, the version tells
@@ -324,16 +336,23 @@ class Coherence:
             settled = quiet and is_settled(version, self._now_ns(), state.fine_stamps)
         return version if settled else None
 
-    def _begin(self, state: FileState, descriptor: int) -> None:
+    def _begin(self, state: FileState, see: Callable[[], Version | None]) -> None:
+        """Begin a change of a file that has the version that `see` returns."""
         if not state.changes:
-            foreign = state.version is not None and state.version != version_at(descriptor)
-            self._precache.counters.foreign_changes += foreign
-            state.suspect = foreign
+            state.suspect = False
+            if state.version is not None:
+                self._compare(state, state.version, see())
         state.overtake()
         state.changes += 1
 
-    def _end(self, state: FileState, descriptor: int) -> None:
-        version = version_at(descriptor)
+    def _compare(self, state: FileState, expected: Version | None, version: Version | None) -> None:
+        """Note what the version was before the first of the changes under way, if one was `expected`."""
+        if expected is not None and expected != version:
+            self._precache.counters.foreign_changes += 1
+            state.suspect = True
+
+    def _end(self, state: FileState, version: Version | None) -> None:
+        """End a change that has left a file with `version`."""
         if version is not None:
             state.size = version.size
         state.changes -= 1
@@ -359,23 +378,34 @@ class Change:
     dropped before it and again after it, with `flush`.
     """
 
-    def __init__(self, coherence: Coherence, state: FileState | None, descriptor: int) -> None:
+    def __init__(self, coherence: Coherence, state: FileState | None, descriptor: int = -1) -> None:
         self._coherence = coherence
         self._precache = coherence._precache
         self._state = state
         self._descriptor = descriptor
         self._dropped = 0
 
-    def __enter__(self) -> "Change":
+    def __enter__(self) -> Self:
         if self._state is not None:
-            self._coherence._begin(self._state, self._descriptor)
+            self._begin(self._state)
             self._state.show()
         return self
+
+    def _begin(self, state: FileState) -> None:
+        self._coherence._begin(state, lambda: version_at(self._descriptor))
+
+    def _end(self, state: FileState) -> None:
+        self._coherence._end(state, version_at(self._descriptor))
+
+    @contextlib.contextmanager
+    def seen(self, descriptor: int) -> Iterator[None]:
+        """Bracket the system calls, in whatever thread makes them: of a file that is open at `descriptor`."""
+        yield
 
     def __exit__(self, *_: object) -> None:
         if self._state is not None:
             self._precache.counters.flushed_pages += self._dropped
-            self._coherence._end(self._state, self._descriptor)
+            self._end(self._state)
             self._state.show()
 
     def flush(self, start: int, end: int | None) -> None:
@@ -385,3 +415,42 @@ class Change:
         """
         if self._state is not None:
             self._dropped += self._coherence._drop_range(self._state, start, end)
+
+
+class ChangeElsewhere(Change):
+    """The same for a file whose lower may not answer: what it has to be asked for is asked within `seen`.
+
+    So this begins and ends at once, and may be open for long.
+    """
+
+    _before: Version | None = None
+    _after: Version | None = None
+
+    def _begin(self, state: FileState) -> None:
+        self._begun = time.monotonic()
+        self._is_first = not state.changes
+        self._expected = expected = state.version
+        self._coherence._begin(state, lambda: expected)
+
+    def _end(self, state: FileState) -> None:
+        if self._is_first:
+            self._coherence._compare(state, self._expected, self._before)
+        if time.monotonic() - self._begun > LONG_SECONDS:
+            state.suspect = True
+        after = self._after
+        if after is not None and state.left is not None:  # a later change may have ended, and told, first
+            after = max(after, state.left, key=lambda version: version.ctime_ns)
+        state.left = after if state.changes > 1 else None
+        self._coherence._end(state, after)
+
+    @contextlib.contextmanager
+    def seen(self, descriptor: int) -> Iterator[None]:
+        """Bracket the system calls, in whatever thread makes them: of a file that is open at `descriptor`."""
+        if self._state is None:
+            yield
+            return
+        self._before = version_at(descriptor)
+        try:
+            yield
+        finally:
+            self._after = version_at(descriptor)

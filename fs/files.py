@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import pyfuse3
 
 from tmem.fs import lower
+from tmem.fs.acting import drop_set_ids
 from tmem.fs.base import FAILURES, errno_seen, errors
 from tmem.fs.buffers import Buffers
 from tmem.fs.loading import Loader
@@ -127,18 +128,20 @@ class Files(Opening):
         file = self._files[fh]
         descriptor = file.descriptor
         data = self._loader.buffers.payload(buf)
-        with errors(), self.change_of(file.state, descriptor) as change:
-            start: int = off
-            end: int | None = off + len(data)
-            status = os.fstat(descriptor)
-            if file.append:  # the lower file appends where its end is, not where the kernel believes
-                start, end = min(off, status.st_size), None
-            # First, as on the lower: what fails after the write is no reason to say that it failed. FUSE does
-            # not say who writes; who opened the file stands for him.
-            self.lose_set_ids(file.inode, descriptor, status, file.caller)
-            change.flush(start, end)
+        lost = False
 
-            def work() -> int:
+        def work() -> int:
+            nonlocal lost
+            with change.seen(descriptor):
+                start: int = off
+                end: int | None = off + len(data)
+                status = os.fstat(descriptor)
+                if file.append:  # the lower file appends where its end is, not where the kernel believes
+                    start, end = min(off, status.st_size), None
+                # First, as on the lower: what fails after the write is no reason to say that it failed. FUSE
+                # does not say who writes; who opened the file stands for him.
+                lost = drop_set_ids(descriptor, status, file.caller)
+                change.flush(start, end)
                 self._pause("write:flushed")
                 try:
                     written = lower.write_fully(descriptor, off, data)
@@ -147,7 +150,12 @@ class Files(Opening):
                 finally:
                     change.flush(start, end)
 
-            return await self.change_in_thread(work)
+        with errors(), self.change_of(file.state, descriptor, self.is_here(file.inode)) as change:
+            try:
+                return await self.change_in_thread(work)
+            finally:
+                self.tell_lost(file.inode, lost)
+                self.rewrites += 1
 
     async def flush(self, fh: int) -> None:
         """Let the lower file system report what it reports at close."""

@@ -92,23 +92,29 @@ class Namespace(Handlers):
         """Change size, owner, mode and times, in this order."""
         with errors():
             node = self.table[inode]
+            caller = Caller.of(ctx)
             if fields.update_size:
-                await self._truncate(node, attr.st_size, fh, Caller.of(ctx))
-            with self.change(node):
-                self._set_owner_mode_times(node, attr, fields, Caller.of(ctx))
-            return self.attributes(node, os.fstat(self.table.descriptor(node)))
+                await self._truncate(node, attr.st_size, fh, caller)
+            rewrites = self.rewrites
+            status = await self.change_at(node, _set_owner_mode_times, attr, fields, caller)
+            return self.attributes(node, status, rewrites)
 
     async def _truncate(self, inode: Inode, size: int, fh: int | None, caller: Caller | None = None) -> None:
         # A descriptor of our own: the inode's may be closed while the worker thread is at it.
         descriptor = os.dup(self.table.descriptor(inode))
         try:
             # With a state even if nobody has opened it yet: somebody may, before the worker thread is done.
-            with self.change_of(self.state_of(inode), descriptor) as change:
+            with self.change_of(self.state_of(inode), descriptor, self.is_here(inode)) as change:
                 change.flush(size, None)
+
+                def work() -> bool:
+                    with change.seen(descriptor):
+                        before = os.fstat(descriptor)
+                        self.resize(descriptor, size, fh)
+                        return drop_set_ids(proc_path(descriptor), before, caller)
+
                 try:
-                    before = os.fstat(descriptor)
-                    await self.change_in_thread(self.resize, descriptor, size, fh)
-                    self.lose_set_ids(inode, proc_path(descriptor), before, caller)
+                    self.tell_lost(inode, await self.change_in_thread(work))
                 finally:
                     change.flush(size, None)
         finally:
@@ -118,39 +124,10 @@ class Namespace(Handlers):
         """Truncate the file; `files` uses the open file instead, whose mode may have changed since."""
         os.truncate(proc_path(descriptor), size)
 
-    def lose_set_ids(
-        self, inode: Inode, target: int | str, before: os.stat_result, caller: Caller | None
-    ) -> None:
-        """Take the set-id bits away that a change by the caller costs; have the kernel ask for the mode."""
-        if drop_set_ids(target, before, caller):
+    def tell_lost(self, inode: Inode, lost: bool) -> None:
+        """Have the kernel ask for the mode again if a change has cost set-id bits."""
+        if lost:
             self.kernel.forget_attributes(inode.nodeid)
-
-    def _set_owner_mode_times(
-        self, inode: Inode, attr: "EntryAttributes", fields: "SetattrFields", caller: Caller
-    ) -> None:
-        path = self.table.path(inode)
-        others = fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
-        if fields.update_uid or fields.update_gid or not others:
-            # Nothing at all is chown(-1, -1), or a write that the kernel wants to take set-id bits away.
-            uid = attr.st_uid if fields.update_uid else -1
-            gid = attr.st_gid if fields.update_gid else -1
-            before = os.fstat(self.table.descriptor(inode))
-            os.chown(path, uid, gid)
-            if caller.uid == before.st_uid:
-                self._lose_set_gid(inode, before, caller)
-        if fields.update_mode:
-            os.chmod(path, stat.S_IMODE(attr.st_mode))  # noqa: PTH101 - the path is a descriptor's
-        if fields.update_atime or fields.update_mtime:
-            atime_ns = attr.st_atime_ns if fields.update_atime else None
-            mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
-            syscalls.utimens(path, atime_ns, mtime_ns)
-
-    def _lose_set_gid(self, inode: Inode, before: os.stat_result, caller: Caller) -> None:
-        """Take set-group-id away after a change by one who is not in the group: the daemon may keep it."""
-        now = os.fstat(self.table.descriptor(inode))
-        set_gid = stat.S_ISREG(now.st_mode) and now.st_mode & stat.S_ISGID
-        if set_gid and caller.uid != 0 and not caller.is_member(before.st_gid):
-            os.chmod(self.table.path(inode), stat.S_IMODE(now.st_mode) & ~stat.S_ISGID)  # noqa: PTH101
 
     async def readlink(self, inode: int, ctx: "RequestContext") -> bytes:
         """Return where a symbolic link leads."""
@@ -246,7 +223,7 @@ class Namespace(Handlers):
                 yield
                 return
             inode = self.table.known(status, descriptor)
-            with self.change_of(self.state_if_any(inode) if inode else None, descriptor):
+            with self.change_of(self.state_if_any(inode) if inode else None, descriptor, here=True):
                 yield
             self.discard_if_unlinked(descriptor)
         finally:
@@ -269,12 +246,7 @@ class Namespace(Handlers):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: "RequestContext") -> None:
         """Set an extended attribute."""
         with errors():
-            node = self.table[inode]
-            with self.change(node):
-                before = os.fstat(self.table.descriptor(node))
-                os.setxattr(self.table.path(node), name, value)
-                if name == _ACCESS_LIST:
-                    self._lose_set_gid(node, before, Caller.of(ctx))
+            await self.change_at(self.table[inode], _set_attribute, name, value, Caller.of(ctx))
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
         """Return an extended attribute."""
@@ -295,9 +267,7 @@ class Namespace(Handlers):
     async def removexattr(self, inode: int, name: bytes, ctx: "RequestContext") -> None:
         """Remove an extended attribute."""
         with errors():
-            node = self.table[inode]
-            with self.change(node):
-                os.removexattr(self.table.path(node), name)
+            await self.change_at(self.table[inode], _remove_attribute, name)
 
 
 def _link_at(descriptor: int) -> bytes:
@@ -310,3 +280,44 @@ def _attribute_at(descriptor: int, name: bytes) -> bytes:
 
 def _attributes_at(descriptor: int) -> list[bytes]:
     return [os.fsencode(name) for name in os.listxattr(proc_path(descriptor))]
+
+
+def _set_owner_mode_times(
+    descriptor: int, attr: "EntryAttributes", fields: "SetattrFields", caller: Caller
+) -> os.stat_result:
+    path = proc_path(descriptor)
+    others = fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
+    if fields.update_uid or fields.update_gid or not others:
+        # Nothing at all is chown(-1, -1), or a write that the kernel wants to take set-id bits away.
+        uid = attr.st_uid if fields.update_uid else -1
+        gid = attr.st_gid if fields.update_gid else -1
+        before = os.fstat(descriptor)
+        os.chown(path, uid, gid)
+        if caller.uid == before.st_uid:
+            _lose_set_gid(descriptor, before, caller)
+    if fields.update_mode:
+        os.chmod(path, stat.S_IMODE(attr.st_mode))  # noqa: PTH101 - the path is a descriptor's
+    if fields.update_atime or fields.update_mtime:
+        atime_ns = attr.st_atime_ns if fields.update_atime else None
+        mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
+        syscalls.utimens(path, atime_ns, mtime_ns)
+    return os.fstat(descriptor)
+
+
+def _set_attribute(descriptor: int, name: bytes, value: bytes, caller: Caller) -> None:
+    before = os.fstat(descriptor)
+    os.setxattr(proc_path(descriptor), name, value)
+    if name == _ACCESS_LIST:
+        _lose_set_gid(descriptor, before, caller)
+
+
+def _remove_attribute(descriptor: int, name: bytes) -> None:
+    os.removexattr(proc_path(descriptor), name)
+
+
+def _lose_set_gid(descriptor: int, before: os.stat_result, caller: Caller) -> None:
+    """Take set-group-id away after a change by one who is not in the group: the daemon may keep it."""
+    now = os.fstat(descriptor)
+    set_gid = stat.S_ISREG(now.st_mode) and now.st_mode & stat.S_ISGID
+    if set_gid and caller.uid != 0 and not caller.is_member(before.st_gid):
+        os.chmod(proc_path(descriptor), stat.S_IMODE(now.st_mode) & ~stat.S_ISGID)  # noqa: PTH101

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 
 from tmem.fs import lower
-from tmem.fs.acting import Caller, acting_as
+from tmem.fs.acting import Caller, acting_as, drop_set_ids
 from tmem.fs.base import errors
 from tmem.fs.grants import Grants
 from tmem.fs.inodes import Inode, proc_path
@@ -143,15 +143,20 @@ class Opening(Namespace):
         else:
             descriptor = self._open_now(inode, flags & ~os.O_TRUNC)
         try:
-            with self.change_of(self.state_of(inode), descriptor) as change:
+            with self.change_of(self.state_of(inode), descriptor, self.is_here(inode)) as change:
                 change.flush(0, None)
+
+                def work() -> bool:
+                    with change.seen(descriptor):
+                        before = os.fstat(descriptor)
+                        os.truncate(proc_path(descriptor), 0)  # by its path: it may be open for reading only
+                        return drop_set_ids(descriptor, before, caller)
+
                 try:
-                    before = os.fstat(descriptor)
-                    # By its path: it may be open for reading only.
-                    await self.change_in_thread(os.truncate, proc_path(descriptor), 0)
-                    self.lose_set_ids(inode, descriptor, before, caller)
+                    self.tell_lost(inode, await self.change_in_thread(work))
                 finally:
                     change.flush(0, None)
+                    self.rewrites += 1
         except BaseException:
             os.close(descriptor)
             raise

@@ -22,9 +22,10 @@ Threading: as `coherence`.
 """
 
 import os
+from collections.abc import Callable
 
 from tmem.fs.coherence import Coherence, FileState
-from tmem.fs.identity import version_at, version_object_id, version_of
+from tmem.fs.identity import Version, version_at, version_object_id, version_of
 
 
 class SharedCoherence(Coherence):
@@ -66,16 +67,20 @@ class SharedCoherence(Coherence):
         with state.lock:
             return self._precache.flush_object(state.oid)
 
-    def _begin(self, state: FileState, descriptor: int) -> None:
+    def _begin(self, state: FileState, see: Callable[[], Version | None]) -> None:
         state.overtake()
         state.served = False
         state.version = None
-        if not state.changes and (version := version_at(descriptor)) is not None:
-            state.oid = version_object_id(state.name, version)
+        if not state.changes:
+            self._compare(state, None, see())
         state.changes += 1
 
-    def _end(self, state: FileState, descriptor: int) -> None:
-        if (version := version_at(descriptor)) is not None:
+    def _compare(self, state: FileState, expected: Version | None, version: Version | None) -> None:
+        if version is not None:
+            state.oid = version_object_id(state.name, version)
+
+    def _end(self, state: FileState, version: Version | None) -> None:
+        if version is not None:
             state.size = version.size
         state.changes -= 1
         if not state.changes:

@@ -1,8 +1,13 @@
 """Changes that a lower does not answer: who makes them waits, and nobody else."""
 
+import contextlib
 import os
 import signal
+import stat
+import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,3 +68,98 @@ def test_an_open_to_write_that_hangs_holds_up_nobody_else(
     assert slow.read_bytes() == b"replaced"
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One kind of change."""
+
+    operation: str
+    """What of the lower hangs."""
+    code: str
+    """What a program does in a directory `d`."""
+    same: str
+    """The same with what does not hang, in a directory `e`."""
+
+
+CHANGES = {
+    "chmod": Change("setattr", "os.chmod(d + 'slow', 0o640)", "os.chmod(e + 'other', 0o640)"),
+    "chown": Change("setattr", "os.chown(d + 'slow', 1, 2)", "os.chown(e + 'other', 1, 2)"),
+    "utime": Change("setattr", "os.utime(d + 'slow', (10**9, 10**9))", "os.utime(e + 'other', (1, 10**9))"),
+    "truncate": Change("setattr", "os.truncate(d + 'slow', 5000)", "os.truncate(e + 'other', 5000)"),
+    "setxattr": Change(
+        "setxattr", "os.setxattr(d + 'slow', 'user.a', b'1')", "os.setxattr(e + 'other', 'user.a', b'1')"
+    ),
+    "removexattr": Change(
+        "removexattr", "os.removexattr(d + 'slow', 'user.old')", "os.removexattr(e + 'other', 'user.old')"
+    ),
+}
+
+
+def does(code: str, point: Path) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
+    """A program that makes a change."""
+    return running(f"import os, sys; d, e = sys.argv[1] + '/d/', sys.argv[1] + '/e/'; {code}", point)
+
+
+LOOPS = ("loop=native", BY_RINGS, "loop=plain")
+
+
+@pytest.fixture(params=["loop=native,timeout=1000", *(f"{loop},timeout=0" for loop in LOOPS)])
+def tree(
+    request: pytest.FixtureRequest, faulty: Faulty, segment: "Segment", mounter: Mounter
+) -> Iterator[Place]:
+    """A mount of two directories, ``d`` with a file ``slow`` and ``e`` with one called ``other``."""
+    for name, file in (("d", "slow"), ("e", "other")):
+        directory = faulty.directory / name
+        directory.mkdir()
+        (faulty.directory / file).rename(directory / file)
+        os.setxattr(directory / file, "user.old", b"1")
+        (directory / "link").symlink_to(file)
+        (directory / "empty").mkdir()
+    made = mounter(request.param, lower=faulty.point)
+    assert shown(made.point) == shown(faulty.directory)
+    yield made
+    faulty.heal()
+
+
+def shown(directory: Path) -> dict[str, object]:
+    """All that is to be seen of a tree, without what the lower of these tests makes up."""
+    found: dict[str, object] = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.lstat()
+        seen: list[object] = [status.st_mode, status.st_uid, status.st_gid, status.st_nlink]
+        if stat.S_ISLNK(status.st_mode):
+            seen.append(path.readlink())
+        elif stat.S_ISREG(status.st_mode):
+            data = path.read_bytes()
+            assert len(data) == status.st_size
+            seen += [data, {name: os.getxattr(path, name) for name in os.listxattr(path)}]
+        found[str(path.relative_to(directory))] = seen
+    return found
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_that_hangs_holds_up_nobody_else(
+    tree: Place, faulty: Faulty, eventually: Callable[..., None], kind: str
+) -> None:
+    """Others go on with names, attributes, contents and changes of their own; then all is as it should be."""
+    change = CHANGES[kind]
+    faulty.fail(change.operation, hangs=True, name="slow")
+    meanwhile = "os.stat(d + 'slow'); os.listdir(d); open(d + 'slow').close(); os.lstat(d + 'link')"
+    with does(change.code, tree.point) as one:
+        eventually(lambda: faulty.waiting() == [change.operation])
+        others = "os.lstat(e + 'link'); os.listdir(e); f = os.open(e + 'other', os.O_RDWR); os.read(f, 99); "
+        others += "os.write(f, b'new')"
+        for code in (others, change.same):
+            with does(code, tree.point) as other:
+                assert other.wait(10) == 0
+        assert tree.statistics().put_pages
+        with does(meanwhile, tree.point) as beside, does(change.code, tree.point) as another:
+            assert one.poll() is None
+            faulty.heal()
+            assert one.wait(10) == 0
+            assert beside.wait(10) in (0, 1)
+            another.wait(10)
+    assert shown(tree.point) == shown(faulty.directory)
+    tree.umount()
+    assert os.waitpid(tree.pid, 0)[1] == 0
