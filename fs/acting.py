@@ -4,14 +4,18 @@ The daemon is root and the kernel has checked what the caller may do (default_pe
 follows from *who* it is must be done here: `acting_as` sets the file system user and group of the thread, as
 a new file's owner, quota and a lower file system with rules of its own (NFS, vfat, BSD groups) want them, and
 keeps the capabilities, which setfsuid takes; `lost_bits` says which set-id bits a change by the caller costs.
-Threading: plain functions; these ids and capabilities are a thread's own.
+Threading: plain functions; these ids and capabilities are a thread's own. So is the umask of any but the
+main thread, if `threads_may_act`.
 """
 
 import contextlib
 import ctypes
+import errno
+import functools
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _HEADER = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
 """Of capget and capset: version 3, the calling thread."""
 
+_CLONE_FS = 0x200
 _SET_IDS = stat.S_ISUID | stat.S_ISGID
 
 
@@ -75,12 +80,32 @@ def _check(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+@functools.cache
+def threads_may_act() -> bool:
+    """Say whether others than the main thread can act as somebody: have a umask of their own."""
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(_part()), name="tmem-umask")
+    try:
+        thread.start()
+    except RuntimeError:  # threads are limited
+        return False
+    thread.join()
+    return results == [True]
+
+
+def _part() -> bool:
+    """Give the calling thread a umask (and working directory) of its own; False where that is forbidden."""
+    return not _libc.unshare(_CLONE_FS)  # nothing to do the second time
+
+
 @contextlib.contextmanager
 def acting_as(ctx: "RequestContext") -> Iterator[None]:
     """Make files as the caller, with its user, group and umask, for as long as this lasts.
 
-    Does not wait: nothing else may be made meanwhile, since the umask is the whole process'.
+    On the main thread, whose umask others may share, this must not wait. On others only if `threads_may_act`.
     """
+    if threading.get_ident() != threading.main_thread().ident and not _part():
+        raise PermissionError(errno.EPERM, "a thread may not have a umask of its own")
     old_umask = os.umask(ctx.umask)
     try:
         if os.geteuid() != 0 or (ctx.uid == 0 and ctx.gid == 0):

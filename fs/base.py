@@ -208,6 +208,14 @@ class Handlers(pyfuse3.Operations):
         self.table.remember(inode)
         return self.attributes(inode, status)
 
+    def enter_found(
+        self, status: os.stat_result, descriptor: int, rewrites: int | None = None
+    ) -> "EntryAttributes":
+        """The same of what was looked up already; owns its O_PATH descriptor."""
+        inode = self.table.meet(status, descriptor)
+        self.table.remember(inode)
+        return self.attributes(inode, status, rewrites)
+
     def absent(self, parent: Inode) -> "EntryAttributes":
         """Return the reply for a name that `parent` lacks. FUSEError(ENOENT) if it is not to be kept."""
         seconds = self.lifetimes.of_absence(parent.key[0])

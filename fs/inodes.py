@@ -57,6 +57,16 @@ def proc_path(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
+def look_at(directory: int, name: bytes) -> tuple[os.stat_result, int]:
+    """Return the status of a file in the directory open at `directory`, and an O_PATH descriptor of it."""
+    descriptor = os.open(name, _PATH_FLAGS, dir_fd=directory)
+    try:
+        return os.fstat(descriptor), descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 class InodeTable:
     """All inodes that the kernel knows, by node id and by lower identity.
 
@@ -163,12 +173,7 @@ class InodeTable:
 
     def lookup_at(self, directory: int, name: bytes) -> tuple[Inode, os.stat_result]:
         """The same in the directory open at `directory`."""
-        descriptor = os.open(name, _PATH_FLAGS, dir_fd=directory)
-        try:
-            status = os.fstat(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        status, descriptor = look_at(directory, name)
         return self.meet(status, descriptor), status
 
     def meet(self, status: os.stat_result, descriptor: int) -> Inode:

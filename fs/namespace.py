@@ -9,15 +9,17 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyfuse3
 
 from tmem.fs import syscalls
-from tmem.fs.acting import Caller, acting_as, drop_set_ids
-from tmem.fs.base import Handlers, errors
-from tmem.fs.inodes import Inode, proc_path
+from tmem.fs.acting import Caller, acting_as, drop_set_ids, threads_may_act
+from tmem.fs.base import Handlers, errors, status_if_any
+from tmem.fs.coherence import Change
+from tmem.fs.inodes import Inode, look_at, proc_path
 
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, RequestContext, SetattrFields, StatvfsData
@@ -138,28 +140,37 @@ class Namespace(Handlers):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: "RequestContext"
     ) -> "EntryAttributes":
         """Make a file, pipe, socket or device."""
-        with errors(), acting_as(ctx):
-            os.mknod(name, mode, rdev, dir_fd=self.table.descriptor(self.table[parent_inode]))
-        with errors():
-            return self.enter(self.table[parent_inode], name)
+        return await self._make(parent_inode, name, ctx, partial(os.mknod, name, mode, rdev))
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: "RequestContext"
     ) -> "EntryAttributes":
         """Make a directory."""
-        with errors(), acting_as(ctx):
-            os.mkdir(name, stat.S_IMODE(mode), dir_fd=self.table.descriptor(self.table[parent_inode]))
-        with errors():
-            return self.enter(self.table[parent_inode], name)
+        return await self._make(parent_inode, name, ctx, partial(os.mkdir, name, stat.S_IMODE(mode)))
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: "RequestContext"
     ) -> "EntryAttributes":
         """Make a symbolic link."""
-        with errors(), acting_as(ctx):
-            os.symlink(target, name, dir_fd=self.table.descriptor(self.table[parent_inode]))
+        return await self._make(parent_inode, name, ctx, partial(os.symlink, target, name))
+
+    async def _make(
+        self, parent_inode: int, name: bytes, ctx: "RequestContext", make: Callable[..., None]
+    ) -> "EntryAttributes":
+        """Make something by calling `make` with a ``dir_fd``, as the caller, and enter it."""
         with errors():
-            return self.enter(self.table[parent_inode], name)
+            parent = self.table[parent_inode]
+            if self.acts_here(parent):
+                with acting_as(ctx):
+                    make(dir_fd=self.table.descriptor(parent))
+                return self.enter(parent, name)
+            with self.table.kept(parent) as directory:
+                found = await self.name_in_thread(_make_at, directory, name, ctx, make)
+            return self.enter_found(*found)
+
+    def acts_here(self, parent: Inode) -> bool:
+        """Say whether files are to be made in a directory on this thread."""
+        return self.is_here(parent) or not threads_may_act()
 
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: "RequestContext"
@@ -167,21 +178,40 @@ class Namespace(Handlers):
         """Give a file another name."""
         with errors():
             node, parent = self.table[inode], self.table[new_parent_inode]
-            with self.table.kept(parent) as directory, self.change(node):
-                os.link(self.table.path(node), new_name, dst_dir_fd=directory, follow_symlinks=True)
-            return self.enter(parent, new_name)
+            if self.is_here(node) and self.is_here(parent):
+                with self.table.kept(parent) as directory, self.change(node):
+                    os.link(self.table.path(node), new_name, dst_dir_fd=directory, follow_symlinks=True)
+                return self.enter(parent, new_name)
+            rewrites = self.rewrites
+            with (
+                self.table.kept(parent) as directory,
+                self.table.kept(node) as beside,
+                self.change_of(self.state_if_any(node), beside, here=False) as change,
+            ):
+                found = await self.name_in_thread(_link_to, change, beside, directory, new_name)
+            return self.enter_found(*found, rewrites)
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> None:
         """Remove a name; with the last one go the file's pages."""
         with errors():
-            directory = self.table.descriptor(self.table[parent_inode])
+            parent = self.table[parent_inode]
+            if not self.is_here(parent):
+                with self.table.kept(parent) as directory:
+                    await self._change_names([(directory, name)], partial(os.unlink, name, dir_fd=directory))
+                return
+            directory = self.table.descriptor(parent)
             with self._affected(directory, name):
                 os.unlink(name, dir_fd=directory)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: "RequestContext") -> None:
         """Remove an empty directory."""
         with errors():
-            os.rmdir(name, dir_fd=self.table.descriptor(self.table[parent_inode]))
+            parent = self.table[parent_inode]
+            if self.is_here(parent):
+                os.rmdir(name, dir_fd=self.table.descriptor(parent))
+                return
+            with self.table.kept(parent) as directory:
+                await self.name_in_thread(partial(os.rmdir, name, dir_fd=directory))
 
     async def rename(
         self,
@@ -195,19 +225,41 @@ class Namespace(Handlers):
         """Rename, replace or exchange; a file that is replaced loses its pages with its last name."""
         with errors():
             old, new = self.table[parent_inode_old], self.table[parent_inode_new]
-            with (
-                self.table.kept(old) as old_dir,
-                self.table.kept(new) as new_dir,
-                self._affected(old_dir, name_old),
-                self._affected(new_dir, name_new),
-            ):
-                if flags & _RENAME_WHITEOUT:  # makes something in the old place
-                    with acting_as(ctx):
+            makes = flags & _RENAME_WHITEOUT  # something in the old place
+            with self.table.kept(old) as old_dir, self.table.kept(new) as new_dir:
+
+                def work() -> None:
+                    if makes:
+                        with acting_as(ctx):
+                            syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
+                    elif flags:
                         syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
-                elif flags:
-                    syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
+                    else:
+                        os.rename(name_old, name_new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+
+                if (self.is_here(old) and self.is_here(new)) or (makes and not threads_may_act()):
+                    with self._affected(old_dir, name_old), self._affected(new_dir, name_new):
+                        work()
                 else:
-                    os.rename(name_old, name_new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+                    await self._change_names([(old_dir, name_old), (new_dir, name_new)], work)
+
+    async def _change_names(self, names: Sequence[tuple[int, bytes]], work: Callable[[], None]) -> None:
+        """Have a thread change the names of files elsewhere, bracketed as in `_affected`."""
+        found = await self.name_in_thread(_files_at, names)
+        try:
+            with contextlib.ExitStack() as stack:
+                changes = []
+                for status, descriptor in found:
+                    inode = self.table.known(status, descriptor)
+                    state = self.state_if_any(inode) if inode else None
+                    change = stack.enter_context(self.change_of(state, descriptor, here=False))
+                    changes.append((change, descriptor))
+                left = await self.name_in_thread(_work_within, changes, work)
+            for (_, descriptor), status_after in zip(found, left, strict=True):
+                self.discard_unless_linked(descriptor, status_after)
+        finally:
+            for _, descriptor in found:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def _affected(self, directory: int, name: bytes) -> Iterator[None]:
@@ -321,3 +373,41 @@ def _lose_set_gid(descriptor: int, before: os.stat_result, caller: Caller) -> No
     set_gid = stat.S_ISREG(now.st_mode) and now.st_mode & stat.S_ISGID
     if set_gid and caller.uid != 0 and not caller.is_member(before.st_gid):
         os.chmod(proc_path(descriptor), stat.S_IMODE(now.st_mode) & ~stat.S_ISGID)  # noqa: PTH101
+
+
+def _make_at(
+    directory: int, name: bytes, ctx: "RequestContext", make: Callable[..., None]
+) -> tuple[os.stat_result, int]:
+    with acting_as(ctx):
+        make(dir_fd=directory)
+    return look_at(directory, name)
+
+
+def _link_to(change: Change, descriptor: int, directory: int, name: bytes) -> tuple[os.stat_result, int]:
+    with change.seen(descriptor):
+        os.link(proc_path(descriptor), name, dst_dir_fd=directory, follow_symlinks=True)
+    return look_at(directory, name)
+
+
+def _files_at(names: Sequence[tuple[int, bytes]]) -> list[tuple[os.stat_result, int]]:
+    """Return status and O_PATH descriptor of those of the names, with their directories, that are files."""
+    found = []
+    for directory, name in names:
+        with contextlib.suppress(OSError):  # no such file: the operation itself says what that means
+            status, descriptor = look_at(directory, name)
+            if stat.S_ISREG(status.st_mode):
+                found.append((status, descriptor))
+            else:
+                os.close(descriptor)
+    return found
+
+
+def _work_within(
+    changes: Sequence[tuple[Change, int]], work: Callable[[], None]
+) -> list[os.stat_result | None]:
+    """Do it within all these changes of files, open at these; return their status after it."""
+    with contextlib.ExitStack() as stack:
+        for change, descriptor in changes:
+            stack.enter_context(change.seen(descriptor))
+        work()
+    return [status_if_any(descriptor) for _, descriptor in changes]

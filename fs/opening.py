@@ -86,7 +86,7 @@ class Opening(Namespace):
                 with contextlib.suppress(PermissionError):
                     unchanged = self._validate(node, await self._open_kept(node, beside, os.O_RDONLY))
             descriptor = await self._open_kept(node, beside, flags)
-        return self._opened(node, descriptor, flags, caller, unchanged)
+        return self._opened(node, descriptor, flags, caller, unchanged=unchanged)
 
     async def _open_kept(self, inode: Inode, beside: int, flags: int) -> int:
         """Open an inode by a descriptor of ours in a thread. OSError, also if the kernel has forgotten it."""
@@ -106,7 +106,7 @@ class Opening(Namespace):
             with contextlib.suppress(PermissionError):
                 unchanged = self._validate(node, self._open_now(node, os.O_RDONLY))
         descriptor = self._open_now(node, flags)
-        info = self._opened(node, descriptor, flags, caller, unchanged)
+        info = self._opened(node, descriptor, flags, caller, unchanged=unchanged)
         if self.reading is not None and self._grants.due:
             self._grant()
         return info
@@ -167,38 +167,21 @@ class Opening(Namespace):
     ) -> tuple["FileInfo", "EntryAttributes"]:
         """Create a file and open it."""
         with errors():
-            descriptor = self._made(parent_inode, name, mode, flags, ctx)
-            try:
-                status = os.fstat(descriptor)
-                # Not by its name, which may be another file's by now.
-                beside = os.open(proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
-            except BaseException:
-                os.close(descriptor)
-                raise
+            parent = self.table[parent_inode]
+            if self.acts_here(parent):
+                made = _make(self.table.descriptor(parent), name, mode, flags, ctx)
+            else:
+                with self.table.kept(parent) as directory:
+                    made = await self.name_in_thread(_make, directory, name, mode, flags, ctx)
+            descriptor, beside, status = made
             node = self.table.meet(status, beside)
             self.table.remember(node)
             try:
-                info = self._opened(node, descriptor, flags, Caller.of(ctx))
+                info = self._opened(node, descriptor, flags, Caller.of(ctx), status)
             except BaseException:
                 self.take_back(node.nodeid, 1)
                 raise
             return info, self.attributes(node, status)
-
-    def _made(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: "RequestContext") -> int:
-        """Return the descriptor of a new file. OSError(ESTALE) if the name has come into being underneath.
-
-        Then the kernel looks it up and opens what it finds: it must check whether the caller may, and to
-        open a pipe takes as long as nobody is at the other end.
-        """
-        wanted = (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        directory = self.table.descriptor(self.table[parent_inode])
-        try:
-            with acting_as(ctx):
-                return os.open(name, wanted, stat.S_IMODE(mode), dir_fd=directory)
-        except FileExistsError:
-            if flags & os.O_EXCL:
-                raise
-            raise OSError(errno.ESTALE, "made underneath") from None
 
     def _opened(
         self,
@@ -206,14 +189,19 @@ class Opening(Namespace):
         descriptor: int,
         flags: int,
         caller: Caller | None,
+        status: os.stat_result | None = None,
         unchanged: bool | None = None,
     ) -> "FileInfo":
-        """Register an open file; `unchanged` is what its validation said, None if there was none yet."""
+        """Register an open file; `status` is its, if it was just taken.
+
+        `unchanged` is what its validation said, None if there was none yet.
+        """
         number = self.table.opens.number()
         try:
             self.precache.pool()  # senses a segment that has appeared
             state = self.state_of(inode)
-            status = os.fstat(descriptor)
+            if status is None:
+                status = os.fstat(descriptor)
             cached = self._cached(status)
             if unchanged is None:
                 unchanged = self.coherence.validate(state, status, descriptor)
@@ -413,3 +401,29 @@ def _open_and_look(path: str, flags: int) -> tuple[int, float]:
         os.close(descriptor)
         raise
     return descriptor, time.monotonic() - begun
+
+
+def _make(
+    directory: int, name: bytes, mode: int, flags: int, ctx: "RequestContext"
+) -> tuple[int, int, os.stat_result]:
+    """Return a descriptor of a new file, an O_PATH one, and its status.
+
+    OSError(ESTALE) if the name has come into being underneath: then the kernel looks it up and opens what it
+    finds. It must check whether the caller may, and to open a pipe may take as long as nobody opens its other
+    end.
+    """
+    wanted = (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        with acting_as(ctx):
+            descriptor = os.open(name, wanted, stat.S_IMODE(mode), dir_fd=directory)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        raise OSError(errno.ESTALE, "made underneath") from None
+    try:
+        status = os.fstat(descriptor)
+        # Not by its name, which may be another file's by now.
+        return descriptor, os.open(proc_path(descriptor), os.O_PATH | os.O_CLOEXEC), status
+    except BaseException:
+        os.close(descriptor)
+        raise

@@ -115,6 +115,7 @@ OPERATIONS = (
 )
 
 
+_EXCHANGE = 2  # RENAME_EXCHANGE
 AGE_NS = 10_000_000_000
 """Files say that they are older than they are, so that their versions are trusted at once."""
 
@@ -336,6 +337,8 @@ class _Server(pyfuse3.Operations):
         for inode, name in self.names.items():
             if name == old or name.startswith(old + b"/"):
                 self.names[inode] = new + name[len(old) :]
+            elif flags & _EXCHANGE and (name == new or name.startswith(new + b"/")):
+                self.names[inode] = old + name[len(new) :]
 
     async def readlink(self, inode: int, ctx: "RequestContext") -> bytes:
         await self.fault("readlink", self.names[inode])

@@ -12,10 +12,11 @@ import os
 import shutil
 import tempfile
 import threading
+from collections import namedtuple
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 from uuid import UUID
 
 import pyfuse3
@@ -33,6 +34,7 @@ from hypothesis.stateful import (
 
 from tmem.backends.paths import SegmentPaths
 from tmem.fs.fanotify import Events
+from tmem.fs.openfile import Pause
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.precache import Precache
 from tmem.types import PAGE_SIZE
@@ -50,6 +52,31 @@ SHARED = UUID("0123456789abcdef0123456789abcdef")
 SIDES = st.integers(0, 1)
 PLACES = st.integers(0, PAGES - 1)
 SIZES = st.sampled_from([0, 100, PAGE_SIZE, PAGE_SIZE + 1, PAGES * PAGE_SIZE])
+
+
+WRITING = ["write:flushed", "write:written", "write:done"]
+FIELDS = namedtuple(
+    "FIELDS", "update_size update_mode update_uid update_gid update_atime update_mtime update_ctime"
+)
+
+
+def hold_up(overlay: Overlay, pause: Pause) -> None:
+    """Have changes of names and attributes pause in their threads, before all else and after it."""
+    names, contents = overlay.name_in_thread, overlay.change_in_thread
+
+    def at(begun: str, done: str, work: Callable[..., T], *arguments: object) -> T:
+        pause(begun)
+        result = work(*arguments)
+        pause(done)
+        return result
+
+    async def name(work: Callable[..., T], *arguments: object) -> T:
+        return await names(at, "name:begun", "name:done", work, *arguments)
+
+    async def content(work: Callable[..., T], *arguments: object) -> T:
+        return await contents(at, "write:begun", "write:done", work, *arguments)
+
+    overlay.name_in_thread, overlay.change_in_thread = name, content  # type: ignore[method-assign]
 
 
 def page_of(content: bytes, page: int) -> bytes:
@@ -155,6 +182,7 @@ class Machine(RuleBasedStateMachine):
     """The machine; the rest is set by the test."""
 
     watching: bool
+    elsewhere: bool
     shared: UUID | None
     segment: "_native.Segment"
     underneath: Underneath
@@ -187,6 +215,9 @@ class Machine(RuleBasedStateMachine):
         if self.watching:
             overlay.watch_with(Events.of(overlay.table.root))
             assert overlay.watch is not None
+        if self.elsewhere:
+            overlay._is_local = False
+        hold_up(overlay, pause)
         return overlay
 
     def teardown(self) -> None:
@@ -227,14 +258,14 @@ class Machine(RuleBasedStateMachine):
         handle.file.promise(handle.side, page)
 
     @precondition(lambda self: self.handles and len(self.stopped) < 2)
-    @rule(number=st.integers(0, 3), page=PLACES, point=st.sampled_from(["write:flushed", "write:written"]))
+    @rule(number=st.integers(0, 3), page=PLACES, point=st.sampled_from(WRITING))
     def write_half(self, number: int, page: int, point: str) -> None:
         handle = self.handles[number % len(self.handles)]
         data = self.data(PAGE_SIZE)
         gate = self.arm(handle.side, point)
         wait = self.portal.begin(self.overlays[handle.side].write, handle.fh, page * PAGE_SIZE, data)
         assert gate.reached.wait(60)
-        written = point == "write:written"
+        written = point != "write:flushed"
         if written:
             handle.file.becomes(handle.file.written(page * PAGE_SIZE, data))
 
@@ -243,6 +274,32 @@ class Machine(RuleBasedStateMachine):
             if not written:
                 handle.file.becomes(handle.file.written(page * PAGE_SIZE, data))
             handle.file.promise(handle.side, page)
+
+        self.stopped.append(Stopped(gate, finish))
+
+    @precondition(lambda self: self.elsewhere and len(self.stopped) < 2)
+    @rule(
+        side=SIDES, mode=st.sampled_from([0o600, 0o640]), point=st.sampled_from(["name:begun", "name:done"])
+    )
+    def chmod_half(self, side: int, mode: int, point: str) -> None:
+        """Have a change begin before or end after what others do."""
+
+        async def work() -> int:
+            entry = await self.overlays[side].lookup(pyfuse3.ROOT_INODE, b"file", CONTEXT)
+            wanted = pyfuse3.EntryAttributes()
+            wanted.st_mode = mode
+            fields = FIELDS(*(name == "update_mode" for name in FIELDS._fields))
+            told = await self.overlays[side].setattr(
+                entry.st_ino, wanted, cast("pyfuse3.SetattrFields", fields), None, CONTEXT
+            )
+            return told.st_mode & 0o777
+
+        gate = self.arm(side, point)
+        wait = self.portal.begin(work)
+        assert gate.reached.wait(60)
+
+        def finish() -> None:
+            assert wait() == mode
 
         self.stopped.append(Stopped(gate, finish))
 
@@ -343,10 +400,11 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("shared", [None, SHARED], ids=["own pools", "a shared pool"])
-@pytest.mark.parametrize("watching", [True, False], ids=["watching", "from open to open"])
+@pytest.mark.parametrize("kind", ["watching", "from open to open", "elsewhere"])
 def test_what_is_promised_in_any_order(
-    segment: "_native.Segment", tmp_path: Path, watching: bool, shared: UUID | None
+    segment: "_native.Segment", tmp_path: Path, kind: str, shared: UUID | None
 ) -> None:
+    watching = kind == "watching"
     if watching:
         directory = os.open(tmp_path, os.O_RDONLY)
         events = Events.of(directory)
@@ -355,6 +413,7 @@ def test_what_is_promised_in_any_order(
             pytest.skip("the kernel reports no changes of this file system")
         events.close()
     Machine.watching, Machine.shared, Machine.segment = watching, shared, segment
+    Machine.elsewhere = kind == "elsewhere"
     Machine.underneath = Underneath()
     Machine.portal = Portal()
     try:

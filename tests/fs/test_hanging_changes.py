@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tmem.errors import AttachError
+from tmem.fs import mounts
+from tmem.fs.mount import SUCCESSOR
+from tmem.fs.plan import Successor
+
 from .conftest import Mounter, Place
 from .faulty import Faulty
 from .hanging import CONTENT, READ
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("root")
 
+CHANGE_THREADS = 40
 STAT = "import os, sys; os.stat(sys.argv[1])"
 WRITE = "import os, sys; f = os.open(sys.argv[1], os.O_RDWR); os.pwrite(f, b'new', 4096); os.close(f)"
 REPLACE = "import os, sys; f = os.open(sys.argv[1], os.O_WRONLY | os.O_TRUNC); os.write(f, b'replaced')"
@@ -80,8 +86,14 @@ class Change:
     """What a program does in a directory `d`."""
     same: str
     """The same with what does not hang, in a directory `e`."""
+    name: str = "slow"
+    """Of what hangs."""
 
 
+EXCHANGE = (
+    "import ctypes; libc = ctypes.CDLL(None); "
+    "assert not libc.renameat2(-100, ({0} + '{1}').encode(), -100, ({0} + 'link').encode(), 2)"
+)
 CHANGES = {
     "chmod": Change("setattr", "os.chmod(d + 'slow', 0o640)", "os.chmod(e + 'other', 0o640)"),
     "chown": Change("setattr", "os.chown(d + 'slow', 1, 2)", "os.chown(e + 'other', 1, 2)"),
@@ -93,6 +105,24 @@ CHANGES = {
     "removexattr": Change(
         "removexattr", "os.removexattr(d + 'slow', 'user.old')", "os.removexattr(e + 'other', 'user.old')"
     ),
+    "create": Change(
+        "create",
+        "os.close(os.open(d + 'new', os.O_CREAT | os.O_RDWR, 0o640))",
+        "os.close(os.open(e + 'fresh', os.O_CREAT | os.O_RDWR, 0o640))",
+        "new",
+    ),
+    "mkdir": Change("mkdir", "os.mkdir(d + 'new')", "os.mkdir(e + 'fresh')", "new"),
+    "mknod": Change("mknod", "os.mkfifo(d + 'new')", "os.mkfifo(e + 'fresh')", "new"),
+    "symlink": Change("symlink", "os.symlink('to', d + 'new')", "os.symlink('to', e + 'fresh')", "new"),
+    "link": Change("link", "os.link(d + 'slow', d + 'new')", "os.link(e + 'other', e + 'fresh')", "new"),
+    "unlink": Change("unlink", "os.unlink(d + 'slow')", "os.unlink(e + 'other')"),
+    "rmdir": Change("rmdir", "os.rmdir(d + 'empty')", "os.rmdir(e + 'vacant')", "empty"),
+    "rename": Change("rename", "os.rename(d + 'slow', d + 'new')", "os.rename(e + 'other', e + 'fresh')"),
+    "replace": Change(
+        "rename", "os.rename(d + 'second', d + 'slow')", "os.rename(e + 'third', e + 'other')", "second"
+    ),
+    "exchange": Change("rename", EXCHANGE.format("d", "slow"), EXCHANGE.format("e", "other")),
+    "move": Change("rename", "os.rename(d + 'second', d + 'empty/new')", "os.mkdir(e + 'fresh')", "second"),
 }
 
 
@@ -109,13 +139,14 @@ def tree(
     request: pytest.FixtureRequest, faulty: Faulty, segment: "Segment", mounter: Mounter
 ) -> Iterator[Place]:
     """A mount of two directories, ``d`` with a file ``slow`` and ``e`` with one called ``other``."""
-    for name, file in (("d", "slow"), ("e", "other")):
+    for name, file, more, empty in (("d", "slow", "second", "empty"), ("e", "other", "third", "vacant")):
         directory = faulty.directory / name
         directory.mkdir()
         (faulty.directory / file).rename(directory / file)
         os.setxattr(directory / file, "user.old", b"1")
         (directory / "link").symlink_to(file)
-        (directory / "empty").mkdir()
+        (directory / more).write_bytes(b"more")
+        (directory / empty).mkdir()
     made = mounter(request.param, lower=faulty.point)
     assert shown(made.point) == shown(faulty.directory)
     yield made
@@ -144,7 +175,7 @@ def test_a_change_that_hangs_holds_up_nobody_else(
 ) -> None:
     """Others go on with names, attributes, contents and changes of their own; then all is as it should be."""
     change = CHANGES[kind]
-    faulty.fail(change.operation, hangs=True, name="slow")
+    faulty.fail(change.operation, hangs=True, name=change.name)
     meanwhile = "os.stat(d + 'slow'); os.listdir(d); open(d + 'slow').close(); os.lstat(d + 'link')"
     with does(change.code, tree.point) as one:
         eventually(lambda: faulty.waiting() == [change.operation])
@@ -163,3 +194,67 @@ def test_a_change_that_hangs_holds_up_nobody_else(
     assert shown(tree.point) == shown(faulty.directory)
     tree.umount()
     assert os.waitpid(tree.pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("tree", ["loop=native,timeout=0", "loop=plain,timeout=0"], indirect=True)
+def test_many_changes_that_hang_hold_up_only_others(
+    tree: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """Names, attributes and contents are there, and statistics; with one more change the next ones wait.
+
+    (By rings fewer come at a time: each CPU's 32.)
+    """
+    directories = [faulty.directory / f"many{number}" for number in range(CHANGE_THREADS + 1)]
+    for directory in directories:
+        directory.mkdir()
+    code = f"""
+import os, sys, threading
+for number in range({len(directories)}):
+    threading.Thread(target=os.mkdir, args=[f"{{sys.argv[1]}}/many{{number}}/new"]).start()
+"""
+    faulty.fail("mkdir", hangs=True, name="new")
+    with (tree.point / "e" / "other").open("rb", buffering=0) as file, running(code, tree.point) as many:
+        eventually(lambda: faulty.waiting() == ["mkdir"] * CHANGE_THREADS)
+        hits = tree.statistics().hit_reads
+        for start in range(0, len(CONTENT) - 4096, 4096):
+            assert os.pread(file.fileno(), 4096, start) == CONTENT[start : start + 4096]
+        assert tree.statistics().hit_reads > hits
+        for others in (
+            "os.lstat(e + 'link'); os.listdir(e); open(e + 'other', 'rb').read(9)",
+            "os.listdir(d)",
+        ):
+            with does(others, tree.point) as other:
+                assert other.wait(10) == 0
+        with does("os.chmod(e + 'other', 0o640)", tree.point) as late:
+            assert faulty.waiting() == ["mkdir"] * CHANGE_THREADS
+            faulty.heal()
+            assert many.wait(10) == 0
+            assert late.wait(10) == 0
+    assert shown(tree.point) == shown(faulty.directory)
+
+
+def test_a_daemon_whose_changes_hang_can_be_ended(
+    faulty: Faulty, segment: "Segment", mounter: Mounter, eventually: Callable[..., None]
+) -> None:
+    """It does not restart before they end."""
+    for name in ("d", "e"):
+        (faulty.directory / name).mkdir()
+    made = mounter("loop=native", lower=faulty.point, successor=Successor(SUCCESSOR.code, 0.5))
+    faulty.fail("mkdir", hangs=True, name="new")
+    with does("os.mkdir(d + 'new')", made.point) as one:
+        eventually(lambda: faulty.waiting() == ["mkdir"])
+        with pytest.raises(AttachError, match="requests took longer"):
+            made.restart()
+        with does("os.mkdir(e + 'fresh')", made.point) as other:
+            assert other.wait(10) == 0
+        faulty.heal()
+        assert one.wait(10) == 0
+    assert made.restart().count == 1
+    faulty.fail("mkdir", hangs=True, name="newer")
+    with does("os.mkdir(d + 'newer')", made.point) as one:
+        eventually(lambda: faulty.waiting() == ["mkdir"])
+        os.kill(made.pid, signal.SIGTERM)
+        eventually(lambda: mounts.top_mount(str(made.point)) is None)
+        assert one.wait(10)
+    faulty.kill()
+    assert os.waitpid(made.pid, 0)[1] == 1 << 8

@@ -23,12 +23,14 @@ from ..rings import BY_RINGS, permitted
 from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
 
+ELSEWHERE = "elsewhere,loop=native,cache=direct"
+"""A mount that takes its lower for one that may not answer: threads change names and attributes."""
 SHIPPED = "loop=native,cache=auto"
 """What a mount without options is where memory is in plenty: the kernel keeps small files."""
 WHOLE = [SHIPPED, "loop=plain,cache=kernel"]
 """Of the table the others try what concerns contents only: all else is the same code as in these."""
 if os.environ.get("TMEM_LONG") == "1":
-    WHOLE.append(f"{BY_RINGS},cache=direct")
+    WHOLE += [f"{BY_RINGS},cache=direct", ELSEWHERE]
 MODES = [*WHOLE, "loop=native,cache=direct", "loop=fast,cache=direct"]
 NAMES = pytest.mark.parametrize("twins", WHOLE, indirect=True, scope="module")
 """For what concerns names and listings alone."""
@@ -89,6 +91,9 @@ def mounted(base: Path, options: str) -> Iterator[Twins]:
         segment = _native.create(str(runtime / "default"), 64 << 20)
         pid = -1
         try:
+            if options == ELSEWHERE:
+                patch.setattr("tmem.fs.base.is_local", lambda descriptor: False)
+            options = options.removeprefix("elsewhere,")
             parsed = MountOptions.parse([f"client=web,allow_other,dev,suid,{options}"], str(place.point))
             with permitted(options):
                 paths = SegmentPaths.of("default")
