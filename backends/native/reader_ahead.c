@@ -2,7 +2,7 @@
 
 enum {
     LEAST_AHEAD = 32 << 10,  /* bytes: what is smaller is fetched sooner than another thread runs */
-    LEAST_HELPED = 256 << 10, /* to wake a thread costs as much as a piece of it (128 KiB: no gain, 1.5 times the CPU time) */
+    LEAST_HELPED = 256 << 10, /* to wake a thread costs as much as a piece of it (128 KiB: no gain, 1.7 times the CPU time) */
 };
 
 void ahead_init(struct ahead *a, struct hits *h) { window_init(&a->window, h); }
