@@ -247,7 +247,7 @@ class Readers:
                     if reading.reader.full:  # what is readable is not to be read
                         await trio.sleep(_PAUSE_SECONDS)
                     else:
-                        with contextlib.suppress(trio.ClosedResourceError):
+                        with reading.awaited(), contextlib.suppress(trio.ClosedResourceError):
                             await trio.lowlevel.wait_readable(reading)
                     if not self._stopping and not self._ended:
                         event = reading.serve(-1, 0)

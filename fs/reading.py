@@ -5,11 +5,12 @@ here: which pool, which files are open, and by each file's gate (`coherence.File
 may be served. Threading: the event loop's thread, except `use_pool`.
 """
 
+import contextlib
 import logging
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, cast
 
 from tmem.fs.backing import Backing
@@ -80,7 +81,8 @@ class Reading:
         self._switch = threading.Lock()
         # Readable when there is something to do: a request, a reply, or a request that a helper has read.
         self._anything = select.epoll()
-        for end in ends:
+        self._device, *others = ends
+        for end in others:
             self._anything.register(end, select.EPOLLIN)
         self._shortcuts: Shortcuts | None = None
         self._learn: Callable[[], None] = lambda: None
@@ -116,6 +118,19 @@ class Reading:
             self.reader.use_rings(self.rings)
         except OSError as error:
             log.warning("requests do not come over io_uring: %s", error.strerror)
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Bracket waiting for `fileno`, which tells of requests only meanwhile.
+
+        Whatever has the device in a set is told of each request by the kernel, whether anybody waits or
+        not: 0.15 us of a hit.
+        """
+        self._anything.register(self._device, select.EPOLLIN)
+        try:
+            yield
+        finally:
+            self._anything.unregister(self._device)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when there is something to do."""

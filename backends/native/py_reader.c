@@ -470,6 +470,7 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"ends", c.ends},
                {"woken", c.woken},
                {"found_awake", c.found_awake},
+               {"read_sleeps", c.read_sleeps},
                {"opens", c.opens},
                {"closes", c.closes}};
     PyObject *dict = PyDict_New();

@@ -19,6 +19,7 @@ enum {
     QUICK_NAME_NS = 200000, /* in which a name is looked up that does not wait for a disk; after others the event loop has a turn */
     POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
     TOGETHER = 4,           /* hits that are answered together at most */
+    SLEEPS_AFTER = 32,      /* requests in a row that were answered here: then it sleeps in read */
     SMALL_BYTES = 16 << 10, /* of a READ that may wait for others: some 5 us */
     SMALL_ROOM = SMALL_BYTES + TM_PAGE, /* for its pages, wherever in the first it begins */
 };
@@ -66,6 +67,7 @@ static void wake_helper(struct reader *r)
 {
     if (!atomic_load_explicit(&r->idle, memory_order_relaxed) || has_one_cpu(r))
         return;
+    sentry_relieve(&r->sentry);
     pthread_mutex_lock(&r->sleep_lock);
     if (atomic_load(&r->idle) > r->calls) {
         r->calls++;
@@ -96,6 +98,7 @@ static void wake_standin(struct reader *r)
 
 void reader_leave(struct reader *r)
 {
+    sentry_relieve(&r->sentry); /* the stand-in may read from now on */
     atomic_fetch_add(&r->turns, 1);
     wake_standin(r);
 }
@@ -436,11 +439,28 @@ static bool look_at_others(struct reader *r, enum reader_event *event, unsigned 
     return *event != READER_NOTHING || p[2].revents;
 }
 
+/* Whether helpers and stand-in leave the device alone until the caller wakes or leaves it to them. */
+static bool reads_alone(struct reader *r)
+{
+    pthread_mutex_lock(&r->sleep_lock);
+    bool alone = !atomic_load(&r->active) && !r->calls;
+    pthread_mutex_unlock(&r->sleep_lock);
+    return alone;
+}
+
+/* Sleep in read from now on, if that may be and pays: where nothing but hits came lately, one at a time, whose program does not run
+ * beside this thread. */
+static bool sleeps_in_read(struct reader *r, int64_t until_ms)
+{
+    return !r->rings && !eager_pays(&r->eager_hits) && (sentry_is_posted(&r->sentry) || reads_alone(r))
+        && sentry_post(&r->sentry, until_ms);
+}
+
 static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
 {
-    int64_t until = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
+    int64_t until = timeout_ms > 0 ? now_ms() + timeout_ms : INT64_MAX;
     enum reader_event event = READER_NOTHING;
-    unsigned served = 0, looked = 0;
+    unsigned served = 0, looked = 0, in_a_row = 0;
     bool flows = false; /* there is probably another request: do not wait for it */
     struct eager *e = r->python_last ? &r->eager_python : &r->eager_hits; /* they come at different times */
     eager_end(e);
@@ -452,8 +472,13 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
         passing_drain(&r->passing);
     for (;;) {
         bool full = passing_full(&r->passing);
-        bool eager = !full && !flows && eager_looks(e, timing_now());
-        if (full || !(flows || eager) || looked++ % POLL_EVERY == 0) {
+        bool eager = !full && !flows && eager_tries(e) && eager_looks(e, timing_now());
+        bool asleep = !full && !flows && !eager && timeout_ms && in_a_row >= SLEEPS_AFTER && sleeps_in_read(r, until);
+        if (!asleep && flows && !eager_pays(&r->eager_hits) && sentry_holds(&r->sentry))
+            sentry_look(&r->sentry);
+        else if (!asleep && sentry_relieve(&r->sentry))
+            in_a_row = 0;
+        if (!asleep && (full || !(flows || eager) || looked++ % POLL_EVERY == 0)) {
             int64_t left = timeout_ms > 0 ? until - now_ms() : timeout_ms;
             if (timeout_ms > 0 && left <= 0)
                 return READER_NOTHING; /* whoever set the deadline is due, however many requests wait */
@@ -476,7 +501,10 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
                 continue;
         }
         bool more = true;
-        enum taken t = r->several ? take_together(r, &more) : take(r, &r->desk, true, NULL);
+        enum taken t = r->several && !asleep ? take_together(r, &more) : take(r, &r->desk, true, NULL);
+        in_a_row = t == TAKEN_ANSWERED ? in_a_row + 1 : 0;
+        if (t == TAKEN_NONE && asleep && !sentry_calls(&r->sentry))
+            return READER_NOTHING; /* a signal for somebody else */
         if (t == TAKEN_NONE && eager)
             continue;
         if (eager) {

@@ -8,7 +8,8 @@
  * `reader_lookup` (names), `reader_listings` and `reader_directory` (directories), `reader_hits`, `reader_ahead` (streams of hits) and, for misses that wait for the
  * lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
  *
- * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`). Most other requests go on through the socket, and libfuse's
+ * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`), or where hits
+ * follow each other and a thread waits for all else meanwhile (`reader_sentry`). Most other requests go on through the socket, and libfuse's
  * replies come back the same way; a reply to OPEN or OPENDIR is amended with what libfuse cannot ask for.
  *
  * Who reads: the thread that runs the event loop, in reader_serve, so that a request for Python needs no other
@@ -58,6 +59,7 @@ struct reader_counters {
     uint64_t attributes, ends;                /* GETATTRs, and ends of listings, answered */
     uint64_t lookups;                         /* LOOKUPs answered by the event loop's thread as it read them */
     uint64_t woken;                           /* times that a helper was woken */
+    uint64_t read_sleeps;                     /* times that it began to sleep in read instead of poll */
     uint64_t found_awake;                     /* requests that were looked for, and came, before anybody slept */
     uint64_t opens, closes;                   /* OPENs and RELEASEs answered */
 };
@@ -66,7 +68,7 @@ enum reader_event { READER_NOTHING, READER_REQUEST, READER_GONE, READER_ASKED };
 enum { READER_NEWS = 4 }; /* added to these if there is something to learn (reader_opens.h) */
 
 struct reader;
-/* `device` is /dev/fuse (made non-blocking), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
+/* `device` is /dev/fuse (made non-blocking; it blocks at times within reader_serve), `ours` one end of a SOCK_SEQPACKET pair, `theirs` the other, which
  * libfuse reads and writes; all stay the caller's. `largest` is the most bytes of a request or a reply. The stand-in
  * reads when nobody has been in reader_serve for `away_ms`; 0: there is none. A lower that usually answers within
  * `quick_us` is waited for in reader_serve. NULL: errno. */

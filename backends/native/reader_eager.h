@@ -25,6 +25,8 @@ enum { EAGER_NS = 50000, EAGER_MOST = 16, EAGER_LOSS = 4, EAGER_LEFT_OUT = 64, E
 
 /* A request was answered: its program may have another one. */
 void eager_answered(struct eager *e, uint64_t now_ns);
+/* Whether it has to be asked whether to look now. */
+static inline bool eager_tries(const struct eager *e) { return e->until_ns; }
 /* Whether to look now. */
 bool eager_looks(struct eager *e, uint64_t now_ns);
 /* A request was there. Returns whether it was looked for. */

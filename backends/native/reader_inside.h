@@ -11,6 +11,7 @@
 #include "reader_opens.h"
 #include "reader_rings.h"
 #include "reader_onlookers.h"
+#include "reader_sentry.h"
 #include "reader_shortcut.h"
 #include "reader_waiting.h"
 
@@ -46,6 +47,7 @@ struct reader {
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
+    struct sentry sentry;
     struct eager eager_hits, eager_python; /* by who has answered last */
     struct rings *rings; /* NULL: all requests come by the device */
     struct desk *ring_desks;

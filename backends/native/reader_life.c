@@ -34,6 +34,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     pthread_cond_init(&r->awake, NULL);
     clocked_cond_init(&r->needed);
     r->others = epoll_create1(EPOLL_CLOEXEC);
+    sentry_init(&r->sentry, device, r->others);
     r->buffers = buffers_new(largest + 4 * TM_PAGE); /* headers, and a page cut off */
     int rc = hits_init(&r->hits, largest) | passing_init(&r->passing, device, ours, theirs, r->buffers);
     waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
@@ -100,6 +101,7 @@ void reader_free(struct reader *r)
         desk_clear(&r->ring_desks[i]);
     free(r->ring_desks);
     rings_free(r->rings);
+    sentry_free(&r->sentry);
     if (r->others >= 0)
         close(r->others);
     hits_free(&r->hits);
@@ -233,6 +235,7 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->lookups = atomic_load(&r->lookups);
     out->woken = atomic_load(&r->woken);
     out->found_awake = atomic_load(&r->found_awake) + (r->rings ? rings_found_awake(r->rings) : 0);
+    out->read_sleeps = atomic_load(&r->sentry.posts);
     out->opens = atomic_load(&r->nopens);
     out->closes = atomic_load(&r->ncloses);
 }

@@ -39,6 +39,7 @@ class Desk:
     libfuse: socket.socket
     content: bytes
     file: int
+    device: socket.socket
     uniques: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 30)))
     listings: "_native.Listings | None" = None
 
@@ -155,7 +156,7 @@ def make(
         reader.set_pool(pool)
         gate.set(OID, len(content), True)
         reader.open(FH, file, gate, True)
-        yield Desk(reader, pool, gate, kernel, libfuse, content, file)
+        yield Desk(reader, pool, gate, kernel, libfuse, content, file, device)
         reader.close()
     os.close(file)
     segment.close()
