@@ -2,8 +2,8 @@
  * The bytes of commands to a Redis server and of its answers (RESP 2): what backends/tiers/redis_wire.py does for every
  * value of a batch. There is the rest: errors, answers that are not whole yet, and everything that is none.
  *
- * In Python these took 12 us of a value, with six servers that share the processor's caches. Holds the interpreter's lock
- * throughout: it makes objects.
+ * In Python these, with an object or two for each value, were a fifth of what a fetch took (docs/benchmarks/tiers.md).
+ * Holds the interpreter's lock throughout: it makes objects.
  */
 #include "py.h"
 
