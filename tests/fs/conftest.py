@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,8 +26,11 @@ from tmem.fs.statistics import MountStatistics, RestartStatus
 
 from .faulty import Faulty
 from .hanging import two_files
-from .rings import permitted
+from .rings import BY_RINGS, permitted
 from .underneath import Underneath
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
 
 
 @dataclass
@@ -147,6 +151,15 @@ def faulty(tmp_path: Path) -> Iterator[Faulty]:
         yield lower
         with contextlib.suppress(OSError):  # it may have been killed
             lower.heal()
+
+
+@pytest.fixture(params=["loop=native", BY_RINGS])
+def faulty_place(
+    request: pytest.FixtureRequest, faulty: Faulty, segment: "_native.Segment", mounter: Mounter
+) -> Iterator[Place]:
+    """A mount of that lower."""
+    yield mounter(f"timeout=0,cache=direct,{request.param}", lower=faulty.point)
+    faulty.heal()
 
 
 @pytest.fixture

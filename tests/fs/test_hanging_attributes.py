@@ -7,22 +7,17 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyfuse3
 import pytest
 
 from tmem.fs.inodes import InodeTable
 
-from .conftest import Mounter, Place
+from .conftest import Place
 from .faulty import Faulty
 from .hanging import CONTENT, READ
 from .hanging import program as running
 from .reader_desk import GETATTR, Desk, make
-from .rings import BY_RINGS
-
-if TYPE_CHECKING:
-    from tmem.backends._native import Segment
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -33,24 +28,16 @@ FREE = "import os, sys; os.statvfs(sys.argv[1])"
 THREADS = 16
 
 
-@pytest.fixture(params=["loop=native", BY_RINGS])
-def place(
-    request: pytest.FixtureRequest, faulty: Faulty, segment: "Segment", mounter: Mounter
-) -> Iterator[Place]:
-    yield mounter(f"timeout=0,cache=direct,{request.param}", lower=faulty.point)
-    faulty.heal()
-
-
-def test_a_file_of_a_lower_that_hangs_is_closed_without_asking(place: Place, faulty: Faulty) -> None:
+def test_a_file_of_a_lower_that_hangs_is_closed_without_asking(faulty_place: Place, faulty: Faulty) -> None:
     """Nor when its program was killed, or the kernel forgets the file."""
-    other = place.point / "other"
-    with (place.point / "slow").open("rb") as slow:
+    other = faulty_place.point / "other"
+    with (faulty_place.point / "slow").open("rb") as slow:
         assert slow.read(100) == CONTENT[:100]
         faulty.fail("getattr", hangs=True, name="slow")
     with running(STAT, other) as one:
         assert one.wait(10) == 0
-    place.umount()
-    assert os.waitpid(place.pid, 0)[1] == 0
+    faulty_place.umount()
+    assert os.waitpid(faulty_place.pid, 0)[1] == 0
     faulty.heal()
 
 
@@ -60,42 +47,42 @@ def fstat(descriptor: int) -> "contextlib.AbstractContextManager[subprocess.Pope
 
 
 def test_a_stat_that_hangs_holds_up_nobody_else(
-    place: Place, faulty: Faulty, eventually: Callable[..., None]
+    faulty_place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
     """By an open file, which is one request, and by name, which looks it up first."""
-    with (place.point / "slow").open("rb") as slow:
+    with (faulty_place.point / "slow").open("rb") as slow:
         faulty.fail("getattr", hangs=True, name="slow")
         with (
             fstat(slow.fileno()) as one,
             fstat(slow.fileno()) as killed,
-            running(STAT, place.point / "slow") as by_name,
+            running(STAT, faulty_place.point / "slow") as by_name,
         ):
             eventually(lambda: faulty.waiting() == ["getattr"] * 3)
             for code in (STAT, READ):
-                with running(code, place.point / "other") as other:
+                with running(code, faulty_place.point / "other") as other:
                     assert other.wait(10) == 0
-            with running(FREE, place.point) as free:
+            with running(FREE, faulty_place.point) as free:
                 assert free.wait(10) == 0
             killed.kill()
             assert killed.wait(10) == -signal.SIGKILL
             assert (one.poll(), by_name.poll()) == (None, None)
             faulty.heal()
             assert (one.wait(10), by_name.wait(10)) == (0, 0)
-    assert (place.point / "slow").stat().st_size == len(CONTENT)
-    place.umount()
-    assert os.waitpid(place.pid, 0)[1] == 0
+    assert (faulty_place.point / "slow").stat().st_size == len(CONTENT)
+    faulty_place.umount()
+    assert os.waitpid(faulty_place.pid, 0)[1] == 0
 
 
 def test_more_than_there_are_threads_hold_up_nobody_else(
-    place: Place, faulty: Faulty, eventually: Callable[..., None]
+    faulty_place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
     """Nor does how much room there is."""
     code = "import os, sys, threading; [threading.Thread(target=os.fstat, args=[int(sys.argv[1])]).start() "
     code += f"for _ in range({THREADS + 1})]"
-    with (place.point / "slow").open("rb") as slow, (place.point / "other").open("rb") as other:
+    with (faulty_place.point / "slow").open("rb") as slow, (faulty_place.point / "other").open("rb") as other:
         faulty.fail("getattr", hangs=True, name="slow")
         faulty.fail("statfs", hangs=True)
-        with running(FREE, place.point), running(code, str(slow.fileno()), [slow.fileno()]) as many:
+        with running(FREE, faulty_place.point), running(code, str(slow.fileno()), [slow.fileno()]) as many:
             eventually(lambda: len(faulty.waiting()) == THREADS + 2)
             with fstat(other.fileno()) as asks:
                 assert asks.wait(10) == 0
