@@ -114,6 +114,11 @@ class FileState:
             self.gate.overtake()
 
     @property
+    def turn(self) -> tuple[int, int]:
+        """Another one once an own change has begun or ended; without any under way the second is 0."""
+        return self.epoch, self.changes
+
+    @property
     def reach(self) -> int:
         """No page at this index or above was ever put, by whomever."""
         return self.top if self.gate is None else max(self.top, self.gate.top)

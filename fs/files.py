@@ -50,13 +50,19 @@ class Files(Opening):
         file = self._files[fh]
         if self.watch is not None:
             self.watch.catch_up()  # what is over now must show
-        pool = self.precache.pool()
         end = off + size
         state = file.state
+        status: os.stat_result | None = None
+        if (end > state.size or state.changes) and not self.is_here(file.inode):
+            status = await self._status_elsewhere(file)
+            if status is None:
+                return await self._pass_through(file, off, size)
+        pool = self.precache.pool()
         if pool is None or not state.served or file.inode.declined or end > MAX_INDEX * PAGE_SIZE:
             return await self._pass_through(file, off, size)
         if end > state.size or state.changes:
-            status = os.fstat(file.descriptor)
+            if status is None:
+                status = os.fstat(file.descriptor)
             if status.st_size != state.size and not state.changes:
                 self.coherence.validate(state, status, file.descriptor)
             # Some file systems say 0 of files that have content. And while a file changes, its last page in
@@ -99,6 +105,15 @@ class Files(Opening):
             raise
         return self._loader.buffers.reply(buffer, skip, max(min(end - off, filled - skip), 0))
 
+    async def _status_elsewhere(self, file: OpenFile) -> os.stat_result | None:
+        """Return the status of a file whose lower may not answer, None if a change of ours is beside it."""
+        if file.state.changes:
+            return None
+        turn = file.state.turn
+        with file.used():
+            status = await self.in_thread(os.fstat, file.descriptor)
+        return status if file.state.turn == turn else None
+
     async def _pass_through(self, file: OpenFile, off: int, size: int) -> bytes:
         """Read from the lower file alone, at once if the kernel has it."""
         buffer = self._loader.buffers.take(size)
@@ -108,8 +123,7 @@ class Files(Opening):
             lower.read_exactly(file.descriptor, False)
         try:
             count = lower.read_cached(file.descriptor, off, wanted)
-            end = os.fstat(file.descriptor).st_size
-            if count < size and (off + count < end or not end):
+            if count < size and not self._ends_at(file, off + count):
                 with file.used():
                     count += await self.read_in_thread(
                         file.inode, lower.read_fully, file.descriptor, off + count, wanted[count:]
@@ -122,6 +136,13 @@ class Files(Opening):
         self.precache.counters.passthrough_reads += 1
         self.precache.counters.lower_bytes += count
         return self._loader.buffers.reply(buffer, 0, count)
+
+    def _ends_at(self, file: OpenFile, end: int) -> bool:
+        """Say whether a file is known to end there. What may not answer is not asked, but read."""
+        if not self.is_here(file.inode):
+            return False
+        size = os.fstat(file.descriptor).st_size
+        return 0 < size <= end
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write to the lower file, between two flushes of the pages it touches."""

@@ -135,8 +135,10 @@ class Loader:
             return known, count, failure, lower_ns, put(count, known)
 
         begun, known, count, failure = time.monotonic_ns(), 0, 0, None
-        # Who holds reads up at `pause` may do so in threads only.
-        if len(pages) <= _AT_ONCE_BYTES and not state.lock.locked() and self._pause is no_pause:
+        # Who holds reads up at `pause` may do so in threads only. A shared pool asks for the version to put.
+        asks_nobody = self._handlers.coherence.takes_below or self._handlers.is_here(file.inode)
+        at_once = len(pages) <= _AT_ONCE_BYTES and asks_nobody and self._pause is no_pause
+        if at_once and not state.lock.locked():
             count = lower.read_cached(descriptor, start, pages)
         lower_ns = time.monotonic_ns() - begun
         if count and (count == len(pages) or start + count == state.size):

@@ -84,18 +84,23 @@ class Opening(Namespace):
         with self.table.kept(node) as beside:
             if flags & os.O_ACCMODE != os.O_RDONLY:  # as in `open_file`
                 with contextlib.suppress(PermissionError):
-                    unchanged = self._validate(node, await self._open_kept(node, beside, os.O_RDONLY))
-            descriptor = await self._open_kept(node, beside, flags)
-        return self._opened(node, descriptor, flags, caller, unchanged=unchanged)
+                    unchanged = self._validate(node, *await self._open_kept(node, beside, os.O_RDONLY))
+            descriptor, status = await self._open_kept(node, beside, flags)
+        return self._opened(node, descriptor, flags, caller, status, unchanged)
 
-    async def _open_kept(self, inode: Inode, beside: int, flags: int) -> int:
-        """Open an inode by a descriptor of ours in a thread. OSError, also if the kernel has forgotten it."""
-        descriptor, seconds = await self.in_thread(_open_and_look, proc_path(beside), flags)
+    async def _open_kept(self, inode: Inode, beside: int, flags: int) -> tuple[int, os.stat_result | None]:
+        """Open an inode by a descriptor of ours in a thread, and look at it.
+
+        No status if a change of ours was beside it. OSError, also if the kernel has forgotten the inode.
+        """
+        turn = inode.state.turn if inode.state is not None else (0, 0)
+        descriptor, status, seconds = await self.in_thread(_open_and_look, proc_path(beside), flags)
         self._patience.note(seconds)
         if self.table.nodes.get(inode.nodeid) is not inode:
             os.close(descriptor)
             raise OSError(errno.ESTALE, "forgotten, for its request was given up")
-        return descriptor
+        overtaken = inode.state is not None and (turn[1] or inode.state.turn != turn)
+        return descriptor, None if overtaken else status
 
     def open_file(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
         """Open a file, without O_TRUNC. OSError, TmemError."""
@@ -104,21 +109,21 @@ class Opening(Namespace):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             # First with a descriptor that only reads: one of our own that writes hides other writers.
             with contextlib.suppress(PermissionError):
-                unchanged = self._validate(node, self._open_now(node, os.O_RDONLY))
-        descriptor = self._open_now(node, flags)
-        info = self._opened(node, descriptor, flags, caller, unchanged=unchanged)
+                unchanged = self._validate(node, *self._open_now(node, os.O_RDONLY))
+        descriptor, status = self._open_now(node, flags)
+        info = self._opened(node, descriptor, flags, caller, status, unchanged)
         if self.reading is not None and self._grants.due:
             self._grant()
         return info
 
-    def _open_now(self, inode: Inode, flags: int) -> int:
-        """Open an inode on this thread. OSError."""
+    def _open_now(self, inode: Inode, flags: int) -> tuple[int, os.stat_result | None]:
+        """Open an inode on this thread, and look at it if that may take long. OSError."""
         path = self.table.path(inode)
         if self.is_here(inode):
-            return os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
-        descriptor, seconds = _open_and_look(path, flags)
+            return os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC), None
+        descriptor, status, seconds = _open_and_look(path, flags)
         self._patience.note(seconds)
-        return descriptor
+        return descriptor, status
 
     def _grant(self) -> None:
         """Have opens answered below Python for a while, if they are to be answered in the usual way."""
@@ -128,10 +133,11 @@ class Opening(Namespace):
         if not aside and self.precache.pool() is not None:
             self._grants.give(self._most_cached(), self._no_atimes)
 
-    def _validate(self, inode: Inode, descriptor: int) -> bool:
+    def _validate(self, inode: Inode, descriptor: int, status: os.stat_result | None) -> bool:
         """Check with `descriptor`, which is closed, whether the file's pages still show it."""
         try:
-            return self.coherence.validate(self.state_of(inode), os.fstat(descriptor), descriptor)
+            status = status or os.fstat(descriptor)
+            return self.coherence.validate(self.state_of(inode), status, descriptor)
         finally:
             os.close(descriptor)
 
@@ -139,28 +145,31 @@ class Opening(Namespace):
         # Opened without O_TRUNC first: the change needs a descriptor before it happens.
         if self.waits_to_open(inode.nodeid):
             with self.table.kept(inode) as beside:
-                descriptor = await self._open_kept(inode, beside, flags & ~os.O_TRUNC)
+                descriptor, _ = await self._open_kept(inode, beside, flags & ~os.O_TRUNC)
         else:
-            descriptor = self._open_now(inode, flags & ~os.O_TRUNC)
+            descriptor, _ = self._open_now(inode, flags & ~os.O_TRUNC)
         try:
-            with self.change_of(self.state_of(inode), descriptor, self.is_here(inode)) as change:
+            here = self.is_here(inode)
+            with self.change_of(self.state_of(inode), descriptor, here) as change:
                 change.flush(0, None)
 
-                def work() -> bool:
+                def work() -> tuple[bool, os.stat_result | None]:
                     with change.seen(descriptor):
                         before = os.fstat(descriptor)
                         os.truncate(proc_path(descriptor), 0)  # by its path: it may be open for reading only
-                        return drop_set_ids(descriptor, before, caller)
+                        lost = drop_set_ids(descriptor, before, caller)
+                        return lost, None if here else os.fstat(descriptor)
 
                 try:
-                    self.tell_lost(inode, await self.change_in_thread(work))
+                    lost, status = await self.change_in_thread(work)
+                    self.tell_lost(inode, lost)
                 finally:
                     change.flush(0, None)
                     self.rewrites += 1
         except BaseException:
             os.close(descriptor)
             raise
-        return self._opened(inode, descriptor, flags, caller)
+        return self._opened(inode, descriptor, flags, caller, status)
 
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: "RequestContext"
@@ -391,16 +400,16 @@ class Opening(Namespace):
             os.close(self._files.popitem()[1].descriptor)
 
 
-def _open_and_look(path: str, flags: int) -> tuple[int, float]:
-    """Open a file and have its attributes fetched; return the descriptor, and how long it took. OSError."""
+def _open_and_look(path: str, flags: int) -> tuple[int, os.stat_result, float]:
+    """Open a file; return the descriptor, the file's status, and how many seconds both took. OSError."""
     begun = time.monotonic()
     descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
     try:
-        os.fstat(descriptor)
+        status = os.fstat(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, time.monotonic() - begun
+    return descriptor, status, time.monotonic() - begun
 
 
 def _make(

@@ -11,7 +11,7 @@ import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _UTIME_OMIT = -100, (1 << 30) - 2
-_AT_EMPTY_PATH, _AT_HANDLE_FID = 0x1000, 0x200
+_AT_EMPTY_PATH, _AT_HANDLE_FID, _AT_STATX_DONT_SYNC = 0x1000, 0x200, 0x4000
 _STATX_MNT_ID, _STATX_MNT_ID_UNIQUE = 0x1000, 0x4000
 _STX_MNT_ID = 144  # where struct statx has it
 _HANDLE_ROOM = 128  # MAX_HANDLE_SZ
@@ -74,7 +74,8 @@ def mount_number(descriptor: int) -> int:
     """Return the number of the mount that the open file is on; from kernel 6.8 on it is never used again."""
     room = ctypes.create_string_buffer(256)  # struct statx
     wanted = ctypes.c_uint(_STATX_MNT_ID | _STATX_MNT_ID_UNIQUE)
-    _check(_libc.statx(descriptor, b"", _AT_EMPTY_PATH, wanted, room))
+    flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC  # for that no server is asked
+    _check(_libc.statx(descriptor, b"", flags, wanted, room))
     return int(struct.unpack_from("=Q", room, _STX_MNT_ID)[0])
 
 

@@ -250,3 +250,23 @@ def test_a_daemon_whose_changes_hang_can_be_ended(
         assert one.wait(10)
     faulty.kill()
     assert os.waitpid(made.pid, 0)[1] == 1 << 8
+
+
+@pytest.mark.parametrize("tree", ["loop=native,timeout=0", "loop=plain,timeout=0"], indirect=True)
+def test_a_read_at_the_end_whose_stat_hangs_holds_up_nobody_else(
+    tree: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """All pages are in the pool, but where the file ends only the lower knows."""
+    last = len(CONTENT) - 4096
+    with (tree.point / "d" / "slow").open("rb", buffering=0) as slow:
+        assert os.pread(slow.fileno(), 8192, last) == CONTENT[last:]
+        faulty.fail("getattr", hangs=True, name="slow")
+        code = f"import os, sys; assert len(os.pread(int(sys.argv[1]), 8192, {last})) == 4096"
+        with running(code, str(slow.fileno()), [slow.fileno()]) as one:
+            eventually(lambda: "getattr" in faulty.waiting())
+            with does("os.stat(e + 'other'); open(e + 'other', 'rb').read(9)", tree.point) as other:
+                assert other.wait(10) == 0
+            assert one.poll() is None
+            faulty.heal()
+            assert one.wait(10) == 0
+    assert shown(tree.point) == shown(faulty.directory)
