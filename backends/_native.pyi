@@ -193,12 +193,13 @@ class Segment:
         ephemeral: bool = False,
         loose: bool = False,
         warm: bool = False,
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, int, int]:
         """Store pages smaller that were not put or got between the last two visits, from chunk `first` on.
 
         Those of persistent or ephemeral pools, and of loose pages all; with `warm` whatever was put and got.
-        Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, and the
-        CPU time spent. Releases the GIL.
+        Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, the CPU time
+        spent, and of the chunks that it has visited how many pages are condensed there now and how many bytes
+        that saves. Releases the GIL.
         """
 
     def dedup(self, first: int, most_ns: int, *, warm: bool = False) -> tuple[int, int]:

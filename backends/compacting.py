@@ -32,12 +32,17 @@ LEAST_NS = 5_000_000
 
 @dataclass
 class CompactStatistics:
-    """What moving pages together has done."""
+    """What moving pages together in the background has done."""
 
     compacted_bytes: int = 0
     """Memory of chunks that it freed by moving their pages together."""
     compacting_ns: int = 0
     """What that took."""
+
+    def __add__(self, other: "CompactStatistics") -> "CompactStatistics":
+        return CompactStatistics(
+            self.compacted_bytes + other.compacted_bytes, self.compacting_ns + other.compacting_ns
+        )
 
 
 class Compactor:

@@ -15,9 +15,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tmem.backends.compacting import CompactStatistics
 from tmem.backends.pressure import figures
 
 if TYPE_CHECKING:
@@ -38,6 +40,26 @@ def cpu_pressure(proc: Path = Path("/proc")) -> float:
     return figures(proc / "pressure" / "cpu").get("some", {}).get("avg10", 0.0)
 
 
+@dataclass(frozen=True)
+class Condensed:
+    """What a round has found when it came by."""
+
+    pages: int
+    """Pages that are condensed."""
+    saved_bytes: int
+    """Memory that this saves, to what they took before."""
+    at_s: float
+    """When the round ended, by the clock of the condenser."""
+
+    def figures(self, now_s: float) -> dict[str, int]:
+        """Return what statistics have of it."""
+        return {
+            "condensed_now_pages": self.pages,
+            "condensed_now_bytes": self.saved_bytes,
+            "condensed_now_age_ns": int((now_s - self.at_s) * 1e9),
+        }
+
+
 class Condenser:
     """Spends the segment's share of CPU time; see the module."""
 
@@ -47,6 +69,10 @@ class Condenser:
         pressure: Callable[[], float] = cpu_pressure,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.statistics = CompactStatistics()
+        """What moving pages together after rounds has done."""
+        self._found: Condensed | None = None
+        self._pages = self._saved_bytes = 0  # that this round has found so far
         self._segment = segment
         self._pressure = pressure
         self._clock = clock
@@ -56,6 +82,11 @@ class Condenser:
         self._pairing = False
         """The second half of a round: equal pages."""
         self._budget_ns = 0
+
+    def figures(self) -> dict[str, int]:
+        """Return what is condensed now, as the last whole round found it; nothing before the first."""
+        found = self._found
+        return {} if found is None else found.figures(self._clock())
 
     def step(self) -> int:
         """Spend what has been saved up since the last step; the CPU time spent, in nanoseconds."""
@@ -78,13 +109,30 @@ class Condenser:
                 if self._pairing:
                     self._chunk, ns = self._segment.dedup(self._chunk, most_ns)
                 else:
-                    self._chunk, ns = self._segment.condense(self._chunk, most_ns, **self._what())
+                    ns = self._condense(most_ns)
                 spent += ns
                 if not self._chunk:
                     self._waiting, self._pairing = self._pairing, not self._pairing
-                    self._segment.compact(_HOLES, _SLICE_NS)
+                    spent += self._compact()
         self._budget_ns -= spent
         return spent
+
+    def _condense(self, most_ns: int) -> int:
+        if not self._chunk:
+            self._pages = self._saved_bytes = 0
+        self._chunk, ns, pages, saved_bytes = self._segment.condense(self._chunk, most_ns, **self._what())
+        self._pages += pages
+        self._saved_bytes += saved_bytes
+        if not self._chunk:
+            self._found = Condensed(self._pages, self._saved_bytes, self._clock())
+        return ns
+
+    def _compact(self) -> int:
+        """Move together what is left in chunks from which pages went; the CPU time spent, in nanoseconds."""
+        began_ns, began_cpu_ns, counts = time.monotonic_ns(), time.thread_time_ns(), self.statistics
+        counts.compacted_bytes += self._segment.compact(_HOLES, _SLICE_NS)
+        counts.compacting_ns += time.monotonic_ns() - began_ns
+        return time.thread_time_ns() - began_cpu_ns
 
     def _what(self) -> dict[str, bool]:
         """Return which pages are to be stored smaller: ephemeral ones while memory is short."""

@@ -328,7 +328,8 @@ class _Manager:
             "tiers": {name: asdict(figures) for name, figures in self._tiers().items()},
             "statistics": asdict(self.statistics)
             | asdict(self._resizer.statistics)
-            | asdict(self._compactor.statistics),
+            | asdict(self._compactor.statistics + self._condenser.statistics)
+            | self._condenser.figures(),
         }
 
     async def _list_services(self, message: dict[str, object]) -> dict[str, object]:

@@ -103,18 +103,24 @@ class SegmentStatistics(_Statistics):
     """Pages that were moved to free a chunk."""
     compacted_bytes: int
     """Memory of the chunks that came free so."""
+    compacting_ns: int
+    """What that took, in puts that found no other memory and in the background."""
     shrinks: int
     """Times that the limit was lowered."""
     squeezed_pages: int
     """Pages that were stored as they are while there was memory in plenty, and compressed when it ran out."""
     squeezed_bytes: int
     """Memory that this saved."""
+    squeezing_ns: int
+    """What that took where memory was wanted at once; in the background it is in `condensing_ns`."""
     condensed_pages: int
     """Pages that were stored smaller because nobody had asked for them in a while."""
     condensed_bytes: int
     """Memory that this saved."""
     restored_pages: int
     """Of those, pages that were asked for again and stored as before."""
+    restored_bytes: int
+    """Memory that this took again."""
     condensing_ns: int
     """CPU time of all this, loose pages in the background included."""
     dedup_pages: int

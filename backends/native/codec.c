@@ -15,7 +15,7 @@
 
 /* Fill values have 36 bits: with bit 35 a 64-bit word below 2^35, without it a 32-bit pattern. */
 #define FILL_WIDE (UINT64_C(1) << 35)
-#define WORD_KIND(w) ((uint32_t)((w) >> 53) & 7u)
+#define WORD_FORM(w) ((uint32_t)((w) >> 53))
 #define WORD_LENGTH(w) ((uint32_t)((w) >> 40) & 0x1fffu)
 
 bool codec_fill(const uint8_t *page, uint64_t *value)
@@ -139,11 +139,12 @@ uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp)
 }
 
 uint32_t block_length(uint64_t word) { return WORD_LENGTH(word); }
-enum block_kind block_kind(uint64_t word) { return (enum block_kind)WORD_KIND(word); }
+uint32_t block_form(uint64_t word) { return WORD_FORM(word); }
+enum block_kind block_kind(uint64_t word) { return (enum block_kind)(WORD_FORM(word) & 7u); }
 
-void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32_t length, const uint8_t *payload)
+void block_write(struct tm_block *b, uint64_t slot, uint32_t form, uint32_t length, const uint8_t *payload)
 {
-    uint64_t word = slot | (uint64_t)length << 40 | (uint64_t)kind << 53;
+    uint64_t word = slot | (uint64_t)length << 40 | (uint64_t)form << 53;
     /* Read first: where this process has not mapped the page yet, a read has the kernel map its neighbours too, a write does
      * not (3 of 34 us of a miss that is put). */
     (void)*((const volatile uint8_t *)(b + 1) + length - 1);

@@ -39,8 +39,18 @@ static uint64_t place_for(struct tm_ctx *ctx, uint32_t bin, uint32_t old_bin, bo
 
 enum outcome { DONE, IN_VAIN, NO_ROOM };
 
+/* Count the block of a condensed page. */
+static void count_condensed(struct tm_segment *seg, uint64_t block, uint32_t form, struct tm_condensed *found)
+{
+    uint32_t before = form_before(form);
+    found->pages++;
+    if (before && before <= TM_NCLASSES)
+        found->saved += (int64_t)tm_strides[before - 1] - stride_at(seg, block);
+}
+
 /* Store the page of `slot`, which is as `word` says, in another form. */
-static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, enum block_kind kind)
+static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, enum block_kind kind,
+                           struct tm_condensed *found)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t old = word & SLOT_VALUE, number = slot_number(seg, slot);
@@ -57,7 +67,8 @@ static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint
     uint64_t block = place_for(ctx, bin, old_bin, smaller);
     if (!block)
         return NO_ROOM;
-    block_write(block_at(seg, block), number, kind, length, ctx->packed);
+    uint32_t form = kind == BLOCK_ZSTD ? condensed_form(bin_class(old_bin)) : kind;
+    block_write(block_at(seg, block), number, form, length, ctx->packed);
     KP(54);
     int64_t saved = (int64_t)bin_stride(old_bin) - bin_stride(seg->chunks[chunk_of(seg, block * 16)].bin);
     if (!slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | (word & SLOT_FREQ))) {
@@ -68,11 +79,14 @@ static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint
     if (before == BLOCK_ZSTD) {
         note_touched(seg, block);
         atomic_fetch_add_explicit(&seg->super->restored, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&seg->super->restored_bytes, (uint64_t)-saved, memory_order_relaxed);
     } else {
         bool squeezed = kind == BLOCK_LZ4;
         atomic_fetch_add_explicit(squeezed ? &seg->super->squeezed : &seg->super->condensed, 1, memory_order_relaxed);
         atomic_fetch_add_explicit(squeezed ? &seg->super->squeezed_bytes : &seg->super->condensed_bytes,
                                   (uint64_t)saved, memory_order_relaxed);
+        if (kind == BLOCK_ZSTD && block < old) /* else the round comes by yet */
+            count_condensed(seg, block, form, found);
     }
     return DONE;
 }
@@ -122,7 +136,7 @@ static uint64_t *vain_of(struct tm_segment *seg)
 }
 
 /* Visit one chunk, inside an operation. */
-static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
+static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain, struct tm_condensed *found)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_chunk *d = &seg->chunks[c];
@@ -133,6 +147,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
     KP(56);
     uint64_t now = atomic_exchange(&seg->touched[c].now, 0), before = atomic_exchange(&seg->touched[c].before, now);
     uint64_t cold = what & CONDENSE_ALL ? UINT64_MAX : ~(now | before), hot = now & before, in_vain = 0;
+    bool room = true;
     int left = -1;
     if (what & CONDENSE_ALL)
         hot = 0;
@@ -140,32 +155,39 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain)
     for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
         uint64_t granule = UINT64_C(1) << (bit * stride / 1024);
         uint64_t due = what & CONDENSE_LOOSE ? granule : (cold | hot) & granule;
-        if (!bit_is_set(d, bit) || (*vain & granule) || !due)
+        if (!bit_is_set(d, bit))
             continue;
         uint64_t block = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 16;
         uint64_t header = atomic_load(&block_at(seg, block)->word), number = header_slot(header);
+        enum block_kind kind = block_kind(header);
+        due = room && !(*vain & granule) ? due : 0;
+        if (!due && kind != BLOCK_ZSTD)
+            continue;
         int pool = slot_pool(seg, number);
         slot_t *slot = pool < 0 ? NULL : at(seg, number * 8);
         uint64_t word = slot ? atomic_load(slot) : 0;
         if (!slot || !slot_refers(word, block))
             continue;
-        enum block_kind kind = block_kind(header);
-        enum block_kind next = wanted(seg, (uint32_t)pool, kind, cold & granule, hot & granule, what);
-        if (next == kind || (next == BLOCK_ZSTD && stride < SMALLEST))
-            continue;
-        if (kind == BLOCK_ZSTD && !may_expand(seg, (uint32_t)pool, &left))
-            continue;
-        enum outcome came = recode(ctx, (uint32_t)pool, slot, word, next);
-        if (came == IN_VAIN)
-            in_vain |= granule;
-        else if (came == NO_ROOM)
-            break;
+        enum block_kind next = due ? wanted(seg, (uint32_t)pool, kind, cold & granule, hot & granule, what) : kind;
+        if (next == BLOCK_ZSTD && stride < SMALLEST)
+            next = kind;
+        if (next != kind && (kind != BLOCK_ZSTD || may_expand(seg, (uint32_t)pool, &left))) {
+            enum outcome came = recode(ctx, (uint32_t)pool, slot, word, next, found);
+            if (came == DONE)
+                continue;
+            in_vain |= came == IN_VAIN ? granule : 0;
+            room = came != NO_ROOM;
+        }
+        if (kind == BLOCK_ZSTD)
+            count_condensed(seg, block, block_form(header), found);
     }
     *vain |= in_vain;
 }
 
-uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns)
+uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
+                     struct tm_condensed *found)
 {
+    struct tm_condensed nobody = {0};
     struct tm_segment *seg = ctx->seg;
     uint64_t began = timing_cpu(), now = began;
     uint32_t c = first;
@@ -181,7 +203,7 @@ uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsig
             continue;
         }
         op_begin(ctx);
-        visit(ctx, c, what, &vain[c]);
+        visit(ctx, c, what, &vain[c], found ? found : &nobody);
         op_end(ctx);
         now = timing_cpu();
     }

@@ -71,18 +71,20 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
     const struct tm_block *from = block_at(seg, word & SLOT_VALUE);
     uint64_t number = slot_number(seg, slot), header = atomic_load(&from->word);
     uint32_t old_bin = seg->chunks[chunk_of(seg, (word & SLOT_VALUE) * 16)].bin, length = block_length(header);
-    enum block_kind kind = block_kind(header);
+    uint32_t form = block_form(header);
     const uint8_t *payload = (const uint8_t *)(from + 1);
     if (!is_sound(from, header, number) || !bin_is_ephemeral(old_bin))
         return false; /* corrupt: evict it */
-    bool loose = kind == BLOCK_LOOSE && length == TM_PAGE;
+    bool loose = block_kind(header) == BLOCK_LOOSE && length == TM_PAGE;
     if (loose) {
+        uint64_t began = timing_now();
         memcpy(ctx->moved, payload, TM_PAGE); /* what is compressed must not change */
         length = codec_compress(ctx, ctx->moved, ctx->packed);
-        kind = length < TM_PAGE ? BLOCK_LZ4 : BLOCK_RAW;
+        form = length < TM_PAGE ? BLOCK_LZ4 : BLOCK_RAW;
         payload = length < TM_PAGE ? ctx->packed : ctx->moved;
+        atomic_fetch_add_explicit(&seg->super->squeezing_ns, timing_now() - began, memory_order_relaxed);
     }
-    if (smaller && kind != BLOCK_LZ4)
+    if (smaller && form != BLOCK_LZ4)
         return false;
     uint32_t bin = ephemeral_bin(seg, bin_account(old_bin), queue, length), payer = payer_of(seg, pool) % TM_MAX_CLIENTS;
     if (bin_stride(bin) > bin_stride(old_bin) && !has_cap_for(seg, payer, bin_stride(bin) - bin_stride(old_bin)) && !MUTANT(43))
@@ -90,7 +92,7 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
     uint64_t block = block_alloc(ctx, bin, ALLOC_RESERVE);
     if (!block)
         return false;
-    block_write(block_at(seg, block), number, kind, length, payload);
+    block_write(block_at(seg, block), number, form, length, payload);
     KP(50);
     /* In MAIN it begins without credit, or with one hit less. */
     uint64_t bits = word & SLOT_FREQ;
@@ -100,7 +102,7 @@ static bool requeue_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64
         block_free_new(ctx);
         return false;
     }
-    if (loose && kind == BLOCK_LZ4) {
+    if (loose && form == BLOCK_LZ4) {
         atomic_fetch_add_explicit(&seg->super->squeezed, 1, memory_order_relaxed);
         atomic_fetch_add_explicit(&seg->super->squeezed_bytes, bin_stride(old_bin) - bin_stride(bin),
                                   memory_order_relaxed);
@@ -129,7 +131,8 @@ static bool relocate(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t w
             block = block_alloc(ctx, larger, ALLOC_LISTED);
     if (!block)
         return false;
-    block_write(block_at(seg, block), number, block_kind(header), length, (const uint8_t *)(from + 1));
+    uint32_t form = MUTANT(50) ? (uint32_t)block_kind(header) : block_form(header);
+    block_write(block_at(seg, block), number, form, length, (const uint8_t *)(from + 1));
     if (!sound)
         block_at(seg, block)->checksum ^= 1; /* and stays corrupt for whoever asks */
     KP(50);
@@ -264,9 +267,11 @@ bool compact(struct tm_ctx *ctx)
     uint32_t bin = 0, c = sparse_chunk(seg, &bin);
     if (!c || atomic_load(&ctx->rec->drain))
         return false;
+    uint64_t began = timing_now(); /* here, so that who finds nothing to move reads no clock */
     atomic_store(&ctx->rec->drain, c);
     bool freed = empty_chunk(ctx, c - 1, bin, move_page, false);
     atomic_fetch_add_explicit(&seg->super->compacted, freed, memory_order_relaxed);
+    atomic_fetch_add_explicit(&seg->super->compacting_ns, timing_now() - began, memory_order_relaxed);
     return freed;
 }
 
@@ -295,7 +300,7 @@ uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns)
 {
     enum { SOME = 1024 }; /* chunks that are looked at in a tenth of a millisecond */
     struct tm_segment *seg = ctx->seg;
-    uint64_t freed = 0, until = timing_now() + most_ns;
+    uint64_t freed = 0, began = timing_now(), until = began + most_ns;
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
     for (uint32_t looked = 0; looked < seg->nchunks; looked++) {
         uint32_t c = atomic_load_explicit(&seg->compact_from, memory_order_relaxed) % seg->nchunks;
@@ -311,6 +316,7 @@ uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns)
         op_end(ctx);
     }
     atomic_fetch_add_explicit(&seg->super->compacted, freed, memory_order_relaxed);
+    atomic_fetch_add_explicit(&seg->super->compacting_ns, timing_now() - began, memory_order_relaxed);
     return freed * TM_CHUNK;
 }
 

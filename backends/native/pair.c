@@ -56,8 +56,8 @@ static uint64_t hits_of(struct tm_segment *seg, const struct view *v)
     return bin_is_ephemeral(bin) && bin_queue(bin) == QUEUE_MAIN && !hits ? SLOT_FREQ_ONE : hits;
 }
 
-/* A new original with the page `t->page`, stored as `kind`, if there is room without evicting anything. */
-static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool, enum block_kind kind, uint64_t hits,
+/* A new original with the page `t->page`, stored in that form, if there is room without evicting anything. */
+static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool, uint32_t form, uint64_t hits,
                           struct view *v)
 {
     struct tm_segment *seg = ctx->seg;
@@ -78,10 +78,11 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool,
             break;
     }
     const uint8_t *payload = t->packed;
+    enum block_kind kind = (enum block_kind)(form & 7u);
     uint32_t length = kind == BLOCK_ZSTD ? codec_condense(ctx, t->page, t->packed)
                       : kind == BLOCK_LZ4 ? codec_compress(ctx, t->page, t->packed) : TM_PAGE;
     if (length == TM_PAGE) {
-        kind = kind == BLOCK_LOOSE ? kind : BLOCK_RAW;
+        form = kind == BLOCK_LOOSE ? BLOCK_LOOSE : BLOCK_RAW;
         payload = t->page;
     }
     unsigned queue = hits ? QUEUE_MAIN : QUEUE_PROBATION;
@@ -89,7 +90,7 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool,
     uint64_t block = block_spare(ctx, bin);
     if (!block)
         return false;
-    block_write(block_at(seg, block), slot_number(seg, v->slot), kind, length, payload);
+    block_write(block_at(seg, block), slot_number(seg, v->slot), form, length, payload);
     uint64_t next = slot_next(v->word, SLOT_BLOCK, block) | (persistent ? 0 : hits);
     if (!slot_replace(ctx, v->pool, v->slot, &v->word, next)) {
         block_free_new(ctx);
@@ -168,9 +169,9 @@ static bool share(struct tm_ctx *ctx, struct tm_twins *t, struct view *one, uint
         if (!is_originals(one->pool) || !is_originals(other.pool))
             join(ctx, is_originals(one->pool) ? &other : one, &original);
     } else {
-        enum block_kind kind = block_kind(atomic_load(&block_at(seg, one->word & SLOT_VALUE)->word));
+        uint32_t form = block_form(atomic_load(&block_at(seg, one->word & SLOT_VALUE)->word));
         uint64_t hits = hits_of(seg, one), others = hits_of(seg, &other);
-        if (!make_original(ctx, t, originals, kind, hits > others ? hits : others, &original))
+        if (!make_original(ctx, t, originals, form, hits > others ? hits : others, &original))
             return true; /* there is no room now */
         atomic_fetch_sub_explicit(&seg->super->twin_bytes, stride_at(seg, original.word & SLOT_VALUE), memory_order_relaxed);
         bool first = join(ctx, &other, &original);

@@ -39,7 +39,7 @@ static int promote_one(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const sl
     if (!b)
         return TM_CORRUPT;
     uint64_t header = atomic_load(&b->word);
-    struct content what = {.kind = block_kind(header), .length = block_length(header), .payload = (const uint8_t *)(b + 1)};
+    struct content what = {.form = block_form(header), .length = block_length(header), .payload = (const uint8_t *)(b + 1)};
     rc = slot_store(ctx, pool, slot, &what, keep, &word);
     if (rc == TM_OK) { /* nobody put anything */
         count(ctx->seg, pool, keep == KEEP_OLD ? C_FETCHED : C_PREFETCHED, 1);

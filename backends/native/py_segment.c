@@ -357,12 +357,15 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"trimmed_bytes", (int64_t)super->trimmed_bytes},
         {"relocated_pages", (int64_t)super->relocated},
         {"compacted_bytes", (int64_t)super->compacted * TM_CHUNK},
+        {"compacting_ns", (int64_t)super->compacting_ns},
         {"shrinks", (int64_t)super->shrinks},
         {"squeezed_pages", (int64_t)super->squeezed},
         {"squeezed_bytes", (int64_t)super->squeezed_bytes},
+        {"squeezing_ns", (int64_t)super->squeezing_ns},
         {"condensed_pages", (int64_t)super->condensed},
         {"condensed_bytes", (int64_t)super->condensed_bytes},
         {"restored_pages", (int64_t)super->restored},
+        {"restored_bytes", (int64_t)super->restored_bytes},
         {"condensing_ns", (int64_t)super->condensing_ns},
         {"dedup_pages", (int64_t)super->twins},
         {"dedup_bytes", (int64_t)super->twin_bytes},
@@ -452,6 +455,7 @@ static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
     int persistent = 0, ephemeral = 0, loose = 0, warm = 0;
     unsigned long long most_ns;
     uint64_t spent_ns = 0;
+    struct tm_condensed found = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$pppp", names, &first, &most_ns, &persistent, &ephemeral, &loose,
                                      &warm))
         return NULL;
@@ -461,9 +465,10 @@ static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
     if (!ctx)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    first = tm_condense(ctx, first, most_ns, what, &spent_ns);
+    first = tm_condense(ctx, first, most_ns, what, &spent_ns, &found);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+    return Py_BuildValue("(IKKL)", first, (unsigned long long)spent_ns, (unsigned long long)found.pages,
+                         (long long)found.saved);
 }
 
 static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)

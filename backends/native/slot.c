@@ -260,7 +260,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
             return refuse(ctx, pool, slot, keep);
         }
         KP(44);
-        block_write(block_at(seg, block), slot_number(seg, slot), what->kind, what->length, what->payload);
+        block_write(block_at(seg, block), slot_number(seg, slot), what->form, what->length, what->payload);
         KP(45);
         what->value = block;
         old = atomic_load_explicit(slot, memory_order_acquire);
@@ -305,12 +305,12 @@ static void encode(struct tm_ctx *ctx, uint32_t pool, const uint8_t *page, struc
     struct tm_segment *seg = ctx->seg;
     uint32_t codec = atomic_load_explicit(&seg->clients[ctx->client].codec, memory_order_relaxed);
     what->length = TM_PAGE;
-    what->kind = BLOCK_RAW;
+    what->form = BLOCK_RAW;
     what->payload = page;
     if (codec == CODEC_AUTO && !seg->pools[pool].persistent && memory_is_plentiful(seg, ctx->payer)) {
-        what->kind = BLOCK_LOOSE;
+        what->form = BLOCK_LOOSE;
     } else if (codec != CODEC_NONE && (what->length = codec_compress(ctx, page, ctx->scratch)) < TM_PAGE) {
-        what->kind = BLOCK_LZ4;
+        what->form = BLOCK_LZ4;
         what->payload = ctx->scratch;
     }
 }
@@ -329,7 +329,7 @@ int slot_put(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const uint8_t *pag
         prefetch_old(ctx->seg, slot);
         uint64_t began = ctx->began_ns ? timing_now() : 0;
         encode(ctx, pool, page, &what);
-        if (began && what.kind != BLOCK_LOOSE)
+        if (began && what.form != BLOCK_LOOSE)
             timing_add(ctx->seg, T_COMPRESS, timing_now() - began);
     }
     return slot_store(ctx, pool, slot, &what, keep, expected);

@@ -194,6 +194,9 @@ struct tm_super {
     _Atomic uint64_t most[5];           /* maxima: pages, ephemeral pages, objects, nodes, chunks in use */
     struct tm_timing timing[T_KINDS];
     _Atomic uint32_t tier_cold_s;       /* persistent pages that nobody used for so long go to a tier; 0: none do */
+    _Atomic uint64_t restored_bytes;    /* memory that restored pages took again */
+    _Atomic uint64_t squeezing_ns;      /* what it took to compress loose pages in evictions */
+    _Atomic uint64_t compacting_ns;     /* what it took to move pages together, whoever did */
 };
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
 
@@ -333,7 +336,7 @@ struct tm_touched {
 };
 
 struct tm_block { /* header of a block; the payload follows */
-    _Atomic uint64_t word; /* slot number 40, payload length 13, kind 3, spare 8 */
+    _Atomic uint64_t word; /* slot number 40, payload length 13, form 11 */
     _Atomic uint32_t stamp;
     uint32_t checksum;
 };
@@ -341,6 +344,10 @@ struct tm_block { /* header of a block; the payload follows */
 /* What the payload is. LOOSE: the page itself, only because there was memory in plenty; it is compressed before
  * anything is evicted for want of that. */
 enum block_kind { BLOCK_LZ4, BLOCK_RAW, BLOCK_LOOSE, BLOCK_ZSTD };
+/* A block's form is its kind, 3 bits, and above that, of a condensed page, the size class that it had before, plus 1 (0: not
+ * known): so what it saves follows from the block alone, for as long as there is one, and nothing has to be kept in step. */
+static inline uint32_t condensed_form(uint32_t before) { return BLOCK_ZSTD | (before + 1) << 3; }
+static inline uint32_t form_before(uint32_t form) { return form >> 3; } /* class + 1, or 0 */
 
 /* The slot that a block's header word names, and whether a slot's word refers to a block. */
 static inline uint64_t header_slot(uint64_t word) { return word & ((UINT64_C(1) << 40) - 1); }
@@ -363,7 +370,8 @@ struct tm_object {
     uint32_t spare[2];
 };
 
-_Static_assert(sizeof(struct tm_super) <= TM_PAGE * 2, "superblock");
+/* The tables begin behind it: one more word moves them, and is another layout. */
+_Static_assert(sizeof(struct tm_lock) != 40 || sizeof(struct tm_super) <= 5248, "superblock");
 _Static_assert(sizeof(struct tm_client) == 512, "client");
 _Static_assert(sizeof(struct tm_pool) == 320, "pool");
 _Static_assert(sizeof(struct tm_thread) % 64 == 0, "thread");
@@ -537,18 +545,26 @@ bool codec_fill(const uint8_t *page, uint64_t *value); /* same-filled, and the w
 void codec_expand(uint64_t value, uint8_t *page);
 uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to); /* length; TM_PAGE: it does not pay */
 uint64_t codec_checksum(const uint8_t *data, size_t length); /* XXH3, 64 bits */
-void block_write(struct tm_block *b, uint64_t slot, enum block_kind kind, uint32_t length, const uint8_t *payload);
+void block_write(struct tm_block *b, uint64_t slot, uint32_t form, uint32_t length, const uint8_t *payload);
 uint32_t block_checksum(const struct tm_block *b, uint64_t word, uint32_t stamp);
 uint32_t block_length(uint64_t word);
 enum block_kind block_kind(uint64_t word);
+uint32_t block_form(uint64_t word);
 bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
 uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to); /* zstd; as codec_compress */
 void *codec_expander(void); /* NULL: no memory */
 void codec_free(struct tm_ctx *ctx);
 
-/* dense.c: the background pass. One visit of chunks from `first` on, for most_ns of CPU time; where to go on. */
+/* dense.c: the background pass. One visit of chunks from `first` on, for most_ns of CPU time; where to go on. Adds to `found`,
+ * unless that is NULL, what is condensed now in the chunks that it has visited, so that it has all of it after a whole round;
+ * what is moved meanwhile may be missed, or be there twice. */
 enum { CONDENSE_PERSISTENT = 1, CONDENSE_EPHEMERAL = 2, CONDENSE_LOOSE = 4, CONDENSE_ALL = 8 };
-uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns);
+struct tm_condensed {
+    uint64_t pages;
+    int64_t saved; /* bytes, to what they took before */
+};
+uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
+                     struct tm_condensed *found);
 
 /* twin.c: equal pages of a client or of a shared pool, kept once */
 static inline bool is_originals(uint32_t pool) /* one of the core's own */
@@ -620,7 +636,7 @@ int64_t tm_import(const struct tm_handle *h, const uint8_t *records, size_t size
 struct content { /* what a put stores: a fill value, or `length` bytes of payload */
     bool fill;
     uint64_t value;
-    enum block_kind kind;
+    uint32_t form; /* of its block */
     uint32_t length;
     const uint8_t *payload;
 };
@@ -842,6 +858,10 @@ static inline bool bin_is_block(uint32_t bin)
     return bin < BIN_OBJECT || (bin >= BIN_EPHEMERAL && bin < BIN_LEAF);
 }
 static inline bool bin_is_ephemeral(uint32_t bin) { return bin >= BIN_EPHEMERAL && bin < BIN_LEAF; }
+static inline uint32_t bin_class(uint32_t bin) /* of blocks */
+{
+    return bin_is_ephemeral(bin) ? (bin - BIN_EPHEMERAL) % TM_NCLASSES : bin - BIN_PERSISTENT;
+}
 static inline uint32_t bin_account(uint32_t bin) { return (bin - BIN_EPHEMERAL) / (2u * TM_NCLASSES); }
 static inline unsigned bin_queue(uint32_t bin) { return ((bin - BIN_EPHEMERAL) / TM_NCLASSES) & 1u; }
 static inline uint32_t bin_ephemeral(uint32_t account, unsigned queue, uint32_t cls)

@@ -215,7 +215,7 @@ static size_t parse(const uint8_t *p, size_t left, struct record *r)
 
 static int import_one(struct tm_ctx *ctx, const struct record *r, struct cursor *cur)
 {
-    struct content what = {.kind = r->kind == KIND_RAW ? BLOCK_RAW : BLOCK_LZ4, .length = r->length, .payload = r->data};
+    struct content what = {.form = r->kind == KIND_RAW ? BLOCK_RAW : BLOCK_LZ4, .length = r->length, .payload = r->data};
     if (r->kind == KIND_ABSENT) {
         *cur = (struct cursor){0};
         cursor_find(ctx->seg, ctx->pool, r->oid, r->index, cur);

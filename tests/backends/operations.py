@@ -191,7 +191,7 @@ def shrink(segment: Segment, keep_bytes: int, hard: bool) -> int:
 
 def condense(segment: Segment, warm: bool, loose: bool) -> bool:
     """Visit all chunks; whether they were all visited."""
-    after, _ = segment.condense(0, 10**9, persistent=True, ephemeral=True, loose=loose, warm=warm)
+    after, *_ = segment.condense(0, 10**9, persistent=True, ephemeral=True, loose=loose, warm=warm)
     return after == 0
 
 

@@ -19,7 +19,7 @@ SEGMENT_GROWS = frozenset(
     *("eviction_attempts", "evictions_per_request_max", "trims", "trimmed_bytes", "relocated_pages"),
     *("compacted_bytes", "shrinks"),
     *("squeezed_pages", "squeezed_bytes", "condensed_pages", "condensed_bytes", "restored_pages"),
-    *("condensing_ns", "dedup_pages", "dedup_ns"),
+    *("condensing_ns", "restored_bytes", "squeezing_ns", "compacting_ns", "dedup_pages", "dedup_ns"),
     "dead_threads_repaired",
 }
 CLIENT_GROWS = frozenset({"ephemeral_pages_max", "allocation_failures", "persistent_puts_stored"}) | {

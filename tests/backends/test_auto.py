@@ -62,6 +62,9 @@ def test_a_full_segment_holds_as_many_pages_as_if_all_had_been_compressed(
     assert 600 < counts["squeezed_pages"] < 1_000
     # From 4160 to 1984 bytes, or where there are few chunks to somewhat more.
     assert 1_900 < counts["squeezed_bytes"] / counts["squeezed_pages"] < 2_200
+    # Nobody else was at it: a pass in the background would be in `condensing_ns`.
+    assert 200 < counts["squeezing_ns"] / counts["squeezed_pages"] < 10**7
+    assert counts["condensing_ns"] == 0
 
 
 def test_a_client_near_its_cap_compresses(client: _native.Client, kept: _native.Pool) -> None:

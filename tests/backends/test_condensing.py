@@ -2,14 +2,19 @@
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import cast
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from tmem.backends import _native
 from tmem.backends.condensing import MOST_PRESSURE, ROUND_S, Condenser, cpu_pressure
 
 from . import operations as op
+from .machine import bounded
 from .pages import oid
 from .saving import saved
 
@@ -126,6 +131,136 @@ def test_nothing_is_done_while_cpus_are_wanted_or_if_nobody_wants_it(
     assert condensed(small) == 0
     with pytest.raises(ValueError, match="condense_percent"):
         small.condense_percent = 101
+
+
+class Slow:
+    """A segment where moving pages together takes long."""
+
+    def __init__(self, segment: _native.Segment, cpu_ns: int) -> None:
+        self._segment, self._cpu_ns = segment, cpu_ns
+        self.compacted = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._segment, name)
+
+    def compact(self, holes: int, most_ns: int) -> int:
+        self.compacted += 1
+        until_ns = time.thread_time_ns() + self._cpu_ns
+        while time.thread_time_ns() < until_ns:
+            pass
+        return 65_536
+
+
+def test_moving_pages_after_a_round_is_counted_and_within_the_share(
+    small: _native.Segment, persistent: _native.Pool, machine: Machine
+) -> None:
+    fill(persistent, 10)
+    slow = Slow(small, SECOND_NS // 5)
+    machine.condenser = Condenser(cast("_native.Segment", slow), lambda: 0.0, lambda: machine.now_s)
+    machine.run(ROUND_S - 1)
+    assert machine.run(1) >= SECOND_NS // 5
+    assert slow.compacted == 1
+    assert machine.run(3) == 0  # 5 % of these are 0.15 s
+    assert machine.run(2) >= SECOND_NS // 5, "after the second half of the round"
+    assert slow.compacted == 2
+    moved = machine.condenser.statistics
+    assert moved.compacted_bytes == 2 * 65_536
+    assert moved.compacting_ns >= 2 * (SECOND_NS // 5)
+    assert (moved + moved).compacted_bytes == 4 * 65_536
+
+
+def test_what_is_condensed_now(small: _native.Segment, persistent: _native.Pool, machine: Machine) -> None:
+    """Pages that go back and forth, or are no more, are not saved; what counts up counts on."""
+    assert machine.condenser.figures() == {}
+    fill(persistent, 400)
+    before = persistent.statistics()["bytes"]
+
+    def now(seconds: float) -> tuple[int, int]:
+        machine.run(seconds)
+        figures = machine.condenser.figures()
+        assert 0 <= figures["condensed_now_age_ns"] <= (ROUND_S + 30) * SECOND_NS
+        return figures["condensed_now_pages"], figures["condensed_now_bytes"]
+
+    assert now(2 * ROUND_S + 10) == (0, 0)
+    saved = before - persistent.statistics()["bytes"]
+    pages, saved = now(2 * ROUND_S)
+    assert (pages, saved) == (400, before - persistent.statistics()["bytes"])
+    again = Condenser(small, lambda: 0.0, lambda: machine.now_s)  # of a manager that comes later
+    machine.condenser = again
+    assert now(2 * ROUND_S) == (400, saved)
+    for _ in range(6):
+        assert intact(persistent, 400)
+        machine.run(ROUND_S)
+    counts = small.statistics()
+    assert (counts["condensed_pages"], counts["restored_pages"]) == (400, 400)
+    assert counts["condensed_bytes"] == counts["restored_bytes"] == saved
+    assert now(ROUND_S) == (0, 0)
+    assert now(5 * ROUND_S) == (400, saved)
+    assert small.statistics()["condensed_bytes"] == 2 * saved
+    persistent.flush(OID, 0, 200)
+    pages, left = now(2 * ROUND_S)
+    assert pages == 200
+    assert saved / 3 < left < saved
+
+
+def test_what_is_condensed_now_saves_what_others_take_more(tmp_path: Path) -> None:
+    """The same pages in a segment where none are condensed, whatever is put, flushed and got."""
+
+    class Machine(RuleBasedStateMachine):
+        count = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            Machine.count += 1
+            self.segments = [
+                _native.create(str(tmp_path / f"{kind}{Machine.count}"), 16 << 20)
+                for kind in ("dense", "plain")
+            ]
+            self.pools = [one.client("guest").new_pool(persistent=True) for one in self.segments]
+
+        def teardown(self) -> None:
+            for one in self.segments:
+                assert one.check() == []
+                one.close()
+
+        @rule(first=st.integers(0, 60), count=st.integers(1, 30), version=st.integers(0, 3))
+        def put(self, first: int, count: int, version: int) -> None:
+            for index in range(first, first + count):
+                data = os.urandom(4096) if version == 3 else page(index * 4 + version)
+                for pool in self.pools:
+                    assert pool.put(OID, index, data) == 1
+
+        @rule(first=st.integers(0, 90), count=st.integers(1, 30))
+        def flush(self, first: int, count: int) -> None:
+            for pool in self.pools:
+                pool.flush(OID, first, count)
+
+        @rule(first=st.integers(0, 90))
+        def get(self, first: int) -> None:
+            for pool in self.pools:
+                pool.get(OID, first, bytearray(4096))
+
+        @rule(warm=st.booleans())
+        def condense(self, warm: bool) -> None:
+            self.look(warm, persistent=True)
+
+        @rule()
+        def count_only(self) -> None:
+            self.look(False, persistent=False)
+
+        def look(self, warm: bool, persistent: bool) -> None:
+            dense = self.segments[0]
+            chunk, _ns, pages, saved = dense.condense(0, 10 * SECOND_NS, persistent=persistent, warm=warm)
+            assert chunk == 0
+            mine, others = (pool.statistics() for pool in self.pools)
+            assert saved == others["bytes"] - mine["bytes"]
+            assert (pages == 0) == (saved == 0)
+            assert pages <= mine["compressed_pages"]
+            counts = dense.statistics()
+            assert pages <= counts["condensed_pages"] - counts["restored_pages"]
+            assert saved <= counts["condensed_bytes"] - counts["restored_bytes"]
+
+    run_state_machine_as_test(Machine, settings=bounded(20, 30))
 
 
 def test_ephemeral_pages_only_when_memory_is_short(

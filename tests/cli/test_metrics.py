@@ -67,6 +67,7 @@ def test_a_scrape_has_the_segment_the_manager_and_its_services(served: int) -> N
     assert value(text, 'tmem_service_up{service="metrics"}') == 1
     assert value(text, 'tmem_service_starts_total{service="metrics"}') >= 1
     assert "tmem_manager_populated_bytes_total" in text
+    assert "tmem_manager_condensed_now_pages" not in text  # no round has ended yet
     assert "tmem_get_seconds_bucket" in text
 
 

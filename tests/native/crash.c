@@ -46,7 +46,7 @@ static void do_condense(struct tm_segment *seg, uint64_t r)
 {
     uint64_t spent_ns;
     unsigned what = CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | (r & 1 ? CONDENSE_LOOSE : 0) | (r & 6 ? 0 : CONDENSE_ALL);
-    tm_condense(ctx_get(seg), (uint32_t)(r >> 8) % seg->nchunks, 300000, what, &spent_ns);
+    tm_condense(ctx_get(seg), (uint32_t)(r >> 8) % seg->nchunks, 300000, what, &spent_ns, NULL);
 }
 
 /* Keep equal pages once, and remove originals that no slot names; evict some of the ephemeral ones. */

@@ -431,7 +431,7 @@ static void recode_beside_recount(struct world *w)
     atomic_store(&w->seg->super->recount, 1);
     pid_t reaper = start(0, reap, 34, 0);
     at_point(0);
-    tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_LOOSE, &spent_ns);
+    tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_LOOSE, &spent_ns, NULL);
     expect(atomic_load(&w->seg->super->squeezed_bytes) > 0, "the scenario did not come about");
     finish(0, reaper);
     check(w);

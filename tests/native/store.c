@@ -229,7 +229,7 @@ static struct tm_block *block_of_page(struct tm_segment *seg, const struct tm_ha
 static void condense_all(struct tm_segment *seg, unsigned what)
 {
     uint64_t spent_ns;
-    tm_condense(ctx_get(seg), 0, UINT64_MAX, what, &spent_ns);
+    tm_condense(ctx_get(seg), 0, UINT64_MAX, what, &spent_ns, NULL);
 }
 
 /* A page of which LZ4 makes less than zstd does: few different bytes, in no order. */
@@ -293,6 +293,70 @@ static void condensing(void)
             spread_page(page, i + 1);
             expect(tm_get(&h[k], oid, i, back, 1) == 1 && !memcmp(page, back, TM_PAGE), "restored page came back");
         }
+    tm_close(seg);
+}
+
+/* What is condensed now, and what it saves, is what blocks take less than those before them: also when others of the pages
+ * are flushed, these are moved, or stored as before. */
+static void condensed_now(void)
+{
+    enum { N = 400 };
+    struct tm_segment *seg = fresh(16);
+    struct tm_handle h[2] = {new_pool(seg, "p", true, false), new_pool(seg, "e", false, false)};
+    static const uint8_t oid[TM_OID];
+    static int64_t before[2][N];
+    uint8_t page[TM_PAGE], back[TM_PAGE];
+    uint64_t spent_ns;
+    for (uint32_t i = 0; i < N; i++)
+        for (unsigned k = 0; k < 2; k++) {
+            spread_page(page, i + 1);
+            expect(tm_put(&h[k], oid, i, page, 1, KEEP_NOTHING) == 1, "put");
+        }
+    for (uint32_t i = 0; i < N; i++)
+        for (unsigned k = 0; k < 2; k++)
+            before[k][i] = stride_at(seg, off(seg, block_of_page(seg, &h[k], i)) / 16);
+    for (unsigned step = 0; step < 5; step++) {
+        struct tm_condensed found = {0}, expected = {0};
+        for (uint32_t i = 0; i < N; i++)
+            for (unsigned k = 0; k < 2; k++) {
+                if (step == 2 && i % 4)
+                    tm_flush(&h[k], oid, i, 1);
+                if (step == 4)
+                    tm_get(&h[k], oid, i, back, 1);
+            }
+        if (step == 3) {
+            tm_compact(ctx_get(seg), 8, UINT64_C(10000000000));
+            expect(atomic_load(&seg->super->relocated) > N / 8, "few pages were moved");
+            expect(atomic_load(&seg->super->compacting_ns) > 0, "that took no time");
+        }
+        if (step == 4) {
+            tm_condense(ctx_get(seg), 0, UINT64_MAX, 0, &spent_ns, NULL);
+            for (uint32_t i = 0; i < N; i++)
+                for (unsigned k = 0; k < 2; k++)
+                    tm_get(&h[k], oid, i, back, 1);
+        }
+        tm_condense(ctx_get(seg), 0, UINT64_MAX, step ? 0 : CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | CONDENSE_ALL, &spent_ns,
+                    &found);
+        for (uint32_t i = 0; i < N; i++)
+            for (unsigned k = 0; k < 2; k++) {
+                const struct tm_block *b = block_of_page(seg, &h[k], i);
+                if (!b || block_kind(atomic_load(&b->word)) != BLOCK_ZSTD)
+                    continue;
+                expected.pages++;
+                expected.saved += before[k][i] - stride_at(seg, off(seg, b) / 16);
+            }
+        if (found.pages != expected.pages || found.saved != expected.saved)
+            fprintf(stderr, "step %u: %llu pages save %lld bytes, not %llu and %lld\n", step, (unsigned long long)found.pages,
+                    (long long)found.saved, (unsigned long long)expected.pages, (long long)expected.saved);
+        expect(found.pages == expected.pages && found.saved == expected.saved, "what is condensed now, and what it saves");
+        expect(step == 4 ? found.pages < N / 40 : found.pages >= N / 3 && found.saved > (int64_t)found.pages * 256,
+               "the scenario did not come about");
+        if (!step)
+            expect(found.pages == atomic_load(&seg->super->condensed)
+                   && (uint64_t)found.saved == atomic_load(&seg->super->condensed_bytes), "the counters say otherwise");
+    }
+    expect(atomic_load(&seg->super->restored_bytes) > (uint64_t)N * 64, "restored pages took no memory");
+    tm_check(ctx_get(seg), say, NULL);
     tm_close(seg);
 }
 
@@ -375,6 +439,7 @@ int main(int argc, char **argv)
     corruption();
     runs();
     condensing();
+    condensed_now();
     condensing_when_full();
     compaction();
     unlink(path);

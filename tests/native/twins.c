@@ -30,7 +30,7 @@ static int64_t condense(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_ALL, &spent_ns);
+    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_ALL, &spent_ns, NULL);
 }
 
 static uint32_t client_of(struct world *w) { return w->pool.pool / TM_CLIENT_POOLS; }

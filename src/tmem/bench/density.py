@@ -77,7 +77,7 @@ def _pass_over(segment: _native.Segment) -> None:
     for _ in range(3):
         chunk = 0
         while True:
-            chunk, _spent = segment.condense(chunk, 10**9, persistent=True)
+            chunk, *_ = segment.condense(chunk, 10**9, persistent=True)
             if not chunk:
                 break
     segment.compact(8, 10**10)
