@@ -826,9 +826,10 @@ class Reader:
         For any thread, as are `send` and `payload`.
         """
 
-    def send(self, buffer: ReaderBuffer, start: int, length: int, /) -> bytes:
+    def send(self, buffer: ReaderBuffer, start: int, length: int, error: int = 0, /) -> bytes:
         """Return what to reply to a READ to have it answered with these bytes of a buffer, which is not to be
-        changed any more; once for each that was taken."""
+        changed any more; once for each that was taken. `error`: the errno that the bytes end before; a
+        program gets the bytes, and the kernel, where it fills its own cache, the error."""
 
     def payload(self, number: bytes, /) -> ReaderBuffer:
         """Return what a WRITE brings, given the data that libfuse has got of it. ValueError if there is none.

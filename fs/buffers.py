@@ -38,6 +38,14 @@ class Buffers:
         self.give(buffer)
         return buffer[start : start + length]  # type: ignore[return-value]  # any buffer will do
 
+    def reply_before(self, buffer: memoryview, start: int, length: int, failure: OSError) -> bytes:
+        """Reply with these bytes of a buffer, which end where reading failed. Raises `failure` instead.
+
+        The kernel may be filling its own cache, where fewer bytes would mean zeros from there on.
+        """
+        self.give(buffer)
+        raise failure
+
     def payload(self, data: bytes) -> memoryview:
         """Return what a request to write brings, given what its handler is called with."""
         return memoryview(data)

@@ -99,11 +99,14 @@ class Files(Opening):
         counters.miss_reads += 1
         counters.miss_pages += npages - found
         try:
-            filled = await self._loader.fill(file, buffer, first, found, npages)
+            filled, failure = await self._loader.fill(file, buffer, first, found, npages)
         except BaseException:
             self._loader.buffers.give(buffer)
             raise
-        return self._loader.buffers.reply(buffer, skip, max(min(end - off, filled - skip), 0))
+        count = max(min(end - off, filled - skip), 0)
+        if failure is not None and count < end - off:
+            return self._loader.buffers.reply_before(buffer, skip, count, failure)
+        return self._loader.buffers.reply(buffer, skip, count)
 
     async def _status_elsewhere(self, file: OpenFile) -> os.stat_result | None:
         """Return the status of a file whose lower may not answer, None if a change of ours is beside it."""
@@ -121,18 +124,23 @@ class Files(Opening):
         if file.exact or file.state.takes:  # so does the native reader
             file.exact = False
             lower.read_exactly(file.descriptor, False)
+        failure = None
         try:
             count = lower.read_cached(file.descriptor, off, wanted)
             if count < size and not self._ends_at(file, off + count):
                 with file.used():
-                    count += await self.read_in_thread(
-                        file.inode, lower.read_fully, file.descriptor, off + count, wanted[count:]
+                    more, failure = await self.read_in_thread(
+                        file.inode, lower.read_until_error, file.descriptor, off + count, wanted[count:]
                     )
+                    count += more
         except BaseException as error:
             if isinstance(error, OSError):
                 self.precache.counters.lower_errors += 1
             self._loader.buffers.give(buffer)
             raise
+        if failure is not None:
+            self.precache.counters.lower_errors += 1
+            return self._loader.buffers.reply_before(buffer, 0, count, failure)
         self.precache.counters.passthrough_reads += 1
         self.precache.counters.lower_bytes += count
         return self._loader.buffers.reply(buffer, 0, count)

@@ -43,8 +43,13 @@ class Loader:
         self._streams = Streams()
         self.buffers = Buffers()
 
-    async def fill(self, file: OpenFile, buffer: memoryview, first: int, found: int, npages: int) -> int:
-        """Read the pages that were not found from the lower file, put them; the valid bytes in `buffer`."""
+    async def fill(
+        self, file: OpenFile, buffer: memoryview, first: int, found: int, npages: int
+    ) -> tuple[int, OSError | None]:
+        """Read the pages that were not found from the lower file, put them; the valid bytes in `buffer`.
+
+        And what reading has ended with, if it has failed.
+        """
         missing = buffer[found * PAGE_SIZE : npages * PAGE_SIZE]
         index = first + found
         start = index * PAGE_SIZE
@@ -59,10 +64,10 @@ class Loader:
             file.stream_start = start
         file.stream_end = start + len(missing)  # before it is done: the kernel's own requests may overlap
         put_from = min(file.stream_start, start)  # it may be late: the stream's next request was first
-        count, stored = await self.load(file, index, missing, put_from)
+        count, stored, failure = await self.load(file, index, missing, put_from)
         if not stored:
             file.stream_end = -1
-        return found * PAGE_SIZE + count
+        return found * PAGE_SIZE + count, failure
 
     def _follows(self, file: OpenFile, start: int) -> bool:
         """Say whether the native reader answered a miss that ended at byte `start`."""
@@ -86,11 +91,11 @@ class Loader:
         pages: memoryview,
         put_from: int,
         missing: list[tuple[int, int]] | None = None,
-    ) -> tuple[int, bool]:
+    ) -> tuple[int, bool, OSError | None]:
         """Read the pages from `index` on, put them, and drop them from the kernel's page cache.
 
         Only the ranges of pages in `missing` are put, if given: the others are in the pool. The bytes read,
-        and whether all pages are now in the pool, as are those from byte `put_from` on.
+        whether all pages are now in the pool, as are those from byte `put_from` on, and what has failed.
         """
         state, descriptor = file.state, file.descriptor
         token = self._handlers.coherence.read_token(state)
@@ -165,10 +170,8 @@ class Loader:
         else:
             counters.put_pages += stored
             counters.refused_pages += wanted - stored
-        if failure is not None:  # not fewer bytes: in the kernel's cache that would mean zeros from there on
-            counters.lower_errors += 1
-            raise failure
-        return count, stored == wanted and whole == -(-count // PAGE_SIZE)
+        counters.lower_errors += failure is not None
+        return count, not failure and stored == wanted and whole == -(-count // PAGE_SIZE), failure
 
     def _drop_together(self, file: OpenFile, start: int, end: int) -> None:
         """Drop once more what was put from `start` to `end`, when the last of several reads is done.
@@ -227,9 +230,13 @@ class _Source:
         buffer = buffers.take((last - first) * PAGE_SIZE)
         try:
             pages = buffer[: (last - first) * PAGE_SIZE]
-            count, stored = await self._loader.load(self._file, first, pages, self._put_from, missing)
+            count, stored, failure = await self._loader.load(
+                self._file, first, pages, self._put_from, missing
+            )
         finally:
             buffers.give(buffer)
+        if failure is not None:
+            raise failure
         if stored:
             self._handlers.precache.counters.ahead_pages += sum(b - a for a, b in missing)
         return stored and count > 0

@@ -6,6 +6,7 @@ may be served. Threading: the event loop's thread, except `use_pool`.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -55,6 +56,12 @@ class NativeBuffers(Buffers):
     def reply(self, buffer: memoryview, start: int, length: int) -> bytes:
         """Return what a handler returns to reply with these bytes of a buffer."""
         return self._reader.send(cast("ReaderBuffer", buffer.obj), start, length) if length else b""
+
+    def reply_before(self, buffer: memoryview, start: int, length: int, failure: OSError) -> bytes:
+        """Reply with these bytes to a program, and with the failure where the kernel fills its own cache."""
+        if length <= 0:
+            raise failure
+        return self._reader.send(cast("ReaderBuffer", buffer.obj), start, length, failure.errno or errno.EIO)
 
     def payload(self, data: bytes) -> memoryview:
         """Return what a request to write brings, given what its handler is called with."""

@@ -211,13 +211,14 @@ static PyObject *send_buffer(ReaderObject *self, PyObject *args)
     struct reader *r = reader_of(self);
     BufferObject *buffer;
     Py_ssize_t start, length;
-    if (!r || !PyArg_ParseTuple(args, "O!nn:send", BufferType, &buffer, &start, &length))
+    int error = 0;
+    if (!r || !PyArg_ParseTuple(args, "O!nn|i:send", BufferType, &buffer, &start, &length, &error))
         return NULL;
-    if (start < 0 || length <= 0 || (size_t)start > buffer->length || (size_t)length > buffer->length - (size_t)start) {
+    if (error < 0 || start < 0 || length <= 0 || (size_t)start > buffer->length || (size_t)length > buffer->length - (size_t)start) {
         PyErr_SetString(PyExc_ValueError, "a reply is some bytes of its buffer");
         return NULL;
     }
-    uint64_t number = reader_send(r, buffer->buffer, buffer->start + (size_t)start, (size_t)length);
+    uint64_t number = reader_send(r, buffer->buffer, buffer->start + (size_t)start, (size_t)length, error);
     if (!number) {
         PyErr_SetString(PyExc_ValueError, "a buffer is for one reply");
         return NULL;

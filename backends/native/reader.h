@@ -113,7 +113,7 @@ bool reader_take_back(struct reader *r, uint64_t nodeid, uint64_t count);
 /* A buffer of at least so many bytes, one reference; NULL: no memory. */
 struct buffer *reader_take(struct reader *r, size_t least);
 /* Have the READ that libfuse replies to with the 8 bytes of this number answered from `b`; 0: it is used already. */
-uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length);
+uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length, int error);
 /* What the WRITE brings that libfuse was given with the 8 bytes of this number as its data; with a reference. NULL: there
  * is no such request. */
 struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length);

@@ -126,7 +126,7 @@ void buffer_drop(struct buffer *b)
         unmap(b);
 }
 
-uint64_t buffers_send(struct buffers *all, struct buffer *b, size_t start, size_t length)
+uint64_t buffers_send(struct buffers *all, struct buffer *b, size_t start, size_t length, int error)
 {
     pthread_mutex_lock(&all->lock);
     uint64_t number = b->number ? 0 : ++all->numbers; /* once */
@@ -135,6 +135,7 @@ uint64_t buffers_send(struct buffers *all, struct buffer *b, size_t start, size_
         b->number = number;
         b->start = start;
         b->length = length;
+        b->error = error;
         b->next = all->sent;
         all->sent = b;
     }

@@ -19,6 +19,7 @@ struct buffer {
     size_t size;           /* of the mapping */
     uint64_t number;       /* of a reply to be sent, 0 otherwise */
     size_t start, length;  /* which bytes that reply has */
+    int error;             /* why it has no more, 0: there are none */
 };
 
 struct buffers *buffers_new(size_t size); /* NULL: no memory */
@@ -27,8 +28,9 @@ struct buffer *buffer_take(struct buffers *all, size_t least); /* one reference;
 void buffer_hold(struct buffer *b);
 void buffer_drop(struct buffer *b);
 
-/* Note that a reply will be sent from `b`, which is held until then; a number to ask for it with `buffers_sent`. */
-uint64_t buffers_send(struct buffers *all, struct buffer *b, size_t start, size_t length);
+/* Note that a reply will be sent from `b`, which is held until then; a number to ask for it with `buffers_sent`. `error`: an
+ * errno that the bytes end before, or 0. */
+uint64_t buffers_send(struct buffers *all, struct buffer *b, size_t start, size_t length, int error);
 struct buffer *buffers_sent(struct buffers *all, uint64_t number); /* with its reference; NULL: no such */
 
 #endif

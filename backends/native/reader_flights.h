@@ -22,6 +22,7 @@ struct flight {
     bool may_be_given_up;
     bool interrupted;       /* a signal has reached who waits */
     bool reads_only;        /* an OPEN for reading alone */
+    bool fills;             /* a READ for the kernel's own cache, not a program's own */
     bool overtaken;         /* names or attributes were changed since it came, when it is answered */
     bool given_up;          /* answered with EINTR: libfuse's reply is not for the kernel */
     struct buffer *payload; /* of a WRITE; a READDIRPLUS's reply, with a header in front */

@@ -143,9 +143,9 @@ bool reader_full(const struct reader *r) { return passing_full(&r->passing); }
 
 struct buffer *reader_take(struct reader *r, size_t least) { return buffer_take(r->buffers, least); }
 
-uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length)
+uint64_t reader_send(struct reader *r, struct buffer *b, size_t start, size_t length, int error)
 {
-    return buffers_send(r->buffers, b, start, length);
+    return buffers_send(r->buffers, b, start, length, error);
 }
 
 struct buffer *reader_payload(struct reader *r, uint64_t number, size_t *start, size_t *length)

@@ -343,6 +343,13 @@ static bool opens_to_read(const uint8_t *body)
     return (open.flags & O_ACCMODE) == O_RDONLY;
 }
 
+/* Only what reads past the kernel's cache says whose locks it minds. */
+static void note_read(struct flight *f, const struct fuse_read_in *in)
+{
+    f->size = in->size;
+    f->fills = !(in->read_flags & FUSE_READ_LOCKOWNER);
+}
+
 static void note_listing(struct flight *f, struct fuse_read_in *in)
 {
     if (in->size > MOST_LISTING)
@@ -376,7 +383,7 @@ static enum passed pass_request(struct passing *p, struct buffer **request, size
             result = passing_give(p, f, &by_number, sizeof by_number);
     } else if (length <= MOST_MESSAGE - sizeof *in) {
         if (in->opcode == FUSE_READ)
-            f->size = sized->size;
+            note_read(f, sized);
         else if (in->opcode == FUSE_OPEN)
             f->reads_only = opens_to_read(body);
         else if (in->opcode == FUSE_READDIR || in->opcode == FUSE_READDIRPLUS)

@@ -59,7 +59,9 @@ static struct buffer *named_buffer(struct passing *p, size_t length)
 static void reply_by_number(struct passing *p, const struct flight *f, size_t length)
 {
     struct buffer *b = named_buffer(p, length);
-    if (b && b->length <= f->size)
+    if (b && b->error && f->fills) /* which takes fewer bytes for the end of the file, and fills it up with zeros */
+        reply_error(p, f->entry, f->unique, -(b->error < MOST_ERROR ? b->error : EIO));
+    else if (b && b->length <= f->size)
         reply_bytes(p, f->entry, f->unique, b->data + b->start, b->length);
     else
         reply_error(p, f->entry, f->unique, -EIO);

@@ -113,6 +113,22 @@ def test_a_disk_that_cannot_be_read(
         assert path.read_bytes() == CONTENT == (place.point / "other").read_bytes()
 
 
+def test_bytes_that_are_there_before_what_cannot_be_read(
+    disk: Disk, segment: "_native.Segment", mounter: Mounter
+) -> None:
+    place = mounter("timeout=0,read_ahead=0,cache=direct", lower=disk.lower)
+    size = 32 * PAGE_SIZE
+    with (disk.lower / "file").open("rb", buffering=0) as below:
+        os.posix_fadvise(below.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(below.fileno(), 8 * PAGE_SIZE, 0)
+        with (place.point / "file").open("rb", buffering=0) as file:
+            disk.reads_fail.touch()
+            expected = os.pread(below.fileno(), size, 0)
+            assert 0 < len(expected) < size
+            assert os.pread(file.fileno(), size, 0) == expected == CONTENT[: len(expected)]
+            assert error_of(lambda: os.pread(file.fileno(), size, len(expected))) == errno.EIO
+
+
 def test_a_disk_that_cannot_be_written(disk: Disk, segment: "_native.Segment", mounter: Mounter) -> None:
     """fsync says so once; what is served afterwards is what the lower serves, whichever bytes these are."""
     place = mounter("timeout=0,cache=direct", lower=disk.lower)

@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import faulthandler
+import mmap
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,7 @@ from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
+from .rings import BY_RINGS
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -129,6 +133,62 @@ def test_an_error_in_the_midst_of_a_read(place: Place, faulty: Faulty, page: int
     statistics = place.statistics()
     assert statistics.put_pages >= 65
     assert statistics.lower_errors >= 65 - page  # each of the reads by page that failed
+
+
+@pytest.mark.parametrize(("reader", "start"), [("loop=native", 0), ("loop=native", 24), (BY_RINGS, 24)])
+def test_bytes_before_an_error(
+    faulty: Faulty, segment: "_native.Segment", mounter: Mounter, reader: str, start: int
+) -> None:
+    """A program gets them as from the lower, whoever answers: what is read in order is read by others."""
+    place = mounter(f"timeout=0,cache=direct,{reader}", lower=faulty.point)
+    faulty.fail("read", errno=errno.EIO, begin=33 * PAGE_SIZE + 77)
+    with (
+        (faulty.point / "file").open("rb", buffering=0) as below,
+        (place.point / "file").open("rb", buffering=0) as file,
+    ):
+        for first in range(start, 40, 8):
+            size, at = 16 * PAGE_SIZE - 5, first * PAGE_SIZE + 5
+            assert outcome(file.fileno(), size, at) == outcome(below.fileno(), size, at)
+    faulty.heal()
+    comes_right(place)
+
+
+def outcome(descriptor: int, size: int, start: int) -> bytes | int:
+    try:
+        return os.pread(descriptor, size, start)
+    except OSError as error:
+        return error.errno or 0
+
+
+def test_bytes_before_an_error_without_a_pool(faulty: Faulty, mounter: Mounter) -> None:
+    place = mounter("timeout=0,cache=direct", lower=faulty.point)
+    faulty.fail("read", errno=errno.EIO, begin=3 * PAGE_SIZE)
+    with (place.point / "file").open("rb", buffering=0) as file:
+        assert os.pread(file.fileno(), 10 * PAGE_SIZE, 5) == CONTENT[5 : 3 * PAGE_SIZE]
+        fails(errno.EIO, lambda: os.pread(file.fileno(), PAGE_SIZE, 3 * PAGE_SIZE))
+    assert place.statistics().lower_errors == 2
+
+
+@pytest.mark.parametrize("cache", ["direct", "kernel"])
+def test_mapped_memory_before_and_after_an_error(
+    faulty: Faulty, segment: "_native.Segment", mounter: Mounter, cache: str
+) -> None:
+    """The kernel fills its cache for that, and would take fewer bytes for the end of the file."""
+    place = mounter(f"timeout=60,cache={cache}", lower=faulty.point)
+    faulty.fail("read", errno=errno.EIO, begin=33 * PAGE_SIZE)
+    with (
+        (place.point / "file").open("rb", buffering=0) as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.disable()
+            os._exit(mapped[34 * PAGE_SIZE])
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGBUS
+        assert os.lseek(file.fileno(), 0, os.SEEK_END) == len(CONTENT)  # which asks nobody
+        assert mapped[: 33 * PAGE_SIZE] == CONTENT[: 33 * PAGE_SIZE]
+        faulty.heal()
+        assert mapped[:] == CONTENT
 
 
 def test_errors_are_counted_without_a_pool(faulty: Faulty, mounter: Mounter) -> None:
