@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,30 @@ def mounted(device: str, point: Path, options: str = "noatime") -> Iterator[None
         yield
     finally:
         syscalls.umount(str(point), syscalls.MNT_DETACH)  # a test that fails leaves its users to be ended
+
+
+MAKE = {
+    "ext4": ["mkfs.ext4", "-q", "-O", "^has_journal", "-I", "256", "-i", "8192"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+}
+
+
+@contextlib.contextmanager
+def file_system(kind: str) -> Iterator[Path]:
+    """A directory that every user can enter, on a file system of its own: ext4, btrfs or tmpfs.
+
+    Its image is in memory: on a disk, removing thousands of cases takes longer than trying them.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="tmem-test-"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        source, options = "tmpfs", "size=256m"
+        if kind in MAKE:
+            image = stack.enter_context(tempfile.NamedTemporaryFile(prefix="tmem-test-", dir="/dev/shm"))
+            os.truncate(image.name, 1 << 30)
+            subprocess.run([*MAKE[kind], image.name], check=True, capture_output=True)
+            source, options = image.name, "loop"
+        subprocess.run(["mount", "-t", kind, "-o", options, source, str(directory)], check=True)
+        stack.callback(subprocess.run, ["umount", str(directory)], check=True)
+        directory.chmod(0o755)
+        yield directory

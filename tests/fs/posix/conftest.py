@@ -19,6 +19,7 @@ from tmem.fs.mount import daemonise
 from tmem.fs.options import MountOptions
 
 from ..conftest import in_plenty
+from ..images import file_system
 from ..rings import BY_RINGS, permitted
 from .compare import USERS, Actor, Twins, User
 from .table import OPERATIONS
@@ -40,23 +41,16 @@ PASSING = "loop=native,skip_files=*"
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[Path]:
-    """A directory that every user can enter, on an ext4 of its own where that is possible.
-
-    Its image is in memory: on a disk, removing thousands of cases takes longer than trying them. (On a tmpfs,
-    directories have coarse time stamps.)
-    """
+    """A directory that every user can enter, on an ext4 of its own where that is possible."""
     if os.geteuid() != 0:
         pytest.skip("needs root: acts as other users")
     with contextlib.ExitStack() as stack:
-        directory = Path(tempfile.mkdtemp(prefix="tmem-test-"))
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        image = stack.enter_context(tempfile.NamedTemporaryFile(prefix="tmem-test-", dir="/dev/shm"))
-        os.truncate(image.name, 1 << 30)
-        make = ["mkfs.ext4", "-q", "-O", "^has_journal", "-I", "256", "-i", "8192", image.name]
-        mount = ["mount", "-o", "loop", image.name, str(directory)]
-        if all(subprocess.run(command, capture_output=True).returncode == 0 for command in (make, mount)):
-            stack.callback(subprocess.run, ["umount", str(directory)], check=True)
-        directory.chmod(0o755)
+        try:
+            directory = stack.enter_context(file_system("ext4"))
+        except (OSError, subprocess.CalledProcessError):
+            directory = Path(tempfile.mkdtemp(prefix="tmem-test-"))
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            directory.chmod(0o755)
         yield directory
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import mmap
 import multiprocessing
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from tmem.fs import mounts, syscalls
 from tmem.types import PAGE_SIZE
 
@@ -207,9 +209,15 @@ def test_nothing_goes_from_one_file_system_to_another(twins: Twins) -> None:
 
 
 def test_numbers_of_the_file_system(twins: Twins) -> None:
-    lower, mount = os.statvfs(twins.lower), os.statvfs(twins.point)
-    for field in ("f_bsize", "f_frsize", "f_blocks", "f_files", "f_namemax"):
-        assert getattr(mount, field) == getattr(lower, field)
+    """All but the number of the file system itself; what is free, once nothing is written back."""
+    fields = [name for name in dir(os.statvfs_result) if name.startswith("f_") and name != "f_fsid"]
+
+    def told_at(root: Path) -> dict[str, int]:
+        return {name: getattr(os.statvfs(root), name) for name in fields}
+
+    os.sync()
+    wait_until(lambda: told_at(twins.point) == told_at(twins.lower), what="both say the same")
+    assert len(fields) == 10
 
 
 def test_private_mappings_keep_their_stores(twins: Twins) -> None:
@@ -225,6 +233,37 @@ def test_private_mappings_keep_their_stores(twins: Twins) -> None:
             return mapped[:10], shared[:10], os.pread(file.fileno(), 20, 3995)
 
     same(twins, story, lambda case: (case / "x").write_bytes(b"x" * 9000))
+
+
+def end_of(work: Callable[[], object]) -> int:
+    """Return the number of the signal that ends a process which does that, 0: none does."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_mapping_of_a_file_that_shrinks_and_grows(twins: Twins) -> None:
+    """Beyond its last page there is nothing (SIGBUS), and what it has lost comes back as zeros."""
+
+    def story(case: Path) -> object:
+        path = case / "x"
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            seen: list[object] = [mapped[at] for at in (0, 4999, 5000, 3 * PAGE_SIZE - 1)]
+            for size in (5000, 0, 2 * PAGE_SIZE):
+                os.truncate(path, size)
+                for at in range(0, 3 * PAGE_SIZE, PAGE_SIZE):
+                    end = end_of(lambda: mapped[at])  # noqa: B023
+                    seen.append(end or mapped[at : at + PAGE_SIZE])
+            return seen
+
+    seen = same(twins, story, lambda case: (case / "x").write_bytes(b"x" * 3 * PAGE_SIZE))
+    assert isinstance(seen, list)
+    assert seen.count(-signal.SIGBUS) == 1 + 3 + 1
 
 
 def test_the_limit_of_file_sizes(twins: Twins) -> None:
