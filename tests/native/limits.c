@@ -5,6 +5,10 @@
 #include "scenarios.h"
 #include "sizes.h"
 
+#include <errno.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 struct client {
     uint32_t id, serial;
     struct tm_handle pool;
@@ -454,6 +458,33 @@ static void export_beside_corrupt(struct world *w)
     check(w);
 }
 
+/* ---- Signals ---------------------------------------------------------------------------------------------- */
+
+static unsigned calls_between; /* of fallocate, of which the last is interrupted; 0: none is */
+
+/* As older kernels have it on tmpfs: any signal ends the call. */
+int fallocate(int fd, int mode, off_t offset, off_t bytes)
+{
+    static unsigned calls;
+    if (calls_between && ++calls % calls_between == 0) {
+        errno = EINTR;
+        return -1;
+    }
+    return (int)syscall(SYS_fallocate, fd, mode, offset, bytes);
+}
+
+/* The system gives memory also where signals come, as to a thread that is called out of its read again and again. */
+static void signals_while_it_grows(struct world *w)
+{
+    enum { BYTES = 8 << 20 };
+    tm_trim(ctx_get(w->seg), 0);
+    calls_between = 3;
+    uint64_t added = tm_populate(ctx_get(w->seg), BYTES);
+    calls_between = 0;
+    expect(added == BYTES, "there were only %llu bytes", (unsigned long long)added);
+    check(w);
+}
+
 static const struct scenario scenarios[] = {
     {"floor_too_large", floor_too_large},
     {"floor_of_all_sizes", floor_of_all_sizes},
@@ -474,6 +505,7 @@ static const struct scenario scenarios[] = {
     {"compact_beside_dead", compact_beside_dead},
     {"import_when_shut", import_when_shut},
     {"export_beside_corrupt", export_beside_corrupt},
+    {"signals_while_it_grows", signals_while_it_grows},
 };
 
 int main(int argc, char **argv)
