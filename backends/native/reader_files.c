@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -14,6 +15,7 @@ enum {
      * 10 us. Fewer would often come in a row where it has every other page, which the lower would then be asked for. */
     COLD_AFTER = 8,
     TRY_EVERY = 32, /* of those that follow */
+    PAST_SHARE = 16, /* of the process' limit, for descriptors that are not needed: the rest is for what programs open */
     /* READs by which one of a stream may be early or late: several programs can take its requests by turns, and the kernel
      * sends several of a file that it caches. */
     APART = 8,
@@ -121,6 +123,11 @@ void gate_drop(struct gate *g)
 
 int files_init(struct files *f)
 {
+    struct rlimit limit;
+    f->npast = 0;
+    f->most_past = 0;
+    if (!getrlimit(RLIMIT_NOFILE, &limit))
+        f->most_past = (unsigned)(limit.rlim_cur < UINT32_MAX ? limit.rlim_cur : UINT32_MAX) / PAST_SHARE;
     pthread_mutex_init(&f->lock, NULL);
     f->nbuckets = 256;
     f->count = 0;
@@ -142,6 +149,7 @@ void files_release(struct files *f, struct file *one)
 {
     pthread_mutex_lock(&f->lock);
     bool last = !--one->refs;
+    f->npast -= last && one->past >= 0;
     pthread_mutex_unlock(&f->lock);
     if (last)
         destroy(one);
@@ -323,6 +331,8 @@ int files_past_cache(struct files *f, uint64_t fh)
     if (known) {
         past = known->past;
         fd = known->fd;
+        if (past == UNTRIED && f->npast >= f->most_past)
+            past = NONE; /* until others are closed */
     }
     pthread_mutex_unlock(&f->lock);
     if (past != UNTRIED)
@@ -332,6 +342,7 @@ int files_past_cache(struct files *f, uint64_t fh)
     struct file *one = *place(f, fh);
     if (one == known && one->past == UNTRIED) {
         one->past = past = own;
+        f->npast += own >= 0;
         own = NONE;
     } else if (one == known) { /* another thread has been quicker */
         past = one->past;

@@ -54,6 +54,7 @@ struct files {
     pthread_mutex_t lock;
     struct file **buckets;
     unsigned nbuckets, count; /* a power of two */
+    unsigned npast, most_past; /* descriptors of `files_past_cache` */
 };
 
 int files_init(struct files *f);
@@ -88,7 +89,7 @@ void files_noted(struct files *f, uint64_t fh);
 /* Whether the kernel had what was missed. */
 void files_had(struct files *f, uint64_t fh, bool had);
 /* A descriptor of the same file whose reads go past the kernel's cache, and leave nothing there (O_DIRECT, in pages). It is
- * valid as long as the caller holds the file. Negative: there is none. */
+ * valid as long as the caller holds the file. Negative: there is none; they are few beside those that programs need. */
 int files_past_cache(struct files *f, uint64_t fh);
 
 #endif

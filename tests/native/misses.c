@@ -9,6 +9,7 @@
 
 #include <fcntl.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -356,6 +357,28 @@ static bool fetched(struct world *w, uint32_t first, uint32_t count, struct targ
     return hits_expect(&w->hits, FH, (uint64_t)first * TM_PAGE, count * TM_PAGE, t) && hits_fetch(&w->hits, t, first, data, count);
 }
 
+/* They are a small part of what the process may have open: the rest is for files. */
+static void few_past_the_cache(struct world *w)
+{
+    enum { FILES = 20, FEW = 4 };
+    struct files few;
+    struct rlimit before, low;
+    unsigned opened = 0;
+    getrlimit(RLIMIT_NOFILE, &before);
+    low = (struct rlimit){64, before.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &low);
+    expect(!files_init(&few), "not made");
+    for (uint64_t fh = 0; fh < FILES; fh++) {
+        files_add(&few, fh, w->lower, w->gate, true);
+        opened += files_past_cache(&few, fh) >= 0;
+    }
+    expect(opened == FEW, "%u of %d files have one", opened, FILES);
+    files_remove(&few, 0);
+    expect(files_past_cache(&few, FILES - 1) >= 0, "none, though another one was closed");
+    files_free(&few);
+    setrlimit(RLIMIT_NOFILE, &before);
+}
+
 /* What was fetched before it was asked for answers nobody after a change, nor where Python wants to see the READ. */
 static void fetched_before_it_is_asked_for(struct world *w)
 {
@@ -397,6 +420,7 @@ static const struct {
     {"not_at_once", not_at_once, AT_ONCE | WAITING},
     {"a_cold_file", a_cold_file, AT_ONCE | WAITING},
     {"past_the_cache", past_the_cache, COLD},
+    {"few_past_the_cache", few_past_the_cache, COLD},
     {"fetched_before_it_is_asked_for", fetched_before_it_is_asked_for, AT_ONCE | WAITING},
 };
 
