@@ -448,6 +448,12 @@ static bool reads_alone(struct reader *r)
     return alone;
 }
 
+static bool others_wait(const struct reader *r)
+{
+    struct pollfd p = {.fd = r->others, .events = POLLIN};
+    return poll(&p, 1, 0) > 0;
+}
+
 /* Sleep in read from now on, if that may be and pays: where nothing but hits came lately, one at a time, whose program does not run
  * beside this thread. */
 static bool sleeps_in_read(struct reader *r, int64_t until_ms)
@@ -473,7 +479,9 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
     for (;;) {
         bool full = passing_full(&r->passing);
         bool eager = !full && !flows && eager_tries(e) && eager_looks(e, timing_now());
-        bool asleep = !full && !flows && !eager && timeout_ms && in_a_row >= SLEEPS_AFTER && sleeps_in_read(r, until);
+        /* The sentry has to get a CPU before it can call: where programs keep it busy, hits would go on for a long time before that. */
+        bool asleep = !full && !flows && !eager && timeout_ms && in_a_row >= SLEEPS_AFTER
+            && (in_a_row % POLL_EVERY || !others_wait(r)) && sleeps_in_read(r, until);
         if (!asleep && flows && !eager_pays(&r->eager_hits) && sentry_holds(&r->sentry))
             sentry_look(&r->sentry);
         else if (!asleep && sentry_relieve(&r->sentry))

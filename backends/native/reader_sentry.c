@@ -24,8 +24,8 @@ static bool wait_until(struct sentry *s, int64_t until_ms)
 {
     struct pollfd p[2] = {{.fd = s->others, .events = POLLIN}, {.fd = s->recall, .events = POLLIN}};
     uint64_t recalls;
-    int64_t left = until_ms == INT64_MAX ? -1 : until_ms - now_ms();
-    (void)poll(p, 2, left < -1 ? 0 : left > INT32_MAX ? INT32_MAX : (int)left);
+    int64_t left = until_ms - now_ms();
+    (void)poll(p, 2, until_ms == INT64_MAX ? -1 : left < 0 ? 0 : left > INT32_MAX ? INT32_MAX : (int)left);
     if (p[1].revents)
         (void)!read(s->recall, &recalls, sizeof recalls);
     return p[0].revents || until_ms <= now_ms();

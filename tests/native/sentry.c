@@ -154,6 +154,17 @@ static void deadlines(void)
     end();
 }
 
+/* The sentry may be late itself. */
+static void deadlines_that_have_passed(void)
+{
+    begin("deadlines_that_have_passed");
+    for (unsigned i = 0; i < 40; i++) {
+        expect(sentry_post(&sentry, now_ms() - i % 4) && is_called_out_of_read(), "nobody called");
+        sentry_relieve(&sentry);
+    }
+    end();
+}
+
 static void requests_come(void)
 {
     begin("requests_come");
@@ -266,8 +277,8 @@ static void nothing_gets_lost(void)
 
 int main(void)
 {
-    void (*scenarios[])(void) = {called_out_of_its_sleep, called_just_before_it_sleeps, deadlines, requests_come,
-                                 not_called_afterwards, signals_that_were_blocked, somebody_elses_signal, nothing_gets_lost};
+    void (*scenarios[])(void) = {called_out_of_its_sleep, called_just_before_it_sleeps, deadlines, deadlines_that_have_passed,
+                                 requests_come, not_called_afterwards, signals_that_were_blocked, somebody_elses_signal, nothing_gets_lost};
     for (unsigned i = 0; i < sizeof scenarios / sizeof *scenarios && !failures; i++)
         scenarios[i]();
     if (!failures)
