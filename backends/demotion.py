@@ -181,7 +181,8 @@ class ClientDemotion:
         if self._tier is None or (now_s := self._clock()) < self._look_s:
             return
         if not (self.client.tiered and self.client.tier_epoch == self.epoch):
-            return  # it is being taken away
+            self._note(self._look.down)  # it is being taken away; this thread does not hang
+            return
         self._look_s = now_s + LOOK_S
         down = ""
         try:

@@ -79,7 +79,8 @@ static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint
     if (before == BLOCK_ZSTD) {
         note_touched(seg, block);
         atomic_fetch_add_explicit(&seg->super->restored, 1, memory_order_relaxed);
-        atomic_fetch_add_explicit(&seg->super->restored_bytes, (uint64_t)-saved, memory_order_relaxed);
+        if (saved < 0) /* else it had been moved into a larger hole */
+            atomic_fetch_add_explicit(&seg->super->restored_bytes, (uint64_t)-saved, memory_order_relaxed);
     } else {
         bool squeezed = kind == BLOCK_LZ4;
         atomic_fetch_add_explicit(squeezed ? &seg->super->squeezed : &seg->super->condensed, 1, memory_order_relaxed);

@@ -77,6 +77,16 @@ def test_what_is_of_no_use_any_more_goes_although_nothing_comes(bench: Bench) ->
     assert number(before.tier_used_bytes) > 0
 
 
+def test_a_tier_that_is_being_taken_away_is_not_told_as_down(bench: Bench) -> None:
+    """That may take minutes, and it is not looked at any more."""
+    bench.put(0, 10**6)
+    bench.rounds()
+    looked(bench)
+    bench.client.tiered = False
+    for _ in range(int(LATE_S // LOOK_S) + 2):
+        assert looked(bench).tier_up
+
+
 def test_a_tier_that_is_down_is_told_though_nothing_goes_there(bench: Bench) -> None:
     bench.put(0, 10)
     bench.rounds(1)
