@@ -80,15 +80,19 @@ def _check(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-@functools.cache
 def threads_may_act() -> bool:
     """Say whether others than the main thread can act as somebody: have a umask of their own."""
+    try:
+        return _threads_can_part()
+    except RuntimeError:  # no thread can be had now
+        return False
+
+
+@functools.cache
+def _threads_can_part() -> bool:
     results: list[bool] = []
     thread = threading.Thread(target=lambda: results.append(_part()), name="tmem-umask")
-    try:
-        thread.start()
-    except RuntimeError:  # threads are limited
-        return False
+    thread.start()
     thread.join()
     return results == [True]
 

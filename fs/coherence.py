@@ -290,10 +290,10 @@ class Coherence:
 
         The pages stored, None if overtaken.
         """
-        if token is None:
+        if token is None or not self._may_put(state, descriptor):  # may ask the lower: not with the lock
             return None
         with state.lock:
-            if state.epoch != token or not self._may_put(state, descriptor):
+            if state.epoch != token:
                 return None
             state.top = max(state.top, index + len(data) // PAGE_SIZE)
             return self._precache.put(state.oid, index, data)

@@ -114,7 +114,7 @@ class Files(Opening):
             return None
         turn = file.state.turn
         with file.used():
-            status = await self.in_thread(os.fstat, file.descriptor)
+            status = await self.read_in_thread(file.inode, os.fstat, file.descriptor)
         return status if file.state.turn == turn else None
 
     async def _pass_through(self, file: OpenFile, off: int, size: int) -> bytes:

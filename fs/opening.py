@@ -99,7 +99,9 @@ class Opening(Namespace):
         if self.table.nodes.get(inode.nodeid) is not inode:
             os.close(descriptor)
             raise OSError(errno.ESTALE, "forgotten, for its request was given up")
-        overtaken = inode.state is not None and (turn[1] or inode.state.turn != turn)
+        state = inode.state
+        # While a change is under way `validate` judges nothing by it; to ask anew might wait for that change.
+        overtaken = state is not None and not state.changes and (turn[1] or state.turn != turn)
         return descriptor, None if overtaken else status
 
     def open_file(self, inode: int, flags: int, caller: Caller) -> "FileInfo":

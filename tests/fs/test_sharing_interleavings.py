@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from tmem.backends.paths import SegmentPaths
+from tmem.fs.identity import Version, version_at
 from tmem.fs.overlay import Overlay, build
 from tmem.fs.precache import Precache
 from tmem.types import PAGE_SIZE
@@ -137,5 +138,35 @@ def test_a_mount_that_is_away_for_a_version_finds_the_next(
                     await overlay.release(fh)
                 hits.append(overlay.statistics().hit_reads - before)
             assert hits == [1, 2]
+
+    trio.run(main)
+
+
+def test_a_put_that_asks_the_lower_holds_up_nobody_meanwhile(
+    pair: tuple[Overlay, Overlay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop's thread takes the lock of a file's state to drop pages."""
+    _, reader = pair
+    asked, answers = threading.Event(), threading.Event()
+
+    def version_in_time(descriptor: int) -> Version | None:
+        asked.set()
+        assert answers.wait(60), "nobody let the lower answer"
+        return version_at(descriptor)
+
+    async def main() -> None:
+        file = reader._files[await opened(reader, os.O_RDONLY)]
+        token = reader.coherence.read_token(file.state)
+        monkeypatch.setattr("tmem.fs.sharing.version_at", version_in_time)
+        arguments = (file.state, token, file.descriptor, 0, memoryview(OLD))
+        putting = threading.Thread(target=reader.coherence.put_if, args=arguments)
+        putting.start()
+        try:
+            assert asked.wait(60)
+            assert file.state.lock.acquire(timeout=10)
+            file.state.lock.release()
+        finally:
+            answers.set()
+            putting.join()
 
     trio.run(main)
