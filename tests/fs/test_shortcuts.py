@@ -1,5 +1,6 @@
 """Requests that take the short way past libfuse: answered once, undone if given up, and never out of turn."""
 
+import contextlib
 import os
 import select
 import signal
@@ -222,6 +223,9 @@ class Flood:
 
     def fileno(self) -> int:
         return self._event
+
+    def awaited(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def serve(self, wake: int, timeout_ms: int) -> int:
         return ASKED if self.left > 0 else REQUEST

@@ -297,8 +297,9 @@ def test_a_node_of_a_cluster_is_no_single_server(redis_cluster: Cluster) -> None
 def test_nobody_is_there() -> None:
     for url in ("redis://127.0.0.1:1/0?timeout=0.2", "redis+cluster://127.0.0.1:1,127.0.0.1:2?timeout=0.2"):
         tier = opened(url)
-        for call in (lambda tier=tier: tier.read([64]), lambda tier=tier: tier.retain([]), tier.check):
+        calls = (lambda tier=tier: tier.read([64]), lambda tier=tier: tier.retain([]), tier.check)
+        for call in calls:
             with pytest.raises(TierDownError, match=r"127\.0\.0\.1.*(refused|answer)"):
                 call()
-        assert tier.statistics().failures == 2
+        assert tier.statistics().failures == len(calls)
         tier.close()
