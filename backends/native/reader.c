@@ -1,6 +1,8 @@
 /* Who reads requests, and when: the event loop's thread, its helpers, and who stands in for it. See reader.h. */
 #include "reader_inside.h"
 
+#include "reader_clock.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
@@ -48,11 +50,13 @@ void desk_clear(struct desk *d)
 
 /* ---- Helpers ---------------------------------------------------------------------------------------------- */
 
-static bool more_waits(const struct reader *r)
+static bool is_readable(int fd)
 {
-    struct pollfd p = {.fd = r->device, .events = POLLIN};
+    struct pollfd p = {.fd = fd, .events = POLLIN};
     return poll(&p, 1, 0) > 0;
 }
+
+static bool more_waits(const struct reader *r) { return is_readable(r->device); }
 
 static bool has_one_cpu(struct reader *r)
 {
@@ -404,13 +408,6 @@ bool reader_take_from_ring(void *with, unsigned ring, struct entry *e)
     return false;
 }
 
-static int64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
 int reader_watch(int epoll, int fd)
 {
     struct epoll_event event = {.events = EPOLLIN};
@@ -448,12 +445,6 @@ static bool reads_alone(struct reader *r)
     return alone;
 }
 
-static bool others_wait(const struct reader *r)
-{
-    struct pollfd p = {.fd = r->others, .events = POLLIN};
-    return poll(&p, 1, 0) > 0;
-}
-
 /* Sleep in read from now on, if that may be and pays: where nothing but hits came lately, one at a time, whose program does not run
  * beside this thread. */
 static bool sleeps_in_read(struct reader *r, int64_t until_ms)
@@ -481,7 +472,7 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
         bool eager = !full && !flows && eager_tries(e) && eager_looks(e, timing_now());
         /* The sentry has to get a CPU before it can call: where programs keep it busy, hits would go on for a long time before that. */
         bool asleep = !full && !flows && !eager && timeout_ms && in_a_row >= SLEEPS_AFTER
-            && (in_a_row % POLL_EVERY || !others_wait(r)) && sleeps_in_read(r, until);
+            && (in_a_row % POLL_EVERY || !is_readable(r->others)) && sleeps_in_read(r, until);
         if (!asleep && flows && !eager_pays(&r->eager_hits) && sentry_holds(&r->sentry))
             sentry_look(&r->sentry);
         else if (!asleep && sentry_relieve(&r->sentry))
@@ -580,16 +571,11 @@ void *reader_help(void *arg)
 /* Sleep for a moment; before that until the event loop's thread leaves reader_serve, if it is there. The lock is held. */
 static void rest(struct reader *r, uint32_t turns)
 {
-    struct timespec until;
     atomic_store(&r->rests, true);
     while (!is_away(turns) && atomic_load(&r->turns) == turns && !r->ending && !passing_interrupted(&r->passing))
         pthread_cond_wait(&r->needed, &r->sleep_lock);
     atomic_store(&r->rests, false);
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += r->away_ms / 1000;
-    until.tv_nsec += r->away_ms % 1000 * 1000000L;
-    until.tv_sec += until.tv_nsec / 1000000000L;
-    until.tv_nsec %= 1000000000L;
+    struct timespec until = ms_from_now(r->away_ms);
     while (!r->ending && pthread_cond_timedwait(&r->needed, &r->sleep_lock, &until) == 0)
         ;
 }

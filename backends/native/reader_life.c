@@ -1,4 +1,5 @@
 /* A reader's life, and what Python tells and asks of it. See reader.h. */
+#include "reader_clock.h"
 #include "reader_inside.h"
 
 #include <errno.h>
@@ -6,19 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <time.h>
 #include <unistd.h>
 
 /* ---- Beginning and end ------------------------------------------------------------------------------------- */
-
-static void clocked_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attr;
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(cond, &attr);
-    pthread_condattr_destroy(&attr);
-}
 
 struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, size_t largest, unsigned away_ms,
                           unsigned quick_us)

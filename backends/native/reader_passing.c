@@ -1,5 +1,6 @@
 #include "reader_passing.h"
 
+#include "reader_clock.h"
 #include "reader_interrupt.h"
 
 #include <errno.h>
@@ -8,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -319,14 +319,12 @@ static void look_again(struct flight *f, void *with)
 
 void passing_recheck(struct passing *p)
 {
-    struct timespec t;
     if (!passing_interrupted(p))
         return;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    int64_t now_ms = (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+    int64_t now = now_ms();
     pthread_mutex_lock(&p->lock);
-    if (now_ms - p->checked_ms >= RECHECK_MS) {
-        p->checked_ms = now_ms;
+    if (now - p->checked_ms >= RECHECK_MS) {
+        p->checked_ms = now;
         flights_each(&p->flights, look_again, p);
     }
     pthread_mutex_unlock(&p->lock);

@@ -1,5 +1,6 @@
 #include "reader_sentry.h"
 
+#include "reader_clock.h"
 #include "reader_waiting.h" /* reader_thread */
 
 #include <errno.h>
@@ -11,13 +12,6 @@
 #include <unistd.h>
 
 /* ---- The sentry ------------------------------------------------------------------------------------------- */
-
-static int64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
 
 /* Whether something is readable, or the deadline has come. */
 static bool wait_until(struct sentry *s, int64_t until_ms)
@@ -34,7 +28,6 @@ static bool wait_until(struct sentry *s, int64_t until_ms)
 static void *stand_sentry(void *arg)
 {
     struct sentry *s = arg;
-    struct timespec again;
     pthread_mutex_lock(&s->lock);
     while (!s->ending) {
         if (!s->on) {
@@ -52,10 +45,7 @@ static void *stand_sentry(void *arg)
             atomic_store(&s->called, true);
             if (!MUTANT(48) || !n)
                 pthread_kill(s->serves, SIGURG);
-            clock_gettime(CLOCK_MONOTONIC, &again);
-            again.tv_nsec += CALL_MS * 1000000L;
-            again.tv_sec += again.tv_nsec / 1000000000L;
-            again.tv_nsec %= 1000000000L;
+            struct timespec again = ms_from_now(CALL_MS);
             while (s->on && pthread_cond_timedwait(&s->changed, &s->lock, &again) == 0)
                 ;
         }
@@ -91,13 +81,9 @@ static bool start(struct sentry *s)
 
 void sentry_init(struct sentry *s, int device, int others)
 {
-    pthread_condattr_t attr;
     *s = (struct sentry){.device = device, .others = others, .recall = -1};
     pthread_mutex_init(&s->lock, NULL);
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(&s->changed, &attr);
-    pthread_condattr_destroy(&attr);
+    clocked_cond_init(&s->changed);
 }
 
 static void recall(struct sentry *s)
