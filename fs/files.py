@@ -11,6 +11,7 @@ interleavings.
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pyfuse3
 
@@ -24,6 +25,9 @@ from tmem.fs.opening import Opening
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.reading import Reading
 from tmem.types import MAX_INDEX, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from tmem.backends._native import Pool
 
 _PAGE_MASK = PAGE_SIZE - 1
 
@@ -53,12 +57,11 @@ class Files(Opening):
         end = off + size
         state = file.state
         status: os.stat_result | None = None
-        if (end > state.size or state.changes) and not self.is_here(file.inode):
+        pool = self._pool_of(file, end)
+        if pool is not None and (end > state.size or state.changes) and not self.is_here(file.inode):
             status = await self._status_elsewhere(file)
-            if status is None:
-                return await self._pass_through(file, off, size)
-        pool = self.precache.pool()
-        if pool is None or not state.served or file.inode.declined or end > MAX_INDEX * PAGE_SIZE:
+            pool = None if status is None else self._pool_of(file, end)
+        if pool is None:
             return await self._pass_through(file, off, size)
         if end > state.size or state.changes:
             if status is None:
@@ -107,6 +110,12 @@ class Files(Opening):
         if failure is not None and count < end - off:
             return self._loader.buffers.reply_before(buffer, skip, count, failure)
         return self._loader.buffers.reply(buffer, skip, count)
+
+    def _pool_of(self, file: OpenFile, end: int) -> "Pool | None":
+        """Return the pool that reads of a file up to byte `end` may be answered from, if any."""
+        pool = self.precache.pool()
+        used = file.state.served and not file.inode.declined and end <= MAX_INDEX * PAGE_SIZE
+        return pool if used else None
 
     async def _status_elsewhere(self, file: OpenFile) -> os.stat_result | None:
         """Return the status of a file whose lower may not answer, None if a change of ours is beside it."""
