@@ -920,7 +920,7 @@ class Headroom:
 
     @property
     def lowered_s(self) -> float:
-        """When the limit was lowered last, on the monotonic clock; 0: never."""
+        """When the limit was lowered last, or could not be for it is the least; monotonic, 0: never."""
 
     def statistics(self) -> dict[str, int]:
         """Return what the last look saw and what has been done, by the names of `resizing.ResizeStatistics`;

@@ -34,7 +34,7 @@ class Sample:
     stalled: float
     """Share of the time since the last look in which somebody waited for memory."""
     lowered_s: float = float("-inf")
-    """When room had to be made last."""
+    """When room was wanted last."""
 
 
 class Sizer:

@@ -172,15 +172,15 @@ struct headroom_decision headroom_decide(struct headroom *h, const struct headro
     bool giving = lowered_at && look->now_ns - lowered_at < GIVING_NS;
     int64_t limit = clamp((int64_t)look->limit, least, most);
     ahead = ahead < 2 * (int64_t)look->margin ? ahead : 2 * (int64_t)look->margin;
-    if (room < limit - (giving ? band / 8 : band)) {
+    if (room < limit - (giving ? band / 8 : band))
         limit = clamp(room - ahead, least, (uint64_t)limit);
-        if (limit < (int64_t)look->limit)
-            atomic_store_explicit(&h->lowered_at_ns, look->now_ns, memory_order_relaxed);
-    }
+    d.hard = look->spare - ahead < -2 * band;
+    /* At the least there is nothing to lower, but who takes memory that fast needs what the limit would grow by. */
+    if (limit < (int64_t)look->limit || d.hard)
+        atomic_store_explicit(&h->lowered_at_ns, look->now_ns, memory_order_relaxed);
     d.limit = (uint64_t)limit;
     d.move = limit < (int64_t)look->limit ? -1 : limit > (int64_t)look->limit;
     d.persistent = atomic_load(&h->local) ? most : (uint64_t)clamp(room + 3 * band, d.limit, most);
-    d.hard = look->spare - ahead < -2 * band;
     int64_t left = look->spare + 2 * band;
     double soonest = left > 0 ? (double)left * 1e9 / (double)FASTEST : 0.0;
     d.next_ns = soonest < (double)LEAST_LOOK_NS ? LEAST_LOOK_NS

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tmem.backends import _native
@@ -200,6 +200,7 @@ steps = st.lists(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(steps=[(0, 0.0, 9), (21_718_868_714, 0.0, 1)])  # taken at once, as the least is to grow
 @given(steps=steps)
 def test_whatever_others_do(world: World, steps: list[tuple[int, float, int]]) -> None:
     """Within its range always (`Machine.step`); what others need is given at once; and the limit turns round
