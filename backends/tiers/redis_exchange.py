@@ -58,8 +58,21 @@ class Open:
     """The node to which ASK sends it, for its next attempt alone."""
 
 
+@dataclass(frozen=True)
+class Demand:
+    """How many replicas must have what a primary is told."""
+
+    replicas: int
+    """So many are waited for."""
+    listed: int = 0
+    """So many the cluster lists."""
+    attached: bool = False
+    """All that the primary itself has count as well, for any may be elected: the cluster may not list them
+    yet, or not have when we asked it last. The primary is asked in the same breath."""
+
+
 class Exchange:
-    """Commands to the node called `name`, of which `demanded` replicas must have them in the end.
+    """Commands to the node called `name`, whose replicas must have them in the end as `demand` says.
 
     Afterwards `left` holds those that must be tried again and `trouble` says why; `refusal` is what trying
     again would not help against. With `replica` the node is asked as one, for what it has: that it has
@@ -71,7 +84,7 @@ class Exchange:
         name: str,
         pool: redis.ConnectionPool | None,
         group: Sequence[Open],
-        demanded: int,
+        demand: "Demand | None",
         seconds: float,
         taken: Taken | None = None,
         replica: bool = False,
@@ -82,7 +95,9 @@ class Exchange:
         self.refusal: TierError | None = None
         self._pool = pool
         self._group = group
-        self._demanded = demanded
+        self._demand = demand
+        self.attached: int | None = None
+        """How many replicas the node has, if that was asked for."""
         self.seconds = seconds
         """How long the node may be silent."""
         self.reached: bool | None = None
@@ -113,8 +128,10 @@ class Exchange:
             commands.append(one.command.words)
         if self._replica:  # whoever has the connection next asks a primary
             commands.append(("READWRITE",))
-        if self._demanded:
-            commands.append(("WAIT", self._demanded, self._wait_ms))
+        if self._demand is not None:
+            if self._demand.attached:
+                commands.append(("INFO", "replication"))
+            commands.append(("WAIT", self._demand.replicas, self._wait_ms))
         try:
             if self._pool is not None:
                 self._connection = self._pool.get_connection()
@@ -197,10 +214,14 @@ class Exchange:
             self._done += 1
         if self._replica:
             _certain((yield))
-        if self._demanded:
+        if self._demand is not None:
+            demanded = self._demand.replicas
+            if self._demand.attached:
+                self.attached = online_replicas(facts(_certain((yield))))
+                demanded = max(self._demand.listed, self.attached)
             acknowledged = int(_certain((yield)))
-            if acknowledged < self._demanded and self.refusal is None:
-                self.trouble = f"only {acknowledged} of the {self._demanded} replicas demanded have it"
+            if acknowledged < demanded and self.refusal is None:
+                self.trouble = f"only {acknowledged} of the {demanded} replicas demanded have it"
                 self.left = list(self._group)  # they count together
 
     def _end(self) -> None:
@@ -216,7 +237,7 @@ class Exchange:
         rest = self._group[self._done :]
         for one in rest:
             one.asked = None
-        self.left = list(self._group) if self._demanded else [*self.left, *rest]
+        self.left = list(self._group) if self._demand is not None else [*self.left, *rest]
 
     def _judge(self, one: Open, error: ResponseError) -> None:
         self.trouble = describe(error)
@@ -360,6 +381,17 @@ def talk(pool: redis.ConnectionPool, words: Sequence[Word]) -> Reply:
 def refused(name: object, error: Exception) -> TierDownError:
     """Return what to raise for an `error` that is not tried again."""
     return TierDownError(f"{name} does not answer: {describe(error)}")
+
+
+def facts(text: bytes) -> dict[str, str]:
+    """Return the lines of an answer to INFO."""
+    lines = text.decode("utf-8", "replace").splitlines()
+    return {name: value for name, colon, value in (line.partition(":") for line in lines) if colon}
+
+
+def online_replicas(replication: dict[str, str]) -> int:
+    """Return how many replicas follow, by what INFO says of replication; not those that are being filled."""
+    return sum(name.startswith("slave") and ",state=online," in value for name, value in replication.items())
 
 
 def describe(error: Exception) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tmem.backends.tiers.redis_exchange import facts
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.errors import TierDownError
 
@@ -54,13 +55,13 @@ class Fitness:
         limited = True
         for name in nodes.all():
             try:
-                facts = _facts(nodes.ask(name, "INFO", "memory"))
+                memory = facts(nodes.ask(name, "INFO", "memory"))
             except TierDownError:
                 if name in primaries:
                     raise
                 continue  # a replica that does not answer: WAIT tells whether that matters
-            policy = facts.get("maxmemory_policy", "noeviction")
-            limit = int(facts.get("maxmemory", "0"))
+            policy = memory.get("maxmemory_policy", "noeviction")
+            limit = int(memory.get("maxmemory", "0"))
             if policy != "noeviction":
                 host, _, port = name.rpartition(":")
                 raise TierDownError(
@@ -69,7 +70,7 @@ class Fitness:
                     "its configuration file"
                 )
             if name in primaries:
-                used += int(facts.get("used_memory", "0"))
+                used += int(memory.get("used_memory", "0"))
                 maximum += limit
                 limited = limited and limit > 0
         self.memory = Memory(used, maximum if limited else None)
@@ -79,7 +80,7 @@ class Fitness:
     def _check_replicas(self, primaries: list[str]) -> None:
         nodes = self._nodes
         for name in primaries:
-            there = int(_facts(nodes.ask(name, "INFO", "replication")).get("connected_slaves", "0"))
+            there = int(facts(nodes.ask(name, "INFO", "replication")).get("connected_slaves", "0"))
             demanded = nodes.demanded_of(name)
             if there < demanded:
                 advice = (
@@ -90,9 +91,3 @@ class Fitness:
                 raise TierDownError(
                     f"{name} has {there} of the {demanded} replicas that must have each page: {advice}"
                 )
-
-
-def _facts(text: bytes) -> dict[str, str]:
-    """Return the lines of an answer to INFO."""
-    lines = text.decode("utf-8", "replace").splitlines()
-    return {name: value for name, colon, value in (line.partition(":") for line in lines) if colon}

@@ -32,6 +32,7 @@ from tmem.backends import _native
 from tmem.backends.tiers.redis_exchange import (
     FAILURES,
     Command,
+    Demand,
     Exchange,
     Open,
     Traffic,
@@ -59,6 +60,7 @@ class Nodes:
         self._tries = 0  # to connect to the cluster that have ended
         self._refusal = ""  # what the last one ended with, if it failed
         self._unreached: dict[str, float] = {}  # nodes that could not be connected to, and when that was
+        self._attached: dict[str, int] = {}  # how many replicas primaries had last
         self._single: redis.ConnectionPool | None = None
         if not address.cluster:
             (host, port), *_ = address.servers
@@ -143,28 +145,34 @@ class Nodes:
         """Return HOST:PORT of every primary and replica that is up. TierDownError if nobody can tell."""
         return list(self._pools())
 
-    def demanded_of(self, name: str, slot: int | None = None) -> int:
-        """Return how many replicas must have what is written to the primary `name`, to which `slot` belongs.
+    def demanded_of(self, name: str) -> int:
+        """Return how many replicas the primary `name` must have to be written to. TierDownError."""
+        demand = self._demand(name, None)
+        if demand is None:
+            return 0
+        return demand.listed if demand.attached else demand.replicas
 
-        All that the cluster lists, or one of them that has not got a batch might be promoted.
+    def _demand(self, name: str, nodes: Sequence[ClusterNode] | None) -> Demand | None:
+        """Return which replicas must have what the primary `name` is told: `nodes` are it and its replicas.
+
+        All that the cluster lists, and that the primary has, or one of them that has not got a batch might be
+        promoted.
         """
         if self.address.replicas is not None:
-            return self.address.replicas
+            return Demand(self.address.replicas) if self.address.replicas else None
         cluster = self._connected()
         if cluster is None:
-            return 1
-        nodes = cluster.nodes_manager.slots_cache.get(slot, ()) if slot is not None else ()
-        if nodes and nodes[0].name == name:
-            return max(1, len(nodes) - 1)
-        for nodes in list(cluster.nodes_manager.slots_cache.values()):
-            if nodes[0].name == name:
-                return max(1, len(nodes) - 1)
-        return 1
+            return Demand(1)
+        if nodes is None:
+            slots = list(cluster.nodes_manager.slots_cache.values())
+            nodes = next((nodes for nodes in slots if nodes[0].name == name), ())
+        listed = max(1, len(nodes) - 1)
+        return Demand(max(listed, self._attached.get(name, 0)), listed, attached=True)
 
     def owner(self, key: bytes) -> str:
         """Return which node has a key, by what is known now; "" if nobody has. TierDownError."""
         try:
-            return self._node_of()(key)
+            return self._nodes_of()(key)[0]
         except (LookupError, RedisClusterException):
             return ""
 
@@ -204,21 +212,27 @@ class Nodes:
     ) -> tuple[list[Exchange], list[Open]]:
         """Return what to say to whom, and what nobody can be told now."""
         groups: dict[str, list[Open]] = {}
+        demands: dict[str, Demand | None] = {}
         try:
             pools = self._pools()
-            node_of = self._node_of()
+            nodes_of = self._nodes_of()
             for one in wanted:
-                groups.setdefault(one.asked or node_of(one.command.key), []).append(one)
+                name, nodes = nodes_of(one.command.key)
+                if one.asked is not None:
+                    name, nodes = one.asked, None
+                groups.setdefault(name, []).append(one)
+                if replicated and name not in demands:  # by what says whose it is now
+                    demands[name] = self._demand(name, nodes)
         except (*FAILURES, TierError) as error:
             troubles.append(str(error))
             return [], wanted
         except KeyError as error:
             troubles.append(f"no server has slot {error}")
             return [], wanted
-        exchanges = []
-        for name, group in groups.items():
-            demanded = self.demanded_of(name, _native.resp_slot(group[0].command.key)) if replicated else 0
-            exchanges.append(Exchange(name, pools.get(name), group, demanded, self._attempt_seconds, taken))
+        exchanges = [
+            Exchange(name, pools.get(name), group, demands.get(name), self._attempt_seconds, taken)
+            for name, group in groups.items()
+        ]
         return self._sorted(exchanges), []
 
     def _sorted(self, exchanges: list[Exchange]) -> list[Exchange]:
@@ -232,6 +246,8 @@ class Nodes:
                 self._unreached[exchange.name] = time.monotonic()
             elif exchange.reached:
                 self._unreached.pop(exchange.name, None)
+            if exchange.attached is not None:
+                self._attached[exchange.name] = exchange.attached
 
     def left_of(self, exchanges: Sequence[Exchange], troubles: list[str]) -> list[Open]:
         """Return what these exchanges have left to be tried again."""
@@ -268,7 +284,7 @@ class Nodes:
                     others.append(one)
             exchanges = self._sorted(
                 [
-                    Exchange(name, pools.get(name), group, 0, self._attempt_seconds, taken, replica=True)
+                    Exchange(name, pools.get(name), group, None, self._attempt_seconds, taken, replica=True)
                     for name, group in groups.items()
                 ]
             )
@@ -277,14 +293,19 @@ class Nodes:
             left = [*others, *(one for exchange in exchanges for one in exchange.left)]
         return left
 
-    def _node_of(self) -> Callable[[bytes], str]:
-        """Return which node has a key by what is known now; that raises KeyError for none."""
+    def _nodes_of(self) -> Callable[[bytes], tuple[str, Sequence[ClusterNode] | None]]:
+        """Return which node has a key by what is known now, and it with its replicas; KeyError for none."""
         cluster = self._connected()
         if cluster is None:
             (only,) = self.primaries()
-            return lambda _key: only
+            return lambda _key: (only, None)
         slots = cluster.nodes_manager.slots_cache
-        return lambda key: slots[_native.resp_slot(key)][0].name
+
+        def nodes_of(key: bytes) -> tuple[str, Sequence[ClusterNode] | None]:
+            nodes = slots[_native.resp_slot(key)]
+            return nodes[0].name, nodes
+
+        return nodes_of
 
     def _pools(self) -> dict[str, redis.ConnectionPool]:
         cluster = self._connected()

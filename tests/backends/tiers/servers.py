@@ -1,7 +1,8 @@
 """Redis servers of the tests' own: one, or a cluster of three primaries and three replicas on loopback.
 
 Made by hand (CLUSTER MEET, ADDSLOTSRANGE, REPLICATE) in about a second, where redis-cli takes five and more.
-Nothing is kept on disk. Servers are ended by their process ids.
+Nothing is kept on disk. Servers are ended by their process ids. TMEM_REDIS_SERVER=/PATH/TO/valkey-server has
+another server's binary than redis-server stand all tests.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -20,19 +23,53 @@ from ...waiting import wait_until
 
 NODE_TIMEOUT_MS = 1000
 """After which a cluster takes a silent primary for failed."""
+BINARY = os.environ.get("TMEM_REDIS_SERVER", "redis-server")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What a server that speaks TLS shows: NAME.pem and NAME.key beside the ca.pem that signed them."""
+
+    directory: Path
+    name: str = "cert"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of the server."""
+        return (
+            "--tls-cert-file", f"{self.directory}/{self.name}.pem",
+            "--tls-key-file", f"{self.directory}/{self.name}.key",
+            "--tls-ca-cert-file", f"{self.directory}/ca.pem",
+            "--tls-cluster", "yes", "--tls-replication", "yes",
+        )  # fmt: skip
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """For who asks one of ours."""
+        return {
+            "ssl": True,
+            "ssl_ca_certs": f"{self.directory}/ca.pem",
+            "ssl_certfile": f"{self.directory}/cert.pem",
+            "ssl_keyfile": f"{self.directory}/cert.key",
+            "ssl_check_hostname": False,
+        }
 
 
 class Server:
-    """One redis-server in `directory`."""
+    """One server in `directory`."""
 
-    def __init__(self, directory: Path, *options: str, config: Path | None = None, tls: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *options: str, config: Path | None = None, tls: Tls | None = None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
+        self._login: dict[str, Any] = tls.keywords if tls else {}
         self._command = [
-            "redis-server", *([str(config)] if config else []), "--bind", "127.0.0.1",
+            BINARY, *([str(config)] if config else []), "--bind", "127.0.0.1",
             "--dir", str(directory), "--save", "", "--appendonly", "no",
             "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1",
-            *(("--port", "0", "--tls-port") if tls else ("--port",)), str(self.port), *options,
+            *(("--port", "0", "--tls-port", str(self.port), *tls.options) if tls
+              else ("--port", str(self.port))), *options,
         ]  # fmt: skip
         self._log = directory / "log"
         self._dump = directory / "dump.rdb"
@@ -56,8 +93,16 @@ class Server:
 
     def ask(self, *words: str | int | bytes) -> object:
         """Send one command over a connection of its own; the answer."""
-        with redis.Redis(port=self.port, socket_timeout=5, protocol=2) as client:
+        with self.client() as client:
             return client.execute_command(*words)
+
+    def client(self) -> redis.Redis:
+        """Return the package's own client, to be closed."""
+        return redis.Redis(port=self.port, socket_timeout=5, protocol=2, **self._login)
+
+    def log_in(self, password: str) -> None:
+        """Ask with this password from now on."""
+        self._login = {**self._login, "password": password}
 
     def listens(self) -> bool:
         """Whether it is there, whoever may talk to it."""
@@ -72,7 +117,7 @@ class Server:
         return False
 
     def info(self, section: str) -> dict[str, object]:
-        with redis.Redis(port=self.port, socket_timeout=5, protocol=2) as client:
+        with self.client() as client:
             facts: dict[str, object] = client.info(section)
             return facts
 
@@ -88,6 +133,10 @@ class Server:
         finally:
             self.signal(signal.SIGCONT)
 
+    def has_ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self.process is not None and self.process.poll() is not None
+
     def kill(self) -> None:
         """End it at once, whatever it is doing; once is enough."""
         if self.process is not None:
@@ -97,39 +146,78 @@ class Server:
 
 
 class Cluster:
-    """Three primaries, each with a replica."""
+    """Three primaries, each with a replica, if not asked for others."""
 
-    def __init__(self, directory: Path, primaries: int = 3, replicas: int = 1) -> None:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
+    def __init__(
+        self,
+        directory: Path,
+        primaries: int = 3,
+        replicas: int = 1,
+        tls: Tls | None = None,
+    ) -> None:
+        self._tls = tls
         self.servers: list[Server] = []
-        self._bus_port = 0  # of the first
         try:
-            for n in range(primaries * (1 + replicas)):
-                bus_port = free_port()
-                self._bus_port = self._bus_port or bus_port
-                self.servers.append(Server(directory / str(n), *options, "--cluster-port", str(bus_port)))
+            while not self._begun(directory, primaries * (1 + replicas)):
+                self.end()  # somebody else was quicker to take a port
             self._join(primaries, replicas)
         except BaseException:
             self.end()
             raise
 
+    def _begun(self, directory: Path, count: int) -> bool:
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
+        bus_ports = [free_port() for _ in range(count)]
+        self._bus_port = bus_ports[0]
+        self.servers = [
+            Server(directory / str(n), *options, "--cluster-port", str(port), tls=self._tls)
+            for n, port in enumerate(bus_ports)
+        ]
+        wait_until(lambda: all(server.has_ended() or server.answers() for server in self.servers))
+        return not any(server.has_ended() for server in self.servers)
+
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(server.address for server in self.servers[:2])
+        """Of two of its nodes."""
+        scheme = "redis" if self._tls is None else "rediss"
+        return f"{scheme}+cluster://" + ",".join(server.address for server in self.servers[:2])
 
     def primaries(self) -> list[Server]:
         """The servers that are primaries now."""
         return [s for s in self.servers if s.process and s.info("replication")["role"] == "master"]
 
+    def replicas(self, primary: Server) -> list[Server]:
+        """The servers that have what is written to `primary`."""
+        there = [s for s in self.servers if s.process and s.info("replication")["role"] == "slave"]
+        return [s for s in there if s.info("replication")["master_port"] == primary.port]
+
     def settled(self) -> bool:
-        """Whether every slot is served and every primary has its replica."""
+        """Whether every slot is served, by primaries with a replica each at least; nobody is left over."""
         with contextlib.suppress(redis.RedisError, OSError):
             running = [server for server in self.servers if server.process is not None]
-            return all(_is_settled(server) for server in running)
+            counts = [_replicas_of(server) for server in running]
+            served = [count for count in counts if count is not None]
+            return min(served) > 0 and sum(served) == len(counts) - len(served)
         return False
 
-    def mend(self) -> None:
-        """Bring every server back that a test has ended, and remove what is stored."""
+    def owner(self, slot: int) -> Server:
+        """The primary that has the slot."""
+        primaries = self.primaries()
+        for server in primaries:
+            for start, end, (_, port, *_), *_ in server.ask("CLUSTER", "SLOTS"):  # type: ignore[attr-defined]
+                if start <= slot <= end:
+                    return next(one for one in primaries if one.port == port)
+        raise AssertionError(f"nobody has slot {slot}")
+
+    def moved(self, slot: int, target: Server) -> None:
+        """Give a slot with all that is in it to another primary, as redis-cli does."""
+        moving = Move(self, slot, target)
+        while moving.keys():
+            moving.some(10)
+        moving.end()
+
+    def revive(self) -> None:
+        """Bring every server back that a test has ended or stopped."""
         for server in self.servers:
             if server.process is None:
                 server.start()
@@ -138,7 +226,11 @@ class Cluster:
         wait_until(lambda: all(server.answers() for server in self.servers))
         for server in self.servers:
             _end_moves(server)
-        wait_until(self.settled)
+        wait_until(self.settled, what="every server is there again")
+
+    def mend(self) -> None:
+        """Bring every server back, and remove what is stored."""
+        self.revive()
         for server in self.primaries():
             server.ask("FLUSHALL")
 
@@ -147,7 +239,6 @@ class Cluster:
             server.kill()
 
     def _join(self, primaries: int, replicas: int) -> None:
-        wait_until(lambda: all(server.answers() for server in self.servers))
         first = self.servers[0]
         names = []
         for n, server in enumerate(self.servers):
@@ -177,7 +268,7 @@ def free_port() -> int:
 
 
 def _knows(server: Server, count: int) -> bool:
-    with redis.Redis(port=server.port, protocol=2) as client:
+    with server.client() as client:
         facts = client.execute_command("CLUSTER INFO")
         text = facts if isinstance(facts, dict) else {}
         return int(text.get("cluster_known_nodes", 0)) >= count
@@ -195,18 +286,51 @@ def text(answer: object) -> str:
     return answer.decode() if isinstance(answer, bytes) else str(answer)
 
 
-def _is_settled(server: Server) -> bool:
+def _replicas_of(server: Server) -> int | None:
+    """Return how many replicas it has, None if it is one; -1 if anything is not as it will be."""
     replication = server.info("replication")
-    if replication["role"] == "master":
-        state = replication["connected_slaves"] == 1 and replication["slave0"]["state"] == "online"  # type: ignore[index]
-    else:
-        state = replication["master_link_status"] == "up"
-    with redis.Redis(port=server.port, protocol=2) as client:
-        return bool(state) and client.execute_command("CLUSTER INFO")["cluster_state"] == "ok"
+    with server.client() as client:
+        if client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+            return -1
+    if replication["role"] != "master":
+        return None if replication["master_link_status"] == "up" else -1
+    count = int(str(replication["connected_slaves"]))
+    online = all(replication[f"slave{n}"]["state"] == "online" for n in range(count))  # type: ignore[index]
+    return count if online else -1
+
+
+class Move:
+    """A slot on its way to `target`, step by step."""
+
+    def __init__(self, cluster: Cluster, slot: int, target: Server) -> None:
+        self._slot, self._target = slot, target
+        self._others = [one for one in cluster.primaries() if one is not target]
+        self.source = source = cluster.owner(slot)
+        self._name = text(target.ask("CLUSTER", "MYID"))
+        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", text(source.ask("CLUSTER", "MYID")))
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", self._name)
+
+    def keys(self) -> list[bytes]:
+        """Return some of the keys that are still at the source."""
+        found = self.source.ask("CLUSTER", "GETKEYSINSLOT", self._slot, 100)
+        assert isinstance(found, list)
+        return found
+
+    def some(self, most: int) -> None:
+        """Move so many keys."""
+        for key in self.keys()[:most]:
+            self.source.ask("MIGRATE", "127.0.0.1", self._target.port, key, 0, 2000)
+
+    def end(self) -> None:
+        """Tell everybody whose it is now."""
+        for server in (self._target, self.source, *self._others):
+            server.ask("CLUSTER", "SETSLOT", self._slot, "NODE", self._name)
 
 
 @contextlib.contextmanager
-def single(directory: Path, *options: str, config: Path | None = None, tls: bool = False) -> Iterator[Server]:
+def single(
+    directory: Path, *options: str, config: Path | None = None, tls: Tls | None = None
+) -> Iterator[Server]:
     """One server for the length of a `with`."""
     server = Server(directory, *options, config=config, tls=tls)
     try:

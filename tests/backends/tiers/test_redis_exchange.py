@@ -11,7 +11,7 @@ import hiredis
 import pytest
 import redis
 
-from tmem.backends.tiers.redis_exchange import Command, Exchange, Open, Traffic, exchange_all
+from tmem.backends.tiers.redis_exchange import Command, Demand, Exchange, Open, Traffic, exchange_all
 from tmem.backends.tiers.redis_nodes import Nodes
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError, TierFullError
@@ -118,7 +118,9 @@ def test_a_server_that_answers_before_it_was_asked() -> None:
     with socket.create_server(("127.0.0.1", 0)) as hasty:
         port = hasty.getsockname()[1]
         pool = redis.ConnectionPool(host="127.0.0.1", port=port, protocol=2, driver_info=None)
-        exchange = Exchange("hasty", pool, [Open(0, Command(b"k", ("SET", b"k", bytes(32 << 20))))], 0, 5.0)
+        exchange = Exchange(
+            "hasty", pool, [Open(0, Command(b"k", ("SET", b"k", bytes(32 << 20))))], None, 5.0
+        )
         traffic, replies = Traffic(), [None]
         traffic.begin([exchange], replies)
         with hasty.accept()[0] as connection:
@@ -136,7 +138,7 @@ def test_nobody_waits_for_a_server_that_is_silent(scripted: Make) -> None:
     good, silent = scripted(lambda *_: WHOLE), scripted(lambda *_: None)
     replies: list[object] = [None] * 8
     exchanges = [
-        Exchange(name, server.pool(), [Open(first + n, one) for n, one in enumerate(GETS)], 0, seconds)
+        Exchange(name, server.pool(), [Open(first + n, one) for n, one in enumerate(GETS)], None, seconds)
         for first, (name, server, seconds) in zip(
             (0, 4), (("silent", silent, 0.3), ("good", good, 5.0)), strict=True
         )
@@ -174,7 +176,7 @@ def test_a_connection_whose_number_another_one_gets() -> None:
 
     def begun() -> Exchange:
         pool = redis.ConnectionPool(host="127.0.0.1", port=port, protocol=2, driver_info=None)
-        exchange = Exchange("silent", pool, [Open(0, GETS[0])], 0, 0.2)
+        exchange = Exchange("silent", pool, [Open(0, GETS[0])], None, 0.2)
         traffic.begin([exchange], [None])
         assert exchange.wire is not None
         return exchange
@@ -203,7 +205,7 @@ def test_a_connection_whose_number_another_one_gets() -> None:
 def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -> None:
     """One node is long to connect to, and has no time left then; the other has answered long before."""
     server = scripted(lambda _connection, _words: b"$1\r\nv\r\n")
-    quick = Exchange("quick", server.pool(), [Open(0, GETS[0])], 0, 0.5)
+    quick = Exchange("quick", server.pool(), [Open(0, GETS[0])], None, 0.5)
 
     class Slow(Exchange):
         def begin(self, replies: list[object]) -> None:
@@ -211,7 +213,7 @@ def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -
                 select.select([], [], [], quick.until_s - time.monotonic() + 0.001)
             super().begin(replies)
 
-    slow = Slow("slow", None, [Open(1, GETS[1])], 0, 0.5)
+    slow = Slow("slow", None, [Open(1, GETS[1])], None, 0.5)
     replies: list[object] = [None, None]
     exchange_all([quick, slow], replies)
     assert replies == [b"v", None]
@@ -238,7 +240,9 @@ def test_nodes_that_cannot_be_connected_to_take_the_time_of_one(scripted: Make) 
         replies: list[object] = [None] * 4
         exchanges = nodes._sorted(
             [
-                Watched(name, None if name.startswith("gone") else server.pool(), [Open(n, GETS[n])], 0, 0.25)
+                Watched(
+                    name, None if name.startswith("gone") else server.pool(), [Open(n, GETS[n])], None, 0.25
+                )
                 for n, name in enumerate(names)
             ]
         )
@@ -334,7 +338,7 @@ def test_what_errors_mean(
     server = scripted(answer)
     group = [Open(n, Command(b"k%d" % n, ("SET", b"k%d" % n, VALUE))) for n in range(4)]
     replies: list[object] = [None] * 4
-    exchange = Exchange("it", server.pool(), group, 1, 5.0)
+    exchange = Exchange("it", server.pool(), group, Demand(1), 5.0)
     exchange_all([exchange], replies)
     assert (refusal is None) == (exchange.refusal is None)
     if refusal is not None:

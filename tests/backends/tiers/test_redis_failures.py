@@ -1,23 +1,20 @@
 """A cluster that loses and moves things while it is used: nothing that was acknowledged is lost."""
 
-import contextlib
 import signal
-import threading
 import time
-from collections import deque
 
 import pytest
 import redis
 from redis.crc import key_slot
 
 from tmem.backends.tiers import redis_values as values
-from tmem.backends.tiers.contract import MAX_BEGUN, Writing
 from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError
 
 from ...waiting import wait_until
 from .contract import IDENTITY, check, record, records
+from .demoting import Demotion
 from .servers import Cluster, Server, text
 
 
@@ -25,51 +22,6 @@ def opened(cluster: Cluster, options: str = "") -> RedisTier:
     tier = RedisTier(RedisAddress.parse(cluster.url + options), IDENTITY, True)
     tier.retain([])
     return tier
-
-
-class Demotion:
-    """Writes batches that overlap in a thread, as a manager does, and remembers what was acknowledged."""
-
-    def __init__(self, tier: RedisTier) -> None:
-        self._tier = tier
-        self.stored: dict[int, bytes] = {}
-        self.batches = 0
-        self.refused = 0
-        self.error: BaseException | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        begun: deque[tuple[Writing, list[bytes]]] = deque()
-        number = 0
-        try:
-            while not self._ended.is_set():
-                number += 1
-                batch = [record(number * 100 + n, 1700 + n) for n in range(100)]
-                with contextlib.suppress(TierDownError):
-                    begun.append((self._tier.begin(batch), batch))
-                    if len(begun) < MAX_BEGUN:
-                        continue
-                    writing, batch = begun.popleft()
-                    self.stored.update(zip(writing.end(), batch, strict=True))
-                    self.batches += 1
-                    continue
-                self.refused += 1
-        except BaseException as error:
-            self.error = error
-        finally:
-            for writing, _batch in begun:
-                writing.drop()
-
-    def until(self, batches: int) -> None:
-        wait_until(lambda: self.batches >= batches or self.error, what=f"{batches} batches")
-
-    def end(self) -> None:
-        self._ended.set()
-        self._thread.join()
-        if self.error is not None:
-            raise self.error
 
 
 @pytest.mark.parametrize("victims", [(0,), (1, 2)], ids=["one", "two"])
@@ -233,10 +185,5 @@ def test_slots_that_move(redis_cluster: Cluster) -> None:
 
 def source_and_target(cluster: Cluster, slot: int) -> tuple[Server, Server]:
     """Return the primary that has `slot`, and another."""
-    primaries = cluster.primaries()
-    for server in primaries:
-        for start, end, (_, port, *_), *_ in server.ask("CLUSTER", "SLOTS"):  # type: ignore[attr-defined]
-            if start <= slot <= end:
-                source = next(one for one in primaries if one.port == port)
-                return source, next(one for one in primaries if one is not source)
-    raise AssertionError(f"nobody has slot {slot}")
+    source = cluster.owner(slot)
+    return source, next(one for one in cluster.primaries() if one is not source)

@@ -1,6 +1,5 @@
 """TLS and passwords, against servers that demand them."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +11,7 @@ from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError
 
 from .contract import IDENTITY, check, records
-from .servers import Cluster, single
+from .servers import Cluster, Tls, single
 
 SECRET = "sesame, open/wide@8"
 WRONG = "open sesame"
@@ -62,47 +61,17 @@ def test_passwords(tmp_path: Path) -> None:
         rotating.close()
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ca.pem, a certificate of 127.0.0.1 signed by it, and another authority's ca."""
-    directory = tmp_path_factory.mktemp("tls")
-    for name in ("ca", "other"):
-        openssl(
-            directory, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}", "-days", "2",
-        )  # fmt: skip
-    for name, alternative in (("cert", "IP:127.0.0.1"), ("stranger", "DNS:elsewhere")):
-        openssl(
-            directory, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}", "-days", "2",
-            "-CA", "ca.pem", "-CAkey", "ca.key", "-addext", f"subjectAltName={alternative}",
-            "-addext", "basicConstraints=critical,CA:FALSE",
-        )  # fmt: skip
-    return directory
-
-
-def openssl(directory: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
-
-
-def tls_options(directory: Path, name: str) -> tuple[str, ...]:
-    return (
-        "--tls-cert-file", str(directory / f"{name}.pem"), "--tls-key-file", str(directory / f"{name}.key"),
-        "--tls-ca-cert-file", str(directory / "ca.pem"),
-    )  # fmt: skip
-
-
 def test_tls(tmp_path: Path, certificates: Path) -> None:
     ca, other = certificates / "ca.pem", certificates / "other.pem"
     own = f"tls_cert={certificates}/cert.pem&tls_key={certificates}/cert.key"
-    with single(tmp_path / "good", *tls_options(certificates, "cert"), tls=True) as server:
+    with single(tmp_path / "good", tls=Tls(certificates)) as server:
         place = f"{server.address}/0?replicas=0&timeout=1"
         use(f"rediss://{place}&tls_ca={ca}&{own}")
         is_refused(f"rediss://{place}&tls_ca={other}&{own}", "(?i)certificate")
         is_refused(f"rediss://{place}&{own}", "(?i)certificate")
         is_refused(f"rediss://{place}&tls_ca={ca}", "(?i)closed|certificate|reset|EOF|pipe")
         is_refused(f"redis://{place}", "(?i)closed|reset|pipe")
-    with single(tmp_path / "strange", *tls_options(certificates, "stranger"), tls=True) as server:
+    with single(tmp_path / "strange", tls=Tls(certificates, "stranger")) as server:
         place = f"{server.address}/0?replicas=0&timeout=1"
         is_refused(f"rediss://{place}&tls_ca={ca}&{own}", "(?i)certificate")
         use(f"rediss://{place}&tls_ca={ca}&{own}&tls_hostname=no")
