@@ -66,7 +66,7 @@ _COUNTERS = _words(
     put_pages put_ns ahead_pages refused_pages overtaken_pages flushed_pages foreign_changes declined_opens
     backed_opens noticed_changes lost_reports tier_hit_pages tier_miss_pages tier_sent_pages
     tier_dropped_pages tier_wrong_values tier_failures tier_written_records tier_written_bytes
-    tier_refused_batches
+    tier_refused_batches repatriations repatriations_stopped repatriated_pages repatriating_ns
     """
 )
 _GAUGES = _words(
@@ -79,6 +79,7 @@ _GAUGES = _words(
     stalled_percent urgency tier_pages twin_pages original_pages original_bytes dedup_bytes
     stepped_aside watching tier_up io_uring pool_active tier_age_ns tier_used_bytes tier_capacity_bytes
     tier_free_bytes tier_records condensed_now_pages condensed_now_bytes condensed_now_age_ns
+    repatriation_idle_ns repatriation_wait_ns
     """
 )
 # What a row is rather than how much of something, and is told by labels.

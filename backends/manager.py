@@ -30,6 +30,7 @@ from tmem.backends.condensing import Condenser
 from tmem.backends.demotion import Demotion
 from tmem.backends.paths import SegmentPaths
 from tmem.backends.prefetching import Room
+from tmem.backends.repatriator import Repatriator
 from tmem.backends.resizing import Resizer
 from tmem.backends.service import MAX_LINE_BYTES, socket_address
 from tmem.backends.settling import Settler, Wanted
@@ -109,11 +110,13 @@ def run(
     segment: "_native.Segment",
     settings: Wanted = lambda name: {},
     metrics: list[str] | None = None,
+    repatriation: tuple[int, list[str]] = (0, []),
 ) -> bool:
     """Run the manager until it is told to stop, by SIGINT, SIGTERM or the control socket.
 
     `settings` says what clients are to have, by their names; `metrics` is the command that serves metrics, if
-    somebody is to.
+    somebody is to. `repatriation` says for how many seconds memory must have been in plenty before this
+    machine's swapped-out pages come back (0: they do not), and by which command.
 
     True if the process is to go on as a new manager, of the code that is installed by now.
 
@@ -121,7 +124,7 @@ def run(
     """
     with _exclusive(paths):
         _lock_memory(paths)
-        manager = _Manager(paths, segment, settings, metrics)
+        manager = _Manager(paths, segment, settings, metrics, Repatriator(paths, segment, *repatriation))
         trio.run(manager.run)
     return manager.renewed
 
@@ -130,7 +133,12 @@ class _Manager:
     """One run of the manager."""
 
     def __init__(
-        self, paths: SegmentPaths, segment: "_native.Segment", settings: Wanted, metrics: list[str] | None
+        self,
+        paths: SegmentPaths,
+        segment: "_native.Segment",
+        settings: Wanted,
+        metrics: list[str] | None,
+        repatriator: Repatriator,
     ) -> None:
         self.statistics = ManagerStatistics()
         self._paths = paths
@@ -140,6 +148,7 @@ class _Manager:
         self._compactor = Compactor(segment)
         self._resizer = Resizer(segment, lambda: self._reserve.size_bytes, self._is_local)
         self._condenser = Condenser(segment)
+        self._repatriator = repatriator
         self._metrics = metrics
         self._since_ns = time.monotonic_ns()
         self._scope = trio.CancelScope()
@@ -173,6 +182,7 @@ class _Manager:
                 nursery.start_soon(self._condense)
                 nursery.start_soon(self._serve_metrics)
                 nursery.start_soon(self._demote)
+                nursery.start_soon(self._repatriator.run)
                 with trio.socket.socket(trio.socket.AF_UNIX) as listening:
                     with socket_address(control) as address:
                         await listening.bind(address)
@@ -329,7 +339,8 @@ class _Manager:
             "statistics": asdict(self.statistics)
             | asdict(self._resizer.statistics)
             | asdict(self._compactor.statistics + self._condenser.statistics)
-            | self._condenser.figures(),
+            | self._condenser.figures()
+            | asdict(self._repatriator.statistics),
         }
 
     async def _list_services(self, message: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The machine's memory as /proc/meminfo has it. Any thread."""
+"""The machine's memory as /proc/meminfo and /proc/vmstat have it. Any thread."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,3 +33,14 @@ def read(proc: Path = Path("/proc")) -> Memory:
         numbers.get("SwapTotal", 0) - numbers.get("SwapFree", 0),
         numbers.get("SwapCached", 0),
     )
+
+
+def swapped_out_pages(proc: Path = Path("/proc")) -> int:
+    """Return how many pages the kernel has swapped out since it runs; 0 where it does not say."""
+    words = (proc / "vmstat").read_text(encoding="ascii").partition("\npswpout ")[2]
+    return int(words.split(maxsplit=1)[0]) if words else 0
+
+
+def has_swap(proc: Path = Path("/proc")) -> bool:
+    """Say whether this machine swaps to anything."""
+    return (proc / "swaps").read_text(encoding="ascii").count("\n") > 1

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 RAW_PAGE_BYTES = PAGE_SIZE + 64
 """Memory of a page that does not compress: with its block's header, in the core's steps of 64 bytes."""
 _DISCONNECT_TIMEOUT_S = 2.0
+_LOCK_INTERVAL_S = 0.05
+_REMOVE_WAIT_S = 60.0
+"""How long `remove` waits for a command that works on the device: the manager may be bringing pages back by
+itself (`repatriate`), and a shutdown must not fail for that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ def remove(
     `TmemError`, also while somebody else is connected to the server, and, without `force`, where RAM or the
     limit of a control group does not suffice for what comes back: the kernel would kill processes.
     """
-    with exclusive(paths, client):
+    with exclusive(paths, client, _REMOVE_WAIT_S):
         made = export.load(paths, client)
         if made.attachment is not None and made.attachment.device is not None:
             used = swap.entry(made.attachment.device)
@@ -247,9 +251,24 @@ def attached(paths: SegmentPaths) -> Iterator["_native.Segment"]:
 
 
 @contextlib.contextmanager
-def exclusive(paths: SegmentPaths, client: str) -> Iterator[None]:
-    """Hold the lock of the client's device, or raise `TmemError` at once if another command has it."""
+def exclusive(paths: SegmentPaths, client: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of the client's device; `TmemError` if another command has it for `wait_s` from now."""
+    deadline_s = time.monotonic() + wait_s
     path = paths.state / f"swap-{client}.lock"
+    while (descriptor := _locked(paths, path)) is None:
+        if time.monotonic() >= deadline_s:
+            raise TmemError(f"another command works on swap device {client}: wait until it has ended")
+        time.sleep(_LOCK_INTERVAL_S)
+    try:
+        yield
+    finally:
+        if not export.exists(paths, client):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(paths: SegmentPaths, path: Path) -> int | None:
+    """Open and lock the file of a device; None if another command has it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except PermissionError:
@@ -262,16 +281,8 @@ def exclusive(paths: SegmentPaths, client: str) -> Iterator[None]:
             f"{paths.state} is gone: 'tmem --name {paths.name} start -d' makes it again"
         ) from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TmemError(
-                f"another command works on swap device {client}: wait until it has ended"
-            ) from None
-        try:
-            yield
-        finally:
-            if not export.exists(paths, client):
-                path.unlink(missing_ok=True)
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(descriptor)
+        return None
+    return descriptor

@@ -15,7 +15,8 @@ from tmem.nbd import server, swap
 
 from ..groups import set_limit
 from .conftest import eventually
-from .test_shrink import LARGE_GROUP_BYTES, Hog, Tmem, device, hog, used_bytes
+from .hogs import LARGE_GROUP_BYTES, Hog, used_bytes
+from .test_shrink import Tmem, device, hog
 
 __all__ = ["device", "hog"]
 

@@ -23,7 +23,7 @@ from .conftest import Server, eventually, nbd, needs_root
 if TYPE_CHECKING:
     from tmem.backends import _native
 
-from .test_shrink import Hog, filled
+from .hogs import Hog, filled
 
 Tmem = Callable[..., CompletedProcess[str]]
 MIB = 1 << 20

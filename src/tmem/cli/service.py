@@ -59,6 +59,13 @@ _ROUNDING_BYTES = 4 << 20
     "memory; off: only when it is short (at first).",
 )
 @click.option(
+    "--repatriate",
+    metavar="TIME",
+    callback=time_or_off,
+    help="Swapped-out pages of this machine come back when memory has been in plenty for this time, such as "
+    "30m; off: not by themselves (default).",
+)
+@click.option(
     "--metrics",
     metavar="HOST:PORT",
     callback=address_or_off,
@@ -73,6 +80,7 @@ def start(
     realtime: bool,
     condense: int | None,
     tier_cold: int | None,
+    repatriate: int | None,
     metrics: str | None,
     launched: bool,
 ) -> None:
@@ -85,6 +93,8 @@ def start(
         _start_detached(paths, memory, realtime, again)
         if metrics is not None:
             _wait_for_metrics(paths, metrics)
+        if repatriate is not None:
+            _require_repatriation(paths, repatriate)
         with closing(segment.attach(paths.name)) as opened:  # of a manager that runs already, too
             _set_pace(opened, condense, tier_cold)
         return
@@ -99,7 +109,8 @@ def start(
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
         exporter = None if metrics is None else [*_prefix(ctx, paths), "metrics", metrics]
-        renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name), exporter)
+        homewards = (repatriate or 0, [*_prefix(ctx, paths), "shrink", "--gently", "--json"])
+        renewed = manager.run(paths, opened, setting_of(configuration(ctx), paths.name), exporter, homewards)
     if renewed:
         # The same process: whoever watches over it (a service file, a test) sees no end of it.
         # What its memory is it knows by now, and may have been told otherwise by 'tmem resize'.
@@ -112,6 +123,17 @@ def _set_pace(opened: "_native.Segment", condense: int | None, tier_cold_s: int 
         opened.condense_percent = condense
     if tier_cold_s is not None:
         opened.tier_cold_s = tier_cold_s
+
+
+def _require_repatriation(paths: SegmentPaths, idle_s: int) -> None:
+    """Raise `ServiceError` if the manager, which may have run already, was told another time."""
+    statistics = service.ping(paths)[1]["statistics"]
+    assert isinstance(statistics, dict)
+    if statistics["repatriation_idle_ns"] != idle_s * 10**9:
+        raise ServiceError(
+            f"the manager runs with another --repatriate: 'tmem --name {paths.name} stop', "
+            "then start it again"
+        )
 
 
 @click.command()
@@ -271,6 +293,11 @@ def _command(ctx: click.Context, paths: SegmentPaths, memory: bool = True) -> li
         *(
             ["--tier-cold", f"{given['tier_cold']}s" if given["tier_cold"] else "off"]
             if explicit(ctx, "tier_cold")
+            else []
+        ),
+        *(
+            ["--repatriate", f"{given['repatriate']}s" if given["repatriate"] else "off"]
+            if explicit(ctx, "repatriate")
             else []
         ),
         *(["--metrics", given["metrics"] or "off"] if explicit(ctx, "metrics") else []),

@@ -1,14 +1,17 @@
 """The commands ``swap add``, ``swap remove`` and ``swap serve``, and ``shrink``.
 
-They turn options into an `Export` and print; the work is done in `tmem.nbd`: `lifecycle`, `server`, `shrink`.
-What programs read goes to standard output, the NBD URI as the last line; the guards of a local device and
-progress go to standard error.
+They turn options into an `Export` and print; the work is done in `tmem.nbd`: `lifecycle`, `server`,
+`shrink`, `repatriate`. What programs read goes to standard output, the NBD URI as the last line; the guards
+of a local device and progress go to standard error.
 """
 
+import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,19 +165,37 @@ def serve(ctx: click.Context, client: str) -> None:
 
 
 @click.command()
-@click.argument("client", shell_complete=client_names)
+@click.argument("client", shell_complete=client_names, required=False)
 @click.option("--to", "to_bytes", metavar="SIZE", callback=size_option, help="Only if it has more pages.")
 @click.option("--force", is_flag=True, help="Also where RAM may not suffice: then processes may be killed.")
+@click.option(
+    "--gently",
+    is_flag=True,
+    help="In small steps while memory is in plenty; without CLIENT every device.",
+)
+@click.option("--json", "as_json", is_flag=True, hidden=True, help="Say so for the manager, with --gently.")
 @click.pass_context
-def shrink(ctx: click.Context, client: str, to_bytes: int | None, force: bool) -> None:
+def shrink(
+    ctx: click.Context, client: str | None, to_bytes: int | None, force: bool, gently: bool, as_json: bool
+) -> None:
     """Bring the pages of CLIENT, a swap device of this machine, back into RAM, and go on with it empty.
 
     The kernel keeps pages on a device for as long as nobody touches them, and those that were freed linger
     until it says so. This is a swapoff, which drops the latter too, and a swapon. SIZE counts the pages as
     they are without compression: DATA in 'tmem list'.
+
+    With --gently the pages are first read in a few at a time, which the kernel can undo at once, and all of
+    it stops as soon as somebody needs memory: 'tmem start --repatriate TIME' has the manager do so.
     """
     from tmem.nbd import shrink as shrinking
 
+    if gently:
+        if force or to_bytes is not None:
+            raise click.UsageError("--gently goes without --force and --to")
+        _shrink_gently(ctx, client, as_json)
+        return
+    if client is None:
+        raise click.UsageError("name a CLIENT, or say --gently for every device of this machine")
     with _progress(f"swapoff {client}") as progress:
         done = shrinking.shrink(SegmentPaths.of(segment_name(ctx)), client, to_bytes, force, progress)
     if done.pages == done.pages_before and to_bytes is not None:
@@ -184,6 +205,21 @@ def shrink(ctx: click.Context, client: str, to_bytes: int | None, force: bool) -
     click.echo(
         f"{format_size(done.returned_bytes)} came back into RAM; {client} has {now} of pages, not {before}"
     )
+
+
+def _shrink_gently(ctx: click.Context, client: str | None, as_json: bool) -> None:
+    from tmem.nbd import repatriate
+
+    done = repatriate.repatriate(SegmentPaths.of(segment_name(ctx)), client)
+    if as_json:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        cpu_s = sum(one.ru_utime + one.ru_stime for one in used)
+        click.echo(json.dumps(asdict(done) | {"cpu_ns": int(cpu_s * 1e9)}))
+        return
+    dropped = format_size(done.dropped_pages * PAGE_SIZE)
+    click.echo(f"{format_size(done.returned_bytes)} came back into RAM; the pool has {dropped} of pages less")
+    if done.stopped:
+        raise TmemError(f"stopped: {done.stopped}")
 
 
 def _shutting_down() -> bool:

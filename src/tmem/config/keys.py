@@ -155,6 +155,14 @@ KEYS = (
     ),
     Key(
         "start",
+        "repatriate",
+        TIME,
+        "What this machine has swapped out comes back when memory has been in plenty for this time. Without "
+        "it not by itself.",
+        '"30m"',
+    ),
+    Key(
+        "start",
         "metrics",
         METRICS,
         "Serve the statistics for Prometheus there. Without it nobody does.",
