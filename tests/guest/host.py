@@ -13,14 +13,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
 from .cache import GuestError
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
 
 PAGE = 4096
 
@@ -36,6 +40,7 @@ class Host:
         self.memory = memory
         self._fillers: list[Filler] = []
         self._added: list[str] = []
+        self._open: list[_native.Segment] = []
 
     def __enter__(self) -> Self:
         try:
@@ -99,6 +104,18 @@ class Host:
         """Return the statistics of a client's first pool."""
         return dict(self.statistics(client)["pools"][0])
 
+    def counter(self, client: str) -> Callable[[], int]:
+        """Return what counts the pages of a client's first pool, for whoever asks often."""
+        from tmem.backends import _native
+
+        store = _native.attach(str(self.directory / "default"))
+        self._open.append(store)
+
+        def pages() -> int:
+            return store.client(client, create=False).pools()[0].statistics()["pages"]
+
+        return pages
+
     def fill(self, client: str, weight: int) -> "Filler":
         """Make a client that keeps putting ephemeral pages, as a precache under load does."""
         filler = Filler(self.directory / "default", client, weight)
@@ -121,6 +138,8 @@ class Host:
         """Take everything down: as people do, and what is left by process id."""
         for filler in self._fillers:
             filler.close()
+        for store in self._open:
+            store.close()
         for arguments in (*(("swap", "remove", client) for client in self._added), ("destroy", "--all")):
             with suppress(GuestError, subprocess.TimeoutExpired):
                 self.tmem(*arguments, timeout_s=20)

@@ -1,8 +1,8 @@
 /* A program that uses more memory than there is: fills it, touches it at random, and verifies every page.
  *
  * No two pages are the same, nor two generations of one; a page compresses about 2.5 : 1 with LZ4, like that of
- * scripts/hog.py, or as -c says: how many of its 512 words are noise. What a page must be is a function of its index
- * and generation. The generations are locked: they are the witness, and must not have been to the swap device. */
+ * scripts/hog.py, or as -c says: how many of its 512 words are noise. With -p it sleeps so long after each touch, as a
+ * program that is mostly idle. What a page must be is a function of its index and generation. The generations are locked: they are the witness, and must not have been to the swap device. */
 #include "tool.h"
 
 #include <errno.h>
@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WORDS = PAGE / 8 };
@@ -98,8 +99,9 @@ int hog_main(int argc, char **argv)
 {
     size_t size = 0;
     double seconds = 5;
+    unsigned long pause_ms = 0;
     int option;
-    while ((option = getopt(argc, argv, "s:t:r:g:o:c:")) != -1)
+    while ((option = getopt(argc, argv, "s:t:r:g:o:c:p:")) != -1)
         switch (option) {
         case 's':
             size = parse_size(optarg);
@@ -119,13 +121,16 @@ int hog_main(int argc, char **argv)
         case 'c':
             noise_words = strtoul(optarg, NULL, 10);
             break;
+        case 'p':
+            pause_ms = strtoul(optarg, NULL, 10);
+            break;
         default:
             size = 0;
             argc = 0;
         }
     if (size < PAGE || noise_words > WORDS - 2) {
         fprintf(stderr, "usage: guest-tool hog -s SIZE [-t SECONDS] [-r SEED] [-g CGROUP] [-o OOM_SCORE_ADJ]"
-                        " [-c NOISE_WORDS]\n");
+                        " [-c NOISE_WORDS] [-p PAUSE_MS]\n");
         return 2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -157,6 +162,11 @@ int hog_main(int argc, char **argv)
         if (now - before > slowest)
             slowest = now - before;
         last = report("touch", last);
+        if (pause_ms) {
+            struct timespec pause = {.tv_sec = (time_t)(pause_ms / 1000), .tv_nsec = (long)(pause_ms % 1000) * 1000000};
+            nanosleep(&pause, NULL);
+            now = seconds_now();
+        }
     }
     double touched = now;
     for (size_t index = 0; index < npages; index++) {
