@@ -501,11 +501,11 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
         }
         bool more = true;
         enum taken t = r->several && !asleep ? take_together(r, &more) : take(r, &r->desk, true, NULL);
+        if (t == TAKEN_NONE && eager)
+            continue;
         in_a_row = t == TAKEN_ANSWERED ? in_a_row + 1 : 0;
         if (t == TAKEN_NONE && asleep && !sentry_calls(&r->sentry))
             return READER_NOTHING; /* a signal for somebody else */
-        if (t == TAKEN_NONE && eager)
-            continue;
         if (eager) {
             eager_found(e);
             atomic_fetch_add_explicit(&r->found_awake, 1, memory_order_relaxed);

@@ -4,11 +4,10 @@ void eager_answered(struct eager *e, uint64_t now_ns)
 {
     e->until_ns = 0;
     e->looks = 0;
-    if (!e->credit && e->left_out) {
-        e->left_out--;
-        return;
-    }
-    e->until_ns = now_ns + EAGER_NS;
+    if (!e->credit && now_ns >= e->again_ns)
+        e->credit = EAGER_TRIAL;
+    if (e->credit)
+        e->until_ns = now_ns + EAGER_NS;
 }
 
 bool eager_looks(struct eager *e, uint64_t now_ns)
@@ -23,11 +22,11 @@ bool eager_looks(struct eager *e, uint64_t now_ns)
     e->credit = e->credit > EAGER_LOSS ? e->credit - EAGER_LOSS : 0;
     if (e->credit)
         return false;
-    if (e->next_left_out < EAGER_LEFT_OUT)
-        e->next_left_out = EAGER_LEFT_OUT;
-    e->left_out = e->next_left_out;
-    if (e->next_left_out < EAGER_LEFT_OUT_MOST)
-        e->next_left_out *= 2;
+    if (e->rest_ns < EAGER_REST_NS)
+        e->rest_ns = EAGER_REST_NS;
+    e->again_ns = now_ns + e->rest_ns;
+    if (e->rest_ns < EAGER_REST_MOST_NS)
+        e->rest_ns *= 2;
     return false;
 }
 
@@ -37,6 +36,6 @@ bool eager_found(struct eager *e)
         return false;
     e->until_ns = 0;
     if (e->looks > 1 && e->credit < EAGER_MOST && ++e->credit == EAGER_MOST)
-        e->next_left_out = EAGER_LEFT_OUT;
+        e->rest_ns = EAGER_REST_NS;
     return true;
 }

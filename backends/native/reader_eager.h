@@ -4,7 +4,9 @@
  * have both CPUs halt and be woken for each request. And where client and daemon share a CPU, the client has often run
  * by the time its reply is written, so that its next request is there already. But a look that finds nothing keeps
  * a CPU from others. So it is tried where it has paid lately: a failure weighs as much as LOSS successes, and
- * after some failures it is left alone for a number of requests, longer each time.
+ * after some failures it is left alone for a while, longer each time. A while, not a number of requests: the scheduler may
+ * give a program a CPU of its own at any time, and a trial each 32 ms costs 0.3 % of a CPU. A trial outlives one
+ * failure, for the first of many requests that follow each other come late.
  *
  * For one thread; no clock of its own, so that it can be tested. */
 #ifndef READER_EAGER_H
@@ -16,12 +18,12 @@
 struct eager {
     uint64_t until_ns;     /* look until then; 0: sleep */
     unsigned looks;        /* so far; a request that is there at the first says nothing: nobody was waited for */
-    unsigned credit;       /* at most EAGER_MOST; 0: only tried when `left_out` are over */
-    unsigned left_out;     /* requests after which it is not even tried */
-    unsigned next_left_out; /* how many it will be after the next failure */
+    unsigned credit;       /* at most EAGER_MOST; 0: tried from `again_ns` on */
+    uint64_t again_ns;
+    uint64_t rest_ns;      /* how long it will be left alone after the next failure */
 };
 
-enum { EAGER_NS = 50000, EAGER_MOST = 16, EAGER_LOSS = 4, EAGER_LEFT_OUT = 64, EAGER_LEFT_OUT_MOST = 4096 };
+enum { EAGER_NS = 50000, EAGER_MOST = 16, EAGER_LOSS = 4, EAGER_TRIAL = 2 * EAGER_LOSS, EAGER_REST_NS = 1000000, EAGER_REST_MOST_NS = 32000000 };
 
 /* A request was answered: its program may have another one. */
 void eager_answered(struct eager *e, uint64_t now_ns);
