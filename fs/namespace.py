@@ -99,7 +99,13 @@ class Namespace(Handlers):
                 await self._truncate(node, attr.st_size, fh, caller)
             rewrites = self.rewrites
             status = await self.change_at(node, _set_owner_mode_times, attr, fields, caller)
-            return self.attributes(node, status, rewrites)
+            entry = self.attributes(node, status, rewrites)
+            if node.opens and node.state is not None and (node.state.untold or node.state.version is None):
+                # By this reply the kernel takes the time of modification for that of the pages it has, which
+                # may be older. So it is told another one, to be asked for again before anybody sees it.
+                entry.st_mtime_ns ^= 1
+                entry.attr_timeout = 0.0
+            return entry
 
     async def _truncate(self, inode: Inode, size: int, fh: int | None, caller: Caller | None = None) -> None:
         # A descriptor of our own: the inode's may be closed while the worker thread is at it.

@@ -121,6 +121,36 @@ def test_content_changes_while_a_file_is_open_and_mapped(
             eventually(lambda: os.fstat(file.fileno()) and mapped[PAGE_SIZE : PAGE_SIZE + 1] == byte)  # noqa: B023
 
 
+CHANGES: dict[str, Callable[[int], object]] = {
+    "chmod": lambda descriptor: os.fchmod(descriptor, 0o600),
+    "utime": lambda descriptor: os.utime(descriptor, LONG_AGO),
+    "truncate": lambda descriptor: os.ftruncate(descriptor, 2 * PAGE_SIZE),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("loop", ["native", "plain"])
+def test_an_own_change_of_attributes_does_not_hide_what_has_changed_underneath(
+    mounter: Mounter, segment: "_native.Segment", eventually: Eventually, loop: str, change: str
+) -> None:
+    """The kernel drops its pages by the time of modification, which the reply to such a change tells, too."""
+    place = mounter(f"client=web,cache=kernel,loop={loop}")
+    watching_or_skip(place)
+    for name in ("file", "other"):
+        (place.lower / name).write_bytes(b"o" * 2 * PAGE_SIZE)
+    with (
+        (place.point / "file").open("r+b", buffering=0) as file,
+        (place.point / "other").open("rb") as other,
+    ):
+        number = file.fileno()
+        assert os.pread(number, 3 * PAGE_SIZE, 0) == b"o" * 2 * PAGE_SIZE
+        underneath.write(place.lower / "file", 0, b"n" * PAGE_SIZE)
+        os.setxattr(other.fileno(), "user.any", b"")  # the report is read before it
+        CHANGES[change](number)
+        assert shown(os.fstat(number)) == shown((place.lower / "file").stat())
+        assert os.pread(number, 3 * PAGE_SIZE, 0) == b"n" * PAGE_SIZE + b"o" * PAGE_SIZE
+
+
 def test_the_kernel_answers_by_itself(place: Place, eventually: Eventually) -> None:
     counted = Path(f"/proc/{place.pid}/io")
     absent = place.point / "absent"
