@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.waiting import DEADLINE_S
 
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 
 
 def write(path: Path, offset: int, data: bytes) -> None:
@@ -33,15 +33,25 @@ def write_unnoticed(path: Path, data: bytes) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def punch(path: Path, offset: int, size: int) -> None:
+def fallocate(descriptor: int, mode: int, offset: int, size: int) -> int:
+    """Call fallocate(2), and return 0 or the errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.fallocate(descriptor, mode, ctypes.c_longlong(offset), ctypes.c_longlong(size))
+    return ctypes.get_errno() if failed else 0
+
+
+def punch(path: Path, offset: int, size: int, mode: int = _KEEP_SIZE | _PUNCH_HOLE) -> None:
     """Make a hole."""
     descriptor = os.open(path, os.O_RDWR)
-    libc = ctypes.CDLL(None, use_errno=True)
     try:
-        start, length = ctypes.c_longlong(offset), ctypes.c_longlong(size)
-        assert libc.fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, start, length) == 0
+        assert fallocate(descriptor, mode, offset, size) == 0
     finally:
         os.close(descriptor)
+
+
+def zero(path: Path, offset: int, size: int) -> None:
+    """Make zeros where the file has bytes."""
+    punch(path, offset, size, _KEEP_SIZE | _ZERO_RANGE)
 
 
 def replace(path: Path, data: bytes) -> None:
