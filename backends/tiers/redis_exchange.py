@@ -5,6 +5,7 @@ with an answer in it would give it to somebody else. Not for choosing nodes or t
 Threading: one thread; the pools are for any.
 """
 
+import re
 import select
 import time
 from collections.abc import Generator, Sequence
@@ -19,6 +20,7 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
     MovedError,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
@@ -109,6 +111,7 @@ class Exchange:
         self._connection: Any = None
         self._wire: Wire | None = None
         self._done = 0
+        self._outdated = False  # the connection leads to who was the primary once
         self.until_s = 0.0
         """When to give up, if nothing comes or goes."""
 
@@ -229,6 +232,8 @@ class Exchange:
         try:
             self._wire.end()
         except FAILURES:  # what was asked for is there, but who knows what else
+            self._outdated = True
+        if self._outdated:
             self._connection.disconnect()
         self._release()
 
@@ -249,6 +254,7 @@ class Exchange:
             one.asked = f"{error.host}:{error.port}"
             self.left.append(one)
         elif isinstance(error, _PASSING) or str(error).startswith("NOREPLICAS"):
+            self._outdated |= isinstance(error, ReadOnlyError)  # its name may be another's by now
             self.left.append(one)
         elif self.refusal is None:
             self.refusal = TierDownError(f"{self.name} refuses {one.command.words[0]!s}: {describe(error)}")
@@ -257,6 +263,8 @@ class Exchange:
         self.trouble = describe(error)
         if isinstance(error, AuthenticationError | AuthorizationError):
             self.refusal = TierDownError(f"{self.name} does not let us in: {describe(error)}")
+        elif isinstance(error, NoPermissionError):  # for what accompanies commands
+            self.refusal = TierDownError(f"{self.name} refuses: {describe(error)}")
         if self._connection is not None:
             self._connection.disconnect()
             self._release()
@@ -395,6 +403,36 @@ def online_replicas(replication: dict[str, str]) -> int:
 
 
 def describe(error: Exception) -> str:
-    """Return one line about `error`."""
-    kind = type(error).__name__.removesuffix("Error")
-    return f"{kind}: {' '.join(str(error).split())}"
+    """Return one line about `error`, and what to do where that is known."""
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    # The package says of any server that refuses to tell of its cluster that it is none.
+    shown = next((one for one in chain if isinstance(one, NoPermissionError)), error)
+    kind, text = type(shown).__name__.removesuffix("Error"), " ".join(str(shown).split())
+    told = f"{kind}: {' '.join(map(str, chain))}"
+    advice = next((f"; {advice}" for pattern, advice in _ADVICE if re.search(pattern, told)), "")
+    return f"{kind}: {text.removesuffix('.') if advice else text}{advice}"
+
+
+_ADVICE = (
+    (r"certificate has expired", "renew the server's certificate"),
+    (
+        r"certificate is not valid for",
+        "give the server a certificate for what the URL or the cluster calls it, or say tls_hostname=no",
+    ),
+    (r"CERTIFICATE_VERIFY_FAILED", "tls_ca= must name who has signed the server's certificate"),
+    (r"(?i)alert certificate required", "the server wants a certificate of ours: tls_cert= and tls_key="),
+    (r"KEY_VALUES_MISMATCH", "tls_key= must be the key of tls_cert="),
+    (r"EOF occurred in violation", "the server may want a certificate of ours: tls_cert= and tls_key="),
+    (r"Error 2 connecting", "a file that the URL names for TLS is not there"),
+    (
+        r"WRONG_VERSION_NUMBER|handshake operation timed out",
+        "if its port is not for TLS, use redis, not rediss",
+    ),
+    (r"closed by server|reset by peer", "if at once, its port may be for TLS: use rediss, not redis"),
+    (r"NoPermission", "give the user the rights that docs/redis.md lists"),
+    (r"ReadOnly", "name the primary in the tier's URL"),
+    (r"Cluster mode is not enabled", "a single server's URL begins with redis:// or rediss://"),
+)
+"""What of an error's line tells what is wrong, the first that does, and what mends it."""

@@ -50,6 +50,7 @@ class Fitness:
         """Ask all servers now. TierDownError as `check`."""
         self._next = float("-inf")
         nodes = self._nodes
+        nodes.refresh()  # a primary may be a replica by now, without anything having failed
         primaries = nodes.primaries()
         used, maximum = 0, 0
         limited = True
@@ -80,7 +81,13 @@ class Fitness:
     def _check_replicas(self, primaries: list[str]) -> None:
         nodes = self._nodes
         for name in primaries:
-            there = int(facts(nodes.ask(name, "INFO", "replication")).get("connected_slaves", "0"))
+            replication = facts(nodes.ask(name, "INFO", "replication"))
+            if replication.get("role") == "slave":
+                primary = f"{replication.get('master_host')}:{replication.get('master_port')}"
+                raise TierDownError(
+                    f"{name} is a replica of {primary}: name the primary in the tier's URL, if it stays so"
+                )
+            there = int(replication.get("connected_slaves", "0"))
             demanded = nodes.demanded_of(name)
             if there < demanded:
                 advice = (

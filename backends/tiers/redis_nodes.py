@@ -25,6 +25,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.credentials import CredentialProvider
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
@@ -61,13 +62,10 @@ class Nodes:
         self._refusal = ""  # what the last one ended with, if it failed
         self._unreached: dict[str, float] = {}  # nodes that could not be connected to, and when that was
         self._attached: dict[str, int] = {}  # how many replicas primaries had last
+        self._strangers: dict[str, redis.ConnectionPool] = {}  # nodes that ASK named and have no slots yet
         self._single: redis.ConnectionPool | None = None
         if not address.cluster:
-            (host, port), *_ = address.servers
-            kind = redis.SSLConnection if address.tls else redis.Connection
-            self._single = redis.ConnectionPool(
-                kind, host=host, port=port, db=address.database, **self._keywords()
-            )
+            self._single = self._pool(*address.servers[0])
 
     def run(
         self,
@@ -127,7 +125,12 @@ class Nodes:
         if pool is None:
             raise TierDownError(f"{name} has left {self.address}")
         try:
-            return talk(pool, words)
+            try:
+                return talk(pool, words)
+            except RedisConnectionError:
+                # Also of a connection that somebody between us has forgotten; others may be no better.
+                pool.disconnect(inuse_connections=False)
+                return talk(pool, words)
         except FAILURES as error:
             self.refresh()
             raise refused(name, error) from None
@@ -192,8 +195,9 @@ class Nodes:
 
     def close(self) -> None:
         """Close every connection."""
-        if self._single is not None:
-            self._single.disconnect()
+        for pool in [self._single, *self._strangers.values()]:
+            if pool is not None:
+                pool.disconnect()
         cluster, self._cluster = self._cluster, None
         if cluster is not None:
             with contextlib.suppress(*FAILURES):
@@ -230,7 +234,14 @@ class Nodes:
             troubles.append(f"no server has slot {error}")
             return [], wanted
         exchanges = [
-            Exchange(name, pools.get(name), group, demands.get(name), self._attempt_seconds, taken)
+            Exchange(
+                name,
+                pools.get(name) or self._stranger(name, group),
+                group,
+                demands.get(name),
+                self._attempt_seconds,
+                taken,
+            )
             for name, group in groups.items()
         ]
         return self._sorted(exchanges), []
@@ -265,8 +276,11 @@ class Nodes:
                 troubles.append(f"{exchange.name}: {exchange.trouble}")
         return left
 
-    def ask_replicas(self, wanted: list[Open], replies: list[Reply], taken: Taken | None) -> list[Open]:
-        """Ask for each command every replica that there is of its slot; return those without an answer."""
+    def ask_replicas(
+        self, wanted: list[Open], replies: list[Reply], troubles: list[str], taken: Taken | None
+    ) -> list[Open]:
+        """Ask for each command every replica that there is of its slot; return those without an answer, and
+        say in `troubles` if a replica lets nobody ask."""
         cluster = self._cluster
         if cluster is None:
             return wanted
@@ -290,6 +304,7 @@ class Nodes:
             )
             exchange_all(exchanges, replies)
             self._learn(exchanges)
+            troubles += [str(exchange.refusal) for exchange in exchanges if exchange.refusal is not None]
             left = [*others, *(one for exchange in exchanges for one in exchange.left)]
         return left
 
@@ -306,6 +321,17 @@ class Nodes:
             return nodes[0].name, nodes
 
         return nodes_of
+
+    def _stranger(self, name: str, group: Sequence[Open]) -> redis.ConnectionPool | None:
+        """Return how to reach a node that the cluster does not list, for no slot is whole there yet."""
+        if name not in self._strangers and any(one.asked for one in group):
+            host, _, port = name.rpartition(":")
+            self._strangers[name] = self._pool(host, int(port))
+        return self._strangers.get(name)
+
+    def _pool(self, host: str, port: int) -> redis.ConnectionPool:
+        kind = redis.SSLConnection if self.address.tls else redis.Connection
+        return redis.ConnectionPool(kind, host=host, port=port, db=self.address.database, **self._keywords())
 
     def _pools(self) -> dict[str, redis.ConnectionPool]:
         cluster = self._connected()
@@ -426,7 +452,7 @@ class Running:
         self._traffic.finish(self._exchanges)
         self._left += self._nodes.left_of(self._exchanges, self._troubles)
         if self._left and self._anywhere:
-            self._left = self._nodes.ask_replicas(self._left, self._replies, self._taken)
+            self._left = self._nodes.ask_replicas(self._left, self._replies, self._troubles, self._taken)
         return bool(self._left)
 
 

@@ -303,7 +303,10 @@ class RedisTier:
                 value = values.pack(kept)
                 commands.append(self._command("SET", number, value, "XX"))
                 changes.append((number, len(value), live.bit_count()))
-            self._nodes.run(commands, replicated=True)
+            try:
+                self._nodes.run(commands, replicated=True)
+            except TierFullError:  # of what others store: those values stay as they are
+                return
             for number, size_bytes, present in changes:
                 known[number].size_bytes, known[number].present = size_bytes, present
             self._count(shortened=len(changes))

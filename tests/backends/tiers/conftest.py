@@ -53,13 +53,13 @@ def wide_cluster(shared_wide_cluster: Cluster) -> Cluster:
 
 @pytest.fixture(scope="module")
 def shared_tls_cluster(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("tls-cluster"), 3, 1, tls=Tls(certificates))
+    cluster = Cluster(tmp_path_factory.mktemp("tls-cluster"), 2, 1, tls=Tls(certificates))
     yield cluster
     cluster.end()
 
 
 @pytest.fixture
 def tls_cluster(shared_tls_cluster: Cluster) -> Cluster:
-    """A cluster that speaks TLS alone, whatever the test before did to it."""
+    """Two primaries and two replicas that speak TLS alone, whatever the test before did to them."""
     shared_tls_cluster.mend()
     return shared_tls_cluster

@@ -63,7 +63,9 @@ class Server:
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
-        self._login: dict[str, Any] = tls.keywords if tls else {}
+        self._secure: redis.Redis | None = None
+        if tls is not None:
+            self._secure = redis.Redis(port=self.port, socket_timeout=5, protocol=2, **tls.keywords)
         self._command = [
             BINARY, *([str(config)] if config else []), "--bind", "127.0.0.1",
             "--dir", str(directory), "--save", "", "--appendonly", "no",
@@ -94,15 +96,17 @@ class Server:
     def ask(self, *words: str | int | bytes) -> object:
         """Send one command over a connection of its own; the answer."""
         with self.client() as client:
-            return client.execute_command(*words)
+            answer: object = client.execute_command(*words)  # type: ignore[no-untyped-call]
+            return answer
 
-    def client(self) -> redis.Redis:
-        """Return the package's own client, to be closed."""
-        return redis.Redis(port=self.port, socket_timeout=5, protocol=2, **self._login)
-
-    def log_in(self, password: str) -> None:
-        """Ask with this password from now on."""
-        self._login = {**self._login, "password": password}
+    @contextlib.contextmanager
+    def client(self) -> Iterator[redis.Redis]:
+        """The package's own client; over TLS one for the server's life, for it takes long to connect."""
+        if self._secure is None:
+            with redis.Redis(port=self.port, socket_timeout=5, protocol=2) as client:
+                yield client
+        else:
+            yield self._secure
 
     def listens(self) -> bool:
         """Whether it is there, whoever may talk to it."""
@@ -139,6 +143,8 @@ class Server:
 
     def kill(self) -> None:
         """End it at once, whatever it is doing; once is enough."""
+        if self._secure is not None:
+            self._secure.close()  # it connects again once it is asked again
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -156,6 +162,7 @@ class Cluster:
         tls: Tls | None = None,
     ) -> None:
         self._tls = tls
+        self._options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
         self.servers: list[Server] = []
         try:
             while not self._begun(directory, primaries * (1 + replicas)):
@@ -166,11 +173,10 @@ class Cluster:
             raise
 
     def _begun(self, directory: Path, count: int) -> bool:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", str(NODE_TIMEOUT_MS))
         bus_ports = [free_port() for _ in range(count)]
         self._bus_port = bus_ports[0]
         self.servers = [
-            Server(directory / str(n), *options, "--cluster-port", str(port), tls=self._tls)
+            Server(directory / str(n), *self._options, "--cluster-port", str(port), tls=self._tls)
             for n, port in enumerate(bus_ports)
         ]
         wait_until(lambda: all(server.has_ended() or server.answers() for server in self.servers))
@@ -215,6 +221,26 @@ class Cluster:
         while moving.keys():
             moving.some(10)
         moving.end()
+
+    @contextlib.contextmanager
+    def joined(self, directory: Path) -> Iterator[Server]:
+        """One more primary, without slots, for the length of a `with`; it must have none at the end."""
+        bus = ("--cluster-port", str(free_port()))
+        server = Server(directory, *self._options, *bus, tls=self._tls)
+        try:
+            wait_until(server.answers)
+            server.ask("CLUSTER", "MEET", "127.0.0.1", self.servers[0].port, self._bus_port)
+            count = len(self.servers) + 1
+            wait_until(lambda: all(_knows(one, count) for one in [server, *self.servers]), what="it has met")
+            wait_until(lambda: "cluster_state:ok" in text(server.ask("CLUSTER", "INFO")))
+            self.servers.append(server)
+            yield server
+        finally:
+            self.servers.remove(server)
+            name = text(server.ask("CLUSTER", "MYID"))
+            server.kill()
+            for one in self.servers:
+                one.ask("CLUSTER", "FORGET", name)
 
     def revive(self) -> None:
         """Bring every server back that a test has ended or stopped."""
@@ -269,7 +295,7 @@ def free_port() -> int:
 
 def _knows(server: Server, count: int) -> bool:
     with server.client() as client:
-        facts = client.execute_command("CLUSTER INFO")
+        facts = client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
         text = facts if isinstance(facts, dict) else {}
         return int(text.get("cluster_known_nodes", 0)) >= count
 
@@ -290,7 +316,8 @@ def _replicas_of(server: Server) -> int | None:
     """Return how many replicas it has, None if it is one; -1 if anything is not as it will be."""
     replication = server.info("replication")
     with server.client() as client:
-        if client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+        facts = client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
+        if facts["cluster_state"] != "ok":
             return -1
     if replication["role"] != "master":
         return None if replication["master_link_status"] == "up" else -1
@@ -323,8 +350,10 @@ class Move:
 
     def end(self) -> None:
         """Tell everybody whose it is now."""
-        for server in (self._target, self.source, *self._others):
-            server.ask("CLUSTER", "SETSLOT", self._slot, "NODE", self._name)
+        self._target.ask("CLUSTER", "SETSLOT", self._slot, "NODE", self._name)
+        for server in (self.source, *self._others):
+            with contextlib.suppress(redis.ResponseError):  # who had no other slot is a replica by now
+                server.ask("CLUSTER", "SETSLOT", self._slot, "NODE", self._name)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def test_a_primary_that_takes_the_cluster_for_down(redis_cluster: Cluster) -> No
     name = text(other.ask("CLUSTER", "MYID"))
     with (
         redis.Redis(port=victim.port, protocol=2) as client,
-        client.pipeline() as both,
+        client.pipeline(transaction=False) as both,
     ):  # at once: it hears soon
         both.execute_command("CLUSTER", "DELSLOTS", foreign)
         both.execute_command("CLUSTER", "SETSLOT", foreign, "IMPORTING", name)
