@@ -75,9 +75,26 @@ def off(device: str, progress: Callable[[int], None] = lambda left_bytes: None) 
     `progress` is called now and then with the bytes left. Raises `AttachError` if the kernel refuses, mostly
     for want of memory: then the device stays in use, and nothing is lost.
     """
-    if not is_active(device):
+    complaint = os.strerror(errno.EINTR)
+    while (
+        os.strerror(errno.EINTR) in complaint
+    ):  # it was stopped by a terminal or a debugger, and has gone on
+        if not is_active(device):
+            return
+        complaint = _run_swapoff(device, progress)
+    if complaint and _ends_elsewhere(device, complaint, progress):
         return
-    with subprocess.Popen(["swapoff", device], stderr=subprocess.PIPE, text=True) as process:
+    if complaint:
+        raise AttachError(f"{complaint}: free some memory, then try again")
+    progress(0)
+
+
+def _run_swapoff(device: str, progress: Callable[[int], None]) -> str:
+    """Call swapoff(8) once; return what it complains of, nothing if it has done it."""
+    untranslated = {**os.environ, "LC_ALL": "C"}
+    with subprocess.Popen(
+        ["swapoff", device], stderr=subprocess.PIPE, text=True, env=untranslated
+    ) as process:
         assert process.stderr is not None
         try:
             while process.poll() is None:
@@ -87,12 +104,8 @@ def off(device: str, progress: Callable[[int], None] = lambda left_bytes: None) 
         except BaseException:
             process.terminate()  # swapoff(2) gives up at a signal and leaves the device in use
             raise
-        complaint = process.stderr.read()
-    if process.returncode != 0 and _ends_elsewhere(device, complaint, progress):
-        return
-    if process.returncode != 0:
-        raise AttachError(f"{_last_line(complaint) or 'swapoff failed'}: free some memory, then try again")
-    progress(0)
+        complaint = _last_line(process.stderr.read())
+    return "" if process.returncode == 0 else complaint or "swapoff failed"
 
 
 def _ends_elsewhere(device: str, complaint: str, progress: Callable[[int], None]) -> bool:

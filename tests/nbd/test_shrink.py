@@ -137,6 +137,31 @@ def test_interrupted_the_device_is_in_use(
     assert hog.bad_pages() == 0
 
 
+def test_who_is_stopped_on_the_way_goes_on(device: str, hog: Hog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-Z: swapoff(2) ends at any signal, SIGCONT as well."""
+    set_limit(hog.group, LARGE_GROUP_BYTES)
+    complaints: list[str] = []
+    once = swap._run_swapoff
+
+    def stopped_at_first(which: str, progress: Callable[[int], None]) -> str:
+        def stop(left_bytes: int) -> None:
+            for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                if not complaints and "swapoff" in Path(f"/proc/{child}/comm").read_text():
+                    os.kill(int(child), signal.SIGSTOP)
+                    os.kill(int(child), signal.SIGCONT)
+
+        complaints.append(once(which, stop))
+        return complaints[-1]
+
+    monkeypatch.setattr(swap, "_run_swapoff", stopped_at_first)
+    monkeypatch.setattr(swap, "_PROGRESS_INTERVAL_S", 0.001)
+    swap.off(device)
+    assert "Interrupted system call" in complaints[0]
+    assert complaints[-1] == ""
+    assert swap.entry(device) is None
+    assert hog.bad_pages() == 0
+
+
 def test_a_device_that_another_hand_swapped_off_is_completed(
     tmem: Tmem, device: str, hog: Hog, segment: "_native.Segment"
 ) -> None:
