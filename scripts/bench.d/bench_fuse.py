@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from common import judged, medians, paired_ratio, take_turns
-from floor import FLOORS, HITS, MISSES, Floor
+from floor import FLOORS, HITS, MISSES, STREAMS, Floor
 from reader import Reader, rate
 
 from tmem.backends import _native
@@ -199,11 +199,11 @@ def _hits(made: Bench, placement: Placement) -> list[dict[str, object]]:
         },
         "128K sequential": {
             name: partial(made.sequential, name, MEGABYTE // 8, placement)
-            for name in (*OURS, "bindfs", "bindfs O_DIRECT")
+            for name in (*OURS, "bindfs", "bindfs O_DIRECT", *STREAMS)
         },
         "1M sequential": {
             name: partial(made.sequential, name, MEGABYTE, placement)
-            for name in (*OURS, "bindfs", "bindfs O_DIRECT", "mergerfs", "floor")
+            for name in (*OURS, "bindfs", "bindfs O_DIRECT", "mergerfs", *STREAMS)
         },
     }
     for case, peers in cases.items():

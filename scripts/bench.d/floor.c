@@ -1,9 +1,10 @@
 /* Serves a directory of a few files as fast as a FUSE daemon in userspace can: READs are answered and nothing else is done.
  *
- *   floor [-p] [-a] [-r] LOWER POINT
+ *   floor [-p] [-m] [-a] [-r] LOWER POINT
  *
  * How far any daemon could go, beside what is measured: no pool, no checks, no threads. A READ brings the same bytes whatever
- * it asks for, or with -p what the lower file has there, which is the least that a miss takes. A request takes two system
+ * it asks for, or with -p what the lower file has there, which is the least that a miss takes, or with -m the file's own bytes
+ * out of memory that holds all of it, which is the least that a hit takes: they are in no cache of the CPU. A request takes two system
  * calls: a read that waits, and the reply. With -a (awake) it does not wait but looks again, up to LOOKS times, yields in
  * between, and replies to up to TOGETHER requests one right after the other. -r: requests come over io_uring (backends/native/reader_rings.c, linked
  * here), and one takes one call or less.
@@ -43,7 +44,7 @@ struct reply {
 
 static struct {
     int device, lower;
-    bool reads_lower, awake;
+    bool reads_lower, from_memory, awake;
     unsigned nheld;
     struct held {
         uint64_t unique;
@@ -56,6 +57,7 @@ static struct {
         char name[256];
         int fd;
         struct stat status;
+        const uint8_t *content; /* with -m */
     } files[MOST_FILES]; /* node FUSE_ROOT_ID + 1 is the first */
 } at;
 
@@ -78,6 +80,21 @@ static struct fuse_attr attributes(uint64_t node)
                               .mode = s.st_mode, .nlink = (uint32_t)s.st_nlink, .blksize = 4096};
 }
 
+/* All of a file, in memory. */
+static const uint8_t *content_of(int fd, size_t size)
+{
+    uint8_t *content = mmap(NULL, size + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (content == MAP_FAILED)
+        die("memory");
+    for (size_t done = 0; done < size;) {
+        ssize_t n = pread(fd, content + done, size - done, (off_t)done);
+        if (n <= 0)
+            die("lower");
+        done += (size_t)n;
+    }
+    return content;
+}
+
 /* The node of a name, 0: there is none. */
 static uint64_t look_up(const char *name)
 {
@@ -90,6 +107,8 @@ static uint64_t look_up(const char *name)
     strcpy(at.files[at.nfiles].name, name);
     at.files[at.nfiles].fd = fd;
     fstat(fd, &at.files[at.nfiles].status);
+    if (at.from_memory)
+        at.files[at.nfiles].content = content_of(fd, (size_t)at.files[at.nfiles].status.st_size);
     return FUSE_ROOT_ID + 1 + at.nfiles++;
 }
 
@@ -109,6 +128,8 @@ static struct reply answer(const struct fuse_in_header *in, const void *argument
         const struct fuse_read_in *wanted = argument;
         uint64_t size = (uint64_t)at.files[in->nodeid - FUSE_ROOT_ID - 1].status.st_size;
         size_t left = wanted->offset < size ? size - wanted->offset : 0, length = wanted->size < left ? wanted->size : left;
+        if (at.from_memory)
+            return (struct reply){0, at.files[in->nodeid - FUSE_ROOT_ID - 1].content + wanted->offset, length};
         if (!at.reads_lower)
             return (struct reply){0, at.bytes, length};
         ssize_t n = pread(at.files[in->nodeid - FUSE_ROOT_ID - 1].fd, room, length, (off_t)wanted->offset);
@@ -170,7 +191,7 @@ static bool serve_one(void)
     if (in->opcode == FUSE_FORGET || in->opcode == FUSE_BATCH_FORGET || in->opcode == FUSE_INTERRUPT)
         return true;
     struct reply r = answer(in, in + 1, in + 1, at.bytes);
-    if (at.awake && r.bytes == at.bytes && !at.reads_lower)
+    if (at.awake && in->opcode == FUSE_READ && !r.error && !at.reads_lower)
         at.held[at.nheld++] = (struct held){in->unique, r};
     else
         send_reply(in->unique, r);
@@ -249,9 +270,10 @@ int main(int argc, char **argv)
     bool over_rings = false;
     char options[128];
     int option;
-    while ((option = getopt(argc, argv, "par")) != -1)
+    while ((option = getopt(argc, argv, "pmar")) != -1)
         switch (option) {
         case 'p': at.reads_lower = true; break;
+        case 'm': at.from_memory = true; break;
         case 'a': at.awake = true; break;
         case 'r': over_rings = true; break;
         default: return 2;

@@ -1,8 +1,9 @@
 """The floor: floor.c answers READs and does nothing else, so that anybody can see how far a daemon could go.
 
 Reported beside the peers, without a verdict: one that waits in read(2), as bindfs does; one that is awake
-instead, and yields; one whose requests come over io_uring, by our own rings; and for misses one that reads
-the lower.
+instead, and yields; one whose requests come over io_uring, by our own rings; the first two once more with the
+file's own bytes, out of memory, where the others send the same ones, which a CPU has at hand; and for misses
+one that reads the lower.
 """
 
 import subprocess
@@ -11,7 +12,14 @@ from pathlib import Path
 
 from common import ROOT
 
-HITS = {"floor": (), "floor awake": ("-a",), "floor io_uring": ("-r",)}
+HITS = {
+    "floor": (),
+    "floor awake": ("-a",),
+    "floor io_uring": ("-r",),
+    "floor memory": ("-m",),
+    "floor memory awake": ("-m", "-a"),
+}
+STREAMS = ("floor", "floor memory")
 """What they are called, and their options."""
 MISSES = {"floor pread": ("-p",)}
 FLOORS: dict[str, Sequence[str]] = {**HITS, **MISSES}
