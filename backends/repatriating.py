@@ -19,6 +19,9 @@ from dataclasses import dataclass
 CALM, STALLED = 0.01, 0.1
 """The share of time in which somebody may wait for memory: before a pass, and during one, in which whoever
 touches a page that is still away waits as ever."""
+OUT_PAGES_PER_S, OUT_PAGES = 16, 256
+"""What may be swapped out all the same, in a second and at once: one group at its limit swaps a page now and
+then for ever, and says nothing of the machine."""
 LEAST_BYTES = 1 << 20
 """Pages of less are not worth a pass."""
 BEGIN_SHARE, STOP_SHARE = 8, 16
@@ -47,9 +50,14 @@ class Sample:
     """What the kernel has swapped out since it runs."""
 
 
-def objection(seen: Sample, swapped_out_pages: int) -> str:
-    """Return why a pass that began at that count of swapped-out pages must stop, ``""`` if it may go on."""
-    if seen.swapped_out_pages != swapped_out_pages:
+def swapped_out_since(seen: Sample, then_s: float, then_pages: int) -> float:
+    """Return how many pages were swapped out since, beyond what is next to nothing."""
+    return seen.swapped_out_pages - then_pages - OUT_PAGES_PER_S * (seen.now_s - then_s)
+
+
+def objection(seen: Sample, began: Sample) -> str:
+    """Return why a pass that began at that sample must stop, ``""`` if it may go on."""
+    if swapped_out_since(seen, began.now_s, began.swapped_out_pages) > OUT_PAGES:
         return "the kernel swaps out"
     if seen.available_bytes < seen.missing_bytes + seen.total_bytes // STOP_SHARE:
         return "too little memory is available"
@@ -63,15 +71,16 @@ class Repatriation:
         self.wait_s = self._idle_s = idle_s
         """How long it must have been calm now."""
         self._calm_from_s: float | None = None
-        self._swapped_out_pages: int | None = None
+        self._last: tuple[float, int] = (0.0, 0)
+        """When it looked last, and the count of swapped-out pages then."""
         self._on_trial: tuple[float, int, int] | None = None
         """When the last pass ended, the count of swapped-out pages then, and the pages that came back."""
 
     def due(self, seen: Sample) -> bool:
         """Look; return whether a pass may begin now."""
         plenty = seen.available_bytes >= 2 * seen.missing_bytes + seen.total_bytes // BEGIN_SHARE
-        calm = seen.stalled <= CALM and seen.swapped_out_pages == self._swapped_out_pages
-        self._swapped_out_pages = seen.swapped_out_pages
+        calm = seen.stalled <= CALM and swapped_out_since(seen, *self._last) <= 0
+        self._last = seen.now_s, seen.swapped_out_pages
         self._try(seen)
         if not (plenty and calm) or self._calm_from_s is None:
             self._calm_from_s = seen.now_s
@@ -80,7 +89,7 @@ class Repatriation:
     def ended(self, seen: Sample, returned_bytes: int, stopped: bool) -> None:
         """A pass has ended that brought so much back; `stopped`: before it was done."""
         self._calm_from_s = seen.now_s
-        self._swapped_out_pages = seen.swapped_out_pages
+        self._last = seen.now_s, seen.swapped_out_pages
         self._on_trial = None
         if stopped:
             self._wait_longer()
@@ -91,7 +100,7 @@ class Repatriation:
         if self._on_trial is None:
             return
         ended_s, before, returned = self._on_trial
-        if (seen.swapped_out_pages - before) * REGRET_SHARE >= max(returned, 1):
+        if swapped_out_since(seen, ended_s, before) * REGRET_SHARE >= max(returned, 1):
             self._wait_longer()
             self._on_trial = None
         elif seen.now_s - ended_s >= self.wait_s:

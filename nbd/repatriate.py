@@ -113,7 +113,7 @@ class _Watch:
         self._device = device
         self._stalls = pressure.Stalls([pressure.MACHINE])
         self._stalled, self._stalls_s = self._stalls.share(time.monotonic()), time.monotonic()
-        self._swapped_out_pages = sample(0, 0.0).swapped_out_pages
+        self._began = sample(0, 0.0)
         self._groups_s = float("-inf")
 
     def missing_bytes(self) -> int:
@@ -142,4 +142,4 @@ class _Watch:
                 raise _NeededError
 
     def _judge(self, stalled: float) -> None:
-        self.why = self.why or objection(sample(0, stalled), self._swapped_out_pages)
+        self.why = self.why or objection(sample(0, stalled), self._began)

@@ -5,10 +5,12 @@ little. Kept are the pages in the pool, less the device's header; held are the s
 use (/proc/swaps), among them copies of pages that are in RAM as well (swapcached of the group). What is kept
 and not held is stale: the kernel has freed it and has not said so, or never says so (without discard). Asked
 every quarter of a second, and once more when most programs have gone. With a tier, to which pages go that
-nobody has used for `COLD_S`, the question is what is left of them in memory. What else swaps to the machine's
-areas of the same priority takes part: held is of all of them.
+nobody has used for `COLD_S`, the question is what is left of them in memory. At the end ``tmem shrink
+--gently`` brings back what is there, as the manager does by itself. What else swaps to the machine's areas of
+the same priority takes part: held is of all of them.
 """
 
+import json
 import os
 import random
 import statistics
@@ -74,6 +76,8 @@ def _measure(seconds: float, options: tuple[str, ...], tiered: bool) -> dict[str
         last = _sample(segment, device, group)
         (pool,) = segment.client("local", create=False).pools()
         fetched = pool.statistics()["pages_fetched"]
+        returned, seconds_back = _bring_back()
+        renewed = _sample(segment, device, group)
     rows = [row for row in samples if row[1] > 256]
     kept, held, cached, memory = (int(statistics.median(column)) for column in zip(*rows, strict=True))
     ratios = [row[0] / row[1] for row in rows]
@@ -84,10 +88,27 @@ def _measure(seconds: float, options: tuple[str, ...], tiered: bool) -> dict[str
         f"in RAM as well {cached} pages; kept/held {statistics.median(ratios):.2f}, "
         f"at most {max(ratios):.2f}, in memory/held {in_memory:.2f}; "
         f"most kept {max(samples)[0]}; 5 s after most programs had gone kept {last[0]}, "
-        f"in memory {last[3]}, held {last[1]}; fetched from the tier {fetched}",
+        f"in memory {last[3]}, held {last[1]}; fetched from the tier {fetched}; brought back in "
+        f"{seconds_back:.1f} s: kept {renewed[0]}, held {renewed[1]}",
         flush=True,
     )
-    return {"kept_held_cached_memory_pages": samples, "afterwards": last, "fetched_pages": fetched}
+    return {
+        "kept_held_cached_memory_pages": samples,
+        "afterwards": last,
+        "fetched_pages": fetched,
+        "brought_back": returned,
+        "renewed": renewed,
+        "bringing_back_s": seconds_back,
+    }
+
+
+def _bring_back() -> tuple[list[dict[str, object]], float]:
+    """Bring everything back gently: what each pass says, as many as it takes, and how long it took."""
+    said: list[dict[str, object]] = []
+    began = time.monotonic()
+    while len(said) < 20 and (not said or said[-1]["stopped"]):
+        said.append(json.loads(_tmem("shrink", "local", "--gently", "--json")))
+    return said, time.monotonic() - began
 
 
 def _samples(
