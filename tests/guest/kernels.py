@@ -21,8 +21,8 @@ SERIES = ("6.1", "6.12")
 """The kernels of Debian 12, and of its backports as they are in the security archive."""
 
 MODULES = (
-    *("virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "virtio_rng", "ext4", "overlay"),
-    *("fuse", "nbd", "loop", "lz4", "zram", "brd"),
+    *("virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "virtio_rng", "virtio_balloon"),
+    *("ext4", "overlay", "fuse", "nbd", "loop", "lz4", "zram", "brd"),
 )
 """What every guest loads, in this order; what is built in counts as loaded."""
 
