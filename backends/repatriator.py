@@ -107,7 +107,7 @@ class Repatriator:
         """Run the command to its end, and note what it says."""
         counts = self.statistics
         self._output.unlink(missing_ok=True)
-        pid = processes.spawn(["nice", "-n", "19", *self._command], os.environ, self._output)
+        pid = processes.spawn(self._command, os.environ, self._output)
         code = await _end_of(pid)
         said = processes.last_line(self._output)
         if code:

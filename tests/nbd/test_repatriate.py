@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +213,22 @@ def test_the_manager_does_it_when_memory_was_in_plenty(
         other = tmem("start", "-d", "--repatriate", "2h")
         assert other.returncode == 1
         assert "another --repatriate" in other.stderr
+
+
+def test_it_goes_after_all_others(swapping: None, tmem: Tmem, paths: SegmentPaths) -> None:
+    """Also when a manager under SCHED_RR starts it."""
+    script = (
+        "import os, sys; from tmem.cli.main import main; import atexit;"
+        "os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1));"
+        "atexit.register(lambda: print(os.sched_getscheduler(0), os.nice(0), flush=True));"
+        "sys.argv = ['tmem', 'shrink', '--gently']; main()"
+    )
+    needs_root()
+    assert tmem("start", "-d").returncode == 0
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if "PermissionError" in done.stderr:
+        pytest.skip("no realtime scheduling here")
+    assert done.stdout.splitlines()[-1] == f"{os.SCHED_OTHER} 19"
 
 
 def test_removing_a_device_waits_for_a_pass(tmem: Tmem, device: str, paths: SegmentPaths) -> None:

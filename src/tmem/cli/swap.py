@@ -6,11 +6,12 @@ of a local device and progress go to standard error.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -210,6 +211,10 @@ def shrink(
 def _shrink_gently(ctx: click.Context, client: str | None, as_json: bool) -> None:
     from tmem.nbd import repatriate
 
+    with suppress(PermissionError):
+        # Of a manager under SCHED_RR a process inherits that, and swapoff with it.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.nice(19)
     done = repatriate.repatriate(SegmentPaths.of(segment_name(ctx)), client)
     if as_json:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
