@@ -200,18 +200,20 @@ class Machine(RuleBasedStateMachine):
         self.gates: list[Gate | None] = [None, None]
         self.overlays = [self.overlay(side) for side in (0, 1)]
 
-    def overlay(self, side: int) -> Overlay:
+    def precache(self, side: int) -> Precache:
         client = f"web{side}"
         if self.shared is not None:
             self.segment.client(client).authorise(self.shared.bytes)
+        return Precache(SegmentPaths.of("default"), client, self.shared)
 
+    def overlay(self, side: int) -> Overlay:
         def pause(point: str) -> None:
             gate = self.gates[side]
             if gate is not None:
                 gate(point)
 
-        precache = Precache(SegmentPaths.of("default"), client, self.shared)
-        overlay = build(os.open(self.root, os.O_RDONLY), precache, pause=pause, fine_stamps=True)
+        root = os.open(self.root, os.O_RDONLY)
+        overlay = build(root, self.precache(side), pause=pause, fine_stamps=True)
         if self.watching:
             overlay.watch_with(Events.of(overlay.table.root))
             assert overlay.watch is not None

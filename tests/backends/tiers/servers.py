@@ -250,7 +250,7 @@ class Cluster:
             else:
                 server.signal(signal.SIGCONT)
         wait_until(lambda: all(server.answers() for server in self.servers))
-        for server in self.servers:
+        for server in self.primaries():  # Valkey's tell their replicas
             _end_moves(server)
         wait_until(self.settled, what="every server is there again")
 
