@@ -614,6 +614,19 @@ class Nodes(Generic[_N]):
     def store_to(self, node: _N, stored_to: bool, /) -> None:
         """Say whether its attributes are not to be believed."""
 
+    def has_old(self, node: _N, mtime_ns: int, all: bool, /) -> bool:
+        """Say that bytes of a file have changed that was modified then.
+
+        True if the kernel was told of that time before: it may have taken old bytes since, and keep them. So
+        it will be told another time, once; unless `all`, only where no program sees it.
+        """
+
+    def tells(self, node: _N, mtime_ns: int, hidden: bool, /) -> tuple[bool, bool]:
+        """Say that the kernel is being told that it was modified then, and programs too unless `hidden`.
+
+        Whether it is to be another time; and whether it is not to be believed.
+        """
+
 class Opens:
     """Opens that a `Reader` answers by itself, and what there is to learn of them.
 

@@ -176,9 +176,9 @@ class Handlers(pyfuse3.Operations):
         return self._is_local and inode.key[0] == self.table.device
 
     def attributes(
-        self, inode: Inode, status: os.stat_result, rewrites: int | None = None
+        self, inode: Inode, status: os.stat_result, rewrites: int | None = None, hidden: bool = True
     ) -> "EntryAttributes":
-        """Return what the kernel is told about an inode.
+        """Return what the kernel is told about an inode, `hidden` from programs or not.
 
         Not to be believed if its content may have changed since there were so many `rewrites`: the kernel
         does not see that a reply to a change is older.
@@ -199,6 +199,11 @@ class Handlers(pyfuse3.Operations):
         entry.st_blocks = status.st_blocks
         entry.st_atime_ns = status.st_atime_ns
         entry.st_mtime_ns = status.st_mtime_ns
+        another, old = self.table.nodes.tells(inode, status.st_mtime_ns, hidden)
+        if another:
+            tell_another_time(entry, status)
+        if old:
+            entry.attr_timeout = 0.0
         entry.st_ctime_ns = status.st_ctime_ns
         return entry
 
@@ -281,6 +286,15 @@ class Handlers(pyfuse3.Operations):
             key = (status.st_dev, status.st_ino)
             handle = self.table.handle_at(key, descriptor)
             self.coherence.discard(self._name_of(key, handle, descriptor), None)
+
+
+def tell_another_time(entry: "EntryAttributes", status: os.stat_result) -> None:
+    """Tell the kernel of a time of modification that is nobody's, and have it ask again.
+
+    So it drops what it has of the file, whatever time it knows.
+    """
+    entry.st_mtime_ns = status.st_mtime_ns ^ 1
+    entry.attr_timeout = 0.0
 
 
 def _changed(change: Change, descriptor: int, work: Callable[..., T], *arguments: object) -> T:

@@ -17,7 +17,7 @@ import pyfuse3
 
 from tmem.fs import syscalls
 from tmem.fs.acting import Caller, acting_as, drop_set_ids, threads_may_act
-from tmem.fs.base import Handlers, errors, status_if_any
+from tmem.fs.base import Handlers, errors, status_if_any, tell_another_time
 from tmem.fs.coherence import Change
 from tmem.fs.inodes import Inode, look_at, proc_path
 
@@ -78,7 +78,7 @@ class Namespace(Handlers):
             else:  # what changes meanwhile the reader sees (`passing_tell`)
                 with self.table.kept(node) as beside:
                     status = await self.in_thread(os.fstat, beside)
-            entry = self.attributes(node, status)
+            entry = self.attributes(node, status, hidden=False)
             if inode == pyfuse3.ROOT_INODE:
                 entry.st_ino = node.key[1]  # its node id is always 1; this is what stat shows
             return entry
@@ -103,8 +103,7 @@ class Namespace(Handlers):
             if node.opens and node.state is not None and (node.state.untold or node.state.version is None):
                 # By this reply the kernel takes the time of modification for that of the pages it has, which
                 # may be older. So it is told another one, to be asked for again before anybody sees it.
-                entry.st_mtime_ns ^= 1
-                entry.attr_timeout = 0.0
+                tell_another_time(entry, status)
             return entry
 
     async def _truncate(self, inode: Inode, size: int, fh: int | None, caller: Caller | None = None) -> None:

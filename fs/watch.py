@@ -14,6 +14,11 @@ never returns bytes from before a change that was over when it began. So does an
 that what was over by then is not taken for something beside it. What the kernel answers by itself
 (names, attributes, cached pages) follows when the event loop has read the report.
 
+The stamps of a write come before its bytes, and these before its report. If the kernel asks for attributes in
+between and reads after that, it has old bytes and the new time of modification, by which it would keep them.
+So of an open file of which it was told that time already it is told another one (`Nodes.has_old`), once. A
+close of who had it open for writing may mean no more than that: then no program shall see that time.
+
 A file that the kernel has only just been told of is left alone for a moment. The kernel enters one without
 any rights, and takes the attributes of the reply only if no notice came in between; if another one overtakes
 those that it asks for instead, a user is refused (EACCES) what everybody may. Of first uses of directories
@@ -92,6 +97,7 @@ class Watch:
         self._keys: dict[bytes, tuple[int, int]] = {}  # lower identities by handle
         self._held_back = _Later(TAKEN_IN_SECONDS, self._tell_all)
         self._repeated = _Later(REPEAT_SECONDS, self._tell_all)  # None stands for names
+        self._with_old: set[Inode] = set()  # the kernel may have old pages of these, and not have heard so
 
     @property
     def descriptor(self) -> int:
@@ -134,14 +140,14 @@ class Watch:
             return False
         self._counters.noticed_changes += 1
         if event.mask & (fanotify.MODIFY | fanotify.CLOSE_WRITE):
-            self._content(inode)
+            self._content(inode, bool(event.mask & fanotify.MODIFY))
         self._tell(inode)
         return bool(event.mask & fanotify.NAMES)
 
     def _suspect_all(self) -> None:
         self._counters.lost_reports += 1
         for inode in self._table.all():
-            self._content(inode)
+            self._content(inode, certain=False)
             self._tell(inode)
 
     def _tell(self, inode: Inode) -> None:
@@ -157,16 +163,32 @@ class Watch:
             if inode is None:
                 self._kernel.forget_names()
             elif self._table.find(inode.key) is inode:  # else its number may be another's
+                if inode in self._with_old:
+                    self._with_old.discard(inode)
+                    self._drop_old(inode, certain=False)
                 self._kernel.forget_attributes(inode.nodeid)
+            else:
+                self._with_old.discard(inode)
 
     def tell_the_rest(self) -> None:
         """Tell now what is held back: other code will go on (`restart`)."""
         self._held_back.do_now()
 
-    def _content(self, inode: Inode) -> None:
+    def _content(self, inode: Inode, certain: bool) -> None:
+        """Drop what there is of a file whose bytes have changed, or may have."""
         if inode.state is not None:
             with contextlib.suppress(OSError):  # it is gone: nobody can read it
                 self._coherence.reported(inode.state, self._table.descriptor(inode))
+                if inode.opens and self._drop_old(inode, certain):
+                    self._with_old.add(inode)
+
+    def _drop_old(self, inode: Inode, certain: bool) -> bool:
+        """Have the kernel drop its pages with the next reply that has attributes, if it may not otherwise."""
+        try:
+            status = os.fstat(self._table.descriptor(inode))
+        except OSError:  # it is gone
+            return False
+        return self._table.nodes.has_old(inode, status.st_mtime_ns, certain)
 
     def _find(self, handle: bytes) -> Inode | None:
         """Return the inode with this handle, if the kernel knows it. OSError if that cannot be told."""

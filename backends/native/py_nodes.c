@@ -401,6 +401,34 @@ static PyObject *store_to(NodesObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *has_old(NodesObject *self, PyObject *args)
+{
+    PyObject *view;
+    long long mtime_ns;
+    int all;
+    if (!PyArg_ParseTuple(args, "O!Lp:has_old", NodeType, &view, &mtime_ns, &all))
+        return NULL;
+    struct node *one = node_of(view);
+    if (!one)
+        return NULL;
+    return PyBool_FromLong(nodes_has_old(self->nodes, one, mtime_ns, all ? TELL_ALL : TELL_KERNEL));
+}
+
+static PyObject *tells(NodesObject *self, PyObject *args)
+{
+    PyObject *view;
+    long long mtime_ns;
+    int hidden;
+    bool doubted;
+    if (!PyArg_ParseTuple(args, "O!Lp:tells", NodeType, &view, &mtime_ns, &hidden))
+        return NULL;
+    struct node *one = node_of(view);
+    if (!one)
+        return NULL;
+    bool another = nodes_tells(self->nodes, one, mtime_ns, hidden, &doubted);
+    return Py_BuildValue("(OO)", another ? Py_True : Py_False, doubted ? Py_True : Py_False);
+}
+
 static PyObject *handle_of_node(NodesObject *self, PyObject *view)
 {
     struct node *one = node_of(view);
@@ -433,6 +461,8 @@ PyTypeObject *make_nodes_type(void)
                                     {"descriptor", (PyCFunction)descriptor, METH_O, NULL},
                                     {"handle", (PyCFunction)handle_of_node, METH_O, NULL},
                                     {"store_to", (PyCFunction)store_to, METH_VARARGS, NULL},
+                                    {"has_old", (PyCFunction)has_old, METH_VARARGS, NULL},
+                                    {"tells", (PyCFunction)tells, METH_VARARGS, NULL},
                                     {NULL, NULL, 0, NULL}};
     static PyGetSetDef getset[] = {{"open", (getter)get_open, NULL, NULL, NULL},
                                    {NULL, NULL, NULL, NULL, NULL}};

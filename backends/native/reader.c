@@ -149,7 +149,9 @@ static bool find_at_hand(struct reader *r, const struct fuse_in_header *in, cons
 {
     if (in->opcode == FUSE_GETATTR) {
         struct nodes *nodes = atomic_load_explicit(&r->answering, memory_order_acquire);
-        if (!nodes || !nodes_attributes(nodes, in->nodeid, out))
+        const struct fuse_getattr_in *question = argument; /* of an open file: by a read, which wants to know its size */
+        bool hidden = length >= sizeof *in + sizeof *question && question->getattr_flags & FUSE_GETATTR_FH;
+        if (!nodes || !nodes_attributes(nodes, in->nodeid, hidden, out))
             return false;
         atomic_fetch_add_explicit(&r->attributes, 1, memory_order_relaxed);
         *size = sizeof *out;

@@ -90,6 +90,8 @@ static int put_found(struct page *p, struct fuse_direntplus *entry, const struct
         entry->entry_out.attr_valid = entry->entry_out.attr_valid_nsec = 0;
         seconds = 0;
     }
+    struct fuse_entry_out *out = &entry->entry_out;
+    nodes_tell_time(p->nodes, one, &out->attr, &out->attr_valid, &out->attr_valid_nsec);
     put_entry(entry, one->nodeid, st->st_mode);
     entry->entry_out.generation = one->generation;
     count_seconds(p, seconds);

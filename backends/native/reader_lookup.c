@@ -35,6 +35,7 @@ static int look_up(struct nodes *n, uint64_t parent, const char *name, bool may_
     out->generation = one->generation;
     if (one->stored_to)
         out->attr_valid = out->attr_valid_nsec = 0;
+    nodes_tell_time(n, one, &out->attr, &out->attr_valid, &out->attr_valid_nsec);
     return 0;
 }
 

@@ -413,6 +413,52 @@ void nodes_store_to(struct nodes *n, struct node *one, bool stored_to)
     pthread_mutex_unlock(&n->lock);
 }
 
+/* With the lock. */
+static bool tells_another(struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)
+{
+    bool another = one->has_old == TELL_ALL || (one->has_old == TELL_KERNEL && hidden);
+    one->told_ns = mtime_ns;
+    *doubted = one->has_old != HAS_NONE;
+    if (another)
+        one->has_old = HAS_NONE;
+    return another;
+}
+
+/* With the lock. The last digit is enough for the kernel, which drops its pages if the time is not the one it knows. */
+static void tell_time(struct node *one, bool hidden, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds)
+{
+    bool doubted;
+    if (tells_another(one, (int64_t)attr->mtime * 1000000000 + attr->mtimensec, hidden, &doubted))
+        attr->mtimensec ^= 1;
+    if (doubted)
+        *seconds = *nanoseconds = 0;
+}
+
+bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old old)
+{
+    pthread_mutex_lock(&n->lock);
+    bool told = one->told_ns == mtime_ns;
+    if (told && one->has_old < old)
+        one->has_old = old;
+    pthread_mutex_unlock(&n->lock);
+    return told;
+}
+
+bool nodes_tells(struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)
+{
+    pthread_mutex_lock(&n->lock);
+    bool another = tells_another(one, mtime_ns, hidden, doubted);
+    pthread_mutex_unlock(&n->lock);
+    return another;
+}
+
+void nodes_tell_time(struct nodes *n, struct node *one, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds)
+{
+    pthread_mutex_lock(&n->lock);
+    tell_time(one, true, attr, seconds, nanoseconds);
+    pthread_mutex_unlock(&n->lock);
+}
+
 void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns)
 {
     struct node *one = nodes_find(n, nodeid);
@@ -452,23 +498,30 @@ int nodes_borrow(struct nodes *n, uint64_t nodeid, bool local, bool *doubted)
     return fd;
 }
 
+static void put_status(const struct lifetimes *l, uint64_t nodeid, const struct stat *st, bool doubted, struct fuse_attr_out *out)
+{
+    *out = (struct fuse_attr_out){0};
+    put_seconds(doubted ? 0 : attributes_seconds(l, st), &out->attr_valid, &out->attr_valid_nsec);
+    put_attributes(st, nodeid == ROOT_NODE ? st->st_ino : nodeid, &out->attr);
+}
+
 void nodes_tell(struct nodes *n, uint64_t nodeid, const struct stat *st, bool doubted, struct fuse_attr_out *out)
 {
     struct lifetimes lifetimes;
     nodes_lifetimes(n, &lifetimes);
-    *out = (struct fuse_attr_out){0};
-    put_seconds(doubted ? 0 : attributes_seconds(&lifetimes, st), &out->attr_valid, &out->attr_valid_nsec);
-    put_attributes(st, nodeid == ROOT_NODE ? st->st_ino : nodeid, &out->attr);
+    put_status(&lifetimes, nodeid, st, doubted, out);
 }
 
-bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out)
+bool nodes_attributes(struct nodes *n, uint64_t nodeid, bool hidden, struct fuse_attr_out *out)
 {
     struct stat st;
     pthread_mutex_lock(&n->lock);
     int fd = nodes_shown(n, nodeid);
     bool known = fd >= 0 && !fstat(fd, &st);
+    if (known) {
+        put_status(&n->lifetimes, nodeid, &st, false, out);
+        tell_time(nodes_find(n, nodeid), hidden, &out->attr, &out->attr_valid, &out->attr_valid_nsec);
+    }
     pthread_mutex_unlock(&n->lock);
-    if (known)
-        nodes_tell(n, nodeid, &st, false, out);
     return known;
 }

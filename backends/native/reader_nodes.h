@@ -22,6 +22,13 @@
 
 enum { ROOT_NODE = 1 };
 
+/* Whether to tell the kernel of another time of modification than the file's, once, not to be believed: so it drops its pages. */
+enum old {
+    HAS_NONE,
+    TELL_KERNEL, /* only where no program sees it: in what is told with a name, or asked for by a read */
+    TELL_ALL,
+};
+
 struct node {
     uint64_t nodeid;
     uint64_t device, number;      /* st_dev and st_ino of the lower file */
@@ -31,6 +38,7 @@ struct node {
     struct listed *listed;        /* of a directory: the listing that the kernel has (reader_listings.h); NULL: none */
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
+    int64_t told_ns;              /* the time of modification that the kernel was told last, under the table's lock */
     int64_t lookups;              /* that the kernel has not taken back */
     int64_t until_ns;             /* what a listing has told is believed, monotonic */
     uint32_t doubts;              /* of the table, when it was told */
@@ -42,6 +50,7 @@ struct node {
     bool by_id, by_key;           /* found so; without the first it is its view's alone */
     bool beside;                  /* found by its key and handle: another one is `by_key` */
     bool stored_to;               /* its attributes are not to be believed */
+    enum old has_old;             /* whether the kernel may have older pages than it was told; under the table's lock */
 };
 
 struct nodes;
@@ -101,6 +110,14 @@ const struct handle *nodes_handle(struct nodes *n, struct node *one);
 void nodes_believe(struct nodes *n, const struct lifetimes *l);
 void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
 void nodes_store_to(struct nodes *n, struct node *one, bool stored_to);
+/* Bytes of a regular file have changed; it was modified at `mtime_ns`. If the kernel was told so before, it may have taken old bytes
+ * since, and by this time it would keep them. False: it was not. */
+bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old old);
+/* The kernel is being told that it was modified at `mtime_ns`, and a program too unless this is `hidden`: whether it is to be another
+ * time. `*doubted`: neither is to be believed. */
+bool nodes_tells(struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted);
+/* The same for what is told with a name in `attr`, valid for `*seconds` and `*nanoseconds`. */
+void nodes_tell_time(struct nodes *n, struct node *one, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds);
 /* A listing tells its name and attributes, which are believed until then (monotonic ns); 0: no longer. */
 void nodes_told(struct nodes *n, uint64_t nodeid, int64_t until_ns);
 /* Until when what was told of a file on the root's device is believed; 0: it is not known. */
@@ -111,7 +128,7 @@ void nodes_doubt(struct nodes *n); /* the kernel will ask for all names again */
 int nodes_borrow(struct nodes *n, uint64_t nodeid, bool local, bool *doubted);
 /* What a GETATTR is told of it. For any thread. */
 void nodes_tell(struct nodes *n, uint64_t nodeid, const struct stat *st, bool doubted, struct fuse_attr_out *out);
-/* The reply to a GETATTR, of a local lower; false: it is not told here. For any thread. */
-bool nodes_attributes(struct nodes *n, uint64_t nodeid, struct fuse_attr_out *out);
+/* The reply to a GETATTR, of a local lower; `hidden`: no program sees it. False: it is not told here. For any thread. */
+bool nodes_attributes(struct nodes *n, uint64_t nodeid, bool hidden, struct fuse_attr_out *out);
 
 #endif

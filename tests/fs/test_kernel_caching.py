@@ -13,6 +13,8 @@ from tmem.types import PAGE_SIZE
 
 from . import underneath
 from .conftest import Mounter, Place
+from .faulty import Faulty, ends
+from .hanging import CONTENT, program
 
 if TYPE_CHECKING:
     from tmem.backends import _native
@@ -119,6 +121,50 @@ def test_content_changes_while_a_file_is_open_and_mapped(
             underneath.write(place.lower / "file", PAGE_SIZE, byte)
             eventually(lambda: os.pread(file.fileno(), 1, PAGE_SIZE) == byte)  # noqa: B023
             eventually(lambda: os.fstat(file.fileno()) and mapped[PAGE_SIZE : PAGE_SIZE + 1] == byte)  # noqa: B023
+
+
+COPY = (
+    "import mmap, os, sys; source, target = sys.argv[1].split(':')\n"
+    "mapped = mmap.mmap(os.open(source, os.O_RDONLY), 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)\n"
+    "os.pwrite(os.open(target, os.O_WRONLY), memoryview(mapped), 4096)"
+)
+
+
+@pytest.mark.parametrize("cache", ["direct", "kernel"])
+@pytest.mark.parametrize("loop", ["native", "plain"])
+def test_a_write_whose_stamps_are_seen_before_its_bytes(
+    mounter: Mounter,
+    segment: "_native.Segment",
+    eventually: Eventually,
+    faulty: Faulty,
+    tmp_path: Path,
+    loop: str,
+    cache: str,
+) -> None:
+    """The kernel reads old bytes with the new time of modification, by which it would keep them."""
+    lower = tmp_path / "written"
+    lower.mkdir()
+    (lower / "file").write_bytes(b"o" * 2 * PAGE_SIZE)
+    place = mounter(f"client=web,cache={cache},loop={loop},timeout=0", lower=lower)
+    watching_or_skip(place)
+    with (
+        (place.point / "file").open("rb", buffering=0) as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        number = file.fileno()
+        before = os.fstat(number).st_mtime_ns
+        assert mapped[:] == os.pread(number, 3 * PAGE_SIZE, 0) == b"o" * 2 * PAGE_SIZE
+        faulty.fail("read", hangs=True, name="slow")
+        with program(COPY, f"{faulty.point / 'slow'}:{lower / 'file'}") as writer:
+            eventually(lambda: "read" in faulty.waiting())
+            eventually(lambda: os.fstat(number).st_mtime_ns != before)
+            assert mapped[:] == os.pread(number, 3 * PAGE_SIZE, 0) == b"o" * 2 * PAGE_SIZE
+            faulty.heal()
+            assert ends(writer, 60)
+        assert (lower / "file").read_bytes()[PAGE_SIZE:] == CONTENT[:PAGE_SIZE]
+        eventually(lambda: os.pread(number, PAGE_SIZE, PAGE_SIZE) == CONTENT[:PAGE_SIZE])
+        eventually(lambda: os.fstat(number) and mapped[PAGE_SIZE:] == CONTENT[:PAGE_SIZE])
+        eventually(lambda: shown(os.fstat(number)) == shown((lower / "file").stat()))
 
 
 CHANGES: dict[str, Callable[[int], object]] = {
