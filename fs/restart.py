@@ -143,6 +143,7 @@ class Restarter:
                 capture_stderr=True,
                 check=False,
                 pass_fds=(descriptor, self._overlay.table.root),
+                deliver_cancel=_kill,
             )
         finally:
             os.close(descriptor)
@@ -154,6 +155,15 @@ class Restarter:
 
     def _tell(self, **changes: int | bool | str) -> None:
         self._overlay.restarts = replace(self._overlay.restarts, **changes)  # type: ignore[arg-type]
+
+
+async def _kill(process: trio.Process) -> None:
+    """End new code that is being tried out.
+
+    It has nothing to lose. SIGTERM, which trio would send first, and wait for 5 s, does not reach it as long
+    as it blocks what this process does; and a daemon that was told to end is given up after ten.
+    """
+    process.kill()
 
 
 @contextlib.contextmanager

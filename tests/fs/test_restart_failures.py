@@ -197,3 +197,17 @@ def test_a_mount_that_cannot_be_asked_says_why(mounter: Mounter, tmp_path: Path)
     place.kill()
     with pytest.raises(AttachError, match=rf"the daemon of {place.point} has ended \(ENOTCONN\): .*mount"):
         place.restart()
+
+
+def test_new_code_that_hangs_holds_up_no_end(
+    mounter: Mounter, code: NewCode, eventually: Callable[..., None]
+) -> None:
+    """It is tried out for up to 30 s; the daemon, told to end, neither waits for it nor is given up."""
+    place = mounter(successor=Successor((str(code.path),), drain_seconds=4.0))
+    code.write('echo "$$" > "$0.pid"; exec sleep 1000')
+    os.kill(place.pid, signal.SIGUSR1)
+    number = Path(f"{code.path}.pid")
+    eventually(lambda: number.exists() and number.read_text())
+    os.kill(place.pid, signal.SIGTERM)
+    assert os.waitpid(place.pid, 0)[1] == 0
+    assert not Path(f"/proc/{int(number.read_text())}").exists()
