@@ -18,11 +18,12 @@ second a million keys. Not for connections and repetitions: `redis_nodes`. Threa
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
 
 from tmem.backends import _native
@@ -50,8 +51,12 @@ _SHORTENED = 256
 _SCAN_COUNT = 1000
 _COUNTER_S = 86400
 """How long the key that counts stays once everything else was removed."""
+_SAMPLED = 256
+"""How many values, the oldest, may be gone through for one of each node."""
 _NEVER_RESERVED = 1 << 20
 """How far it counts on then, for a writer that reserves numbers at that moment."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,31 @@ class RedisTier:
         self._traffic = Traffic()
         self._begun: set[_Batch] = set()
         self._counts = dict.fromkeys(_COUNTS, 0)
+        self._lost = False  # and told
 
     def check(self) -> None:
-        """Raise TierDownError, with what to do, if pages should not be trusted to the servers now."""
+        """Raise TierDownError, with what to do, if pages should not be trusted to the servers now. What they
+        have lost is told in the log, once."""
         with self._counting():
             self._fitness.look()
+            if not self._lost:
+                self._look_for_losses()
+
+    def _look_for_losses(self) -> None:
+        """See whether each node still has the first that we know of what it was given."""
+        samples: dict[str, int] = {}
+        for number, value in islice((self._values or {}).items(), _SAMPLED):
+            if value.live and value.size_bytes:
+                samples.setdefault(self._nodes.owner(values.key(self._prefix, number)), number)
+        commands = [self._command("GETRANGE", number, 0, 0) for number in samples.values()]
+        for node, head in zip(samples, self._nodes.run(commands), strict=True):
+            if not head:
+                self._lost = True
+                _log.warning(
+                    "%s has lost pages that it had taken: it, and its replicas, have been restarted without "
+                    "data, or emptied; who reads one of them gets an error",
+                    node,
+                )
 
     def write(self, records: Sequence["Buffer"]) -> list[int]:
         """See the contract. Also raises TierDownError while the servers are not fit (`redis_fitness`)."""

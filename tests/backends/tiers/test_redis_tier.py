@@ -245,15 +245,21 @@ def test_numbers_begin_anew(server: Server) -> None:
     nodes.close()
 
 
-def test_a_server_that_came_back_empty(tmp_path: Path) -> None:
-    """What is lost is missing, never something else; and it goes on."""
+def test_a_server_that_came_back_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is lost is missing, never something else, and told once; and it goes on."""
     with single(tmp_path) as server:
         tier = opened(url_of(server))
         tier.retain([])
         locations = tier.write(records(0, 50))
+        tier.check()
+        assert not caplog.messages
         server.kill()
         server.start()
         wait_until(server.answers)
+        for _ in range(2):
+            tier.check()
+            (told,) = caplog.messages
+            assert f"{server.address} has lost pages" in told
         assert tier.read(locations) == [None] * 50
         assert tier.statistics().missing == 50
         again = opened(url_of(server))
