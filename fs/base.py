@@ -102,6 +102,7 @@ class Handlers(pyfuse3.Operations):
         self.read_threads = trio.CapacityLimiter(_READ_THREADS)
         self.change_threads = trio.CapacityLimiter(_CHANGE_THREADS)
         self.name_threads = trio.CapacityLimiter(_NAME_THREADS)
+        self.close_threads = trio.CapacityLimiter(_CHANGE_THREADS)
         self.rewrites = 0
         """Changes of contents that have ended: with those of names the kernel lets none go together."""
 
@@ -155,6 +156,10 @@ class Handlers(pyfuse3.Operations):
     async def change_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """As `in_thread`, for what changes a file: those that hang do not hold up reads and questions."""
         return await self.in_thread(work, *arguments, threads=self.change_threads)
+
+    async def close_elsewhere(self, descriptor: int) -> None:
+        """Close a file of a lower that may not answer: also a close asks it, by FLUSH. OSError."""
+        await self.in_thread(os.close, descriptor, threads=self.close_threads)
 
     async def name_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """As `in_thread`, for what changes names or attributes: those that hang hold up only such changes."""

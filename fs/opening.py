@@ -69,13 +69,18 @@ class Opening(Namespace):
         with errors():
             if flags & os.O_TRUNC:
                 return await self._open_truncated(self.table[inode], flags, Caller.of(ctx))
-            if self.waits_to_open(inode):
+            if self.waits_to_open(inode, flags):
                 return await self.open_elsewhere(inode, flags, Caller.of(ctx))
             return self.open_file(inode, flags, Caller.of(ctx))
 
-    def waits_to_open(self, inode: int) -> bool:
-        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`."""
-        return not self.is_here(self.table[inode]) and not self._patience.is_quick
+    def waits_to_open(self, inode: int, flags: int) -> bool:
+        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`.
+
+        For writing it is closed, too (`open_file`), of which no lower says beforehand how long that takes.
+        """
+        if self.is_here(self.table[inode]):
+            return False
+        return flags & os.O_ACCMODE != os.O_RDONLY or not self._patience.is_quick
 
     async def open_elsewhere(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
         """Open a file, without O_TRUNC, in a thread. OSError, TmemError, FUSEError."""
@@ -84,9 +89,17 @@ class Opening(Namespace):
         with self.table.kept(node) as beside:
             if flags & os.O_ACCMODE != os.O_RDONLY:  # as in `open_file`
                 with contextlib.suppress(PermissionError):
-                    unchanged = self._validate(node, *await self._open_kept(node, beside, os.O_RDONLY))
+                    unchanged = await self._validate_elsewhere(node, beside)
             descriptor, status = await self._open_kept(node, beside, flags)
         return self._opened(node, descriptor, flags, caller, status, unchanged)
+
+    async def _validate_elsewhere(self, node: Inode, beside: int) -> bool:
+        """Check by a descriptor of our own whether the file's pages still show it. OSError."""
+        descriptor, status = await self._open_kept(node, beside, os.O_RDONLY)
+        try:
+            return self._validate(node, descriptor, status)
+        finally:
+            await self.close_elsewhere(descriptor)
 
     async def _open_kept(self, inode: Inode, beside: int, flags: int) -> tuple[int, os.stat_result | None]:
         """Open an inode by a descriptor of ours in a thread, and look at it.
@@ -111,7 +124,11 @@ class Opening(Namespace):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             # First with a descriptor that only reads: one of our own that writes hides other writers.
             with contextlib.suppress(PermissionError):
-                unchanged = self._validate(node, *self._open_now(node, os.O_RDONLY))
+                descriptor, status = self._open_now(node, os.O_RDONLY)
+                try:
+                    unchanged = self._validate(node, descriptor, status)
+                finally:
+                    os.close(descriptor)
         descriptor, status = self._open_now(node, flags)
         info = self._opened(node, descriptor, flags, caller, status, unchanged)
         if self.reading is not None and self._grants.due:
@@ -136,16 +153,12 @@ class Opening(Namespace):
             self._grants.give(self._most_cached(), self._no_atimes)
 
     def _validate(self, inode: Inode, descriptor: int, status: os.stat_result | None) -> bool:
-        """Check with `descriptor`, which is closed, whether the file's pages still show it."""
-        try:
-            status = status or os.fstat(descriptor)
-            return self.coherence.validate(self.state_of(inode), status, descriptor)
-        finally:
-            os.close(descriptor)
+        """Check with `descriptor` whether the file's pages still show it."""
+        return self.coherence.validate(self.state_of(inode), status or os.fstat(descriptor), descriptor)
 
     async def _open_truncated(self, inode: Inode, flags: int, caller: Caller | None = None) -> "FileInfo":
         # Opened without O_TRUNC first: the change needs a descriptor before it happens.
-        if self.waits_to_open(inode.nodeid):
+        if self.waits_to_open(inode.nodeid, flags):
             with self.table.kept(inode) as beside:
                 descriptor, _ = await self._open_kept(inode, beside, flags & ~os.O_TRUNC)
         else:
@@ -318,7 +331,16 @@ class Opening(Namespace):
         if self.is_used(fh):
             await self.wait_unused(fh)
         with errors():
-            self.close_file(fh)
+            if self.waits_to_close(fh):
+                descriptor = self._end_use(fh)
+                if descriptor is not None:
+                    await self.close_elsewhere(descriptor)
+            else:
+                self.close_file(fh)
+
+    def waits_to_close(self, fh: int) -> bool:
+        """Say whether to close a file may take longer than others can wait: then use `release`."""
+        return not self.is_here(self._files[fh].inode)
 
     def is_used(self, fh: int) -> bool:
         """Say whether a file that is to be closed is in use still, and `wait_unused` must come first."""
@@ -341,6 +363,12 @@ class Opening(Namespace):
 
     def close_file(self, fh: int) -> None:
         """Close a file that is not in use. OSError, TmemError."""
+        descriptor = self._end_use(fh)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _end_use(self, fh: int) -> int | None:
+        """Forget an open file that is not in use; its descriptor, unless another closes it. TmemError."""
         file = self._files.pop(fh)
         file.inode.opens -= 1
         try:
@@ -351,9 +379,15 @@ class Opening(Namespace):
                     self.discard_if_unlinked(file.descriptor)
                 elif file.state.gone:  # not asked of a lower that may not answer: as in `_retire`
                     self.coherence.discard(file.state.name, file.state)
-        finally:
-            if self.reading is None or not self.reading.close(fh):
+        except BaseException:
+            if not self._closes_later(fh):
                 os.close(file.descriptor)
+            raise
+        return None if self._closes_later(fh) else file.descriptor
+
+    def _closes_later(self, fh: int) -> bool:
+        """Have a file served natively no more; True if its descriptor is closed there."""
+        return self.reading is not None and self.reading.close(fh)
 
     def read_by(self, reading: Reading | None) -> None:
         """Have hits answered by a native reader from now on, or not any more."""

@@ -97,7 +97,7 @@ class Shortcuts:
 
     def _open(self, unique: int, node: int, body: bytes, caller: Caller, start_soon: Start) -> None:
         (flags,) = _OPEN_IN.unpack_from(body)
-        if self._overlay.waits_to_open(node):
+        if self._overlay.waits_to_open(node, flags):
             start_soon(partial(self._open_later, flags, caller), unique, node)
         else:
             self._opened(unique, self._overlay.open_file(node, flags, caller))
@@ -114,7 +114,7 @@ class Shortcuts:
             self._overlay.unheard(info.fh)
 
     def _close(self, unique: int, number: int, start_soon: Start) -> None:
-        if self._overlay.is_used(number):
+        if self._overlay.is_used(number) or self._overlay.waits_to_close(number):
             start_soon(self._close_later, unique, number)
             return
         self._overlay.close_file(number)

@@ -322,6 +322,7 @@ class Mounts:
         reads = Beside(self.handles if beside else [])
         with reads:
             call(handle.descriptor, next(self.numbers))
+        handle.file.settled[1 - handle.side] = -1
         reads.check()
 
     @step(number=HANDLES)
@@ -478,6 +479,7 @@ class Mounts:
             for handle in self.handles:
                 if handle.file is file:
                     change(handle.descriptor, next(self.numbers))
+                    file.settled[1 - handle.side] = -1
             self.all_is_right()
 
     def change_file(self, file: File, path: Path, page: int, how: str, beside: bool, size: int) -> None:
@@ -493,6 +495,7 @@ class Mounts:
                 os.truncate(path, size)
         elif how == "touch":
             os.utime(path, ns=(1, next(self.numbers) * 1000))
+            file.settled = [-1, -1]
         elif how == "splice":
             with self.changing(file, file.written(0, data), beside):
                 other.splice_in(path, data)
