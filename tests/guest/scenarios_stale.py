@@ -29,6 +29,7 @@ SIZES_MIB, SECONDS = (8, 32), (20.0, 90.0)
 in a second."""
 PAUSE_MS = 20
 LONG_S, SHORT_S, LOOK_S, AFTER_S = 3600.0, 60.0, 5.0, 30.0
+LEAST_LOOKS = 12
 _FOREVER = "1000000"
 
 
@@ -81,7 +82,10 @@ def measure(setting: Setting, seconds: float) -> Figures:
         _begin(machine, name == "discard")
     began = time.monotonic()
     with (setting.logs / "looks.jsonl").open("w") as file:
-        while (passed := time.monotonic() - began) < seconds:
+        # On a busy machine a look takes a minute.
+        while (passed := time.monotonic() - began) < seconds or any(
+            len(machine.rows) < LEAST_LOOKS for machine in machines.values()
+        ):
             for name, machine in machines.items():
                 machine.refresh()
                 machine.rows.append(machine.look())
