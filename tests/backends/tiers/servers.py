@@ -252,7 +252,30 @@ class Cluster:
         wait_until(lambda: all(server.answers() for server in self.servers))
         for server in self.primaries():  # Valkey's tell their replicas
             _end_moves(server)
-        wait_until(self.settled, what="every server is there again")
+        wait_until(self._is_in_order, what="every server is there again")
+
+    def _is_in_order(self) -> bool:
+        """Whether all is settled. Until then who follows a replica, or has no slots, gets a primary."""
+        if self.settled():
+            return True
+        with contextlib.suppress(redis.RedisError, OSError):
+            served = {port: text(name) for _, _, (_, port, name, *_), *_ in self._slots()}
+            roles = {server.port: server.info("replication") for server in self.servers}
+            fewest = min(served, key=lambda port: int(str(roles[port]["connected_slaves"])))
+            for server in self.servers:
+                role, port = roles[server.port], server.port
+                above = role.get("master_port")
+                if role["role"] == "master" and port not in served:
+                    server.ask("CLUSTER", "REPLICATE", served[fewest])
+                elif role["role"] == "slave" and above not in served and above in roles:
+                    primary = roles[above].get("master_port")
+                    server.ask("CLUSTER", "REPLICATE", served.get(primary, served[fewest]))
+        return False
+
+    def _slots(self) -> list[Any]:
+        slots = self.servers[0].ask("CLUSTER", "SLOTS")
+        assert isinstance(slots, list)
+        return slots
 
     def mend(self) -> None:
         """Bring every server back, and remove what is stored."""

@@ -55,7 +55,7 @@ def test_primaries_killed_during_demotion(redis_cluster: Cluster, victims: tuple
 
 def test_a_replica_killed_during_demotion(redis_cluster: Cluster) -> None:
     """Until it is back nothing of its shard is acknowledged; what was before stays."""
-    tier = opened(redis_cluster, "?timeout=0.5")
+    tier = opened(redis_cluster, "?timeout=1")
     batch = records(0, 400)
     locations = tier.write(batch)
     primaries = redis_cluster.primaries()

@@ -85,7 +85,7 @@ def test_a_primary_and_a_replica_killed_at_once(wide_cluster: Cluster) -> None:
     tier = opened(wide_cluster)
     demotion = Demotion(tier)
     try:
-        for turn in range(8 if LONG else 1):
+        for turn in range(4 if LONG else 1):
             demotion.until(demotion.batches + 5)
             primary = most_replicas(wide_cluster)
             victims = [primary, wide_cluster.replicas(primary)[turn % 2]]
