@@ -169,8 +169,8 @@ def _mib(size: float) -> float:
 _GROUP = "/sys/fs/cgroup/work"
 MEMORY_MIB, IDLE_MIB, BUSY_MIB = 384, 112, 24
 NEED_MIB = 112
-_REPORTING_ORDER = 4
-"""Free memory is the host's in pieces of 64 KiB, not of 2 MiB as a kernel has it at first."""
+_REPORTING_ORDER = 0
+"""Free memory is the host's by single pages, not in pieces of 2 MiB as a kernel has it at first."""
 
 
 @scenario("balloon")
