@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from tmem.backends import _native
 
 
+LOOP = os.environ.get("TMEM_TEST_LOOP", "")
+"""How mounts read requests where a test does not say; empty: as they are shipped."""
+
+
 @dataclass
 class Place:
     """A mount under test."""
@@ -101,6 +105,8 @@ def mounter(tmp_path: Path, runtime_dir: Path) -> Iterator[Mounter]:
         lower.mkdir(exist_ok=True)
         if mounts.top_mount(str(point)) is None:
             point.mkdir(exist_ok=True)
+        if LOOP and "loop=" not in options:
+            options = f"{options},loop={LOOP}".removeprefix(",")
         if "cache=" not in options:  # that reads come to the daemon does not hang on this machine's memory
             options = f"{options},cache=direct".removeprefix(",")
         parsed = MountOptions.parse([options], str(point))
