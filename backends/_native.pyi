@@ -193,14 +193,39 @@ class Segment:
         ephemeral: bool = False,
         loose: bool = False,
         warm: bool = False,
-    ) -> tuple[int, int, int, int]:
+    ) -> tuple[int, int, int, int, int, int]:
         """Store pages smaller that were not put or got between the last two visits, from chunk `first` on.
 
         Those of persistent or ephemeral pools, and of loose pages all; with `warm` whatever was put and got.
         Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, the CPU time
-        spent, and of the chunks that it has visited how many pages are condensed there now and how many bytes
-        that saves. Releases the GIL.
+        spent, and of the chunks that it has visited how many pages are condensed there now, how many bytes
+        that saves, how many of them are in packs, and how many bytes that saves beyond it. Releases the GIL.
+
+        Packs whose pages would take less by themselves, because others have left, or that were read in two
+        intervals, are taken apart.
         """
+
+    def pack(self, first: int, most_ns: int, *, warm: bool = False) -> tuple[int, int]:
+        """Store condensed neighbours of persistent pools together where that saves memory, from chunk `first`
+        on, unless `packing` is off: those that were not put or got lately, or with `warm` all.
+
+        Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, and the CPU
+        time spent. Releases the GIL.
+        """
+
+    def unpack(self, first: int, most_ns: int) -> tuple[int, int]:
+        """Take packs apart that pages have left, where that saves memory, and free those that all have; as
+        `pack`."""
+
+    @property
+    def packing(self) -> bool:
+        """Whether `pack` does anything. Settable; what is in packs stays there."""
+    @packing.setter
+    def packing(self, value: bool) -> None: ...
+    @property
+    def pack_losses(self) -> int:
+        """Pages that have left packs since `unpack` began with chunk 0 last: about a KiB each that is lost
+        there until it comes by."""
 
     def dedup(self, first: int, most_ns: int, *, warm: bool = False) -> tuple[int, int]:
         """Keep equal pages once, of clients that allow it (`Client.dedup`), from chunk `first` on: those that

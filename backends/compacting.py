@@ -2,7 +2,8 @@
 
 The core does it (`_native.Segment.compact`). This says when: where it gains an eighth of the memory, for a
 tenth of the time that passes between, most of a CPU where half of the memory is holes; whoever asks and
-however often.
+however often. First packs are taken apart that many of their pages have left (`_native.Segment.unpack`): what
+they gain is not holes before that.
 Not for a put that waits for memory: the core helps itself.
 
 Threading: any thread; `step` blocks while it works, half a second at most, and a second one at the same time
@@ -26,6 +27,8 @@ EARNED, MUCH_EARNED = 0.1, 5.0
 holes; a GiB takes 0.6 s."""
 MOST_NS, MUCH_NS = 100_000_000, 500_000_000
 """How much of that is saved up, and how long a step takes at most."""
+LOST_BYTES = 1024
+"""About what a page takes in a pack, and after it has left that."""
 LEAST_NS = 5_000_000
 """Less is saved up first: every call may look at all chunks."""
 
@@ -52,6 +55,8 @@ class Compactor:
         self.statistics = CompactStatistics()
         self._segment = segment
         self._clock_ns = clock_ns
+        self._unpacked_to = 0
+        """The chunk with which taking packs apart goes on."""
         self.many_holes = False
         """Whether more than half of the memory was holes at the last step, and some of them went."""
         self._busy = threading.Lock()
@@ -62,23 +67,30 @@ class Compactor:
         """Move pages together if that is worth it and time is left; the bytes of the chunks that came
         free."""
         used, _, holes = self._segment.occupied
-        many, self.many_holes = holes > used // 2, False
-        if holes <= max(used // 8, LEAST_HOLES_BYTES) or not self._busy.acquire(blocking=False):
+        lost = self._segment.pack_losses * LOST_BYTES
+        many, self.many_holes = holes + lost > used // 2, False
+        worth = max(used // 8, LEAST_HOLES_BYTES)
+        unpacks = lost > worth or self._unpacked_to > 0
+        if (holes <= worth and not unpacks) or not self._busy.acquire(blocking=False):
             return 0
         try:
-            freed = self._step_locked(many)
-            self.many_holes = many and freed > 0
+            freed = self._step_locked(many, unpacks)
+            self.many_holes = (many and freed > 0) or unpacks
             return freed
         finally:
             self._busy.release()
 
-    def _step_locked(self, many: bool) -> int:
+    def _step_locked(self, many: bool, unpacks: bool) -> int:
         earned, most_ns = (MUCH_EARNED, MUCH_NS) if many else (EARNED, MOST_NS)
         began_ns, counts = self._clock_ns(), self.statistics
         saved_ns = min(self._saved_ns + int((began_ns - self._counted_ns) * earned), most_ns)
         if saved_ns < LEAST_NS:
             return 0
-        freed = self._segment.compact(WORTH_HOLES, saved_ns)
+        if unpacks:
+            freed = 0
+            self._unpacked_to, _ = self._segment.unpack(self._unpacked_to, saved_ns)
+        else:
+            freed = self._segment.compact(WORTH_HOLES, saved_ns)
         self._counted_ns = self._clock_ns()
         took_ns = self._counted_ns - began_ns
         self._saved_ns = saved_ns - took_ns

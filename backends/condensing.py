@@ -5,7 +5,8 @@ neither put nor got between two visits of their chunk are compressed again with 
 round begins `ROUND_S` after the last one at the earliest, so a page is cold after that time, and takes no
 more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
 everything while the CPUs are wanted: what programs wait for comes first. A round ends with the equal pages
-of clients that allow it (`_native.Segment.dedup`, native/pair.c), from the same share.
+of clients that allow it (`_native.Segment.dedup`, native/pair.c), and with packing cold neighbours together
+(`_native.Segment.pack`, native/pack.c), from the same share.
 
 Threading: `step` blocks while it works, the segment's share of two seconds at most; the manager calls it from
 a worker thread, one call at a time.
@@ -48,6 +49,10 @@ class Condensed:
     """Pages that are condensed."""
     saved_bytes: int
     """Memory that this saves, to what they took before."""
+    packed_pages: int
+    """Those of them that are in packs."""
+    packed_saved_bytes: int
+    """Memory that this saves beyond it."""
     at_s: float
     """When the round ended, by the clock of the condenser."""
 
@@ -56,6 +61,8 @@ class Condensed:
         return {
             "condensed_now_pages": self.pages,
             "condensed_now_bytes": self.saved_bytes,
+            "packed_now_pages": self.packed_pages,
+            "packed_now_bytes": self.packed_saved_bytes,
             "condensed_now_age_ns": int((now_s - self.at_s) * 1e9),
         }
 
@@ -72,15 +79,15 @@ class Condenser:
         self.statistics = CompactStatistics()
         """What moving pages together after rounds has done."""
         self._found: Condensed | None = None
-        self._pages = self._saved_bytes = 0  # that this round has found so far
+        self._seen = [0, 0, 0, 0]  # what this round has found so far
         self._segment = segment
         self._pressure = pressure
         self._clock = clock
         self._last = self._round = clock()
         self._chunk = 0
         self._waiting = True
-        self._pairing = False
-        """The second half of a round: equal pages."""
+        self._part = 0
+        """Of a round: cold pages, equal pages, neighbours."""
         self._budget_ns = 0
 
     def figures(self) -> dict[str, int]:
@@ -106,25 +113,30 @@ class Condenser:
         with _ordinary():
             while spent < self._budget_ns and not self._waiting:
                 most_ns = min(self._budget_ns - spent, _SLICE_NS)
-                if self._pairing:
-                    self._chunk, ns = self._segment.dedup(self._chunk, most_ns)
-                else:
-                    ns = self._condense(most_ns)
-                spent += ns
+                spent += (self._condense, self._dedup, self._pack)[self._part](most_ns)
                 if not self._chunk:
-                    self._waiting, self._pairing = self._pairing, not self._pairing
-                    spent += self._compact()
+                    self._part = (self._part + 1) % 3
+                    self._waiting = self._part == 0
+                    spent += 0 if self._part == 2 else self._compact()
         self._budget_ns -= spent
         return spent
 
     def _condense(self, most_ns: int) -> int:
         if not self._chunk:
-            self._pages = self._saved_bytes = 0
-        self._chunk, ns, pages, saved_bytes = self._segment.condense(self._chunk, most_ns, **self._what())
-        self._pages += pages
-        self._saved_bytes += saved_bytes
+            self._seen = [0, 0, 0, 0]
+        self._chunk, ns, *found = self._segment.condense(self._chunk, most_ns, **self._what())
+        self._seen = [sum(both) for both in zip(self._seen, found, strict=True)]
         if not self._chunk:
-            self._found = Condensed(self._pages, self._saved_bytes, self._clock())
+            pages, saved_bytes, packed, packed_saved_bytes = self._seen
+            self._found = Condensed(pages, saved_bytes, packed, packed_saved_bytes, self._clock())
+        return ns
+
+    def _dedup(self, most_ns: int) -> int:
+        self._chunk, ns = self._segment.dedup(self._chunk, most_ns)
+        return ns
+
+    def _pack(self, most_ns: int) -> int:
+        self._chunk, ns = self._segment.pack(self._chunk, most_ns)
         return ns
 
     def _compact(self) -> int:

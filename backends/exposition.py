@@ -60,8 +60,9 @@ _COUNTERS = _words(
     gets_taken flushes flushes_found object_flushes object_flushes_found evictions corrupt_pages
     pages_dropped reaped populated_bytes compacted_bytes compacting_ns looks given_back_bytes raised
     lowered shrinks squeezed_pages squeezed_bytes condensed_pages condensed_bytes restored_pages
-    condensing_ns pages_demoted pages_fetched demoted_pages unreachable_gets dedup_pages dedup_ns
-    restored_bytes squeezing_ns demoted_cold_pages pages_prefetched prefetched_pages prefetching_ns
+    condensing_ns pages_packed pages_unpacked packing_ns pages_demoted pages_fetched demoted_pages
+    unreachable_gets dedup_pages dedup_ns restored_bytes
+    squeezing_ns demoted_cold_pages pages_prefetched prefetched_pages prefetching_ns
     hit_reads miss_reads passthrough_reads hit_pages miss_pages hit_bytes lower_bytes lower_ns lower_errors
     put_pages put_ns ahead_pages refused_pages overtaken_pages flushed_pages foreign_changes declined_opens
     backed_opens noticed_changes lost_reports tier_hit_pages tier_miss_pages tier_sent_pages
@@ -77,6 +78,7 @@ _GAUGES = _words(
     chunks_total chunks_used chunks_used_max chunks_free cap_bytes floor_bytes weight ephemeral_bytes
     compressed_pages raw_pages held authorised_pools pools pages bytes spare_bytes margin_bytes
     stalled_percent urgency tier_pages twin_pages original_pages original_bytes dedup_bytes
+    packed_pages packs pack_bytes pages_packed_bytes packed_now_pages packed_now_bytes
     stepped_aside watching tier_up io_uring pool_active tier_age_ns tier_used_bytes tier_capacity_bytes
     tier_free_bytes tier_records condensed_now_pages condensed_now_bytes condensed_now_age_ns
     repatriation_idle_ns repatriation_wait_ns

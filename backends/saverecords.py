@@ -90,6 +90,8 @@ class Summary(_Document):
         if twins := sum(one["twin_pages"] for one in counts):  # elsewhere each is a page of its own
             whole = client.statistics()
             data += twins * whole["original_bytes"] // max(whole["original_pages"], 1)
+        if any(one["packed_pages"] for one in counts):
+            data += client.statistics()["pack_bytes"] * 6 // 5
         return cls(client.name, pages, data, data + pages * _SLOT_BYTES + nodes * _NODE_BYTES)
 
 

@@ -66,6 +66,12 @@ class SegmentStatistics(_Statistics):
     """Persistent pages that equal others of their client, and are kept once with those."""
     original_pages: int
     """What is kept for them: pages that nobody put as such, and that no other number counts."""
+    packed_pages: int
+    """Persistent pages that are stored together with neighbours, in packs."""
+    packs: int
+    """How many there are."""
+    pack_bytes: int
+    """Their memory."""
     pages_max: int
     """The most pages that there were; like the other maxima of the segment, looked at every 256 operations
     of a thread."""
@@ -123,6 +129,14 @@ class SegmentStatistics(_Statistics):
     """Memory that this took again."""
     condensing_ns: int
     """CPU time of all this, loose pages in the background included."""
+    pages_packed: int
+    """Condensed pages that were packed together with neighbours."""
+    pages_packed_bytes: int
+    """Memory that this saved, beyond what condensing did."""
+    pages_unpacked: int
+    """Of those, pages that got memory of their own again."""
+    packing_ns: int
+    """CPU time of both, but of taking packs apart that are read: that is in `condensing_ns`."""
     dedup_pages: int
     """Pages that were found to equal others, and are kept once with those from then on."""
     dedup_bytes: int
@@ -178,6 +192,12 @@ class ClientStatistics(_Statistics):
     """What is kept for them."""
     original_bytes: int
     """Memory of that, a part of `used_bytes`."""
+    packed_pages: int
+    """Persistent pages that are stored together with neighbours, in packs."""
+    packs: int
+    """How many there are."""
+    pack_bytes: int
+    """Their memory, a part of `used_bytes`."""
     unreachable_gets: int
     """Gets that ended with an error because the tier did not answer, or had lost the page."""
     allocation_failures: int
@@ -234,6 +254,8 @@ class PoolStatistics(_Statistics):
     """Pages that are in a tier, and not in memory."""
     twin_pages: int
     """Pages that equal others of the client, and are kept once with those."""
+    packed_pages: int
+    """Pages that are stored together with neighbours, in memory that is counted for the client."""
     puts: int
     """Pages that were offered."""
     puts_stored: int

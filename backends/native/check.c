@@ -1,4 +1,4 @@
-/* Check of all invariants (docs/design.md, I1..I12). Exact only while nobody else works on the segment. */
+/* Check of all invariants (docs/design.md, I1..I13). Exact only while nobody else works on the segment. */
 #include "tm.h"
 
 #include <stdarg.h>
@@ -41,7 +41,7 @@ static bool refer(struct report *r, uint32_t ref, uint32_t bin, const char *what
 }
 
 struct sums {
-    int64_t pages, fill, raw, tier, twin, bytes, objects, nodes;
+    int64_t pages, fill, raw, tier, twin, packed, bytes, objects, nodes;
 };
 
 struct visit {
@@ -98,7 +98,8 @@ static void check_block(struct report *r, uint64_t block)
     }
     if (block_length(word) > TM_PAGE || b->checksum != block_checksum(b, word, atomic_load(&b->stamp)))
         say(r, "I3: block %llu of pool %d fails its checksum", (unsigned long long)block, pool);
-    else if (!block_read(r->ctx, b, number, seg->size - block * 16, r->ctx->page))
+    else if (block_kind(word) == BLOCK_PACK ? !pack_holds(r->ctx, b, 0)
+                                            : !block_read(r->ctx, b, number, seg->size - block * 16, r->ctx->page))
         say(r, "I3: block %llu of pool %d passes its checksum and cannot be decoded", (unsigned long long)block, pool);
     if (seg->pools[pool].persistent != (seg->chunks[chunk_of(seg, block * 16)].bin < BIN_OBJECT))
         say(r, "I3: block %llu is in a bin of the wrong kind", (unsigned long long)block);
@@ -106,7 +107,7 @@ static void check_block(struct report *r, uint64_t block)
 
 
 /* I4: every slot's block is allocated; only persistent pages are in a tier; a pool's sums are those of its slots. I12: a
- * twin's original is stored, or was evicted and nothing has taken its place. */
+ * twin's original is stored, or was evicted and nothing has taken its place. I13: a page's pack is there, and has it. */
 static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums *sums)
 {
     struct tm_segment *seg = r->seg;
@@ -131,6 +132,15 @@ static void check_slots(struct report *r, uint32_t c, uint32_t bit, struct sums 
             if (!slot_stored(named) && !original_is_evicted(seg, originals_of(seg, pool), named))
                 say(r, "I12: a slot of pool %u names original %llu, which is not there", pool,
                     (unsigned long long)(word & SLOT_VALUE));
+        } else if (slot_type(word) == SLOT_PACKED) {
+            uint64_t pack = word & SLOT_VALUE, named = 0, number = slot_number(seg, &slots[i]);
+            if (!is_originals(pool) && slot_pool(seg, pack) == (int)packs_of(pool))
+                named = atomic_load((slot_t *)at(seg, pack * 8));
+            sums[pool].pages++;
+            sums[pool].packed++;
+            if (slot_type(named) != SLOT_BLOCK || !block_place(seg, named & SLOT_VALUE, &bc, &bb)
+                || !pack_holds(r->ctx, block_at(seg, named & SLOT_VALUE), number))
+                say(r, "I13: a slot of pool %u names pack %llu, which does not have its page", pool, (unsigned long long)pack);
         } else if (slot_type(word) == SLOT_BLOCK) {
             if (!block_place(seg, word & SLOT_VALUE, &bc, &bb) || !bit_is_set(&seg->chunks[bc], bb)) {
                 say(r, "I4: a slot of pool %u refers to block %llu, which is not allocated", pool,
@@ -298,7 +308,8 @@ static void check_sums(struct report *r, const struct sums *sums)
         if (atomic_load(&pool->state) != LIVE)
             continue;
         if (pool->pages != sums[p].pages || pool->fill_pages != sums[p].fill || pool->raw_pages != sums[p].raw
-            || pool->tier_pages != sums[p].tier || pool->twin_pages != sums[p].twin || pool->bytes != sums[p].bytes)
+            || pool->tier_pages != sums[p].tier || pool->twin_pages != sums[p].twin
+            || pool->packed_pages != sums[p].packed || pool->bytes != sums[p].bytes)
             say(r, "I7: pool %u counts %lld pages of %lld bytes and has %lld of %lld", p, (long long)pool->pages,
                 (long long)pool->bytes, (long long)sums[p].pages, (long long)sums[p].bytes);
         if (pool->objects != sums[p].objects || pool->nodes != sums[p].nodes)

@@ -70,6 +70,28 @@ uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
     return (uint32_t)n - MAGIC;
 }
 
+uint32_t codec_pack(struct tm_ctx *ctx, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most)
+{
+    uint8_t frame[TM_SCRATCH];
+    if (!ctx->condenser && !(ctx->condenser = ZSTD_createCCtx()))
+        return 0;
+    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_compressionLevel, LEVEL);
+    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_contentSizeFlag, 0);
+    size_t made = ZSTD_compress2(ctx->condenser, frame, most + MAGIC, pages, (size_t)n * TM_PAGE);
+    if (ZSTD_isError(made) || memcmp(frame, magic, MAGIC) != 0)
+        return 0;
+    memcpy(to, frame + MAGIC, made - MAGIC);
+    return (uint32_t)made - MAGIC;
+}
+
+bool codec_unpack(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *pages, uint32_t n)
+{
+    uint8_t frame[TM_SCRATCH];
+    memcpy(frame, magic, MAGIC);
+    memcpy(frame + MAGIC, payload, length);
+    return ZSTD_decompressDCtx(ctx->expander, pages, (size_t)n * TM_PAGE, frame, MAGIC + length) == (size_t)n * TM_PAGE;
+}
+
 static bool expand(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *page)
 {
     uint8_t frame[TM_SCRATCH];
@@ -180,6 +202,8 @@ bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uin
         return length == TM_PAGE;
     case BLOCK_ZSTD:
         return expand(ctx, payload, length, page);
+    case BLOCK_PACK: /* of several: pack.c */
+        return false;
     }
     return false;
 }

@@ -42,6 +42,28 @@ static uint32_t copy_record(struct tm_segment *seg, slot_t *slot, uint64_t word,
     return TM_HEADER + length;
 }
 
+/* The same of a page in a pack: it leaves as a condensed page by itself. */
+static uint32_t pack_record(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint8_t *to, uint32_t *stamp)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct tm_block *b = (struct tm_block *)to;
+    const uint8_t *payload = ctx->packed;
+    *stamp = pack_stamp(seg, pool, slot, word);
+    if (!*stamp || pack_get(ctx, pool, slot, word, ctx->moved) != TM_OK)
+        return 0;
+    atomic_thread_fence(memory_order_acquire);
+    if ((atomic_load(slot) ^ word) & ~SLOT_FREQ || pack_stamp(seg, pool, slot, word) != *stamp)
+        return 0;
+    uint32_t length = codec_condense(ctx, ctx->moved, ctx->packed), form = BLOCK_ZSTD;
+    if (length == TM_PAGE) {
+        payload = ctx->moved;
+        form = BLOCK_RAW;
+    }
+    atomic_store_explicit(&b->stamp, tier_stamp(seg, slot_next(word, SLOT_TIER, 0)), memory_order_relaxed);
+    block_write(b, slot_number(seg, slot), form, length, payload);
+    return TM_HEADER + length;
+}
+
 struct collection {
     uint8_t *buffer;
     size_t size, used;
@@ -59,19 +81,22 @@ static bool is_full(const struct collection *c)
 static void consider(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, bool any, struct collection *c)
 {
     uint64_t word = atomic_load_explicit(slot, memory_order_acquire);
-    if (slot_type(word) != SLOT_BLOCK || phase_of(ctx->seg, pool / TM_CLIENT_POOLS))
+    bool packed = slot_type(word) == SLOT_PACKED;
+    if ((slot_type(word) != SLOT_BLOCK && !packed) || phase_of(ctx->seg, pool / TM_CLIENT_POOLS))
         return;
     /* We found this leaf by its chunk, so it may be freed and its memory used again under our eyes. Bytes of a page may
      * look like a slot, but no block names them as its own. */
-    if (!in_data(ctx->seg, (word & SLOT_VALUE) * 16)
-        || header_slot(atomic_load(&block_at(ctx->seg, word & SLOT_VALUE)->word)) != slot_number(ctx->seg, slot))
+    if (packed ? leaf_pool(ctx->seg, slot_number(ctx->seg, slot)) != (int)pool || !pack_stamp(ctx->seg, pool, slot, word)
+               : !in_data(ctx->seg, (word & SLOT_VALUE) * 16)
+                     || header_slot(atomic_load(&block_at(ctx->seg, word & SLOT_VALUE)->word)) != slot_number(ctx->seg, slot))
         return;
     if (word & SLOT_FREQ && !any) {
         atomic_compare_exchange_strong(slot, &word, word & ~SLOT_FREQ);
         return;
     }
     struct tm_candidate *page = &c->out[c->n];
-    page->length = copy_record(ctx->seg, slot, word, c->buffer + c->used, &page->stamp);
+    page->length = packed ? pack_record(ctx, pool, slot, word, c->buffer + c->used, &page->stamp)
+                          : copy_record(ctx->seg, slot, word, c->buffer + c->used, &page->stamp);
     if (!page->length)
         return;
     page->slot = slot_number(ctx->seg, slot);
@@ -104,7 +129,8 @@ bool leaf_at(struct tm_segment *seg, uint32_t id, uint64_t *at_slot, struct leaf
     uint32_t stride = bin_stride(bin), bit = (uint32_t)((*at_slot - chunk_start) * 8) / stride;
     leaf->pool = (bin - BIN_LEAF) / 3u;
     leaf->end = chunk_start + (uint64_t)(bit + 1) * stride / 8;
-    if (bit_is_set(d, bit) && seg->pools[leaf->pool].persistent && atomic_load(&seg->pools[leaf->pool].state) == LIVE)
+    if (bit_is_set(d, bit) && seg->pools[leaf->pool].persistent && !is_packs(leaf->pool)
+        && atomic_load(&seg->pools[leaf->pool].state) == LIVE)
         return true;
     *at_slot = leaf->end;
     return false;
@@ -158,7 +184,11 @@ static bool demote_one(struct tm_ctx *ctx, const struct tm_candidate *page, uint
      * as it was belongs to a leaf that stays. */
     if (word != (page->word & ~SLOT_FREQ) && word != page->word && !MUTANT(13))
         return false;
-    if (slot_type(word) != SLOT_BLOCK || (atomic_load(&block_at(seg, word & SLOT_VALUE)->stamp) != page->stamp && !MUTANT(13)))
+    if (slot_type(word) != SLOT_BLOCK && slot_type(word) != SLOT_PACKED)
+        return false;
+    uint32_t stamp = slot_type(word) == SLOT_PACKED ? pack_stamp(seg, page->pool, slot, word)
+                                                    : atomic_load(&block_at(seg, word & SLOT_VALUE)->stamp);
+    if (stamp != page->stamp && !MUTANT(13) && !MUTANT(56))
         return false;
     KP(103);
     if (!slot_replace(ctx, page->pool, slot, &word, slot_next(word, SLOT_TIER, location)))

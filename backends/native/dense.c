@@ -108,6 +108,8 @@ static enum block_kind wanted(struct tm_segment *seg, uint32_t pool, enum block_
     case BLOCK_RAW:
     case BLOCK_LZ4:
         return condense ? BLOCK_ZSTD : kind;
+    case BLOCK_PACK:
+        return kind;
     }
     return kind;
 }
@@ -161,6 +163,14 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain,
         uint64_t block = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 16;
         uint64_t header = atomic_load(&block_at(seg, block)->word), number = header_slot(header);
         enum block_kind kind = block_kind(header);
+        if (kind == BLOCK_PACK) { /* cold, or it is taken apart; not as LZ4, for only one of its pages may be hot */
+            int packs = slot_pool(seg, number);
+            slot_t *holder = packs < 0 ? NULL : at(seg, number * 8);
+            uint64_t held = holder ? atomic_load(holder) : 0;
+            if (holder && is_packs((uint32_t)packs) && slot_refers(held, block))
+                pack_tend(ctx, (uint32_t)packs, holder, held, hot & granule && may_expand(seg, (uint32_t)packs, &left), found);
+            continue;
+        }
         due = room && !(*vain & granule) ? due : 0;
         if (!due && kind != BLOCK_ZSTD)
             continue;

@@ -206,8 +206,7 @@ static struct seen *remembered(struct tm_twins *t, uint64_t hash)
     return place;
 }
 
-/* Was it put or got since the pass of dense.c came by for the last time but one? */
-static bool is_warm(struct tm_segment *seg, uint64_t block)
+bool block_is_warm(struct tm_segment *seg, uint64_t block)
 {
     uint64_t within = block * 16 - seg->data_offset, bit = UINT64_C(1) << (within % TM_CHUNK / 1024);
     const struct tm_touched *touched = &seg->touched[within / TM_CHUNK];
@@ -220,7 +219,7 @@ static void visit_slot(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool, ui
     struct tm_segment *seg = ctx->seg;
     struct view one = {pool, at(seg, number * 8), atomic_load_explicit((slot_t *)at(seg, number * 8), memory_order_acquire)};
     uint64_t block = one.word & SLOT_VALUE;
-    if (slot_type(one.word) != SLOT_BLOCK || !in_data(seg, block * 16) || (!warm && is_warm(seg, block)))
+    if (slot_type(one.word) != SLOT_BLOCK || !in_data(seg, block * 16) || (!warm && block_is_warm(seg, block)))
         return;
     uint32_t mark = (uint32_t)(((one.word & ~SLOT_FREQ) ^ number << 20) * UINT64_C(0x9fb21c651e98df25) >> 32) | 1;
     uint32_t *marked = &t->marks[number & t->mask];
@@ -240,7 +239,7 @@ static bool may_share(struct tm_segment *seg, uint32_t pool)
 {
     const struct tm_pool *p = &seg->pools[pool];
     uint32_t client = payer_of(seg, pool);
-    return atomic_load(&p->state) == LIVE && takes_part(p) && !p->link
+    return atomic_load(&p->state) == LIVE && takes_part(p) && !p->link && !is_packs(pool)
            && atomic_load(&seg->clients[client].state) == LIVE && atomic_load(&seg->clients[client].dedup)
            && !phase_of(seg, client) && atomic_load(&seg->pools[originals_of(seg, pool)].state) == LIVE;
 }

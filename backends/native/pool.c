@@ -103,6 +103,7 @@ static void pool_make(struct tm_segment *seg, uint32_t pool, const struct pool_w
     atomic_store(&p->raw_pages, 0);
     atomic_store(&p->tier_pages, 0);
     atomic_store(&p->twin_pages, 0);
+    atomic_store(&p->packed_pages, 0);
     atomic_store(&p->bytes, 0);
     atomic_store(&p->pages_most, 0);
     atomic_store(&p->objects, 0);

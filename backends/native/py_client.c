@@ -424,7 +424,7 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
 {
     struct tm_client *c = client_of(self);
     int64_t persistent = 0, npools = 0, compressed = 0, compressed_bytes = 0, raw = 0, tier = 0, twin = 0;
-    int64_t originals = 0, original_bytes = 0;
+    int64_t originals = 0, original_bytes = 0, packed = 0, packs = 0, pack_bytes = 0;
     const int64_t raw_bytes = TM_STRIDE_RAW;
     (void)unused;
     if (!c)
@@ -437,6 +437,11 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         struct tm_pool *pool = &seg->pools[p];
         if (atomic_load(&pool->state) != LIVE || payer_of(seg, p) != self->id)
             continue;
+        if (is_packs(p)) {
+            packs += pool->pages;
+            pack_bytes += pool->bytes;
+            continue;
+        }
         if (is_originals(p)) {
             tier += pool->tier_pages;
             originals += pool->pages;
@@ -451,9 +456,11 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         if (pool->link)
             continue; /* the shared pool itself is counted for its owner */
         persistent += pool->persistent ? atomic_load(&pool->pages) : 0;
-        compressed += pool->pages - pool->fill_pages - pool->raw_pages - pool->tier_pages - pool->twin_pages;
+        compressed += pool->pages - pool->fill_pages - pool->raw_pages - pool->tier_pages - pool->twin_pages
+                      - pool->packed_pages;
         tier += pool->tier_pages;
         twin += pool->twin_pages;
+        packed += pool->packed_pages;
         compressed_bytes += pool->bytes - pool->raw_pages * raw_bytes;
         raw += pool->raw_pages;
     }
@@ -474,6 +481,9 @@ static PyObject *client_statistics(ClientObject *self, PyObject *unused)
         {"twin_pages", twin},
         {"original_pages", originals},
         {"original_bytes", original_bytes},
+        {"packed_pages", packed},
+        {"packs", packs},
+        {"pack_bytes", pack_bytes},
         {"unreachable_gets", (int64_t)c->unreachable},
         {"allocation_failures", (int64_t)c->no_memory},
         {"persistent_puts_stored", (int64_t)puts},

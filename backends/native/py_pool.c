@@ -247,8 +247,9 @@ static PyObject *statistics(PoolObject *self, PyObject *unused)
               || set_number(dict, "nodes_max", p->nodes_most) || set_number(dict, "bytes", p->bytes)
               || set_number(dict, "fill_pages", p->fill_pages) || set_number(dict, "raw_pages", p->raw_pages)
               || set_number(dict, "tier_pages", p->tier_pages) || set_number(dict, "twin_pages", p->twin_pages)
+              || set_number(dict, "packed_pages", p->packed_pages)
               || set_number(dict, "compressed_pages",
-                            p->pages - p->fill_pages - p->raw_pages - p->tier_pages - p->twin_pages);
+                            p->pages - p->fill_pages - p->raw_pages - p->tier_pages - p->twin_pages - p->packed_pages);
     for (unsigned i = 0; !bad && i < C_NCOUNTERS; i++)
         bad = set_number(dict, names[i], (int64_t)atomic_load(&p->counters[i]));
     if (bad)

@@ -287,7 +287,7 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
 {
     struct tm_segment *seg = segment_of(self);
     int64_t persistent = 0, ephemeral = 0, fill = 0, tier = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
-    int64_t twin = 0, originals = 0;
+    int64_t twin = 0, originals = 0, packed = 0, packs = 0, pack_bytes = 0;
     uint64_t evicted, operations;
     const int64_t raw = TM_STRIDE_RAW;
     (void)unused;
@@ -302,12 +302,18 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         struct tm_pool *pool = &seg->pools[p];
         if (!atomic_load(&pool->state) || pool->link)
             continue;
+        if (is_packs(p)) { /* the same */
+            packs += pool->pages;
+            pack_bytes += pool->bytes;
+            continue;
+        }
         if (is_originals(p)) { /* nobody has put those */
             originals += pool->pages;
             tier += pool->tier_pages;
             continue;
         }
         twin += pool->twin_pages;
+        packed += pool->packed_pages;
         *(pool->persistent ? &persistent : &ephemeral) += pool->pages;
         tier += pool->tier_pages;
         fill += pool->fill_pages;
@@ -339,6 +345,9 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"tier_pages", tier},
         {"twin_pages", twin},
         {"original_pages", originals},
+        {"packed_pages", packed},
+        {"packs", packs},
+        {"pack_bytes", pack_bytes},
         {"pages_max", (int64_t)super->most[MOST_PAGES]},
         {"ephemeral_pages_max", (int64_t)super->most[MOST_EPHEMERAL]},
         {"compressed_bytes", compressed},
@@ -367,6 +376,10 @@ static PyObject *statistics(SegmentObject *self, PyObject *unused)
         {"restored_pages", (int64_t)super->restored},
         {"restored_bytes", (int64_t)super->restored_bytes},
         {"condensing_ns", (int64_t)super->condensing_ns},
+        {"pages_packed", (int64_t)super->packed},
+        {"pages_packed_bytes", (int64_t)super->packed_bytes},
+        {"pages_unpacked", (int64_t)super->unpacked},
+        {"packing_ns", (int64_t)super->packing_ns},
         {"dedup_pages", (int64_t)super->twins},
         {"dedup_bytes", (int64_t)super->twin_bytes},
         {"dedup_ns", (int64_t)super->twin_ns},
@@ -467,8 +480,42 @@ static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     first = tm_condense(ctx, first, most_ns, what, &spent_ns, &found);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("(IKKL)", first, (unsigned long long)spent_ns, (unsigned long long)found.pages,
-                         (long long)found.saved);
+    return Py_BuildValue("(IKKLKL)", first, (unsigned long long)spent_ns, (unsigned long long)found.pages,
+                         (long long)found.saved, (unsigned long long)found.packed, (long long)found.packed_saved);
+}
+
+static PyObject *pack(SegmentObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"first", "most_ns", "warm", NULL};
+    unsigned int first;
+    int warm = 0;
+    unsigned long long most_ns;
+    uint64_t spent_ns = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$p", names, &first, &most_ns, &warm))
+        return NULL;
+    struct tm_ctx *ctx = context_of(self);
+    if (!ctx)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    first = tm_pack(ctx, first, most_ns, warm, &spent_ns);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+}
+
+static PyObject *unpack(SegmentObject *self, PyObject *args)
+{
+    unsigned int first;
+    unsigned long long most_ns;
+    uint64_t spent_ns = 0;
+    if (!PyArg_ParseTuple(args, "IK", &first, &most_ns))
+        return NULL;
+    struct tm_ctx *ctx = context_of(self);
+    if (!ctx)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    first = tm_unpack(ctx, first, most_ns, &spent_ns);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
 }
 
 static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)
@@ -507,6 +554,34 @@ static int set_condense_percent(SegmentObject *self, PyObject *value, void *unus
     return 0;
 }
 
+static PyObject *get_packing(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    return seg ? PyBool_FromLong((long)atomic_load(&seg->super->pack)) : NULL;
+}
+
+static int set_packing(SegmentObject *self, PyObject *value, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    int on = value ? PyObject_IsTrue(value) : -1;
+    (void)unused;
+    if (!value)
+        PyErr_SetString(PyExc_TypeError, "packing cannot be deleted");
+    if (!seg || on < 0)
+        return -1;
+    atomic_store(&seg->super->pack, (uint32_t)on);
+    return 0;
+}
+
+static PyObject *get_losses(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    int64_t losses = seg ? atomic_load(&seg->super->pack_losses) : 0;
+    return seg ? PyLong_FromLongLong(losses > 0 ? losses : 0) : NULL;
+}
+
 static PyObject *get_tier_cold(SegmentObject *self, void *unused)
 {
     struct tm_segment *seg = segment_of(self);
@@ -540,6 +615,8 @@ static PyMethodDef segment_methods[] = {
     {"evict", (PyCFunction)evict, METH_O, NULL},
     {"condense", (PyCFunction)(void (*)(void))condense, METH_VARARGS | METH_KEYWORDS, NULL},
     {"dedup", (PyCFunction)(void (*)(void))dedup, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"pack", (PyCFunction)(void (*)(void))pack, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"unpack", (PyCFunction)unpack, METH_VARARGS, NULL},
     {"set_limits", (PyCFunction)segment_set_limits, METH_VARARGS, NULL},
     {"size_within", (PyCFunction)segment_size_within, METH_VARARGS, NULL},
     {"shrink", (PyCFunction)(void (*)(void))segment_shrink, METH_VARARGS | METH_KEYWORDS, NULL},
@@ -557,6 +634,8 @@ static PyGetSetDef segment_getset[] = {
     {"size_range", (getter)segment_size_range, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
     {"condense_percent", (getter)get_condense_percent, (setter)set_condense_percent, NULL, NULL},
+    {"packing", (getter)get_packing, (setter)set_packing, NULL, NULL},
+    {"pack_losses", (getter)get_losses, NULL, NULL, NULL},
     {"tier_cold_s", (getter)get_tier_cold, (setter)set_tier_cold, NULL, NULL},
     {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},

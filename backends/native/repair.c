@@ -278,7 +278,7 @@ bool repair_thread(struct tm_ctx *ctx, uint32_t index)
 }
 
 struct tally {
-    int64_t pages, fill, raw, tier, twin, bytes, objects, nodes;
+    int64_t pages, fill, raw, tier, twin, packed, bytes, objects, nodes;
 };
 
 /* The linked objects of all pools, and their index. */
@@ -321,6 +321,7 @@ static struct tally tally_pool(struct tm_ctx *ctx, uint32_t pool)
                 t.pages += slot_stored(word);
                 t.tier += type == SLOT_TIER;
                 t.twin += type == SLOT_TWIN;
+                t.packed += type == SLOT_PACKED;
                 t.fill += type == SLOT_FILL;
                 if (type == SLOT_BLOCK) {
                     uint32_t bc, bb;
@@ -386,6 +387,7 @@ static void subtract_locked(struct tm_segment *seg, struct sums *lack)
         t->raw -= pool->raw_pages;
         t->tier -= pool->tier_pages;
         t->twin -= pool->twin_pages;
+        t->packed -= pool->packed_pages;
         t->bytes -= pool->bytes;
         t->objects -= pool->objects;
         t->nodes -= pool->nodes;
@@ -411,6 +413,7 @@ static void add_locked(struct tm_segment *seg, const struct sums *lack)
         pool->raw_pages += t->raw;
         pool->tier_pages += t->tier;
         pool->twin_pages += t->twin;
+        pool->packed_pages += t->packed;
         pool->bytes += t->bytes;
         pool->objects += t->objects;
         pool->nodes += t->nodes;

@@ -221,6 +221,7 @@ void tm_close(struct tm_segment *seg)
         free(seg->path);
         free(seg->vain);
         twins_free(seg);
+        packs_free(seg);
         free(seg);
     }
 }

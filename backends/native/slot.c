@@ -7,7 +7,8 @@
 bool slot_stored(uint64_t word)
 {
     unsigned type = slot_type(word);
-    return type == SLOT_BLOCK || type == SLOT_FILL || type == SLOT_TIER || type == SLOT_TWIN;
+    return type == SLOT_BLOCK || type == SLOT_FILL || type == SLOT_TIER || type == SLOT_TWIN
+           || type == SLOT_PACKED;
 }
 
 static int64_t add(_Atomic int64_t *counter, int64_t n)
@@ -24,7 +25,7 @@ static void raise_to(_Atomic int64_t *most, int64_t n)
 }
 
 struct change { /* of a pool's sums by one commit */
-    int64_t pages, fill, raw, tier, twin, bytes;
+    int64_t pages, fill, raw, tier, twin, packed, bytes;
 };
 
 static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change *sum)
@@ -39,6 +40,9 @@ static void tally(struct tm_segment *seg, uint64_t word, int sign, struct change
     } else if (type == SLOT_TWIN) {
         sum->pages += sign;
         sum->twin += sign;
+    } else if (type == SLOT_PACKED) {
+        sum->pages += sign;
+        sum->packed += sign;
     } else if (type == SLOT_BLOCK) {
         uint32_t size = stride_at(seg, word & SLOT_VALUE);
         sum->pages += sign;
@@ -58,6 +62,7 @@ static void account(struct tm_segment *seg, uint32_t pool, const struct change *
     add(&p->raw_pages, sum->raw);
     add(&p->tier_pages, sum->tier);
     add(&p->twin_pages, sum->twin);
+    add(&p->packed_pages, sum->packed);
     add(&p->bytes, sum->bytes);
     add(&who->used_bytes, sum->bytes);
 }
@@ -130,6 +135,8 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
         block_free_old(ctx);
     else if (slot_type(*old) == SLOT_TWIN && !atomic_load_explicit(&ctx->seg->super->orphans, memory_order_relaxed))
         atomic_store_explicit(&ctx->seg->super->orphans, 1, memory_order_relaxed);
+    else if (slot_type(*old) == SLOT_PACKED)
+        atomic_fetch_add_explicit(&ctx->seg->super->pack_losses, 1, memory_order_relaxed);
     KP(43);
     return true;
 }
@@ -238,6 +245,8 @@ static uint64_t carried(const struct tm_segment *seg, uint32_t pool, uint64_t ol
     return (slot_stored(old) ? (old & SLOT_FREQ) != 0 : (old & SLOT_VALUE) != 0) ? SLOT_STALE : 0;
 }
 
+enum { RESCUES = 64 }; /* of a put: some 40 ms, in which a thousand packs are taken apart */
+
 int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *what, enum keep keep,
                const uint64_t *expected)
 {
@@ -252,7 +261,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
         } else {
             block = room(ctx, pool, slot, what->length);
         }
-        if (!block && twin_rescue(ctx))
+        for (unsigned tries = 0; !block && tries < RESCUES && twin_rescue(ctx); tries++)
             block = room(ctx, pool, slot, what->length);
         if (!block) {
             atomic_fetch_add_explicit(&seg->clients[ctx->payer].no_memory, 1, memory_order_relaxed);
@@ -357,7 +366,9 @@ static bool is_condensed(struct tm_segment *seg, uint64_t block)
  * each look costs a write. */
 static void note_use(struct tm_segment *seg, uint32_t pool, slot_t *slot, uint64_t word)
 {
-    if (!(word & SLOT_FREQ) && (slot_type(word) == SLOT_BLOCK || slot_type(word) == SLOT_TIER) && notes_use(seg, pool / TM_CLIENT_POOLS))
+    unsigned type = slot_type(word);
+    if (!(word & SLOT_FREQ) && (type == SLOT_BLOCK || type == SLOT_TIER || type == SLOT_PACKED)
+        && notes_use(seg, pool / TM_CLIENT_POOLS))
         atomic_compare_exchange_strong_explicit(slot, &word, word | SLOT_FREQ_ONE, memory_order_relaxed,
                                                 memory_order_relaxed);
 }
@@ -401,13 +412,17 @@ int slot_get(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint8_t *page, uin
             good = rc == TM_OK;
             count(seg, pool, C_FETCHED, good);
             word = now;
-        } else if (slot_type(word) == SLOT_TWIN) {
-            int rc = twin_get(ctx, pool, word, page);
+        } else if (slot_type(word) == SLOT_TWIN || slot_type(word) == SLOT_PACKED) {
+            bool packed = slot_type(word) == SLOT_PACKED;
+            uint64_t began = packed && ctx->began_ns ? timing_now() : 0;
+            int rc = packed ? pack_get(ctx, pool, slot, word, page) : twin_get(ctx, pool, word, page);
+            if (began)
+                timing_add(seg, T_EXPAND, timing_now() - began);
             atomic_thread_fence(memory_order_acquire);
             uint64_t now = atomic_load(slot);
             if (((now ^ word) & ~SLOT_FREQ) && !MUTANT(18)) {
                 ctx->window.nwanted = 0;
-                continue; /* else the original was ours to read all the time: it stays while a slot names it */
+                continue; /* else the original, or pack, was ours to read all the time: it stays while a slot names it */
             }
             if (rc == TM_AWAY)
                 return TM_AWAY;

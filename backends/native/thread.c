@@ -111,6 +111,7 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->next_payload = NULL;
     ctx->window.open = false;
     ctx->window.nwanted = ctx->window.nheld = 0;
+    ctx->unpacked.pack = 0;
     ctx->rec = NULL;
     ctx->condenser = NULL;
     if (!(ctx->expander = codec_expander())) {

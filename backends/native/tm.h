@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TM_VERSION 7u
+#define TM_VERSION 8u
 #define TM_PAGE 4096u
 #define TM_OID 24u
 #define TM_CHUNK 65536u
@@ -42,7 +42,7 @@
 
 #define TM_MAX_CLIENTS 64u
 #define TM_USER_POOLS 16u   /* that a client may have */
-#define TM_CLIENT_POOLS 18u /* and two of the core's own, behind them: originals of its persistent and ephemeral twins (twin.c) */
+#define TM_CLIENT_POOLS 19u /* and the core's own, behind them: originals of its persistent and ephemeral twins (twin.c), packs (pack.c) */
 #define TM_MAX_SHARED 16u
 /* Shared pools are numbered behind the clients' own; a member's own pool only links to one. Who pays for memory is
  * an account: a client, or a shared pool, whose account is its owner's for as long as that owns it. */
@@ -81,10 +81,10 @@ enum {
 };
 
 /* ---- Slots ------------------------------------------------------------------------------------------------
- * bits 0..35 block reference, fill value, location in a tier, number of the slot of a twin's original, or eviction
- * time; 36..37 frequency; 38..40 type; 41..63 generation. A page that was evicted leaves the client's eviction clock in
+ * bits 0..35 block reference, fill value, location in a tier, number of the slot of a twin's original or a page's pack, or
+ * eviction time; 36..37 frequency; 38..40 type; 41..63 generation. A page that was evicted leaves the client's eviction clock in
  * its empty slot: the ghost of S3-FIFO; an ephemeral original always leaves something (twin.c). */
-enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3, SLOT_TIER = 4, SLOT_TWIN = 5 };
+enum { SLOT_EMPTY = 0, SLOT_BLOCK = 1, SLOT_FILL = 2, SLOT_DEAD = 3, SLOT_TIER = 4, SLOT_TWIN = 5, SLOT_PACKED = 6 };
 #define SLOT_VALUE ((UINT64_C(1) << 36) - 1)
 #define SLOT_FREQ_ONE (UINT64_C(1) << 36)
 #define SLOT_FREQ (UINT64_C(3) << 36)
@@ -197,6 +197,12 @@ struct tm_super {
     _Atomic uint64_t restored_bytes;    /* memory that restored pages took again */
     _Atomic uint64_t squeezing_ns;      /* what it took to compress loose pages in evictions */
     _Atomic uint64_t compacting_ns;     /* what it took to move pages together, whoever did */
+    _Atomic uint32_t pack;              /* cold neighbours may be packed together */
+    _Atomic uint64_t packed;            /* pages that were */
+    _Atomic int64_t packed_bytes;       /* memory that this saved */
+    _Atomic uint64_t unpacked;          /* of those, pages that got a block of their own again */
+    _Atomic uint64_t packing_ns;        /* CPU time of the pass that packs */
+    _Atomic int64_t pack_losses;        /* pages that left packs since these were last looked at: memory that is dead there */
 };
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
 
@@ -272,9 +278,10 @@ struct tm_pool {
     _Atomic int64_t raw_pages;
     _Atomic int64_t tier_pages; /* in a tier, not in memory */
     _Atomic int64_t twin_pages; /* kept in their originals */
+    _Atomic int64_t packed_pages; /* kept in packs */
     _Atomic int64_t bytes;
     _Atomic uint64_t counters[C_NCOUNTERS];
-    uint8_t spare[320 - 136 - 8 * C_NCOUNTERS];
+    uint8_t spare[320 - 144 - 8 * C_NCOUNTERS];
 };
 
 /* A thread of some process. Holding `life` is being alive: the kernel marks it when the thread ends in any way. */
@@ -343,11 +350,15 @@ struct tm_block { /* header of a block; the payload follows */
 #define TM_HEADER ((uint32_t)sizeof(struct tm_block))
 /* What the payload is. LOOSE: the page itself, only because there was memory in plenty; it is compressed before
  * anything is evicted for want of that. */
-enum block_kind { BLOCK_LZ4, BLOCK_RAW, BLOCK_LOOSE, BLOCK_ZSTD };
+enum block_kind { BLOCK_LZ4, BLOCK_RAW, BLOCK_LOOSE, BLOCK_ZSTD, BLOCK_PACK };
 /* A block's form is its kind, 3 bits, and above that, of a condensed page, the size class that it had before, plus 1 (0: not
  * known): so what it saves follows from the block alone, for as long as there is one, and nothing has to be kept in step. */
 static inline uint32_t condensed_form(uint32_t before) { return BLOCK_ZSTD | (before + 1) << 3; }
 static inline uint32_t form_before(uint32_t form) { return form >> 3; } /* class + 1, or 0 */
+/* And of a pack, which slots of its group have their pages in it: one bit each. */
+#define TM_GROUP 4u /* slots, aligned */
+static inline uint32_t pack_form(uint32_t members) { return BLOCK_PACK | members << 3; }
+static inline uint32_t form_members(uint32_t form) { return form >> 3; }
 
 /* The slot that a block's header word names, and whether a slot's word refers to a block. */
 static inline uint64_t header_slot(uint64_t word) { return word & ((UINT64_C(1) << 40) - 1); }
@@ -371,7 +382,7 @@ struct tm_object {
 };
 
 /* The tables begin behind it: one more word moves them, and is another layout. */
-_Static_assert(sizeof(struct tm_lock) != 40 || sizeof(struct tm_super) <= 5248, "superblock");
+_Static_assert(sizeof(struct tm_lock) != 40 || sizeof(struct tm_super) <= 5312, "superblock");
 _Static_assert(sizeof(struct tm_client) == 512, "client");
 _Static_assert(sizeof(struct tm_pool) == 320, "pool");
 _Static_assert(sizeof(struct tm_thread) % 64 == 0, "thread");
@@ -400,6 +411,7 @@ struct tm_segment {
     struct tm_times *times;     /* by client */
     uint64_t *_Atomic vain;     /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
     struct tm_twins *_Atomic twins; /* of this process: what its pass has seen; or NULL */
+    struct tm_packing *_Atomic packing; /* the same of the pass that packs */
     uint64_t data_offset;
     uint32_t nchunks;
     uint32_t id;             /* unique in this process */
@@ -454,6 +466,12 @@ struct tm_ctx {
     _Alignas(64) uint8_t moved[TM_PAGE];
     _Alignas(64) uint8_t packed[TM_SCRATCH];
     struct tm_window window;
+    /* The pages of the pack that was read last: who reads its neighbours next need not expand it again. */
+    struct {
+        uint64_t pack, word, header, group; /* its slot's number, that slot's word, of its block; pack 0: none */
+        uint32_t stamp, checksum;
+        _Alignas(64) uint8_t pages[TM_GROUP * TM_PAGE];
+    } unpacked;
 };
 
 struct tm_handle { /* a pool as an operation names it */
@@ -552,6 +570,8 @@ enum block_kind block_kind(uint64_t word);
 uint32_t block_form(uint64_t word);
 bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
 uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to); /* zstd; as codec_compress */
+uint32_t codec_pack(struct tm_ctx *ctx, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most); /* bytes; 0: more than that */
+bool codec_unpack(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *pages, uint32_t n);
 void *codec_expander(void); /* NULL: no memory */
 void codec_free(struct tm_ctx *ctx);
 
@@ -562,6 +582,8 @@ enum { CONDENSE_PERSISTENT = 1, CONDENSE_EPHEMERAL = 2, CONDENSE_LOOSE = 4, COND
 struct tm_condensed {
     uint64_t pages;
     int64_t saved; /* bytes, to what they took before */
+    uint64_t packed;      /* of those, pages in packs */
+    int64_t packed_saved; /* and beyond that, to a block for each */
 };
 uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
                      struct tm_condensed *found);
@@ -578,7 +600,7 @@ bool original_is_evicted(const struct tm_segment *seg, uint32_t originals, uint6
 uint64_t original_trace(const struct tm_segment *seg, uint32_t pool, uint64_t ghost); /* the value of a slot whose page goes */
 int twin_get(struct tm_ctx *ctx, uint32_t pool, uint64_t word, uint8_t *page); /* as slot_get; the caller looks again */
 bool twin_is_gone(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word); /* whose original could not be read */
-bool twin_rescue(struct tm_ctx *ctx); /* inside an operation, where memory is short: originals without twins go */
+bool twin_rescue(struct tm_ctx *ctx); /* inside an operation, where memory is short: originals without twins go, and dead packs */
 bool twins_lock(struct tm_segment *seg); /* tried */
 void twins_unlock(struct tm_segment *seg);
 void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins without originals, of everybody */
@@ -588,6 +610,30 @@ void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins 
  * that were used lately. */
 uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 void twins_free(struct tm_segment *seg);
+bool block_is_warm(struct tm_segment *seg, uint64_t block); /* used since the pass of dense.c came by for the last time but one */
+
+/* pack.c: cold neighbours of persistent pools in one block */
+static inline bool is_packs(uint32_t pool) { return pool < TM_FIRST_SHARED && pool % TM_CLIENT_POOLS == TM_CLIENT_POOLS - 1; }
+static inline uint32_t packs_of(uint32_t pool) { return pool / TM_CLIENT_POOLS * TM_CLIENT_POOLS + TM_CLIENT_POOLS - 1; }
+/* The page of a slot of that word; as slot_get, but never away. The caller looks again. */
+int pack_get(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word, uint8_t *page);
+/* Of the block of the pack that the slot's word names, 0: it is none of this slot's group. */
+uint32_t pack_stamp(struct tm_segment *seg, uint32_t pool, const slot_t *slot, uint64_t word);
+/* The pool of the leaf that has slot `number`, -1: there is none. For a word that was read before: leaves begin empty, so that
+ * word is the pool's, and still there if it can be swapped. */
+int leaf_pool(struct tm_segment *seg, uint64_t number);
+/* The pack in that slot, as it was seen: counted to `found`, or taken apart if its pages would take less by themselves or it is
+ * `hot`, and removed if all are gone. Inside an operation. */
+void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, bool hot, struct tm_condensed *found);
+bool packs_rescue(struct tm_ctx *ctx); /* as twin_rescue */
+/* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages that
+ * were used lately. */
+uint32_t tm_pack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
+/* Take apart packs that have lost pages; the same. */
+uint32_t tm_unpack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, uint64_t *spent_ns);
+/* Is there a pack in `b` that can be expanded, and does it have the page of slot `number`? For the check. */
+bool pack_holds(struct tm_ctx *ctx, const struct tm_block *b, uint64_t number);
+void packs_free(struct tm_segment *seg);
 
 /* index.c */
 struct cursor { /* where consecutive indexes of one object have their slots; {0} to begin with */

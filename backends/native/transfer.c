@@ -80,8 +80,9 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
                 good = emit_condensed(ctx, e, b, slot_number(seg, slot), most, oid, to);
             else if (good)
                 emit(to, oid, (uint32_t)e->index, block_kind(header) == BLOCK_LZ4 ? KIND_LZ4 : KIND_RAW, b + 1, length);
-        } else if (type == SLOT_TWIN && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
-            int rc = twin_get(ctx, ctx->pool, word, ctx->page);
+        } else if ((type == SLOT_TWIN || type == SLOT_PACKED) && !(e->changes && (word & SLOT_FREQ) == SLOT_CLEAN)) {
+            int rc = type == SLOT_TWIN ? twin_get(ctx, ctx->pool, word, ctx->page)
+                                       : pack_get(ctx, ctx->pool, slot, word, ctx->page);
             if (rc == TM_AWAY) {
                 if (!((atomic_load(slot) ^ word) & ~SLOT_FREQ))
                     return TM_AWAY;

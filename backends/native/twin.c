@@ -225,7 +225,7 @@ static uint32_t sweep(struct tm_ctx *ctx, uint32_t originals, uint32_t *c, uint3
 static bool has_originals(struct tm_segment *seg, uint32_t pool)
 {
     const struct tm_pool *p = &seg->pools[pool];
-    return is_originals(pool) && atomic_load(&p->state) == LIVE && atomic_load(&p->objects) > 0;
+    return is_originals(pool) && !is_packs(pool) && atomic_load(&p->state) == LIVE && atomic_load(&p->objects) > 0;
 }
 
 void twins_sweep(struct tm_ctx *ctx)
@@ -243,7 +243,7 @@ void twins_sweep(struct tm_ctx *ctx)
     twins_unlock(seg);
 }
 
-bool twin_rescue(struct tm_ctx *ctx)
+static bool originals_rescue(struct tm_ctx *ctx)
 {
     struct tm_segment *seg = ctx->seg;
     uint32_t freed = 0;
@@ -264,4 +264,10 @@ bool twin_rescue(struct tm_ctx *ctx)
         atomic_store(&seg->super->orphans, 1);
     twins_unlock(seg);
     return freed;
+}
+
+bool twin_rescue(struct tm_ctx *ctx)
+{
+    bool freed = originals_rescue(ctx);
+    return packs_rescue(ctx) || freed;
 }

@@ -29,15 +29,19 @@ manager.run(SegmentPaths.of("default"), segment.attach("default"))
 """
 
 
-def _fill(pool: _native.Pool, npages: int, least: int, most: int) -> int:
+def _fill(pool: _native.Pool, npages: int, least: int, most: int, alike: bool = False) -> int:
     """Put so many pages of `least` to `most` bytes that do not compress; return how many were stored.
 
-    `npages` is a multiple of BATCH. Each page has its number in it: there are no two of them alike.
+    `npages` is a multiple of BATCH. Each page has its number in it: there are no two of them equal. With
+    `alike` zstd makes half of it, and four neighbours have `least` bytes in common.
     """
     import numpy
 
     rng = numpy.random.default_rng(1)
     batches = rng.integers(0, 256, (8, BATCH, PAGE_SIZE), dtype=numpy.uint8)
+    if alike:
+        batches &= 15
+        batches[:, :, :least] = batches[:, ::4, :least].repeat(4, axis=1)
     sizes = rng.integers(least, most, (8, BATCH, 1))
     batches[numpy.arange(PAGE_SIZE) >= sizes] = 0
     stored = 0
@@ -83,7 +87,7 @@ def run(npages: int) -> dict[str, object]:
     return figures
 
 
-def giveback(npages: int, persistent: bool) -> dict[str, object]:
+def giveback(npages: int, persistent: bool, packed: bool = False) -> dict[str, object]:
     """Free nine pages of ten at random beside a manager; return how much is back, and when four fifths
     were."""
     with workplace() as directory:
@@ -95,7 +99,11 @@ def giveback(npages: int, persistent: bool) -> dict[str, object]:
         pool = opened.client("one").new_pool(persistent, exclusive=False)
         path = SegmentPaths.of("default").segment
         empty = _backed(path)
-        _fill(pool, npages, 300, 4000)
+        if packed:
+            _fill(pool, npages, 800, 2800, alike=True)
+            _pack(opened, npages)
+        else:
+            _fill(pool, npages, 300, 4000)
         full = _backed(path) - empty
         order = random.Random(1).sample(range(npages), npages * 9 // 10)
         with subprocess.Popen([sys.executable, "-c", MANAGER]) as manager:
@@ -117,7 +125,7 @@ def giveback(npages: int, persistent: bool) -> dict[str, object]:
             raise RuntimeError(f"{kept} pages are left of {npages - len(order)}")
         opened.close()
         segments.destroy("default")
-    kind = "persistent" if persistent else "ephemeral"
+    kind = "packed" if packed else "persistent" if persistent else "ephemeral"
     when = "not yet" if after_s is None else f"{after_s:.1f} s"
     verdict = "reached" if back >= BACK_TARGET else "MISSED"
     print(
@@ -125,6 +133,18 @@ def giveback(npages: int, persistent: bool) -> dict[str, object]:
         f"(80 % after {when})   target 80 % {verdict}"
     )
     return {"pages": npages, "full_bytes": full, "back_share": back, "four_fifths_after_s": after_s}
+
+
+def _pack(segment: _native.Segment, npages: int) -> None:
+    """Do what the manager does with pages that stay cold for minutes."""
+    chunk, *_ = segment.condense(0, 10**12, persistent=True, warm=True)
+    segment.packing = True
+    after, _ = segment.pack(0, 10**12, warm=True)
+    packed = segment.statistics()["packed_pages"]
+    if chunk or after or packed < npages * 9 // 10:
+        raise RuntimeError(f"only {packed} of {npages} pages are packed")
+    segment.compact(1, 10**11)
+    segment.trim(0)
 
 
 def _backed(path: Path) -> int:

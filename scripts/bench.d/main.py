@@ -70,8 +70,10 @@ def main() -> int:
         "tree": lambda: bench_tree.run(bench_tree.QUICK if quick else bench_tree.Sizes()),
         "pressure": lambda: bench_pressure.run((2 if quick else 4) << 30, 3 if quick else 5),
         "giveback": lambda: {
-            kind: bench_pages.giveback(102_400 if quick else 1_024_000, kind == "persistent")
-            for kind in ("persistent", "ephemeral")
+            kind: bench_pages.giveback(
+                102_400 if quick else 1_024_000, kind != "ephemeral", packed=kind == "packed"
+            )
+            for kind in ("persistent", "packed", "ephemeral")
         },
         "pages": lambda: bench_pages.run(1_024_000 if quick else 16_000_000),
         "slow": lambda: bench_slow.run(bench_slow.QUICK if quick else bench_slow.Sizes()),

@@ -22,7 +22,7 @@ from tmem.types import MAX_INDEX
 from . import operations as op
 from .model import ClientModel, Handle, PoolModel, SegmentModel, SharedModel, demand
 from .operations import Where
-from .pages import KINDS, oid, pages
+from .pages import ALIKE, KINDS, oid, pages
 from .places import Local, Place
 from .sums import CHUNK, Growth, check_sums
 
@@ -41,7 +41,7 @@ starts = st.builds(
     lambda edge, near: min(max(edge + near, 0), MAX_INDEX), st.sampled_from(EDGES), st.integers(-3, 3)
 )
 counts = st.one_of(st.integers(1, 4), st.integers(1, 70))
-kinds = st.sampled_from(("mixed", *KINDS))
+kinds = st.sampled_from(("mixed", *KINDS, ALIKE, ALIKE))
 big_kinds = st.sampled_from(("random", "near", "mixed", "text"))
 
 
@@ -383,6 +383,21 @@ class StoreMachine(RuleBasedStateMachine):
         demand(self.place(at).do(op.dedup, warm), "not every page was looked at")
         s = self.segment.statistics()
         demand(s["original_pages"] <= s["twin_pages"], f"originals that no page needs: {s}")
+
+    @rule(at=numbers, warm=st.booleans())
+    def pack(self, at: int, warm: bool) -> None:
+        """Nobody is to notice, but in the memory that is used."""
+        before = self.segment.statistics()
+        demand(self.place(at).do(op.pack, warm), "not every group was looked at")
+        after = self.segment.statistics()
+        demand(after["packed_pages"] >= before["packed_pages"], f"a page left its pack: {after}")
+        demand(after["packs"] * 2 <= after["packed_pages"] + before["packs"], f"packs of one page: {after}")
+
+    @rule(at=numbers)
+    def unpack(self, at: int) -> None:
+        demand(self.place(at).do(op.unpack), "not every pack was looked at")
+        s = self.segment.statistics()
+        demand(s["packs"] <= s["packed_pages"], f"packs that no page needs: {s}")
 
     @rule(at=numbers, holes=st.sampled_from((1, 4, 8, 16)))
     def compact(self, at: int, holes: int) -> None:

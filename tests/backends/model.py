@@ -164,7 +164,14 @@ def check_identities(s: Mapping[str, int]) -> None:
     left = s["puts_stored"] - s["puts_replaced"] - s["puts_flushed"] - s["flushes_found"] - s["gets_taken"]
     left -= s["evictions"] + s["pages_dropped"] + lost_corrupt(s)
     demand(s["pages"] == left, f"pages do not add up, {left} should be left: {s}")
-    kinds = s["compressed_pages"] + s["raw_pages"] + s["fill_pages"] + s["tier_pages"] + s["twin_pages"]
+    kinds = (
+        s["compressed_pages"]
+        + s["raw_pages"]
+        + s["fill_pages"]
+        + s["tier_pages"]
+        + s["twin_pages"]
+        + s["packed_pages"]
+    )
     demand(s["pages"] == kinds, f"kinds do not add up: {s}")
     demand(all(value >= 0 for value in s.values()), f"negative counter: {s}")
     demand(s["gets_hit"] <= s["gets"], f"more hits than gets: {s}")

@@ -204,6 +204,17 @@ def dedup(segment: Segment, warm: bool) -> bool:
     return segment.dedup(0, 10**9, warm=warm)[0] == 0
 
 
+def pack(segment: Segment, warm: bool) -> bool:
+    """Look at all groups of neighbours; whether they were all looked at."""
+    segment.packing = True
+    return segment.pack(0, 10**9, warm=warm)[0] == 0
+
+
+def unpack(segment: Segment) -> bool:
+    """Look at all packs; whether they were all looked at."""
+    return segment.unpack(0, 10**9)[0] == 0
+
+
 def compact(segment: Segment, holes: int) -> int:
     return segment.compact(holes, 10**9)
 

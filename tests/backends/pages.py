@@ -14,6 +14,9 @@ KINDS = ("zero", "word32", "word64", "wide64", "text", "random", "near", "tail",
 """Zeros; a repeated 32-bit word; 64-bit words that fit a slot and that do not; about 3:1; incompressible;
 around the raw threshold; random with a zero tail; zeros but for one byte."""
 
+ALIKE = "alike"
+"""Half as large with zstd as with LZ4, and much as its neighbours: what is packed. Not one of `KINDS`."""
+
 NEAR_FIRST, NEAR_SPAN = 3984, 64
 """Random bytes in a page of kind ``near``: with zeros behind, LZ4 makes 4032 of about 4008 of them."""
 
@@ -36,6 +39,9 @@ def page(kind: str, seed: int) -> bytes:
         return rng.randbytes(PAGE_SIZE)
     if kind == "near":
         return rng.randbytes(NEAR_FIRST + seed % NEAR_SPAN).ljust(PAGE_SIZE, b"\0")
+    if kind == ALIKE:
+        shared = random.Random(seed // 8)
+        return bytes(shared.choices(b"etaoins", k=2400) + rng.choices(b"etaoins", k=PAGE_SIZE - 2400))
     if kind == "tail":
         return rng.randbytes(rng.randrange(1, PAGE_SIZE)).ljust(PAGE_SIZE, b"\0")
     if kind == "sparse":

@@ -20,6 +20,7 @@ SEGMENT_GROWS = frozenset(
     *("compacted_bytes", "shrinks"),
     *("squeezed_pages", "squeezed_bytes", "condensed_pages", "condensed_bytes", "restored_pages"),
     *("condensing_ns", "restored_bytes", "squeezing_ns", "compacting_ns", "dedup_pages", "dedup_ns"),
+    *("pages_packed", "pages_unpacked", "packing_ns"),
     "dead_threads_repaired",
 }
 CLIENT_GROWS = frozenset({"ephemeral_pages_max", "allocation_failures", "persistent_puts_stored"}) | {
@@ -59,6 +60,9 @@ def check_sums(segment: Segment) -> None:
         tier_pages=sum(c["tier_pages"] for _, c in clients),
         twin_pages=total(counters, "twin_pages"),
         original_pages=sum(c["original_pages"] for _, c in clients),
+        packed_pages=total(counters, "packed_pages"),
+        packs=sum(c["packs"] for _, c in clients),
+        pack_bytes=sum(c["pack_bytes"] for _, c in clients),
         objects=total(counters, "objects"),
         nodes=total(counters, "nodes"),
         compressed_bytes=sum(c["compressed_bytes"] for _, c in clients),
@@ -85,12 +89,13 @@ def _check_client(client: Client, c: Counters, owned: Sequence[Counters]) -> Non
     _equal(
         f"client {client.name}",
         c,
-        used_bytes=total(owned, "bytes") + c["original_bytes"],
+        used_bytes=total(owned, "bytes") + c["original_bytes"] + c["pack_bytes"],
         persistent_pages=total(owned, "pages", True),
         ephemeral_pages=total(owned, "pages", False),
         compressed_pages=total(owned, "compressed_pages"),
         raw_pages=total(owned, "raw_pages"),
         twin_pages=total(owned, "twin_pages"),
+        packed_pages=total(owned, "packed_pages"),
         pools=len(client.pools()),
         authorised_pools=len(client.authorised()),
         cap_bytes=client.cap_bytes,

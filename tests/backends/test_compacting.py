@@ -19,12 +19,20 @@ class Slow:
     def __init__(self, holes_bytes: int) -> None:
         self.occupied = 100 * MIB, 0, holes_bytes
         self.now_ns = 0
+        self.pack_losses = 0
+        self.unpacked: list[int] = []
         self.spent_ns: list[int] = []
 
     def compact(self, holes: int, most_ns: int) -> int:
         self.spent_ns.append(most_ns)
         self.now_ns += most_ns
         return 65536
+
+    def unpack(self, first: int, most_ns: int) -> tuple[int, int]:
+        self.unpacked.append(first)
+        self.now_ns += most_ns
+        self.pack_losses = 0
+        return (first + 100) % 300, most_ns
 
     def compactor(self) -> Compactor:
         return Compactor(cast("_native.Segment", self), lambda: self.now_ns)
@@ -52,3 +60,22 @@ def test_not_where_it_gains_little() -> None:
     segment = Slow(10 * MIB)
     assert segment.compactor().step() == 0
     assert segment.spent_ns == []
+
+
+def test_packs_that_pages_have_left_are_taken_apart_first() -> None:
+    segment = Slow(20 * MIB)
+    compactor = segment.compactor()
+    segment.pack_losses = 1000  # a MiB
+    compactor.step()
+    assert segment.unpacked == []
+    assert len(segment.spent_ns) == 1
+    segment.pack_losses = 60 << 10
+    for expected in ([0], [0, 100], [0, 100, 200]):
+        segment.now_ns += 10 * SECOND_NS
+        assert compactor.step() == 0
+        assert compactor.many_holes
+        assert segment.unpacked == expected
+    assert len(segment.spent_ns) == 1, "pages are moved when that is done"
+    segment.now_ns += 10 * SECOND_NS
+    assert compactor.step() == 65536
+    assert not compactor.many_holes

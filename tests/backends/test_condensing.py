@@ -46,7 +46,8 @@ def everything(segment: _native.Segment) -> None:
 class Machine:
     """A clock and a pressure that the test sets."""
 
-    def __init__(self, segment: _native.Segment) -> None:
+    def __init__(self, segment: _native.Segment, packing: bool = False) -> None:
+        segment.packing = packing
         self.now_s = 0.0
         self.pressure = 0.0
         self.condenser = Condenser(segment, lambda: self.pressure, lambda: self.now_s)
@@ -244,18 +245,31 @@ def test_what_is_condensed_now_saves_what_others_take_more(tmp_path: Path) -> No
         def condense(self, warm: bool) -> None:
             self.look(warm, persistent=True)
 
+        @rule(warm=st.booleans())
+        def pack(self, warm: bool) -> None:
+            self.segments[0].packing = True
+            self.segments[0].pack(0, 10 * SECOND_NS, warm=warm)
+
+        @rule()
+        def unpack(self) -> None:
+            self.segments[0].unpack(0, 10 * SECOND_NS)
+
         @rule()
         def count_only(self) -> None:
             self.look(False, persistent=False)
 
         def look(self, warm: bool, persistent: bool) -> None:
             dense = self.segments[0]
-            chunk, _ns, pages, saved = dense.condense(0, 10 * SECOND_NS, persistent=persistent, warm=warm)
+            chunk, _ns, pages, saved, packed, packed_saved = dense.condense(
+                0, 10 * SECOND_NS, persistent=persistent, warm=warm
+            )
             assert chunk == 0
             mine, others = (pool.statistics() for pool in self.pools)
-            assert saved == others["bytes"] - mine["bytes"]
+            packs = self.pools[0].client.statistics()["pack_bytes"]
+            assert saved + packed_saved == others["bytes"] - mine["bytes"] - packs
+            assert packed == mine["packed_pages"]
             assert (pages == 0) == (saved == 0)
-            assert pages <= mine["compressed_pages"]
+            assert pages <= mine["compressed_pages"] + packed
             counts = dense.statistics()
             assert pages <= counts["condensed_pages"] - counts["restored_pages"]
             assert saved <= counts["condensed_bytes"] - counts["restored_bytes"]

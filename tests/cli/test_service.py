@@ -84,6 +84,24 @@ def test_share_of_cpu_for_cold_pages(tmem: Tmem) -> None:
     assert tmem("start", "-d", "--condense", "101").status == 2
 
 
+def test_whether_neighbours_are_packed(tmem: Tmem) -> None:
+    """It stays with the segment until something else is said."""
+
+    def packs() -> bool:
+        with closing(segment.attach("default")) as opened:
+            return opened.packing
+
+    assert tmem("start", "-d", "--memory", "16M").status == 0
+    assert not packs()
+    assert tmem("start", "-d", "--pack").status == 0
+    assert packs()
+    assert tmem("stop").status == 0
+    assert tmem("start", "-d").status == 0
+    assert packs()
+    assert tmem("start", "-d", "--no-pack").status == 0
+    assert not packs()
+
+
 def test_when_pages_are_cold(tmem: Tmem) -> None:
     """It stays with the segment until another time is given."""
 

@@ -1,7 +1,7 @@
 /* Kill processes at random moments and at named points while they use one segment; a witness outside the segment
  * knows what was acknowledged.
  *
- *   crash PATH [kills=N] [memory=MIB] [keep=0|1] [trim=0|1] [points=0|1] [point=N] [seed=N] [workers=N] [threads=N] [twins=0|1]
+ *   crash PATH [kills=N] [memory=MIB] [keep=0|1] [trim=0|1] [points=0|1] [point=N] [seed=N] [workers=N] [threads=N] [twins=0|1] [packs=0|1]
  *
  * Each worker process runs several threads; each thread has keys of its own, whose exact state the witness knows
  * (before and after every operation), and works on contended keys as well, of which every value read must be one
@@ -56,6 +56,19 @@ static void do_dedup(struct tm_segment *seg, uint64_t r)
     tm_dedup(ctx_get(seg), r & 1 ? 0 : (uint32_t)(r >> 8) % seg->nchunks, r & 6 ? UINT64_MAX : 300000, r & 24, &spent_ns);
     if (!(r & 96))
         tm_evict(ctx_get(seg), -1, TM_CHUNK, r & 128);
+}
+
+/* Pack neighbours together, after they have become cold or not, and take worn packs apart. */
+static void do_pack(struct tm_segment *seg, uint64_t r)
+{
+    uint64_t spent_ns;
+    struct tm_ctx *ctx = ctx_get(seg);
+    if (r & 1)
+        tm_condense(ctx, 0, 3000000, CONDENSE_PERSISTENT | (r & 2 ? CONDENSE_ALL : 0), &spent_ns, NULL);
+    if (r & 4)
+        tm_pack(ctx, r & 8 ? 0 : (uint32_t)(r >> 8) % seg->nchunks, r & 48 ? UINT64_MAX : 300000, r & 192, &spent_ns);
+    else
+        tm_unpack(ctx, 0, UINT64_MAX, &spent_ns);
 }
 
 /* Give memory back, move the limits, and move pages together. */
@@ -128,7 +141,9 @@ static void *work(void *arg)
             break;
         case 7:
         case 8:
-            if (opt.twins)
+            if (opt.packs)
+                do_pack(t->seg, r >> 24);
+            else if (opt.twins)
                 do_dedup(t->seg, r >> 24);
             else
                 do_contended(t->seg, &rng);
@@ -182,6 +197,7 @@ static void setup(struct tm_segment *seg)
     char name[32];
     uint32_t id, serial;
     struct tm_ctx *ctx = ctx_get(seg);
+    atomic_store(&seg->super->pack, opt.packs);
     for (uint32_t i = 0; i < opt.workers * opt.threads; i++) {
         struct slot *s = &shared->slots[i];
         snprintf(name, sizeof name, "slot%u", i);
@@ -231,7 +247,7 @@ static void watch(const pid_t *pids, uint64_t *last, double *since)
 static const uint8_t points[] = {1,  2,  3,  4,  5,  6,  7,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25,
                                  26, 27, 28, 29, 30, 31, 32, 33, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 58, 59, 60,
                                  61, 62, 63, 64, 65, 66, 67, 68, 69, 80, 90, 91, 100, 101, 102, 103, 104, 110, 111, 112, 113, 114,
-                                 115, 116, 117, 118};
+                                 115, 116, 117, 118, 120, 121, 122, 123, 124, 125, 126, 127, 128};
 
 static unsigned run(uint64_t *rng)
 {
@@ -304,6 +320,8 @@ int main(int argc, char **argv)
             opt.threads = (unsigned)n;
         else if (!strcmp(name, "twins"))
             opt.twins = (unsigned)n;
+        else if (!strcmp(name, "packs"))
+            opt.packs = (unsigned)n;
         else if (!strcmp(name, "seed"))
             opt.seed = n;
     }
@@ -343,13 +361,14 @@ int main(int argc, char **argv)
         hit += atomic_load(&shared->hits_of[i]);
     printf("kills %u (at points %u) in %.1f s, steps %llu, puts %llu, refused %llu, excused %llu, gets %llu (hits %llu), "
            "flushes %llu, objects %llu, repaired threads %llu, relocated %llu, demoted %llu, tidied %llu, "
-           "twins %llu\n",
+           "twins %llu, packed %llu, unpacked %llu\n",
            kills, hit, took, (unsigned long long)ops, (unsigned long long)shared->puts,
            (unsigned long long)shared->refused, (unsigned long long)shared->excused, (unsigned long long)shared->gets,
            (unsigned long long)shared->hits, (unsigned long long)shared->flushes, (unsigned long long)shared->objects,
            (unsigned long long)atomic_load(&seg->super->deaths),
            (unsigned long long)atomic_load(&seg->super->relocated), (unsigned long long)shelf->demoted,
-           (unsigned long long)shelf->tidied, (unsigned long long)atomic_load(&seg->super->twins));
+           (unsigned long long)shelf->tidied, (unsigned long long)atomic_load(&seg->super->twins),
+           (unsigned long long)atomic_load(&seg->super->packed), (unsigned long long)atomic_load(&seg->super->unpacked));
     printf("points not reached:");
     for (unsigned i = 0; opt.points && i < sizeof points; i++)
         if (!atomic_load(&shared->hits_of[points[i]]))

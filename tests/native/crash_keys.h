@@ -8,7 +8,7 @@
 #include <stdarg.h>
 #include <unistd.h>
 
-enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 119, TINY_OBJECTS = 24 };
+enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 129, TINY_OBJECTS = 24 };
 enum { NONE, PUT, FLUSH, TAKE, FLUSH_OBJECT };
 enum { PERSISTENT, TAKEN, EPHEMERAL, NPOOLS }; /* TAKEN: persistent with exclusive gets */
 
@@ -40,9 +40,9 @@ struct shared {
 static struct shared *shared;
 static struct options {
     const char *path;
-    unsigned kills, memory, keep, trim, points, point, workers, threads, twins;
+    unsigned kills, memory, keep, trim, points, point, workers, threads, twins, packs;
     uint64_t seed;
-} opt = {NULL, 500, 24, 1, 1, 1, 0, 3, 2, 0, 1};
+} opt = {NULL, 500, 24, 1, 1, 1, 0, 3, 2, 0, 0, 1};
 static uint32_t me; /* index of this worker process */
 
 void kill_point(int n)
@@ -78,13 +78,20 @@ static void place(uint32_t slot, uint32_t k, uint8_t oid[TM_OID], uint32_t *inde
 static uint64_t key_id(uint32_t slot, uint32_t pool, uint32_t k) { return 1 + ((slot * NPOOLS + pool) * KEYS + k); }
 
 /* What version of a key is. With twins it is one of a few pages, so that many keys have equal ones, and an old version is
- * told from the new one nearly always. */
+ * told from the new one nearly always. With packs neighbours have much in common. */
 static void content_make(uint8_t *page, uint64_t id, uint64_t version)
 {
     if (opt.twins && (id - 1) / KEYS % NPOOLS == EPHEMERAL)
         page_make(page, 1, version % 5); /* there are few of them */
     else if (opt.twins)
         page_make(page, 1 + id % 7, version % 13);
+    else if (opt.packs && version % 8) { /* much as its neighbours are */
+        uint64_t own[24] = {id, version};
+        for (unsigned i = 2; i < 24; i++)
+            own[i] = mix(id * 1000003 + version + i);
+        page_make(page, 1 + id / 16, 3);
+        memcpy(page, own, sizeof own);
+    }
     else
         page_make(page, id, version);
 }

@@ -9,6 +9,7 @@ the same pages give the same bytes each time. zram needs root.
 import mmap
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tmem.backends import _native
@@ -21,6 +22,7 @@ from tmem.errors import TmemError
 from tmem.types import OID_SIZE, PAGE_SIZE
 
 AT_ONCE, AFTER = "pages swapped out just now", "after the background pass"
+PACKED = "and with cold neighbours packed (--pack)"
 TARGETS = {AT_ONCE: 0.97, AFTER: 1.4}
 """Of zram lz4."""
 
@@ -58,11 +60,11 @@ def _put(pool: _native.Pool, pages: memoryview) -> float:
     return (time.thread_time_ns() - began) / npages
 
 
-def _verify(pool: _native.Pool, pages: memoryview) -> float:
+def _verify(pool: _native.Pool, pages: memoryview, batch: int = _BATCH) -> float:
     """Compare all pages; CPU nanoseconds to get one."""
-    buffer, spent, npages = bytearray(_BATCH * PAGE_SIZE), 0, len(pages) // PAGE_SIZE
-    for first in range(0, npages, _BATCH):
-        last = min(first + _BATCH, npages)
+    buffer, spent, npages = bytearray(batch * PAGE_SIZE), 0, len(pages) // PAGE_SIZE
+    for first in range(0, npages, batch):
+        last = min(first + batch, npages)
         into = memoryview(buffer)[: (last - first) * PAGE_SIZE]
         began = time.thread_time_ns()
         got = pool.get(_OID, first, into)
@@ -75,12 +77,23 @@ def _verify(pool: _native.Pool, pages: memoryview) -> float:
 def _pass_over(segment: _native.Segment) -> None:
     """Do what the manager does over some minutes: visit every chunk three times, then move pages together."""
     for _ in range(3):
-        chunk = 0
-        while True:
-            chunk, *_ = segment.condense(chunk, 10**9, persistent=True)
-            if not chunk:
-                break
+        _all_chunks(lambda chunk: segment.condense(chunk, 10**9, persistent=True)[0])
     segment.compact(8, 10**10)
+
+
+def _pack(segment: _native.Segment) -> None:
+    """Do what it does then with neighbours that stay cold."""
+    segment.packing = True
+    for _ in range(2):
+        _all_chunks(lambda chunk: segment.condense(chunk, 10**9, persistent=True)[0])
+    _all_chunks(lambda chunk: segment.pack(chunk, 10**9)[0])
+    segment.compact(8, 10**10)
+
+
+def _all_chunks(visit: Callable[[int], int]) -> None:
+    chunk = visit(0)
+    while chunk:
+        chunk = visit(chunk)
 
 
 def measure_ours(pages: memoryview, directory: Path) -> dict[str, float]:
@@ -94,10 +107,17 @@ def measure_ours(pages: memoryview, directory: Path) -> dict[str, float]:
         found["get_ns"] = _verify(pool, pages)
         _pass_over(segment)
         found[AFTER] = float(_occupied(segment))
+        found["condensed_get_ns"] = _verify(pool, pages)
+        _pack(segment)
+        found[PACKED] = float(_occupied(segment))
         counts = segment.statistics()
         if problems := segment.check():
             raise RuntimeError(problems[0])
-        found["condensed_get_ns"] = _verify(pool, pages)
+        found["packed_get_ns"] = _verify(pool, pages)
+        found["packed_get_one_ns"] = _verify(pool, pages, batch=1)
+        found["packed_pages"] = float(counts["packed_pages"])
+        found["packs"] = float(counts["packs"])
+        found["pack_ns"] = counts["packing_ns"] / max(counts["packed_pages"], 1)
         found["condensed_pages"] = float(counts["condensed_pages"])
         found["condense_ns"] = counts["condensing_ns"] / max(counts["condensed_pages"], 1)
         return found
@@ -150,12 +170,12 @@ def run(effort: Effort, step: Step) -> Outcome:
             step("pages in tmem")
             ours = measure_ours(pages, directory)
     logical = found.npages * PAGE_SIZE
-    for case in (AT_ONCE, AFTER):
+    for case in (AT_ONCE, AFTER, PACKED):
         of_case = [_ratio(case, OURS, logical, ours[case])]
         of_case += [_ratio(case, name, logical, size) for name, size in held.items()]
         outcome.series += of_case
         for one in of_case[1:]:
-            row = compare(of_case[0], one, target=TARGETS[case] if one.peer == "zram lz4" else None)
+            row = compare(of_case[0], one, target=TARGETS.get(case) if one.peer == "zram lz4" else None)
             outcome.rows += [] if row is None else [row]
     outcome.notes = {"logical_bytes": logical, "by_program": found.by_program, **ours}
     return outcome

@@ -52,6 +52,12 @@ _ROUNDING_BYTES = 4 << 20
     help="Share of one CPU for storing pages smaller that nobody asks for (5 at first; 0: none).",
 )
 @click.option(
+    "--pack/--no-pack",
+    "packing",
+    default=None,
+    help="Store swapped neighbours that stay cold together, or no more of them (at first).",
+)
+@click.option(
     "--tier-cold",
     metavar="TIME",
     callback=time_or_off,
@@ -79,6 +85,7 @@ def start(
     detach: bool,
     realtime: bool,
     condense: int | None,
+    packing: bool | None,
     tier_cold: int | None,
     repatriate: int | None,
     metrics: str | None,
@@ -96,7 +103,7 @@ def start(
         if repatriate is not None:
             _require_repatriation(paths, repatriate)
         with closing(segment.attach(paths.name)) as opened:  # of a manager that runs already, too
-            _set_pace(opened, condense, tier_cold)
+            _set_pace(opened, condense, packing, tier_cold)
         return
     if not launched:
         # Memory is charged to the group in which it is touched first, and threads inherit the guards.
@@ -105,7 +112,7 @@ def start(
         from tmem.backends import manager
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
-        _set_pace(opened, condense, tier_cold)
+        _set_pace(opened, condense, packing, tier_cold)
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
         exporter = None if metrics is None else [*_prefix(ctx, paths), "metrics", metrics]
@@ -117,10 +124,14 @@ def start(
         os.execv(again[0], [*_command(ctx, paths, memory=False), "--launched"])
 
 
-def _set_pace(opened: "_native.Segment", condense: int | None, tier_cold_s: int | None) -> None:
+def _set_pace(
+    opened: "_native.Segment", condense: int | None, packing: bool | None, tier_cold_s: int | None
+) -> None:
     """Say how much the manager does with pages that nobody asks for; None: as before."""
     if condense is not None:
         opened.condense_percent = condense
+    if packing is not None:
+        opened.packing = packing
     if tier_cold_s is not None:
         opened.tier_cold_s = tier_cold_s
 
@@ -290,6 +301,7 @@ def _command(ctx: click.Context, paths: SegmentPaths, memory: bool = True) -> li
         *(["--memory", str(given["memory"])] if memory and explicit(ctx, "memory") else []),
         *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
         *(["--condense", str(given["condense"])] if explicit(ctx, "condense") else []),
+        *(["--pack" if given["packing"] else "--no-pack"] if explicit(ctx, "packing") else []),
         *(
             ["--tier-cold", f"{given['tier_cold']}s" if given["tier_cold"] else "off"]
             if explicit(ctx, "tier_cold")

@@ -147,6 +147,13 @@ KEYS = (
     ),
     Key(
         "start",
+        "pack",
+        YES,
+        "Store swapped neighbours that nobody asks for together (no without it).",
+        "true",
+    ),
+    Key(
+        "start",
         "tier_cold",
         TIME,
         "Swapped pages that nobody asked for in this time go to the client's tier although there is memory. "

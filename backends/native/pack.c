@@ -1,0 +1,721 @@
+/* Packs: cold neighbours of persistent pools together in one block, which takes less than one for each.
+ *
+ * A PACK is a page of a pool of the core's own (packs_of), with a slot and so a block as any page has: repair, moving and
+ * the end of pools know nothing of it. Its block has one zstd frame of two to four pages of a GROUP, four aligned slots of a
+ * leaf; the block says which group, and which of its slots. A page in it is a slot of type PACKED that names the pack's
+ * slot: which of the pages is its own follows from its own number. So one slot still owns one block, and nobody counts
+ * who is in a pack: only four slots can name it, and they are the only truth.
+ *
+ * What must not meet is making slots name a pack, and removing it because none does: both hold `twin_lock` (twin.c), from
+ * before the pack is there until all its pages name it. Everything else is a swap of one slot: a page that is put, flushed, or
+ * sent to a tier leaves the pack; one whose pages would take less by themselves is taken apart, which is what a put of the same bytes would do.
+ * A death anywhere leaves a pack too much, or one with fewer pages, never a slot that names none.
+ *
+ * A reader looks at the page's slot again after it has read the pack, as with twins, and at the pack's own, whose block may
+ * be moved meanwhile. The pages that it has expanded stay in its context, for who asks for the next one. */
+#include "tm.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    GROUP = TM_GROUP,
+    NUMBER = 5,          /* bytes of the group's number: its first slot's */
+    OF_EACH = 2,         /* and for each page, of the block that it had: its size class, and form_before */
+    MOST = TM_PAGE - TM_LEAST_GAIN,
+    GAIN = 16,           /* a pack must save a sixteenth of what its pages take, and ... */
+    LEAST_GAIN = 64,     /* ... so many bytes */
+    FREE_TRIES = 64,     /* slots for a new pack that are looked at */
+    RESCUES = 16,        /* packs that are removed for a put that finds no memory, before it tries again */
+    ROOM = 8 * TM_STRIDE_RAW /* of its client's cap that is left to puts meanwhile */
+};
+
+struct tm_packing {
+    _Atomic uint32_t busy; /* one pass at a time in this process */
+    uint32_t mask;
+    uint32_t *marks;       /* by group: which words of it were looked at */
+    uint32_t hand[TM_MAX_CLIENTS]; /* index at which the next pack may find room */
+};
+
+static bool changed(const slot_t *slot, uint64_t word) { return ((atomic_load(slot) ^ word) & ~SLOT_FREQ) != 0; }
+
+static uint32_t count_bits(uint32_t members) { return (uint32_t)__builtin_popcount(members); }
+static uint32_t head_of(uint32_t members) { return NUMBER + OF_EACH * count_bits(members); }
+
+/* What the header and the head of the pack in a block say, neither of which is verified here. */
+struct pack {
+    const struct tm_block *block;
+    uint64_t header, group;
+    uint32_t members, length, stamp, checksum;
+    uint8_t own[GROUP], before[GROUP]; /* of the pages, in their order */
+};
+
+static bool parse(const struct tm_block *b, uint64_t most, struct pack *p)
+{
+    const uint8_t *payload = (const uint8_t *)(b + 1);
+    p->block = b;
+    p->header = atomic_load_explicit(&b->word, memory_order_acquire);
+    p->stamp = atomic_load_explicit(&b->stamp, memory_order_relaxed);
+    p->checksum = b->checksum;
+    p->length = block_length(p->header);
+    p->members = form_members(block_form(p->header)) & ((1u << GROUP) - 1);
+    if (block_kind(p->header) != BLOCK_PACK || p->length <= head_of(p->members) || p->length > TM_PAGE
+        || p->length > most - TM_HEADER)
+        return false;
+    p->group = 0;
+    memcpy(&p->group, payload, NUMBER);
+    for (uint32_t i = 0; i < count_bits(p->members); i++) {
+        p->own[i] = payload[NUMBER + OF_EACH * i];
+        p->before[i] = payload[NUMBER + OF_EACH * i + 1];
+    }
+    return p->group % GROUP == 0;
+}
+
+/* The pack that `slot` of a pool of packs holds, if it is as `word` says. */
+static bool look(struct tm_segment *seg, const slot_t *slot, uint64_t word, struct pack *p)
+{
+    uint64_t block = word & SLOT_VALUE;
+    return slot_type(word) == SLOT_BLOCK && in_data(seg, block * 16)
+           && parse(block_at(seg, block), seg->size - block * 16, p) && header_slot(p->header) == slot_number(seg, slot);
+}
+
+static slot_t *pack_of(struct tm_segment *seg, uint32_t pool, uint64_t word)
+{
+    uint64_t number = word & SLOT_VALUE;
+    return !is_originals(pool) && pool < TM_FIRST_SHARED && slot_pool(seg, number) == (int)packs_of(pool)
+               ? at(seg, number * 8) : NULL;
+}
+
+/* ---- Reading ---------------------------------------------------------------------------------------------- */
+
+/* Have the pages of a pack in ctx->unpacked. They count only if the slot still is as it was: settle() says so then. */
+static bool expand(struct tm_ctx *ctx, const slot_t *slot, uint64_t word, const struct pack *p)
+{
+    uint64_t number = slot_number(ctx->seg, slot);
+    bool same = !((ctx->unpacked.word ^ word) & ~SLOT_FREQ) && ctx->unpacked.header == p->header
+                && ctx->unpacked.stamp == p->stamp && ctx->unpacked.checksum == p->checksum;
+    if (ctx->unpacked.pack == number && (same || MUTANT(58)))
+        return true;
+    const uint8_t *payload = (const uint8_t *)(p->block + 1);
+    uint32_t head = head_of(p->members);
+    ctx->unpacked.pack = 0;
+    if (p->checksum != block_checksum(p->block, p->header, p->stamp))
+        return false;
+    KP(46);
+    ctx->unpacked.group = p->group;
+    return codec_unpack(ctx, payload + head, p->length - head, ctx->unpacked.pages, count_bits(p->members));
+}
+
+static void settle(struct tm_ctx *ctx, const slot_t *slot, uint64_t word, const struct pack *p)
+{
+    ctx->unpacked.pack = slot_number(ctx->seg, slot);
+    ctx->unpacked.word = word;
+    ctx->unpacked.header = p->header;
+    ctx->unpacked.stamp = p->stamp;
+    ctx->unpacked.checksum = p->checksum;
+}
+
+/* The page of member `bit`, among those that are expanded. */
+static const uint8_t *page_of(const struct tm_ctx *ctx, uint32_t members, uint32_t bit)
+{
+    return ctx->unpacked.pages + (size_t)count_bits(members & ((1u << bit) - 1)) * TM_PAGE;
+}
+
+int pack_get(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word, uint8_t *page)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t number = slot_number(seg, slot);
+    uint32_t bit = (uint32_t)(number % GROUP);
+    const slot_t *holder = pack_of(seg, pool, word);
+    struct pack p;
+    KP(120);
+    if (!holder)
+        return TM_CORRUPT;
+    for (;;) {
+        uint64_t named = atomic_load_explicit(holder, memory_order_acquire);
+        bool good = look(seg, holder, named, &p) && p.members >> bit & 1 && expand(ctx, holder, named, &p)
+                    && ctx->unpacked.group == number - bit;
+        atomic_thread_fence(memory_order_acquire);
+        if (changed(holder, named) && !MUTANT(53)) {
+            ctx->unpacked.pack = 0;
+            continue; /* it was moved; if not, the block was ours to read all the time */
+        }
+        if (!good)
+            return TM_CORRUPT;
+        settle(ctx, holder, named, &p);
+        memcpy(page, page_of(ctx, p.members, bit), TM_PAGE);
+        note_touched(seg, named & SLOT_VALUE);
+        return TM_OK;
+    }
+}
+
+bool pack_holds(struct tm_ctx *ctx, const struct tm_block *b, uint64_t number)
+{
+    struct pack p;
+    uint64_t most = ctx->seg->size - off(ctx->seg, b);
+    if (!parse(b, most, &p) || p.checksum != block_checksum(b, p.header, p.stamp))
+        return false;
+    ctx->unpacked.pack = 0;
+    uint32_t head = head_of(p.members);
+    return (!number || (p.group == number / GROUP * GROUP && p.members >> number % GROUP & 1))
+           && codec_unpack(ctx, (const uint8_t *)(b + 1) + head, p.length - head, ctx->unpacked.pages, count_bits(p.members));
+}
+
+uint32_t pack_stamp(struct tm_segment *seg, uint32_t pool, const slot_t *slot, uint64_t word)
+{
+    struct pack p;
+    uint64_t number = slot_number(seg, slot);
+    const slot_t *holder = pack_of(seg, pool, word);
+    return holder && look(seg, holder, atomic_load(holder), &p) && p.group == number / GROUP * GROUP ? p.stamp : 0;
+}
+
+/* ---- What becomes of packs ---------------------------------------------------------------------------------- */
+
+int leaf_pool(struct tm_segment *seg, uint64_t number)
+{
+    int pool = slot_pool(seg, number);
+    if (pool < 0)
+        return -1;
+    uint32_t c = chunk_of(seg, number * 8), bin = seg->chunks[c].bin;
+    uint64_t within = number * 8 - seg->data_offset - (uint64_t)c * TM_CHUNK;
+    return bin >= BIN_LEAF && bit_is_set(&seg->chunks[c], (uint32_t)within / bin_stride(bin)) ? pool : -1;
+}
+
+/* The slot of member `bit` of the group, if it names that pack of `packs`; or NULL. */
+static slot_t *member(struct tm_segment *seg, uint32_t packs, uint64_t number, uint64_t group, uint32_t bit, uint64_t *word,
+                      uint32_t *pool)
+{
+    if (!in_data(seg, (group + bit) * 8))
+        return NULL;
+    slot_t *slot = at(seg, (group + bit) * 8);
+    *word = atomic_load(slot);
+    if (slot_type(*word) != SLOT_PACKED || (*word & SLOT_VALUE) != number)
+        return NULL;
+    int found = leaf_pool(seg, group + bit);
+    if (found < 0 || is_originals((uint32_t)found) || found >= (int)TM_FIRST_SHARED || packs_of((uint32_t)found) != packs)
+        return NULL;
+    *pool = (uint32_t)found;
+    return slot;
+}
+
+static uint32_t named(struct tm_segment *seg, uint32_t packs, uint64_t number, uint64_t group)
+{
+    uint32_t members = 0, pool;
+    uint64_t word;
+    for (uint32_t bit = 0; bit < GROUP; bit++)
+        if (member(seg, packs, number, group, bit, &word, &pool))
+            members |= 1u << bit;
+    return members;
+}
+
+/* Remove the pack of that slot if no slot names it. */
+static bool remove_pack(struct tm_ctx *ctx, uint32_t packs, slot_t *slot)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct pack p;
+    if (!MUTANT(51) && !twins_lock(seg))
+        return false;
+    KP(125);
+    uint64_t word = atomic_load(slot);
+    bool gone = look(seg, slot, word, &p) && (!named(seg, packs, slot_number(seg, slot), p.group) || MUTANT(55))
+                && slot_replace(ctx, packs, slot, &word, slot_next(word, SLOT_EMPTY, 0));
+    KP(126);
+    if (!MUTANT(51))
+        twins_unlock(seg);
+    if (gone)
+        look_for_empty(seg);
+    return gone;
+}
+
+/* A block for a page that leaves its pack: of its size, or a larger hole, or, if a put waits for what comes free then, where
+ * hot pages are moved to. */
+static uint64_t place_for(struct tm_ctx *ctx, uint32_t bin, bool urgent)
+{
+    uint64_t block = block_spare(ctx, bin);
+    for (uint32_t more = bin + 1; !block && more < BIN_PERSISTENT + TM_NCLASSES - 1; more++)
+        if (atomic_load_explicit(&ctx->seg->bins[more].room, memory_order_relaxed))
+            block = block_alloc(ctx, more, ALLOC_LISTED);
+    return block || !urgent ? block : block_alloc(ctx, bin, ALLOC_RESERVE);
+}
+
+/* Give the page of this slot a block of its own; the bytes of that, 0: it has none. */
+static uint32_t unpack(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, const uint8_t *page,
+                       enum block_kind kind, uint32_t before, uint64_t pack, struct tm_condensed *found)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(ctx, page, ctx->packed) : codec_compress(ctx, page, ctx->packed);
+    uint32_t form = kind == BLOCK_ZSTD ? BLOCK_ZSTD | before << 3 : kind;
+    const uint8_t *payload = ctx->packed;
+    if (length == TM_PAGE) {
+        form = BLOCK_RAW;
+        payload = page;
+    }
+    uint32_t bin = BIN_PERSISTENT + size_class(length);
+    bool urgent = kind == BLOCK_LZ4;
+    if (!urgent && !has_cap_for(seg, payer_of(seg, pool), bin_stride(bin)))
+        return 0;
+    uint64_t block = place_for(ctx, bin, urgent);
+    if (!block)
+        return 0;
+    block_write(block_at(seg, block), slot_number(seg, slot), form, length, payload);
+    KP(123);
+    if (MUTANT(54))
+        word = atomic_load(slot);
+    uint32_t stride = stride_at(seg, block);
+    if (!slot_replace(ctx, pool, slot, &word, slot_next(word, SLOT_BLOCK, block) | (word & SLOT_FREQ))) {
+        block_free_new(ctx);
+        return 0;
+    }
+    KP(124);
+    atomic_fetch_sub_explicit(&seg->super->pack_losses, 1, memory_order_relaxed); /* this one is accounted for */
+    atomic_fetch_add_explicit(&seg->super->unpacked, 1, memory_order_relaxed);
+    note_touched(seg, block); /* or it would be packed again at once */
+    if (found && block < pack && kind == BLOCK_ZSTD) { /* else the round comes by yet */
+        found->pages++;
+        if (before && before <= TM_NCLASSES)
+            found->saved += (int64_t)tm_strides[before - 1] - stride;
+    }
+    return stride;
+}
+
+/* Take a pack apart; the number of pages that have blocks of their own now, which are counted to `found`. For a put that finds no memory as LZ4 (zstd would
+ * ask the system for some), and only if that takes less than the pack. */
+static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uint64_t word, enum block_kind kind,
+                           struct tm_condensed *found)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct pack p;
+    uint64_t number = slot_number(seg, slot);
+    uint32_t done = 0, pool, bytes = 0, all = 0;
+    if (!look(seg, slot, word, &p) || !expand(ctx, slot, word, &p))
+        return 0;
+    atomic_thread_fence(memory_order_acquire);
+    if (changed(slot, word)) {
+        ctx->unpacked.pack = 0;
+        return 0;
+    }
+    settle(ctx, slot, word, &p);
+    uint32_t stride = stride_at(seg, word & SLOT_VALUE);
+    for (uint32_t bit = 0; bit < GROUP; bit++) {
+        uint64_t theirs;
+        slot_t *one = p.members >> bit & 1 ? member(seg, packs, number, p.group, bit, &theirs, &pool) : NULL;
+        if (!one)
+            continue;
+        const uint8_t *page = page_of(ctx, p.members, bit);
+        all++;
+        if (kind == BLOCK_LZ4 && (bytes += tm_strides[size_class(codec_compress(ctx, page, ctx->packed))]) >= stride)
+            break;
+        if (!unpack(ctx, pool, one, theirs, page, kind, p.before[count_bits(p.members & ((1u << bit) - 1))],
+                    word & SLOT_VALUE, found))
+            break;
+        done++;
+    }
+    if (done == all)
+        remove_pack(ctx, packs, slot);
+    return done;
+}
+
+/* Would those of its pages that are there take less by themselves? */
+static bool is_worn(const struct pack *p, uint32_t living, uint32_t stride)
+{
+    uint32_t sum = LEAST_GAIN;
+    for (uint32_t bit = 0, i = 0; bit < GROUP; bit++)
+        if (p->members >> bit & 1) {
+            sum += living >> bit & 1 ? tm_strides[p->own[i] % TM_NCLASSES] : 0u;
+            i++;
+        }
+    return sum <= stride;
+}
+
+static void count_pack(const struct pack *p, uint32_t living, uint32_t stride,
+                       struct tm_condensed *found)
+{
+    for (uint32_t bit = 0, i = 0; bit < GROUP; bit++) {
+        if (!(p->members >> bit & 1))
+            continue;
+        uint32_t own = p->own[i] % TM_NCLASSES, before = p->before[i];
+        i++;
+        if (!(living >> bit & 1))
+            continue;
+        found->pages++;
+        found->packed++;
+        found->packed_saved += tm_strides[own];
+        if (before && before <= TM_NCLASSES)
+            found->saved += (int64_t)tm_strides[before - 1] - tm_strides[own];
+    }
+    found->packed_saved -= stride;
+}
+
+void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, bool hot, struct tm_condensed *found)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct pack p;
+    if (!look(seg, slot, word, &p))
+        return;
+    uint32_t stride = stride_at(seg, word & SLOT_VALUE);
+    uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
+    if (!living || MUTANT(55)) {
+        remove_pack(ctx, pool, slot);
+        return;
+    }
+    if (hot || (is_worn(&p, living, stride) && !MUTANT(59))) {
+        take_apart(ctx, pool, slot, word, BLOCK_ZSTD, found);
+        word = atomic_load(slot);
+        if (!look(seg, slot, word, &p))
+            return;
+        stride = stride_at(seg, word & SLOT_VALUE);
+        living = named(seg, pool, slot_number(seg, slot), p.group);
+    }
+    if (found && living)
+        count_pack(&p, living, stride, found);
+}
+
+/* Tend the packs of chunk `c`, inside an operation. */
+static void tend_chunk(struct tm_ctx *ctx, uint32_t c)
+{
+    struct tm_segment *seg = ctx->seg;
+    const struct tm_chunk *d = &seg->chunks[c];
+    uint32_t bin = d->bin, stride = bin_stride(bin);
+    if (atomic_load(&seg->states[c]) != CHUNK_USED || bin >= BIN_PERSISTENT + TM_NCLASSES)
+        return;
+    for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
+        if (!bit_is_set(d, bit))
+            continue;
+        uint64_t block = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 16;
+        uint64_t header = atomic_load(&block_at(seg, block)->word), number = header_slot(header);
+        int pool = block_kind(header) == BLOCK_PACK ? slot_pool(seg, number) : -1;
+        slot_t *slot = pool < 0 ? NULL : at(seg, number * 8);
+        uint64_t word = slot ? atomic_load(slot) : 0;
+        if (slot && is_packs((uint32_t)pool) && slot_refers(word, block))
+            pack_tend(ctx, (uint32_t)pool, slot, word, false, NULL);
+    }
+}
+
+uint32_t tm_unpack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, uint64_t *spent_ns)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t began = timing_cpu(), now = began;
+    uint32_t c = first;
+    ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
+    if (!first)
+        atomic_store(&seg->super->pack_losses, 0);
+    for (unsigned idle = 0; c < seg->nchunks && now - began < most_ns; c++) {
+        if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED
+            || seg->chunks[c].bin >= BIN_PERSISTENT + TM_NCLASSES) {
+            if (++idle % 1024 == 0)
+                now = timing_cpu();
+            continue;
+        }
+        op_begin(ctx);
+        tend_chunk(ctx, c);
+        op_end(ctx);
+        now = timing_cpu();
+    }
+    *spent_ns = timing_cpu() - began;
+    atomic_fetch_add_explicit(&seg->super->packing_ns, *spent_ns, memory_order_relaxed);
+    return c < seg->nchunks ? c : 0;
+}
+
+/* Leaves of packs of chunk `c`: remove what no slot names, and take apart what is not needed as it is. */
+static uint32_t rescue_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t most)
+{
+    struct tm_segment *seg = ctx->seg;
+    const struct tm_chunk *d = &seg->chunks[c];
+    uint32_t bin = d->bin, freed = 0;
+    if (atomic_load(&seg->states[c]) != CHUNK_USED || bin < BIN_LEAF || !is_packs((bin - BIN_LEAF) / 3))
+        return 0;
+    uint32_t pool = (bin - BIN_LEAF) / 3, stride = bin_stride(bin);
+    uint64_t first = (seg->data_offset + (uint64_t)c * TM_CHUNK) / 8;
+    for (uint64_t i = 0; i < TM_CHUNK / stride * stride / 8 && freed < most; i++) {
+        slot_t *slot = at(seg, (first + i) * 8);
+        uint64_t word = atomic_load(slot);
+        struct pack p;
+        if (leaf_pool(seg, first + i) != (int)pool || !look(seg, slot, word, &p))
+            continue;
+        uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
+        if (!living)
+            freed += remove_pack(ctx, pool, slot);
+        else if (is_worn(&p, living, stride_at(seg, word & SLOT_VALUE)))
+            freed += take_apart(ctx, pool, slot, word, BLOCK_LZ4, NULL) == count_bits(living);
+    }
+    return freed;
+}
+
+bool packs_rescue(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t freed = 0;
+    if (atomic_load_explicit(&seg->super->pack_losses, memory_order_relaxed) <= 0 || MUTANT(57))
+        return false;
+    for (uint32_t c = 0; c < seg->nchunks && freed < RESCUES; c++)
+        freed += rescue_chunk(ctx, c, RESCUES - freed);
+    if (!freed) /* not for every put that is refused */
+        atomic_store(&seg->super->pack_losses, 0);
+    return freed;
+}
+
+/* ---- Packing ------------------------------------------------------------------------------------------------- */
+
+struct view { /* a page as it was seen */
+    slot_t *slot;
+    uint64_t word;
+    uint32_t stride, form;
+};
+
+/* An empty slot of the client's pool of packs. */
+static slot_t *free_slot(struct tm_ctx *ctx, struct tm_packing *t, uint32_t packs, uint64_t *word)
+{
+    static const uint64_t oid[3];
+    struct tm_segment *seg = ctx->seg;
+    struct cursor cur = {0};
+    uint32_t *hand = &t->hand[packs / TM_CLIENT_POOLS];
+    for (unsigned tries = 0; tries < FREE_TRIES; tries++, ++*hand) {
+        if (*hand > 2 * atomic_load(&seg->pools[packs].pages) + 2 * FREE_TRIES)
+            *hand = 0;
+        if (cursor_create(ctx, packs, oid, *hand, &cur) != TM_OK)
+            return NULL;
+        slot_t *slot = &cur.slots[*hand - cur.first];
+        *word = atomic_load(slot);
+        if (slot_type(*word) == SLOT_EMPTY && slot_number(seg, slot) <= SLOT_VALUE)
+            return slot;
+    }
+    return NULL;
+}
+
+enum outcome { PACKED, IN_VAIN, NO_ROOM };
+
+/* Put the `n` pages in ctx->unpacked.pages, from `from` on, into one pack, if that saves enough. */
+static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool, struct view *views, uint32_t from,
+                         uint32_t n)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t packs = packs_of(pool), members = 0, sum = 0, joined = 0;
+    uint64_t number = slot_number(seg, views[from].slot), group = number / GROUP * GROUP;
+    uint8_t *to = ctx->packed + NUMBER;
+    memcpy(ctx->packed, &group, NUMBER);
+    for (uint32_t i = from; i < from + n; i++) {
+        members |= 1u << slot_number(seg, views[i].slot) % GROUP;
+        sum += views[i].stride;
+        *to++ = (uint8_t)size_class(views[i].stride - TM_HEADER);
+        *to++ = (uint8_t)form_before(views[i].form);
+    }
+    uint32_t head = head_of(members);
+    uint32_t length = codec_pack(ctx, ctx->unpacked.pages + (size_t)from * TM_PAGE, n, to, MOST - head);
+    uint32_t bin = BIN_PERSISTENT + size_class(head + length), stride = bin_stride(bin);
+    if (!length || stride + (sum / GAIN > LEAST_GAIN ? sum / GAIN : LEAST_GAIN) > sum)
+        return IN_VAIN;
+    if (!has_cap_for(seg, ctx->payer, ROOM))
+        return NO_ROOM;
+    uint64_t word;
+    slot_t *slot = free_slot(ctx, t, packs, &word);
+    uint64_t block = slot ? block_spare(ctx, bin) : 0;
+    if (!block)
+        return NO_ROOM;
+    bool same = true; /* pages may have been moved to make room for it */
+    for (uint32_t i = from; i < from + n; i++)
+        same = same && !changed(views[i].slot, views[i].word);
+    block_write(block_at(seg, block), slot_number(seg, slot), pack_form(members), head + length, ctx->packed);
+    if (!same || (!MUTANT(60) && !twins_lock(seg))) {
+        block_free_new(ctx);
+        return NO_ROOM;
+    }
+    KP(127);
+    if (!slot_replace(ctx, packs, slot, &word, slot_next(word, SLOT_BLOCK, block))) {
+        block_free_new(ctx);
+        if (!MUTANT(60))
+            twins_unlock(seg);
+        return NO_ROOM;
+    }
+    KP(121);
+    int64_t saved = 0;
+    for (uint32_t i = from; i < from + n; i++) {
+        struct view *v = &views[i];
+        if (MUTANT(52))
+            v->word = atomic_load(v->slot);
+        if (slot_replace(ctx, pool, v->slot, &v->word,
+                         slot_next(v->word, SLOT_PACKED, slot_number(seg, slot)) | (v->word & SLOT_FREQ))) {
+            joined++;
+            saved += v->stride;
+        }
+        KP(122);
+    }
+    if (!MUTANT(60))
+        twins_unlock(seg);
+    atomic_fetch_add_explicit(&seg->super->packed, joined, memory_order_relaxed);
+    atomic_fetch_add_explicit(&seg->super->packed_bytes, joined ? saved - stride : 0, memory_order_relaxed);
+    if (!joined)
+        remove_pack(ctx, packs, slot);
+    return PACKED;
+}
+
+/* The cold condensed pages of a group; how many. `*warm`: others may become so. */
+static uint32_t candidates(struct tm_ctx *ctx, uint64_t group, bool all, struct view *views, bool *warm)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint32_t n = 0;
+    for (uint32_t bit = 0; bit < GROUP; bit++) {
+        struct view v = {.slot = at(seg, (group + bit) * 8)};
+        v.word = atomic_load_explicit(v.slot, memory_order_acquire);
+        uint64_t block = v.word & SLOT_VALUE;
+        if (slot_type(v.word) != SLOT_BLOCK || !in_data(seg, block * 16))
+            continue;
+        if (!all && block_is_warm(seg, block)) {
+            *warm = true;
+            continue;
+        }
+        uint64_t header = atomic_load(&block_at(seg, block)->word);
+        v.form = block_form(header);
+        v.stride = stride_at(seg, block);
+        if (header_slot(header) == group + bit && block_kind(header) == BLOCK_ZSTD && v.stride >= TM_STRIDE_MIN
+            && v.stride < TM_STRIDE_RAW)
+            views[n++] = v;
+    }
+    return n;
+}
+
+static uint32_t mark_of(struct tm_segment *seg, uint64_t group)
+{
+    uint64_t mark = group;
+    for (uint32_t bit = 0; bit < GROUP; bit++)
+        mark = (mark ^ (atomic_load_explicit((slot_t *)at(seg, (group + bit) * 8), memory_order_relaxed) & ~SLOT_FREQ))
+               * UINT64_C(0x9fb21c651e98df25);
+    return (uint32_t)(mark >> 32) | 1;
+}
+
+static void visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool, uint64_t group, bool all)
+{
+    struct tm_segment *seg = ctx->seg;
+    struct view views[GROUP];
+    bool warm = false;
+    uint32_t mark = mark_of(seg, group), *marked = &t->marks[group / GROUP & t->mask];
+    if (*marked == mark)
+        return; /* seen, and not changed since */
+    uint32_t n = candidates(ctx, group, all, views, &warm), good = 0;
+    if (!warm)
+        *marked = mark;
+    if (n < 2)
+        return;
+    ctx->unpacked.pack = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t block = views[i].word & SLOT_VALUE;
+        if (!block_read(ctx, block_at(seg, block), slot_number(seg, views[i].slot), seg->size - block * 16,
+                        ctx->unpacked.pages + (size_t)good * TM_PAGE) || changed(views[i].slot, views[i].word))
+            continue;
+        views[good++] = views[i];
+    }
+    if (good < 2)
+        return;
+    KP(128);
+    enum outcome came = pack(ctx, t, pool, views, 0, good);
+    if (came == IN_VAIN && good > 2) { /* all are too many for a block: two and two, or two of three */
+        came = pack(ctx, t, pool, views, 0, 2);
+        if (good == 4 && came != NO_ROOM)
+            came = pack(ctx, t, pool, views, 2, 2);
+    }
+    if (came == NO_ROOM)
+        *marked = 0;
+}
+
+/* May neighbours of this pool be packed? Inside an operation: whoever destroys it, or its packs, waits for us. */
+static bool may_pack(struct tm_segment *seg, uint32_t pool)
+{
+    if (pool >= TM_FIRST_SHARED || is_originals(pool))
+        return false;
+    const struct tm_pool *p = &seg->pools[pool];
+    uint32_t client = payer_of(seg, pool);
+    return atomic_load(&p->state) == LIVE && p->persistent && !p->link && atomic_load(&seg->clients[client].state) == LIVE
+           && atomic_load_explicit(&seg->clients[client].codec, memory_order_relaxed) != CODEC_NONE
+           && !phase_of(seg, client) && atomic_load(&seg->pools[packs_of(pool)].state) == LIVE;
+}
+
+/* Visit the leaves of one chunk; false if the time was over before the last. */
+static bool visit(struct tm_ctx *ctx, struct tm_packing *t, uint32_t c, bool all, uint64_t began_ns, uint64_t most_ns)
+{
+    struct tm_segment *seg = ctx->seg;
+    const struct tm_chunk *d = &seg->chunks[c];
+    uint32_t bin = d->bin;
+    if (atomic_load(&seg->states[c]) != CHUNK_USED || bin < BIN_LEAF)
+        return true;
+    uint32_t pool = (bin - BIN_LEAF) / 3, stride = bin_stride(bin);
+    for (uint32_t bit = 0; bit < TM_CHUNK / stride && may_pack(seg, pool); bit++) {
+        if (!bit_is_set(d, bit))
+            continue;
+        op_begin(ctx);
+        ctx->client = ctx->payer = payer_of(seg, pool);
+        ctx->pool = packs_of(pool);
+        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 8;
+        for (uint32_t i = 0; i < stride / 8 && may_pack(seg, pool) && leaf_pool(seg, from) == (int)pool; i += GROUP)
+            visit_group(ctx, t, pool, from + i, all);
+        op_end(ctx);
+        if (c && timing_cpu() - began_ns > most_ns) /* of the first chunk 0 would say that all is done */
+            return false; /* what was seen is passed by quickly the next time */
+    }
+    return true;
+}
+
+/* Each client with persistent pages has a pool of packs. */
+static void prepare(struct tm_ctx *ctx)
+{
+    struct tm_segment *seg = ctx->seg;
+    for (uint32_t id = 0; id < TM_MAX_CLIENTS; id++) {
+        uint32_t serial = atomic_load(&seg->clients[id].serial), pool, pool_serial, first = id * TM_CLIENT_POOLS;
+        struct pool_wish wish = {.persistent = true, .id = (int)(TM_CLIENT_POOLS - 1)};
+        int64_t pages = 0;
+        for (uint32_t p = first; p < first + TM_USER_POOLS; p++)
+            if (atomic_load(&seg->pools[p].state) == LIVE && seg->pools[p].persistent)
+                pages += atomic_load(&seg->pools[p].pages);
+        if (pages && atomic_load(&seg->clients[id].state) == LIVE
+            && atomic_load(&seg->pools[packs_of(first)].state) == FREE)
+            pool_new(ctx, id, serial, &wish, &pool, &pool_serial);
+    }
+}
+
+void packs_free(struct tm_segment *seg)
+{
+    struct tm_packing *t = atomic_load(&seg->packing);
+    if (t)
+        free(t->marks);
+    free(t);
+}
+
+/* What this process remembers; made when it is first needed. NULL: no memory, or another thread has it. */
+static struct tm_packing *packing_of(struct tm_segment *seg)
+{
+    struct tm_packing *t = atomic_load(&seg->packing), *none = NULL;
+    uint32_t unused = 0;
+    if (!t) {
+        uint64_t size = 1024;
+        while (size < (uint64_t)seg->nchunks * 8) /* as many groups as memory has of pages of 2 KiB */
+            size *= 2;
+        t = calloc(1, sizeof *t);
+        if (!t || !(t->marks = calloc(size, sizeof *t->marks))) {
+            free(t);
+            return NULL;
+        }
+        t->mask = (uint32_t)size - 1;
+        if (!atomic_compare_exchange_strong(&seg->packing, &none, t)) {
+            free(t->marks);
+            free(t);
+            return NULL;
+        }
+    }
+    return atomic_compare_exchange_strong(&t->busy, &unused, 1) ? t : NULL;
+}
+
+uint32_t tm_pack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
+{
+    struct tm_segment *seg = ctx->seg;
+    uint64_t began = timing_cpu();
+    uint32_t c = first;
+    struct tm_packing *t = atomic_load(&seg->super->pack) ? packing_of(seg) : NULL;
+    if (t && !first)
+        prepare(ctx);
+    for (; t && c < seg->nchunks; c++)
+        if (!visit(ctx, t, c, warm, began, most_ns))
+            break;
+    if (t)
+        atomic_store(&t->busy, 0);
+    *spent_ns = timing_cpu() - began;
+    atomic_fetch_add_explicit(&seg->super->packing_ns, *spent_ns, memory_order_relaxed);
+    return t && c < seg->nchunks ? c : 0;
+}
