@@ -278,8 +278,9 @@ static uint32_t unpack(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
     return stride;
 }
 
-/* Take a pack apart; the number of pages that have blocks of their own now, which are counted to `found`. For a put that finds no memory as LZ4 (zstd would
- * ask the system for some), and only if that takes less than the pack. */
+/* Take a pack apart; the number of pages that have blocks of their own now, which are counted to `found`. For a put that
+ * finds no memory as LZ4 (zstd would ask the system for some), and only if that takes less than the pack. A page's slot counts
+ * only if the pack is seen to be there still after it was read: else another pack of the same pages may have come to its place. */
 static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uint64_t word, enum block_kind kind,
                            struct tm_condensed *found)
 {
@@ -295,14 +296,17 @@ static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uin
         return 0;
     }
     settle(ctx, slot, word, &p);
+    KP(129);
     uint32_t stride = stride_at(seg, word & SLOT_VALUE);
     for (uint32_t bit = 0; bit < GROUP; bit++) {
         uint64_t theirs;
         slot_t *one = p.members >> bit & 1 ? member(seg, packs, number, p.group, bit, &theirs, &pool) : NULL;
         if (!one)
             continue;
-        const uint8_t *page = page_of(ctx, p.members, bit);
         all++;
+        if (changed(slot, word) && !MUTANT(61))
+            break;
+        const uint8_t *page = page_of(ctx, p.members, bit);
         if (kind == BLOCK_LZ4 && (bytes += tm_strides[size_class(codec_compress(ctx, page, ctx->packed))]) >= stride)
             break;
         if (!unpack(ctx, pool, one, theirs, page, kind, p.before[count_bits(p.members & ((1u << bit) - 1))],
@@ -327,8 +331,7 @@ static bool is_worn(const struct pack *p, uint32_t living, uint32_t stride)
     return sum <= stride;
 }
 
-static void count_pack(const struct pack *p, uint32_t living, uint32_t stride,
-                       struct tm_condensed *found)
+static void count_pack(const struct pack *p, uint32_t living, uint32_t stride, struct tm_condensed *found)
 {
     for (uint32_t bit = 0, i = 0; bit < GROUP; bit++) {
         if (!(p->members >> bit & 1))

@@ -8,7 +8,7 @@
 #include <stdarg.h>
 #include <unistd.h>
 
-enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 129, TINY_OBJECTS = 24 };
+enum { KEYS = 192, MAX_SLOTS = 16, CONTENDED = 24, POINTS = 130, TINY_OBJECTS = 24 };
 enum { NONE, PUT, FLUSH, TAKE, FLUSH_OBJECT };
 enum { PERSISTENT, TAKEN, EPHEMERAL, NPOOLS }; /* TAKEN: persistent with exclusive gets */
 

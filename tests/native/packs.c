@@ -282,6 +282,31 @@ static void put_while_unpacking(struct world *w)
     nothing_is_left(w);
 }
 
+/* While a pack is taken apart its pages are put, and packed again: another pack has its place, and its pages name that. */
+static void another_pack_comes_there(struct world *w)
+{
+    fill(w);
+    finish(0, start(0, pack, 0, 0)); /* by another, so that we begin with the same places */
+    expect(packed(w) == PAGES, "the scenario did not come about");
+    for (uint32_t i = 0; i < PAGES; i++)
+        if (i % TM_GROUP > 1)
+            tm_flush(&w->pool, oid, i, 1);
+    pid_t pass = start(0, unpack, 129, 0);
+    at_point(0);
+    for (uint32_t i = 0; i < PAGES; i++)
+        if (i % TM_GROUP < 2)
+            put_version(&w->pool, i, 2);
+    unpack(w, NULL);
+    condense(w, NULL);
+    pack(w, NULL);
+    expect(packed(w) == PAGES / 2, "the scenario did not come about");
+    finish(0, pass);
+    for (uint32_t i = 0; i < PAGES; i++)
+        expect(i % TM_GROUP > 1 || keeps(&w->pool, i, 2), "page %u is not what was put last", i);
+    check(w);
+    nothing_is_left(w);
+}
+
 /* A pack has been made, and no slot names it yet; somebody who removes such packs comes by. */
 static void removal_while_packing(struct world *w)
 {
@@ -630,6 +655,7 @@ static const struct scenario scenarios[] = {
     {"death_after_removal", death_after_removal},
     {"halves_are_taken_apart", halves_are_taken_apart},
     {"put_while_unpacking", put_while_unpacking},
+    {"another_pack_comes_there", another_pack_comes_there},
     {"removal_while_packing", removal_while_packing},
     {"reader_before_pack", reader_before_pack},
     {"reader_in_pack", reader_in_pack},
