@@ -7,6 +7,7 @@
 #include "witness.h"
 
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -84,6 +85,7 @@ static pid_t start(int i, operation op, uint32_t point, uint32_t skip)
     pid_t pid = fork();
     if (pid)
         return pid;
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a mutant may crash whoever would let it go on */
     struct world w = {0};
     if (tm_attach(path, &w.seg))
         _exit(3);
