@@ -179,7 +179,8 @@ class Watch:
         if inode.state is not None:
             with contextlib.suppress(OSError):  # it is gone: nobody can read it
                 self._coherence.reported(inode.state, self._table.descriptor(inode))
-                if inode.opens and self._drop_old(inode, certain):
+                # Of what it passes through the kernel keeps nothing, and there own writes are reported, too.
+                if inode.opens and not inode.backing and self._drop_old(inode, certain):
                     self._with_old.add(inode)
 
     def _drop_old(self, inode: Inode, certain: bool) -> bool:

@@ -87,6 +87,15 @@ def used_bytes(group: Path) -> int:
     return int((group / name).read_text())
 
 
+def reclaim(group: Path) -> None:
+    """Have the kernel take back what it can of a group, also pages of the dead, at which it looks no more."""
+    with suppress(OSError):  # there is less, or nothing
+        if cgroup.version() == 1:
+            (group / "memory.force_empty").write_text("0")
+        else:
+            (group / "memory.reclaim").write_text("1G")
+
+
 def removed(group: Path) -> bool:
     """Remove a group if it is empty; say whether it is gone. The last of its dead leave it late."""
     try:

@@ -55,7 +55,9 @@ def test_pages_wait(
 ) -> None:
     bench = Bench(small, tmp_path, MIB)
     tiering.withdraw(bench.paths, small, bench.client)
-    tiering.assign(bench.paths, small, bench.client, f"{redis_cluster.url}?timeout=0.5", 0)
+    # Named by its primaries: the others may be the ones that do not answer.
+    addresses = ",".join(server.address for server in redis_cluster.primaries())
+    tiering.assign(bench.paths, small, bench.client, f"redis+cluster://{addresses}?timeout=0.5", 0)
     try:
         stored = bench.put(0, 10**6)
         with broken(redis_cluster) as words:

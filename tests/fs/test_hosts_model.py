@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
@@ -60,6 +60,12 @@ class Hosts(Machine):
             Hosts.sent_pages += counted.sent_pages
             Hosts.hit_pages += counted.hit_pages
         super().teardown()
+
+    @initialize()
+    def find_something(self) -> None:
+        """What one host has read the other finds at the servers: else nothing may ever be found there."""
+        self.read_all(0)
+        self.read_all(1)
 
     @precondition(lambda self: not self.stopped)
     @rule(side=SIDES)

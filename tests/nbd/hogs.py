@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tmem.nbd import swap
 
+from ..groups import reclaim
 from .conftest import ROOT
 
 if TYPE_CHECKING:
@@ -78,3 +79,12 @@ def pages(segment: "_native.Segment") -> int:
     """Pages in the device's pool; an empty device has one, the swap header."""
     (pool,) = segment.client("local", create=False).pools()
     return pool.statistics()["pages"]
+
+
+def is_freed(device: str, hog: Hog) -> bool:
+    """Say whether the kernel has freed the slots of a hog that has ended.
+
+    It is made to look: what was on its way to the device when its owner died stays there until then.
+    """
+    reclaim(hog.group)
+    return used_bytes(device) < STRAY_BYTES

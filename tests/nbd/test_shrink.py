@@ -27,6 +27,7 @@ from .hogs import (
     STRAY_PAGES,
     Hog,
     filled,
+    is_freed,
     pages,
     used_bytes,
 )
@@ -87,7 +88,7 @@ def test_stale_pages_go(tmem: Tmem, device: str, hog: Hog, segment: "_native.Seg
     """Without discard nobody tells the pool that their owner is gone."""
     hog.process.kill()
     hog.process.wait()
-    eventually(lambda: used_bytes(device) < STRAY_BYTES, "the kernel has freed the slots")
+    eventually(lambda: is_freed(device, hog), "the kernel has freed the slots")
     assert pages(segment) > 3000
     assert tmem("shrink", "local").returncode == 0
     assert pages(segment) < STRAY_PAGES
