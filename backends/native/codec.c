@@ -56,20 +56,6 @@ uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
 enum { MAGIC = 4, LEVEL = 3 };
 static const uint8_t magic[MAGIC] = {0x28, 0xb5, 0x2f, 0xfd};
 
-uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
-{
-    uint8_t frame[TM_SCRATCH];
-    if (!ctx->condenser && !(ctx->condenser = ZSTD_createCCtx()))
-        return TM_PAGE;
-    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_compressionLevel, LEVEL);
-    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_contentSizeFlag, 0);
-    size_t n = ZSTD_compress2(ctx->condenser, frame, TM_PAGE - TM_LEAST_GAIN + MAGIC, page, TM_PAGE);
-    if (ZSTD_isError(n) || memcmp(frame, magic, MAGIC) != 0)
-        return TM_PAGE;
-    memcpy(to, frame + MAGIC, n - MAGIC);
-    return (uint32_t)n - MAGIC;
-}
-
 uint32_t codec_pack(struct tm_ctx *ctx, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most)
 {
     uint8_t frame[TM_SCRATCH];
@@ -84,20 +70,18 @@ uint32_t codec_pack(struct tm_ctx *ctx, const uint8_t *pages, uint32_t n, uint8_
     return (uint32_t)made - MAGIC;
 }
 
+uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
+{
+    uint32_t length = codec_pack(ctx, page, 1, to, TM_PAGE - TM_LEAST_GAIN);
+    return length ? length : TM_PAGE;
+}
+
 bool codec_unpack(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *pages, uint32_t n)
 {
     uint8_t frame[TM_SCRATCH];
     memcpy(frame, magic, MAGIC);
-    memcpy(frame + MAGIC, payload, length);
-    return ZSTD_decompressDCtx(ctx->expander, pages, (size_t)n * TM_PAGE, frame, MAGIC + length) == (size_t)n * TM_PAGE;
-}
-
-static bool expand(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *page)
-{
-    uint8_t frame[TM_SCRATCH];
-    memcpy(frame, magic, MAGIC);
     memcpy(frame + MAGIC, payload, length); /* at most a page: the caller has looked */
-    return ZSTD_decompressDCtx(ctx->expander, page, TM_PAGE, frame, MAGIC + length) == TM_PAGE;
+    return ZSTD_decompressDCtx(ctx->expander, pages, (size_t)n * TM_PAGE, frame, MAGIC + length) == (size_t)n * TM_PAGE;
 }
 
 void *codec_expander(void)
@@ -201,7 +185,7 @@ bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uin
         memcpy(page, payload, TM_PAGE);
         return length == TM_PAGE;
     case BLOCK_ZSTD:
-        return expand(ctx, payload, length, page);
+        return codec_unpack(ctx, payload, length, page, 1);
     case BLOCK_PACK: /* of several: pack.c */
         return false;
     }

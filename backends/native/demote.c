@@ -52,7 +52,7 @@ static uint32_t pack_record(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uin
     if (!*stamp || pack_get(ctx, pool, slot, word, ctx->moved) != TM_OK)
         return 0;
     atomic_thread_fence(memory_order_acquire);
-    if ((atomic_load(slot) ^ word) & ~SLOT_FREQ || pack_stamp(seg, pool, slot, word) != *stamp)
+    if (slot_changed(slot, word) || pack_stamp(seg, pool, slot, word) != *stamp)
         return 0;
     uint32_t length = codec_condense(ctx, ctx->moved, ctx->packed), form = BLOCK_ZSTD;
     if (length == TM_PAGE) {

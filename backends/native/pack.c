@@ -8,7 +8,8 @@
  *
  * What must not meet is making slots name a pack, and removing it because none does: both hold `twin_lock` (twin.c), from
  * before the pack is there until all its pages name it. Everything else is a swap of one slot: a page that is put, flushed, or
- * sent to a tier leaves the pack; one whose pages would take less by themselves is taken apart, which is what a put of the same bytes would do.
+ * sent to a tier leaves the pack; one whose pages would take less by themselves is taken apart, which is what a put of the
+ * same bytes would do.
  * A death anywhere leaves a pack too much, or one with fewer pages, never a slot that names none.
  *
  * A reader looks at the page's slot again after it has read the pack, as with twins, and at the pack's own, whose block may
@@ -36,8 +37,6 @@ struct tm_packing {
     uint32_t *marks;       /* by group: which words of it were looked at */
     uint32_t hand[TM_MAX_CLIENTS]; /* index at which the next pack may find room */
 };
-
-static bool changed(const slot_t *slot, uint64_t word) { return ((atomic_load(slot) ^ word) & ~SLOT_FREQ) != 0; }
 
 static uint32_t count_bits(uint32_t members) { return (uint32_t)__builtin_popcount(members); }
 static uint32_t head_of(uint32_t members) { return NUMBER + OF_EACH * count_bits(members); }
@@ -136,7 +135,7 @@ int pack_get(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t wor
         bool good = look(seg, holder, named, &p) && p.members >> bit & 1 && expand(ctx, holder, named, &p)
                     && ctx->unpacked.group == number - bit;
         atomic_thread_fence(memory_order_acquire);
-        if (changed(holder, named) && !MUTANT(53)) {
+        if (slot_changed(holder, named) && !MUTANT(53)) {
             ctx->unpacked.pack = 0;
             continue; /* it was moved; if not, the block was ours to read all the time */
         }
@@ -291,7 +290,7 @@ static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uin
     if (!look(seg, slot, word, &p) || !expand(ctx, slot, word, &p))
         return 0;
     atomic_thread_fence(memory_order_acquire);
-    if (changed(slot, word)) {
+    if (slot_changed(slot, word)) {
         ctx->unpacked.pack = 0;
         return 0;
     }
@@ -304,7 +303,7 @@ static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uin
         if (!one)
             continue;
         all++;
-        if (changed(slot, word) && !MUTANT(61))
+        if (slot_changed(slot, word) && !MUTANT(61))
             break;
         const uint8_t *page = page_of(ctx, p.members, bit);
         if (kind == BLOCK_LZ4 && (bytes += tm_strides[size_class(codec_compress(ctx, page, ctx->packed))]) >= stride)
@@ -516,7 +515,7 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
         return NO_ROOM;
     bool same = true; /* pages may have been moved to make room for it */
     for (uint32_t i = from; i < from + n; i++)
-        same = same && !changed(views[i].slot, views[i].word);
+        same = same && !slot_changed(views[i].slot, views[i].word);
     block_write(block_at(seg, block), slot_number(seg, slot), pack_form(members), head + length, ctx->packed);
     if (!same || (!MUTANT(60) && !twins_lock(seg))) {
         block_free_new(ctx);
@@ -602,7 +601,7 @@ static void visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool,
     for (uint32_t i = 0; i < n; i++) {
         uint64_t block = views[i].word & SLOT_VALUE;
         if (!block_read(ctx, block_at(seg, block), slot_number(seg, views[i].slot), seg->size - block * 16,
-                        ctx->unpacked.pages + (size_t)good * TM_PAGE) || changed(views[i].slot, views[i].word))
+                        ctx->unpacked.pages + (size_t)good * TM_PAGE) || slot_changed(views[i].slot, views[i].word))
             continue;
         views[good++] = views[i];
     }

@@ -29,8 +29,6 @@ struct tm_twins {
     _Alignas(64) uint8_t page[TM_PAGE], other[TM_PAGE], packed[TM_SCRATCH];
 };
 
-static bool changed(slot_t *slot, uint64_t word) { return ((atomic_load(slot) ^ word) & ~SLOT_FREQ) != 0; }
-
 /* A page as it was seen: it is in `page` or `other` now. */
 struct view {
     uint32_t pool;
@@ -45,7 +43,7 @@ static bool look(struct tm_ctx *ctx, struct view *v, uint8_t *to)
     uint64_t block = v->word & SLOT_VALUE;
     return slot_type(v->word) == SLOT_BLOCK && in_data(seg, block * 16)
            && block_read(ctx, block_at(seg, block), slot_number(seg, v->slot), seg->size - block * 16, to)
-           && !changed(v->slot, v->word);
+           && !slot_changed(v->slot, v->word);
 }
 
 /* How often the page was hit, if its original is to keep that: of one that has proved itself, once at least. */
@@ -119,7 +117,7 @@ static bool join(struct tm_ctx *ctx, struct view *twin, const struct view *origi
         return false;
     KP(111);
     pass_on_hits(seg, twin, original);
-    bool same = !changed(original->slot, original->word) || MUTANT(19);
+    bool same = !slot_changed(original->slot, original->word) || MUTANT(19);
     KP(118); /* evicted from here on, it leaves a twin that is a miss */
     bool joined = same && slot_replace(ctx, twin->pool, twin->slot, &twin->word,
                                        slot_next(twin->word, SLOT_TWIN, slot_number(seg, original->slot)) | bits);

@@ -29,7 +29,7 @@ static int promote_one(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, const sl
         return TM_MISS;
     const struct tm_block *b = tier_record(ctx, slot, word, &rc);
     if (rc == TM_AWAY) {
-        if ((atomic_load(slot) ^ word) & ~SLOT_FREQ) {
+        if (slot_changed(slot, word)) {
             ctx->window.nwanted = 0;
             return TM_AGAIN;
         }

@@ -484,7 +484,9 @@ static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
                          (long long)found.saved, (unsigned long long)found.packed, (long long)found.packed_saved);
 }
 
-static PyObject *pack(SegmentObject *self, PyObject *args, PyObject *kwargs)
+typedef uint32_t visit_of_chunks(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
+
+static PyObject *visit_chunks(SegmentObject *self, PyObject *args, PyObject *kwargs, visit_of_chunks *visit)
 {
     static char *names[] = {"first", "most_ns", "warm", NULL};
     unsigned int first;
@@ -497,9 +499,19 @@ static PyObject *pack(SegmentObject *self, PyObject *args, PyObject *kwargs)
     if (!ctx)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    first = tm_pack(ctx, first, most_ns, warm, &spent_ns);
+    first = visit(ctx, first, most_ns, warm, &spent_ns);
     Py_END_ALLOW_THREADS
     return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+}
+
+static PyObject *pack(SegmentObject *self, PyObject *args, PyObject *kwargs)
+{
+    return visit_chunks(self, args, kwargs, tm_pack);
+}
+
+static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)
+{
+    return visit_chunks(self, args, kwargs, tm_dedup);
 }
 
 static PyObject *unpack(SegmentObject *self, PyObject *args)
@@ -514,24 +526,6 @@ static PyObject *unpack(SegmentObject *self, PyObject *args)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     first = tm_unpack(ctx, first, most_ns, &spent_ns);
-    Py_END_ALLOW_THREADS
-    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
-}
-
-static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"first", "most_ns", "warm", NULL};
-    unsigned int first;
-    int warm = 0;
-    unsigned long long most_ns;
-    uint64_t spent_ns = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$p", names, &first, &most_ns, &warm))
-        return NULL;
-    struct tm_ctx *ctx = context_of(self);
-    if (!ctx)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    first = tm_dedup(ctx, first, most_ns, warm, &spent_ns);
     Py_END_ALLOW_THREADS
     return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
 }

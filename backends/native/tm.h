@@ -93,6 +93,11 @@ typedef _Atomic uint64_t slot_t;
 
 static inline unsigned slot_type(uint64_t s) { return (unsigned)(s >> 38) & 7u; }
 static inline unsigned slot_freq(uint64_t s) { return (unsigned)(s >> 36) & 3u; }
+/* Whether it has another word than that, but for the frequency. */
+static inline bool slot_changed(const slot_t *slot, uint64_t word)
+{
+    return ((atomic_load(slot) ^ word) & ~SLOT_FREQ) != 0;
+}
 /* Of a persistent pool while its client is handed over: CLEAN, exported and not changed since; STALE, exported and put
  * again since; and of an empty slot GONE, flushed since it was exported. The value of an empty slot has no other use
  * there; the frequency tells otherwise, if the client has a tier, that the page was used lately (demote.c), also in the

@@ -84,7 +84,7 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
             int rc = type == SLOT_TWIN ? twin_get(ctx, ctx->pool, word, ctx->page)
                                        : pack_get(ctx, ctx->pool, slot, word, ctx->page);
             if (rc == TM_AWAY) {
-                if (!((atomic_load(slot) ^ word) & ~SLOT_FREQ))
+                if (!slot_changed(slot, word))
                     return TM_AWAY;
                 ctx->window.nwanted = 0;
                 continue;
@@ -100,7 +100,7 @@ static int export_slot(struct tm_ctx *ctx, const struct tm_export *e, slot_t *sl
             int rc;
             const struct tm_block *b = tier_record(ctx, slot, word, &rc);
             if (rc == TM_AWAY) {
-                if (!((atomic_load(slot) ^ word) & ~SLOT_FREQ))
+                if (!slot_changed(slot, word))
                     return TM_AWAY;
                 ctx->window.nwanted = 0;
                 continue;

@@ -416,11 +416,17 @@ def test_what_is_promised_in_any_order(
         events.close()
     Machine.watching, Machine.shared, Machine.segment = watching, shared, segment
     Machine.elsewhere = kind == "elsewhere"
-    Machine.underneath = Underneath()
-    Machine.portal = Portal()
+    run(Machine)
+    assert segment.check() == []
+
+
+def run(machine: type[Machine]) -> None:
+    """Try it out, of whatever kind it is."""
+    machine.underneath = Underneath()
+    machine.portal = Portal()
     try:
         run_state_machine_as_test(
-            Machine,
+            machine,
             settings=settings(
                 max_examples=EXAMPLES,
                 stateful_step_count=30,
@@ -430,9 +436,8 @@ def test_what_is_promised_in_any_order(
             ),
         )
     finally:
-        Machine.portal.close()
-        Machine.underneath.close()
-    assert segment.check() == []
+        machine.portal.close()
+        machine.underneath.close()
 
 
 EXAMPLES = int(os.environ.get("TMEM_TEST_EXAMPLES", "15"))

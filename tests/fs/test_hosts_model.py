@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule
 
 from tmem.backends import _native
 from tmem.backends.paths import SegmentPaths
@@ -18,8 +17,7 @@ from tmem.types import PAGE_SIZE
 
 from ..backends.tiers.servers import Server
 from ..waiting import wait_until
-from .test_coherence_model import EXAMPLES, PAGES, SHARED, SIDES, Machine, Portal, page_of
-from .underneath import Underneath
+from .test_coherence_model import PAGES, SHARED, SIDES, Machine, page_of, run
 
 NAMES = ("a", "b")
 
@@ -97,22 +95,7 @@ def test_what_is_promised_in_any_order(
     Hosts.elsewhere = kind == "elsewhere"
     Hosts.sent_pages = Hosts.hit_pages = 0
     Hosts.address = RedisAddress.parse(f"redis://{redis_server.address}/0?timeout=5")
-    Hosts.underneath = Underneath()
-    Hosts.portal = Portal()
-    try:
-        run_state_machine_as_test(
-            Hosts,
-            settings=settings(
-                max_examples=EXAMPLES,
-                stateful_step_count=30,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-                database=None,
-            ),
-        )
-    finally:
-        Hosts.portal.close()
-        Hosts.underneath.close()
+    run(Hosts)
     assert Hosts.hit_pages > 0, f"{Hosts.sent_pages} pages were sent, and none was found"
     for segment in segments:
         assert segment.check() == []
