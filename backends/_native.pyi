@@ -639,11 +639,15 @@ class Nodes(Generic[_N]):
     def store_to(self, node: _N, stored_to: bool, /) -> None:
         """Say whether its attributes are not to be believed."""
 
+    def reported_by(self, descriptor: int, /) -> None:
+        """Take what becomes readable when changes are reported; -1: there are no reports any longer."""
+
     def has_old(self, node: _N, mtime_ns: int, all: bool, /) -> bool:
-        """Say that bytes of a file have changed that was modified then.
+        """Say that it is reported that bytes of a file have changed that was modified then.
 
         True if the kernel was told of that time before: it may have taken old bytes since, and keep them. So
-        it will be told another time, once; unless `all`, only where no program sees it.
+        it will be told another time, once; only where no program sees it, unless `all` and no report was
+        unread when it was told.
         """
 
     def tells(self, node: _N, mtime_ns: int, hidden: bool, /) -> tuple[bool, bool]:

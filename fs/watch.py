@@ -17,7 +17,8 @@ that what was over by then is not taken for something beside it. What the kernel
 The stamps of a write come before its bytes, and these before its report. If the kernel asks for attributes in
 between and reads after that, it has old bytes and the new time of modification, by which it would keep them.
 So of an open file of which it was told that time already it is told another one (`Nodes.has_old`), once. A
-close of who had it open for writing may mean no more than that: then no program shall see that time.
+close of who had it open for writing may mean no more than that, and so may any report if some were unread
+when the kernel was told: then no program shall see that time.
 
 A file that the kernel has only just been told of is left alone for a moment. The kernel enters one without
 any rights, and takes the attributes of the reply only if no notice came in between; if another one overtakes
@@ -97,6 +98,7 @@ class Watch:
         self._keys: dict[bytes, tuple[int, int]] = {}  # lower identities by handle
         self._held_back = _Later(TAKEN_IN_SECONDS, self._tell_all)
         self._repeated = _Later(REPEAT_SECONDS, self._tell_all)  # None stands for names
+        table.nodes.reported_by(events.descriptor)
         self._with_old: set[Inode] = set()  # the kernel may have old pages of these, and not have heard so
 
     @property
@@ -212,4 +214,5 @@ class Watch:
 
     def close(self) -> None:
         """Watch no longer."""
+        self._table.nodes.reported_by(-1)
         self._events.close()

@@ -401,6 +401,15 @@ static PyObject *store_to(NodesObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *reported_by(NodesObject *self, PyObject *args)
+{
+    int fd;
+    if (!PyArg_ParseTuple(args, "i:reported_by", &fd))
+        return NULL;
+    nodes_reports(self->nodes, fd);
+    Py_RETURN_NONE;
+}
+
 static PyObject *has_old(NodesObject *self, PyObject *args)
 {
     PyObject *view;
@@ -461,6 +470,7 @@ PyTypeObject *make_nodes_type(void)
                                     {"descriptor", (PyCFunction)descriptor, METH_O, NULL},
                                     {"handle", (PyCFunction)handle_of_node, METH_O, NULL},
                                     {"store_to", (PyCFunction)store_to, METH_VARARGS, NULL},
+                                    {"reported_by", (PyCFunction)reported_by, METH_VARARGS, NULL},
                                     {"has_old", (PyCFunction)has_old, METH_VARARGS, NULL},
                                     {"tells", (PyCFunction)tells, METH_VARARGS, NULL},
                                     {NULL, NULL, 0, NULL}};

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -162,6 +163,7 @@ struct nodes *nodes_new(int root, bool numbers_tell, bool is_fuse)
     pthread_mutex_init(&n->lock, NULL);
     patience_init(&n->patience);
     n->root = root;
+    n->reports = -1;
     n->device = st.st_dev;
     n->numbers_tell = numbers_tell;
     n->is_fuse = is_fuse;
@@ -413,11 +415,28 @@ void nodes_store_to(struct nodes *n, struct node *one, bool stored_to)
     pthread_mutex_unlock(&n->lock);
 }
 
+void nodes_reports(struct nodes *n, int fd)
+{
+    pthread_mutex_lock(&n->lock);
+    n->reports = fd;
+    pthread_mutex_unlock(&n->lock);
+}
+
 /* With the lock. */
-static bool tells_another(struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)
+static bool reports_wait(const struct nodes *n)
+{
+    struct pollfd reports = {.fd = n->reports, .events = POLLIN};
+    return reports.fd >= 0 && poll(&reports, 1, 0) > 0;
+}
+
+/* With the lock. */
+static bool tells_another(const struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)
 {
     bool another = one->has_old == TELL_ALL || (one->has_old == TELL_KERNEL && hidden);
-    one->told_ns = mtime_ns;
+    if (one->told_ns != mtime_ns) {
+        one->told_ns = mtime_ns;
+        one->told_late = reports_wait(n);
+    }
     *doubted = one->has_old != HAS_NONE;
     if (another)
         one->has_old = HAS_NONE;
@@ -425,10 +444,10 @@ static bool tells_another(struct node *one, int64_t mtime_ns, bool hidden, bool 
 }
 
 /* With the lock. The last digit is enough for the kernel, which drops its pages if the time is not the one it knows. */
-static void tell_time(struct node *one, bool hidden, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds)
+static void tell_time(const struct nodes *n, struct node *one, bool hidden, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds)
 {
     bool doubted;
-    if (tells_another(one, (int64_t)attr->mtime * 1000000000 + attr->mtimensec, hidden, &doubted))
+    if (tells_another(n, one, (int64_t)attr->mtime * 1000000000 + attr->mtimensec, hidden, &doubted))
         attr->mtimensec ^= 1;
     if (doubted)
         *seconds = *nanoseconds = 0;
@@ -438,6 +457,8 @@ bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old
 {
     pthread_mutex_lock(&n->lock);
     bool told = one->told_ns == mtime_ns;
+    if (one->told_late && old == TELL_ALL)
+        old = TELL_KERNEL;
     if (told && one->has_old < old)
         one->has_old = old;
     pthread_mutex_unlock(&n->lock);
@@ -447,7 +468,7 @@ bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old
 bool nodes_tells(struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)
 {
     pthread_mutex_lock(&n->lock);
-    bool another = tells_another(one, mtime_ns, hidden, doubted);
+    bool another = tells_another(n, one, mtime_ns, hidden, doubted);
     pthread_mutex_unlock(&n->lock);
     return another;
 }
@@ -455,7 +476,7 @@ bool nodes_tells(struct nodes *n, struct node *one, int64_t mtime_ns, bool hidde
 void nodes_tell_time(struct nodes *n, struct node *one, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds)
 {
     pthread_mutex_lock(&n->lock);
-    tell_time(one, true, attr, seconds, nanoseconds);
+    tell_time(n, one, true, attr, seconds, nanoseconds);
     pthread_mutex_unlock(&n->lock);
 }
 
@@ -520,7 +541,7 @@ bool nodes_attributes(struct nodes *n, uint64_t nodeid, bool hidden, struct fuse
     bool known = fd >= 0 && !fstat(fd, &st);
     if (known) {
         put_status(&n->lifetimes, nodeid, &st, false, out);
-        tell_time(nodes_find(n, nodeid), hidden, &out->attr, &out->attr_valid, &out->attr_valid_nsec);
+        tell_time(n, nodes_find(n, nodeid), hidden, &out->attr, &out->attr_valid, &out->attr_valid_nsec);
     }
     pthread_mutex_unlock(&n->lock);
     return known;

@@ -26,7 +26,7 @@ enum { ROOT_NODE = 1 };
 enum old {
     HAS_NONE,
     TELL_KERNEL, /* only where no program sees it: in what is told with a name, or asked for by a read */
-    TELL_ALL,
+    TELL_ALL,    /* also where one does */
 };
 
 struct node {
@@ -39,6 +39,7 @@ struct node {
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
     int64_t told_ns;              /* the time of modification that the kernel was told last, under the table's lock */
+    bool told_late;               /* then reports were waiting: of bytes from before, it may be */
     int64_t lookups;              /* that the kernel has not taken back */
     int64_t until_ns;             /* what a listing has told is believed, monotonic */
     uint32_t doubts;              /* of the table, when it was told */
@@ -110,8 +111,11 @@ const struct handle *nodes_handle(struct nodes *n, struct node *one);
 void nodes_believe(struct nodes *n, const struct lifetimes *l);
 void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
 void nodes_store_to(struct nodes *n, struct node *one, bool stored_to);
-/* Bytes of a regular file have changed; it was modified at `mtime_ns`. If the kernel was told so before, it may have taken old bytes
- * since, and by this time it would keep them. False: it was not. */
+/* The descriptor of reports of changes, as long as it is open; -1: there are none any longer. */
+void nodes_reports(struct nodes *n, int fd);
+/* It is reported that bytes of a regular file have changed; it was modified at `mtime_ns`. If the kernel was told so before, it may have
+ * taken old bytes since, and by this time it would keep them. If the report may be the older of the two, no program sees another time,
+ * whatever `old`. False: it was not told. */
 bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old old);
 /* The kernel is being told that it was modified at `mtime_ns`, and a program too unless this is `hidden`: whether it is to be another
  * time. `*doubted`: neither is to be believed. */

@@ -47,6 +47,30 @@ def test_an_inode_lives_until_its_last_lookup_is_forgotten(table: InodeTable, tm
     assert (len(table), table.open_descriptors) == (1, 0)
 
 
+@pytest.mark.parametrize("unread", [False, True])
+def test_another_time_is_told_if_the_kernel_knew_this_one_before_the_bytes(
+    table: InodeTable, tmp_path: Path, unread: bool
+) -> None:
+    """To programs only if it certainly did: not if the report may have waited for somebody to read it."""
+    (tmp_path / "a").touch()
+    inode, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
+    reports, reporter = os.pipe()
+    try:
+        table.nodes.reported_by(reports)
+        assert not table.nodes.has_old(inode, 5, True)  # it was never told
+        if unread:
+            os.write(reporter, b"r")
+        assert table.nodes.tells(inode, 5, False) == (False, False)
+        assert table.nodes.has_old(inode, 5, True)
+        assert table.nodes.tells(inode, 5, False) == (not unread, True)
+        assert table.nodes.tells(inode, 5, True) == (unread, unread)
+        assert table.nodes.tells(inode, 5, True) == (False, False)
+    finally:
+        table.nodes.reported_by(-1)
+        os.close(reports)
+        os.close(reporter)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: opens files by handle")
 def test_descriptors_stay_within_the_quota(table: InodeTable, tmp_path: Path) -> None:
     root = table[pyfuse3.ROOT_INODE]

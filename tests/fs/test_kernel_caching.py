@@ -167,6 +167,24 @@ def test_a_write_whose_stamps_are_seen_before_its_bytes(
         eventually(lambda: shown(os.fstat(number)) == shown((lower / "file").stat()))
 
 
+@pytest.mark.parametrize("loop", ["native", "plain"])
+def test_times_are_told_as_they_are_after_changes_underneath(
+    mounter: Mounter, segment: "_native.Segment", loop: str
+) -> None:
+    """Also if the file is opened before the report of the change is read, as half of them are here."""
+    place = mounter(f"client=web,cache=kernel,loop={loop}")
+    watching_or_skip(place)
+    for number in range(300):
+        lower = place.lower / f"file{number}"
+        lower.write_bytes(b"%d" % number)
+        os.utime(lower, ns=(number, 2 * number))
+        with (place.point / lower.name).open("rb") as file:
+            for _ in range(3):
+                assert os.fstat(file.fileno()).st_mtime_ns == 2 * number
+                assert file.read() == b"%d" % number
+                file.seek(0)
+
+
 CHANGES: dict[str, Callable[[int], object]] = {
     "chmod": lambda descriptor: os.fchmod(descriptor, 0o600),
     "utime": lambda descriptor: os.utime(descriptor, LONG_AGO),
