@@ -207,13 +207,16 @@ static uint32_t named(struct tm_segment *seg, uint32_t packs, uint64_t number, u
     return members;
 }
 
-/* Remove the pack of that slot if no slot names it. */
-static bool remove_pack(struct tm_ctx *ctx, uint32_t packs, slot_t *slot)
+/* Remove the pack of that slot if no slot names it; `patience` as in twins_lock_within. */
+static bool remove_pack(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, unsigned *patience)
 {
     struct tm_segment *seg = ctx->seg;
     struct pack p;
-    if (!MUTANT(51) && !twins_lock(seg))
+    if (!MUTANT(51) && !twins_lock_within(seg, patience)) {
+        if (!MUTANT(68))
+            note_orphans(seg, ORPHAN_PACKS); /* a put that needs its memory looks again */
         return false;
+    }
     KP(125);
     uint64_t word = atomic_load(slot);
     bool gone = look(seg, slot, word, &p) && (!named(seg, packs, slot_number(seg, slot), p.group) || MUTANT(55))
@@ -281,7 +284,7 @@ static uint32_t unpack(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
  * finds no memory as LZ4 (zstd would ask the system for some), and only if that takes less than the pack. A page's slot counts
  * only if the pack is seen to be there still after it was read: else another pack of the same pages may have come to its place. */
 static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uint64_t word, enum block_kind kind,
-                           struct tm_condensed *found)
+                           struct tm_condensed *found, unsigned *patience)
 {
     struct tm_segment *seg = ctx->seg;
     struct pack p;
@@ -314,7 +317,7 @@ static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uin
         done++;
     }
     if (done == all)
-        remove_pack(ctx, packs, slot);
+        remove_pack(ctx, packs, slot, patience);
     return done;
 }
 
@@ -357,11 +360,11 @@ void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, b
     uint32_t stride = stride_at(seg, word & SLOT_VALUE);
     uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
     if (!living || MUTANT(55)) {
-        remove_pack(ctx, pool, slot);
+        remove_pack(ctx, pool, slot, NULL);
         return;
     }
     if (hot || (is_worn(&p, living, stride) && !MUTANT(59))) {
-        take_apart(ctx, pool, slot, word, BLOCK_ZSTD, found);
+        take_apart(ctx, pool, slot, word, BLOCK_ZSTD, found, NULL);
         word = atomic_load(slot);
         if (!look(seg, slot, word, &p))
             return;
@@ -419,7 +422,7 @@ uint32_t tm_unpack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, uint64_
 }
 
 /* Leaves of packs of chunk `c`: remove what no slot names, and take apart what is not needed as it is. */
-static uint32_t rescue_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t most)
+static uint32_t rescue_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t most, unsigned *patience)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_chunk *d = &seg->chunks[c];
@@ -436,9 +439,9 @@ static uint32_t rescue_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t most)
             continue;
         uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
         if (!living)
-            freed += remove_pack(ctx, pool, slot);
+            freed += remove_pack(ctx, pool, slot, patience);
         else if (is_worn(&p, living, stride_at(seg, word & SLOT_VALUE)))
-            freed += take_apart(ctx, pool, slot, word, BLOCK_LZ4, NULL) == count_bits(living);
+            freed += take_apart(ctx, pool, slot, word, BLOCK_LZ4, NULL, patience) == count_bits(living);
     }
     return freed;
 }
@@ -447,12 +450,14 @@ bool packs_rescue(struct tm_ctx *ctx)
 {
     struct tm_segment *seg = ctx->seg;
     uint32_t freed = 0;
-    if (atomic_load_explicit(&seg->super->pack_losses, memory_order_relaxed) <= 0 || MUTANT(57))
+    unsigned patience = TWINS_PATIENCE;
+    if (!(atomic_load_explicit(&seg->super->orphans, memory_order_relaxed) & ORPHAN_PACKS) || MUTANT(57))
         return false;
+    atomic_fetch_and(&seg->super->orphans, ~ORPHAN_PACKS); /* before we look; and not for every put that is refused */
     for (uint32_t c = 0; c < seg->nchunks && freed < RESCUES; c++)
-        freed += rescue_chunk(ctx, c, RESCUES - freed);
-    if (!freed) /* not for every put that is refused */
-        atomic_store(&seg->super->pack_losses, 0);
+        freed += rescue_chunk(ctx, c, RESCUES - freed, &patience);
+    if (freed) /* there may be more where we stopped */
+        note_orphans(seg, ORPHAN_PACKS);
     return freed;
 }
 
@@ -492,7 +497,13 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
 {
     struct tm_segment *seg = ctx->seg;
     uint32_t packs = packs_of(pool), members = 0, sum = 0, joined = 0;
-    uint64_t number = slot_number(seg, views[from].slot), group = number / GROUP * GROUP;
+    uint64_t number = slot_number(seg, views[from].slot), group = number / GROUP * GROUP, word = 0;
+    if (!has_cap_for(seg, ctx->payer, ROOM))
+        return NO_ROOM;
+    /* First: a new leaf may have to evict pages, and what these are compressed to goes where the pack is made. */
+    slot_t *slot = MUTANT(66) ? NULL : free_slot(ctx, t, packs, &word);
+    if (!slot && !MUTANT(66))
+        return NO_ROOM;
     uint8_t *to = ctx->packed + NUMBER;
     memcpy(ctx->packed, &group, NUMBER);
     for (uint32_t i = from; i < from + n; i++) {
@@ -506,10 +517,8 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
     uint32_t bin = BIN_PERSISTENT + size_class(head + length), stride = bin_stride(bin);
     if (!length || stride + (sum / GAIN > LEAST_GAIN ? sum / GAIN : LEAST_GAIN) > sum)
         return IN_VAIN;
-    if (!has_cap_for(seg, ctx->payer, ROOM))
-        return NO_ROOM;
-    uint64_t word;
-    slot_t *slot = free_slot(ctx, t, packs, &word);
+    if (MUTANT(66))
+        slot = free_slot(ctx, t, packs, &word);
     uint64_t block = slot ? block_spare(ctx, bin) : 0;
     if (!block)
         return NO_ROOM;
@@ -546,7 +555,7 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
     atomic_fetch_add_explicit(&seg->super->packed, joined, memory_order_relaxed);
     atomic_fetch_add_explicit(&seg->super->packed_bytes, joined ? saved - stride : 0, memory_order_relaxed);
     if (!joined)
-        remove_pack(ctx, packs, slot);
+        remove_pack(ctx, packs, slot, NULL);
     return PACKED;
 }
 

@@ -175,7 +175,7 @@ static bool share(struct tm_ctx *ctx, struct tm_twins *t, struct view *one, uint
         bool first = join(ctx, &other, &original);
         KP(113);
         if (!join(ctx, one, &original) && !first)
-            atomic_store(&seg->super->orphans, 1); /* for the next look */
+            note_orphans(seg, ORPHAN_ORIGINALS); /* for the next look */
     }
     *number = slot_number(seg, original.slot);
     return true;

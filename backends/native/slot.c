@@ -133,10 +133,12 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
         note_change(ctx);
     if (block)
         block_free_old(ctx);
-    else if (slot_type(*old) == SLOT_TWIN && !atomic_load_explicit(&ctx->seg->super->orphans, memory_order_relaxed))
-        atomic_store_explicit(&ctx->seg->super->orphans, 1, memory_order_relaxed);
-    else if (slot_type(*old) == SLOT_PACKED)
+    else if (slot_type(*old) == SLOT_TWIN)
+        note_orphans(ctx->seg, ORPHAN_ORIGINALS);
+    else if (slot_type(*old) == SLOT_PACKED) {
+        note_orphans(ctx->seg, ORPHAN_PACKS);
         atomic_fetch_add_explicit(&ctx->seg->super->pack_losses, 1, memory_order_relaxed);
+    }
     KP(43);
     return true;
 }
@@ -245,8 +247,6 @@ static uint64_t carried(const struct tm_segment *seg, uint32_t pool, uint64_t ol
     return (slot_stored(old) ? (old & SLOT_FREQ) != 0 : (old & SLOT_VALUE) != 0) ? SLOT_STALE : 0;
 }
 
-enum { RESCUES = 64 }; /* of a put: some 40 ms, in which a thousand packs are taken apart */
-
 int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *what, enum keep keep,
                const uint64_t *expected)
 {
@@ -261,7 +261,7 @@ int slot_store(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, struct content *
         } else {
             block = room(ctx, pool, slot, what->length);
         }
-        for (unsigned tries = 0; !block && tries < RESCUES && twin_rescue(ctx); tries++)
+        for (unsigned tries = 0; !block && tries < TM_RESCUES && twin_rescue(ctx); tries++)
             block = room(ctx, pool, slot, what->length);
         if (!block) {
             atomic_fetch_add_explicit(&seg->clients[ctx->payer].no_memory, 1, memory_order_relaxed);

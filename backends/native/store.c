@@ -85,13 +85,21 @@ static bool at_cap(struct tm_ctx *ctx)
     return !has_cap_for(ctx->seg, ctx->payer, TM_STRIDE_MIN) && !client_chunks(ctx->seg, ctx->payer);
 }
 
+int cursor_make(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, struct cursor *cur)
+{
+    int rc = cursor_create(ctx, ctx->pool, oid, index, cur);
+    for (unsigned tries = 0; rc == TM_REFUSED && tries < TM_RESCUES && !MUTANT(67) && twin_rescue(ctx); tries++)
+        rc = cursor_create(ctx, ctx->pool, oid, index, cur);
+    return rc;
+}
+
 int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, const uint8_t *page, enum keep keep,
                    struct cursor *cur)
 {
     uint64_t value;
     bool refused = refuses_puts(ctx);
     if (!refused && !(page && at_cap(ctx) && !codec_fill(page, &value)))
-        return cursor_create(ctx, ctx->pool, oid, index, cur);
+        return cursor_make(ctx, oid, index, cur);
     /* No index is made for a page that will be refused; what is there is still of interest. */
     cursor_find(ctx->seg, ctx->pool, oid, index, cur);
     if (cur->slots)

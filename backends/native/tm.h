@@ -192,7 +192,7 @@ struct tm_super {
     _Atomic uint64_t restored;          /* of those, pages that were hit again and stored as before */
     _Atomic uint64_t condensing_ns;     /* CPU time of the pass */
     _Atomic uint32_t condense_percent;  /* of one CPU that the manager may spend on it */
-    _Atomic uint32_t orphans;           /* a twin went: there may be originals without any */
+    _Atomic uint32_t orphans;           /* what there may be that no slot names */
     _Atomic uint64_t twins;             /* pages that became twins */
     _Atomic int64_t twin_bytes;         /* memory that this saved */
     _Atomic uint64_t twin_ns;           /* CPU time of the pass that looks for them */
@@ -209,6 +209,7 @@ struct tm_super {
     _Atomic uint64_t packing_ns;        /* CPU time of the pass that packs */
     _Atomic int64_t pack_losses;        /* pages that left packs since these were last looked at: memory that is dead there */
 };
+enum { ORPHAN_ORIGINALS = 1, ORPHAN_PACKS = 2 }; /* or packs that their pages have left */
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
 
 /* Of what one client asked for; a table of its own, so that a sample touches no line of a client's accounting. */
@@ -467,7 +468,8 @@ struct tm_ctx {
     _Alignas(16) uint8_t lz4[16416];
     _Alignas(64) uint8_t scratch[TM_SCRATCH];
     _Alignas(64) uint8_t page[TM_PAGE];
-    /* Of whom moves pages, while the others hold what a put brings. */
+    /* Of whom moves pages, while the others hold what a put brings: nothing is kept here while anything is allocated that
+     * others may be evicted for, as new leaves may be. */
     _Alignas(64) uint8_t moved[TM_PAGE];
     _Alignas(64) uint8_t packed[TM_SCRATCH];
     struct tm_window window;
@@ -605,8 +607,11 @@ bool original_is_evicted(const struct tm_segment *seg, uint32_t originals, uint6
 uint64_t original_trace(const struct tm_segment *seg, uint32_t pool, uint64_t ghost); /* the value of a slot whose page goes */
 int twin_get(struct tm_ctx *ctx, uint32_t pool, uint64_t word, uint8_t *page); /* as slot_get; the caller looks again */
 bool twin_is_gone(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word); /* whose original could not be read */
+enum { TM_RESCUES = 64 }; /* of a put: some 40 ms, in which a thousand packs are taken apart */
 bool twin_rescue(struct tm_ctx *ctx); /* inside an operation, where memory is short: originals without twins go, and dead packs */
 bool twins_lock(struct tm_segment *seg); /* tried */
+#define TWINS_PATIENCE 1000u /* times that a put that needs memory tries to get it */
+bool twins_lock_within(struct tm_segment *seg, unsigned *patience); /* tried so often, which is counted down; NULL: once */
 void twins_unlock(struct tm_segment *seg);
 void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins without originals, of everybody */
 
@@ -701,6 +706,8 @@ bool refuses_puts(const struct tm_ctx *ctx); /* of its client, now */
 /* As cursor_create, but makes nothing for a page that will be refused; `page` NULL: not known yet. */
 int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, const uint8_t *page, enum keep keep,
                    struct cursor *cur);
+/* As cursor_create in ctx->pool, for a page that is to be stored: packs and originals that nobody needs give way to it, too. */
+int cursor_make(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, struct cursor *cur);
 int enter(const struct tm_handle *h, struct tm_ctx **ctx); /* op_begin, if the pool lives and has not departed */
 int enter_departed(const struct tm_handle *h, struct tm_ctx **ctx); /* also if it has */
 int again(const struct tm_handle *h, struct tm_ctx **ctx, unsigned tries);
@@ -962,8 +969,14 @@ static inline void look_for_empty(struct tm_segment *seg)
     if (!atomic_load_explicit(&seg->super->look, memory_order_relaxed))
         atomic_store_explicit(&seg->super->look, 1, memory_order_relaxed);
 }
+static inline void note_orphans(struct tm_segment *seg, uint32_t which)
+{
+    if (!(atomic_load_explicit(&seg->super->orphans, memory_order_relaxed) & which))
+        atomic_fetch_or(&seg->super->orphans, which);
+}
 static inline void note_death(struct tm_segment *seg)
 {
+    note_orphans(seg, ORPHAN_ORIGINALS | ORPHAN_PACKS); /* what a dead one made may have no name yet */
     atomic_fetch_add(&seg->super->deaths, 1);
     atomic_store(&seg->super->recount, 1);
 }

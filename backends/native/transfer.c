@@ -225,7 +225,7 @@ static int import_one(struct tm_ctx *ctx, const struct record *r, struct cursor 
         *cur = (struct cursor){0};
         return TM_OK;
     }
-    int rc = cursor_create(ctx, ctx->pool, r->oid, r->index, cur);
+    int rc = cursor_make(ctx, r->oid, r->index, cur);
     if (rc == TM_REFUSED)
         count(ctx->seg, ctx->pool, C_REFUSED, 1);
     if (rc != TM_OK)

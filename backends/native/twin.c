@@ -27,8 +27,7 @@
 #include <string.h>
 
 enum {
-    LEAVES = 64,    /* of originals, that are looked after in one look at all slots: a bit each for 512 of them */
-    PATIENCE = 1000 /* times that a put that needs memory tries to get the lock */
+    LEAVES = 64 /* of originals, that are looked after in one look at all slots: a bit each for 512 of them */
 };
 #define TRACE_ONLY SLOT_VALUE /* of an original that left no ghost: a time that never is fresh */
 
@@ -92,6 +91,16 @@ bool twin_is_gone(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word
     uint64_t named = original ? atomic_load(original) : 0;
     /* Neither a page nor a trace: its pool is dying before ours, or it is damaged. Nobody changes our slot for us. */
     return !slot_stored(named) && !original_is_evicted(seg, originals_of(seg, pool), named);
+}
+
+bool twins_lock_within(struct tm_segment *seg, unsigned *patience)
+{
+    for (; !twins_lock(seg); --*patience) {
+        if (!patience || !*patience)
+            return false;
+        sched_yield();
+    }
+    return true;
 }
 
 bool twins_lock(struct tm_segment *seg) { return lock_try_life(&seg->super->twin_lock) != LIFE_TAKEN; }
@@ -233,7 +242,7 @@ void twins_sweep(struct tm_ctx *ctx)
     struct tm_segment *seg = ctx->seg;
     if (!twins_lock(seg))
         return;
-    atomic_store(&seg->super->orphans, 0);
+    atomic_fetch_and(&seg->super->orphans, ~ORPHAN_ORIGINALS);
     for (uint32_t pool = 0; pool < TM_MAX_POOLS; pool++)
         for (uint32_t c = has_originals(seg, pool) ? 0 : seg->nchunks, bit = 0; c < seg->nchunks;) {
             op_begin(ctx);
@@ -247,21 +256,18 @@ static bool originals_rescue(struct tm_ctx *ctx)
 {
     struct tm_segment *seg = ctx->seg;
     uint32_t freed = 0;
-    if (!atomic_load_explicit(&seg->super->orphans, memory_order_relaxed) || MUTANT(22))
+    unsigned patience = TWINS_PATIENCE;
+    if (!(atomic_load_explicit(&seg->super->orphans, memory_order_relaxed) & ORPHAN_ORIGINALS) || MUTANT(22)
+        || !twins_lock_within(seg, &patience))
         return false;
-    for (unsigned tries = 0; !twins_lock(seg); tries++) {
-        if (tries == PATIENCE)
-            return false;
-        sched_yield();
-    }
-    atomic_store(&seg->super->orphans, 0);
+    atomic_fetch_and(&seg->super->orphans, ~ORPHAN_ORIGINALS);
     for (uint32_t pool = 0; pool < TM_FIRST_SHARED && !freed; pool++) { /* ephemeral ones are evicted before */
         bool any = seg->pools[pool].persistent && has_originals(seg, pool);
         for (uint32_t c = any ? 0 : seg->nchunks, bit = 0; c < seg->nchunks && !freed;)
             freed += sweep(ctx, pool, &c, &bit);
     }
     if (freed) /* there may be more where we stopped */
-        atomic_store(&seg->super->orphans, 1);
+        note_orphans(seg, ORPHAN_ORIGINALS);
     twins_unlock(seg);
     return freed;
 }

@@ -417,10 +417,11 @@ static void packed_before_puts_swap(struct world *w)
     nothing_is_left(w);
 }
 
-/* Packs that most of their pages have left give way to a put that finds no memory. */
-static void packs_give_way(struct world *w)
+enum { MANY = 1024, LATER = 10000 };
+
+/* Packs of MANY pages, and no memory for more. */
+static uint32_t fill_beside_packs(struct world *w)
 {
-    enum { MANY = 1024, LATER = 10000 };
     for (uint32_t i = 0; i < MANY; i++)
         put_version(&w->pool, i, 1);
     condense(w, NULL);
@@ -428,6 +429,13 @@ static void packs_give_way(struct world *w)
     expect(packed(w) > MANY * 3 / 4, "the scenario did not come about");
     uint32_t n = put_until_refused(&w->taken, LATER, RAW);
     expect(n > 0 && put_sized(&w->taken, LATER + n, RAW) != 1, "there is memory");
+    return n;
+}
+
+/* Packs that most of their pages have left give way to a put that finds no memory. */
+static void packs_give_way(struct world *w)
+{
+    uint32_t n = fill_beside_packs(w);
     for (uint32_t i = 0; i < MANY; i++)
         if (i % TM_GROUP)
             tm_flush(&w->pool, oid, i, 1);
@@ -438,6 +446,75 @@ static void packs_give_way(struct world *w)
     for (uint32_t i = 0; i < n + more; i++)
         expect(holds_sized(&w->taken, LATER + i, RAW), "page %u is lost", LATER + i);
     check(w);
+}
+
+/* A put finds no memory while somebody has the lock that it needs to remove packs which no slot names: it is refused, but
+ * not those that come later. */
+static void packs_give_way_later(struct world *w)
+{
+    for (uint32_t i = 0; i < MANY; i++)
+        put_version(&w->pool, i, 1);
+    condense(w, NULL);
+    pid_t pass = start(0, pack, 121, MANY / TM_GROUP - 1);
+    at_point(0);
+    uint32_t n = put_until_refused(&w->taken, LATER, RAW);
+    tm_flush(&w->pool, oid, 0, MANY - TM_GROUP);
+    expect(packs(w)->pages == MANY / TM_GROUP && put_sized(&w->taken, LATER + n, RAW) != 1, "the scenario did not come about");
+    finish(0, pass);
+    uint32_t more = put_until_refused(&w->taken, LATER + n, RAW);
+    expect(more * 4096 > MANY * 400, "only %u pages of what was freed", more);
+    for (uint32_t i = MANY - TM_GROUP; i < MANY; i++)
+        expect(keeps(&w->pool, i, 1), "page %u is lost", i);
+    check(w);
+}
+
+/* The manager has begun to take packs apart and is at others when a put finds no memory. */
+static void packs_give_way_in_a_round(struct world *w)
+{
+    uint64_t spent_ns;
+    uint32_t n = fill_beside_packs(w);
+    tm_flush(&w->pool, oid, 0, MANY);
+    tm_unpack(ctx_get(w->seg), 0, 0, &spent_ns);
+    expect(put_sized(&w->taken, LATER + n, RAW) == 1, "a put is refused beside packs that nobody needs");
+    check(w);
+}
+
+/* What a put lacks is the index for its page. */
+static void packs_give_way_to_index(struct world *w)
+{
+    enum { STEP = 512 }; /* each page in a leaf of its own, and none of them needs a block */
+    uint32_t far = 1 << 20, before, after;
+    fill_beside_packs(w);
+    for (before = 0; put_sized(&w->taken, far, 0) == 1; before++)
+        far += STEP;
+    tm_flush(&w->pool, oid, 0, MANY);
+    for (after = 0; put_sized(&w->taken, far, 0) == 1; after++)
+        far += STEP;
+    expect(after > 16, "only %u leaves after %u", after, before);
+    check(w);
+}
+
+/* Room for the index of packs is made of pages that a mount has, which are compressed on that occasion: none of them, and
+ * nothing of them, may get into the pack. */
+static void others_give_way_to_index(struct world *w)
+{
+    enum { HALF = RAW / 2 };
+    fill(w);
+    uint32_t n = 0;
+    while (chunks_available(w->seg, chunk_limit(w->seg, false)))
+        put_sized(&w->ephemeral, n++, HALF);
+    uint64_t before = atomic_load(&w->seg->super->squeezed);
+    pack(w, NULL);
+    expect(packed(w) == PAGES && atomic_load(&w->seg->super->squeezed) > before, "the scenario did not come about");
+    for (uint32_t i = 0; i < PAGES; i++)
+        expect(keeps(&w->pool, i, 1), "page %u is lost", i);
+    for (uint32_t i = 0; i < n; i++) {
+        uint8_t page[TM_PAGE];
+        expect(tm_get(&w->ephemeral, oid, i, page, 1) == 0 || holds_sized(&w->ephemeral, i, HALF), "page %u of the others", i);
+    }
+    check(w);
+    tm_flush_object(&w->ephemeral, oid);
+    nothing_is_left(w);
 }
 
 /* A client goes while its pages are packed, and while one is read. */
@@ -664,6 +741,10 @@ static const struct scenario scenarios[] = {
     {"taker", taker},
     {"packed_before_puts_swap", packed_before_puts_swap},
     {"packs_give_way", packs_give_way},
+    {"packs_give_way_later", packs_give_way_later},
+    {"packs_give_way_in_a_round", packs_give_way_in_a_round},
+    {"packs_give_way_to_index", packs_give_way_to_index},
+    {"others_give_way_to_index", others_give_way_to_index},
     {"client_goes", client_goes},
     {"packed_pages_are_exported", packed_pages_are_exported},
 };
