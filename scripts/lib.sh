@@ -17,7 +17,7 @@ run_packages=(fio fuse3 gcc libc6-dev libfuse3-dev liblz4-dev libnbd-bin libxxha
     nbdkit-plugin-python pkg-config procps python3 python3-dev python3-libnbd python3-venv util-linux)
 # The second line is what guests need: see tests/guest.
 # shellcheck disable=SC2034
-test_packages=(acl attr bindfs btrfs-progs e2fsprogs tmux
+test_packages=(acl attr bindfs btrfs-progs e2fsprogs tmux xfsprogs
     busybox-static kmod nbd-client openssl qemu-system-x86 redis-server redis-tools '?user-mode-linux')
 # What is measured beside ours, besides bindfs.
 # shellcheck disable=SC2034

@@ -79,12 +79,13 @@ def mounted(device: str, point: Path, options: str = "noatime") -> Iterator[None
 MAKE = {
     "ext4": ["mkfs.ext4", "-q", "-O", "^has_journal", "-I", "256", "-i", "8192"],
     "btrfs": ["mkfs.btrfs", "-q"],
+    "xfs": ["mkfs.xfs", "-q"],
 }
 
 
 @contextlib.contextmanager
 def file_system(kind: str) -> Iterator[Path]:
-    """A directory that every user can enter, on a file system of its own: ext4, btrfs or tmpfs.
+    """A directory that every user can enter, on a file system of its own: ext4, btrfs, xfs or tmpfs.
 
     Its image is in memory: on a disk, removing thousands of cases takes longer than trying them.
     """

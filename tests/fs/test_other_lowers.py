@@ -26,7 +26,7 @@ STORIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["btrfs", "tmpfs"])
+@pytest.fixture(scope="module", params=["btrfs", "xfs", "tmpfs"])
 def base(request: pytest.FixtureRequest) -> Iterator[Path]:
     with file_system(request.param) as directory:
         yield directory

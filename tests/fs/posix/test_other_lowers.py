@@ -9,7 +9,7 @@ import pytest
 
 from ..images import file_system
 from . import test_scenarios as scenarios
-from .compare import Actor, Twins, User
+from .compare import OTHER, Actor, Twins, User
 from .conftest import SHIPPED, mounted
 from .test_table import cases, differences
 
@@ -30,7 +30,7 @@ STORIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["btrfs", "tmpfs"])
+@pytest.fixture(scope="module", params=["btrfs", "xfs", "tmpfs"])
 def elsewhere(request: pytest.FixtureRequest) -> Iterator[Twins]:
     with file_system(request.param) as base, mounted(base, SHIPPED) as place:
         yield place
@@ -43,8 +43,16 @@ def test_scenario(story: Callable[[Twins], None], elsewhere: Twins) -> None:
 
 
 @pytest.mark.usefixtures("root")
-@pytest.mark.parametrize("elsewhere", ["btrfs"], indirect=True, scope="module")
+@pytest.mark.parametrize("elsewhere", ["btrfs", "xfs"], indirect=True, scope="module")
 @pytest.mark.parametrize("kind", ["listed_file", "linked_file", "file_in_sticky"])
 def test_the_mount_does_as_the_lower_does(kind: str, elsewhere: Twins, actors: dict[User, Actor]) -> None:
     found = differences(elsewhere, actors, cases(kind, thin=True))
     assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("elsewhere", ["xfs"], indirect=True, scope="module")
+def test_what_is_known_to_differ_does(elsewhere: Twins, actors: dict[User, Actor]) -> None:
+    found = differences(elsewhere, actors, [("set_id_program", "truncate_same", OTHER)])
+    assert found
+    assert all("ctime is 'changed' instead of 'as before'" in line for line in found)
