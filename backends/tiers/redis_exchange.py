@@ -143,6 +143,8 @@ class Exchange:
             self._broken(error)
         self.reached = self._wire is not None
         if self._wire is None:
+            for one in self._group:
+                one.asked = None  # who sent it there may say otherwise by now
             self.left = list(self._group)
             return
         self._meaning = self._understand(replies)

@@ -103,6 +103,21 @@ def test_a_server_that_dies_in_a_value_or_talks_nonsense(scripted: Make, wrong: 
     nodes.close()
 
 
+def test_a_slot_that_was_on_its_way_to_a_server_that_is_gone(scripted: Make) -> None:
+    """Whoever has said ASK is asked again, and has given that up by now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = listener.getsockname()[1]
+    asked: list[bytes] = []
+
+    def answer(connection: int, words: list[bytes]) -> bytes | None:
+        asked.append(words[1])
+        return b"-ASK 7 127.0.0.1:%d\r\n" % gone if asked.count(words[1]) == 1 else WHOLE
+
+    nodes = scripted(answer).nodes()
+    assert nodes.run(GETS) == [VALUE] * 4
+    nodes.close()
+
+
 def test_a_server_that_answers_more_than_it_was_asked(scripted: Make) -> None:
     """What was asked for is there; the connection is used by nobody else."""
     server = scripted(lambda connection, words: WHOLE + (b"+OK\r\n" if words[1] == b"k3" else b""))
