@@ -3,7 +3,8 @@
 The work is done by a process of its own (``tmem shrink --gently``), niced, which looks for itself whether it
 disturbs anybody; it ends with what came of it as JSON on its last line. So swapoff never holds up the
 manager, and the manager, which locks what it imports, needs nothing of `tmem.nbd`. A manager that ends leaves
-a pass to itself, with a word to stop: it must have the device in use again. Threading: one trio task.
+a pass to itself, with a word to stop: it must have the device in use again. One that was killed instead may
+have left it unused: the next thing is to use it again. Threading: one trio task.
 """
 
 import json
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 LOOK_S = 5.0
 """How often to look, at most; an eighth of the time that must be calm, if that is less."""
+_AGAIN_S = 60.0
+"""When to try again what could not be completed."""
+_EMPTYING = "emptying-*"
+"""Marks of devices of which a pass may have left one unused (`tmem.nbd.export`)."""
 _TROUBLES = (TmemError, OSError, ValueError, KeyError)
 
 _log = logging.getLogger(__name__)
@@ -76,19 +81,25 @@ class Repatriator:
         self.statistics = RepatriationStatistics(
             repatriation_idle_ns=idle_s * 10**9, repatriation_wait_ns=idle_s * 10**9
         )
+        self._paths = paths
         self._output = paths.state / "repatriate.log"
         self._segment = segment
         self._idle_s = idle_s
         self._command = command
         self._stalls = pressure.Stalls([pressure.MACHINE])
+        self._completes_s = float("inf")
+        """When to use devices again that may have been left unused."""
 
     async def run(self) -> None:
         """Look and decide until cancelled; nothing without a time."""
         if not self._idle_s:
             return
         rule, complaint = Repatriation(self._idle_s), ""
+        self._look_for_left()  # by what was killed with a manager before us
         while self._segment.alive:
             try:
+                if time.monotonic() >= self._completes_s:
+                    await self._complete()
                 if rule.due(self._look()):
                     await self._pass(rule)
                 self.statistics.repatriation_wait_ns = int(rule.wait_s * 1e9)
@@ -106,11 +117,9 @@ class Repatriator:
     async def _pass(self, rule: Repatriation) -> None:
         """Run the command to its end, and note what it says."""
         counts = self.statistics
-        self._output.unlink(missing_ok=True)
-        pid = processes.spawn(self._command, os.environ, self._output)
-        code = await _end_of(pid)
-        said = processes.last_line(self._output)
+        code, said = await self._run(self._command)
         if code:
+            self._look_for_left()
             rule.ended(self._look(), 0, stopped=True)
             raise TmemError(said.partition("tmem: ")[2] or said or f"the pass ended with status {code}")
         done = json.loads(said)
@@ -125,6 +134,24 @@ class Repatriator:
             counts.repatriations += 1
             freed = format_size(dropped * PAGE_SIZE)
             _log.info("%s of swapped-out pages are back, pools keep %s less", format_size(returned), freed)
+
+    def _look_for_left(self) -> None:
+        if any(self._paths.state.glob(_EMPTYING)):
+            self._completes_s = time.monotonic()
+
+    async def _complete(self) -> None:
+        self._completes_s += _AGAIN_S
+        code, said = await self._run([*self._command, "--complete"])
+        if code:
+            raise TmemError(said.partition("tmem: ")[2] or said or f"completing ended with status {code}")
+        self._completes_s = float("inf")
+        if json.loads(said)["dropped_pages"]:
+            _log.warning("a pass was killed on the way: what it had left unused is in use again")
+
+    async def _run(self, command: Sequence[str]) -> tuple[int | None, str]:
+        self._output.unlink(missing_ok=True)
+        code = await _end_of(processes.spawn(command, os.environ, self._output))
+        return code, processes.last_line(self._output)
 
 
 async def _end_of(pid: int) -> int | None:

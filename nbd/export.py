@@ -106,6 +106,11 @@ class Export:
         write_json(record, document)
 
 
+def emptying(paths: SegmentPaths, client: str) -> Path:
+    """Return the mark that is there from before the device's swapoff until it is in use again (`shrink`)."""
+    return paths.state / f"emptying-{client}"
+
+
 def write_json(path: Path, document: dict[str, object]) -> None:
     """Write a record, mode 0600, in place of what was there; a reader sees the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")

@@ -225,6 +225,7 @@ def _attach(
         swap.on(made.attachment.device, local.priority, local.discard)
         made = dataclasses.replace(made, use=SwapUse(local.priority, local.discard))
         made.save(paths)
+        export.emptying(paths, made.client).unlink(missing_ok=True)
     return made
 
 
@@ -235,6 +236,7 @@ def forget(paths: SegmentPaths, client: str) -> None:
         server.report_path(paths, client, "standby"),
         Path(default_socket(paths, client)),
         attach.log_path(paths, client),
+        export.emptying(paths, client),
         paths.record("swap", client),
     ):
         path.unlink(missing_ok=True)

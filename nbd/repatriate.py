@@ -7,8 +7,9 @@ kernel swaps out, or too little is available, and then stops: what was read is t
 device is in use as before. A swapoff is ended for want of memory too, as far as the kernel lets it: between
 two processes.
 
-A device that is not in use is left alone: somebody may have wanted that. For the manager
-(`tmem.backends.repatriator`), which runs it as a process, and for people. Blocking; in the main thread.
+A device that is not in use is left alone: somebody may have wanted that. But one that a `shrink` or a pass
+has left so because it was killed is used again first. For the manager (`tmem.backends.repatriator`), which
+runs it as a process, and for people. Blocking; in the main thread.
 """
 
 import time
@@ -27,6 +28,8 @@ LEFT_BYTES = 32 << 20
 """So much swapoff may have to read."""
 _LAPS = 2
 """How often to go through the processes: pages that were swapped out meanwhile come in the second."""
+_ENDS_S = 2.0
+"""How long a swapoff whose command was killed may take to notice."""
 _GROUPS_S = 2.0
 """How often to look whether control groups have room, which takes milliseconds."""
 _STALLS_S = 1.0
@@ -44,15 +47,25 @@ class Repatriated:
     stopped: str = ""
 
 
-def repatriate(paths: SegmentPaths, client: str | None = None, left_bytes: int = LEFT_BYTES) -> Repatriated:
+def repatriate(
+    paths: SegmentPaths,
+    client: str | None = None,
+    left_bytes: int = LEFT_BYTES,
+    only_complete: bool = False,
+) -> Repatriated:
     """Empty the devices of this machine, or that of `client`, as far as that disturbs nobody.
 
-    `left_bytes` is how much swapoff may have to read.
+    `left_bytes` is how much swapoff may have to read. With `only_complete` it does no more than use
+    those again that were left unused.
     Raises `TmemError` if `client` has none, or the kernel fails.
     """
     done = Repatriated()
     for made in export.load_all(paths) if client is None else [export.load(paths, client)]:
         device = None if made.attachment is None else made.attachment.device
+        if device is not None and export.emptying(paths, made.client).exists():
+            _complete(paths, made, device, done, wait_s=_ENDS_S if only_complete else 0.0)
+        if only_complete:
+            continue
         if device is None or swap.entry(device) is None:
             if client is not None:
                 raise AttachError(f"{client} is not in use as swap of this machine: see 'tmem list {client}'")
@@ -72,6 +85,19 @@ def pages_of(paths: SegmentPaths, client: str) -> int:
             for pool in store.client(client, create=False).pools()
             if pool.persistent
         )
+
+
+def _complete(paths: SegmentPaths, made: Export, device: str, done: Repatriated, wait_s: float) -> None:
+    """Use the device again if one that was killed has left it unused; its swapoff may still be ending."""
+    until_s = time.monotonic() + wait_s
+    while swap.is_active(device):
+        if time.monotonic() >= until_s:
+            if wait_s:
+                export.emptying(paths, made.client).unlink(missing_ok=True)
+            return
+        time.sleep(0.05)
+    shrunk = shrink.shrink(paths, made.client)
+    done.dropped_pages += max(shrunk.pages_before - shrunk.pages, 0)
 
 
 def _one(paths: SegmentPaths, made: Export, device: str, left_bytes: int, done: Repatriated) -> None:

@@ -6,12 +6,14 @@ segment. After swapoff everything on the device but its header (the first page) 
 the pool, and the device is used again as it was before.
 
 A signal that would end the process stops swapoff, and takes effect once the device is in use: with what is
-still on it, or empty. Killed outright, this leaves a device that may not be in use; the next `shrink`
-completes that. Not for devices that other machines swap to: their kernels have to do it. Blocking; in the
-main thread, or signals do not wait.
+still on it, or empty. Killed outright, this leaves a device that may not be in use, and a mark that says so;
+the next `shrink` completes that, and so does the manager if it was its own. Not for devices that other
+machines swap to: their kernels have to do it. Blocking; in the main thread, or signals do not wait.
 """
 
 import contextlib
+import errno
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -115,6 +117,7 @@ def _empty(
     progress: Callable[[int], None],
 ) -> None:
     """Stop using the device, drop its pages and use it again; whatever happens, it is in use at the end."""
+    mark = export.emptying(paths, made.client)
     with _held_back() as received:
 
         def watch(left_bytes: int) -> None:
@@ -122,24 +125,30 @@ def _empty(
             if received:
                 raise AttachError(f"interrupted: {device} stays in use")
 
+        with contextlib.suppress(OSError):  # a state directory that is full has no room for it
+            mark.touch(0o600)
         try:
             swap.off(device, watch)
         finally:
             # Also if it was interrupted too late, or another swapoff was quicker.
             if not swap.is_active(device):
                 _use_again(paths, made, pool, device, use)
+            mark.unlink(missing_ok=True)
 
 
 def _use_again(paths: SegmentPaths, made: Export, pool: "_native.Pool", device: str, use: SwapUse) -> None:
     """Flush every page but the swap header, and swapon as `use` says."""
     try:
-        pool.flush(bytes(OID_SIZE), 1, made.size_bytes // PAGE_SIZE - 1)
+        with _nobodys(device):
+            pool.flush(bytes(OID_SIZE), 1, made.size_bytes // PAGE_SIZE - 1)
         with _blocked():  # children too, which Ctrl-C reaches as well
             try:
                 swap.on(device, use.priority, use.discard, header=False)
             except AttachError:  # a header that is not there, or not what it should be
                 swap.on(device, use.priority, use.discard)
     except TmemError as error:
+        if swap.is_active(device):  # another hand was quicker: what is there now is live
+            return
         prefix = f"tmem --name {paths.name}"
         raise AttachError(
             f"{device} is empty, but not in use as swap any more ({error}): try '{prefix} shrink "
@@ -167,6 +176,20 @@ def _held_back() -> Iterator[list[int]]:
             signal.signal(number, handler)
         if received:
             signal.raise_signal(received[0])
+
+
+@contextlib.contextmanager
+def _nobodys(device: str) -> Iterator[None]:
+    """Keep everybody else from using the device: a page that the kernel swapped out now would be flushed."""
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        by_others = error.errno == errno.EBUSY
+        raise AttachError("somebody else uses it" if by_others else str(error.strerror)) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Thin over util-linux and /proc; knows nothing of NBD. Any thread; needs root but
 
 import errno
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -92,8 +93,10 @@ def off(device: str, progress: Callable[[int], None] = lambda left_bytes: None) 
 def _run_swapoff(device: str, progress: Callable[[int], None]) -> str:
     """Call swapoff(8) once; return what it complains of, nothing if it has done it."""
     untranslated = {**os.environ, "LC_ALL": "C"}
+    # If we are killed outright it ends, too, and leaves the device in use: nobody would use it again.
+    tied = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
     with subprocess.Popen(
-        ["swapoff", device], stderr=subprocess.PIPE, text=True, env=untranslated
+        [*tied, "swapoff", device], stderr=subprocess.PIPE, text=True, env=untranslated
     ) as process:
         assert process.stderr is not None
         try:

@@ -6,12 +6,15 @@ import signal
 from dataclasses import replace
 from math import log2
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmem.backends import meminfo, processes, repatriator
+from tmem.backends.paths import SegmentPaths
 from tmem.backends.repatriating import (
     BEGIN_SHARE,
     CALM,
@@ -25,8 +28,12 @@ from tmem.backends.repatriating import (
     Sample,
     objection,
 )
+from tmem.errors import TmemError
 
 from ..waiting import wait_until
+
+if TYPE_CHECKING:
+    from tmem.backends import _native
 
 GIB = 1 << 30
 IDLE_S = 60.0
@@ -191,3 +198,29 @@ def test_a_manager_that_ends_tells_the_pass_to_stop_and_does_not_wait(tmp_path: 
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_what_was_killed_on_the_way_is_completed_first(segment: "_native.Segment", runtime_dir: Path) -> None:
+    """The next thing after a pass, or a manager together with it, was killed amid an emptying."""
+    paths = SegmentPaths("default", runtime_dir)
+    mark, called = paths.state / "emptying-local", paths.state / "called"
+    mark.touch()
+    command = ["sh", "-c", f'echo "$*" >> {called}; rm -f {mark}; echo \'{{"dropped_pages": 7}}\'', "shrink"]
+    made = repatriator.Repatriator(paths, segment, 3600, command)
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.run)
+            with trio.fail_after(30):
+                while mark.exists():
+                    await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    trio.run(run)
+    assert called.read_text() == "--complete\n"
+
+    killed = ["sh", "-c", f"touch {mark}; kill -KILL $$"]
+    made = repatriator.Repatriator(paths, segment, 3600, killed)
+    with pytest.raises(TmemError, match="status -9"):
+        trio.run(made._pass, Repatriation(3600))
+    assert made._completes_s < math.inf

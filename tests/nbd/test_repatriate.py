@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -163,6 +164,59 @@ def test_a_device_that_somebody_swapped_off_stays_so(tmem: Tmem, device: str) ->
     refused = tmem("shrink", "local", "--gently")
     assert refused.returncode == 1
     assert "local is not in use as swap of this machine" in refused.stderr
+
+
+# Shrinks a device, and is killed outright once the swapoff is over, or amid it.
+KILLED = """
+import os, signal, sys
+from tmem.backends.paths import SegmentPaths
+from tmem.nbd import shrink, swap
+when, device = sys.argv[1:]
+swap._PROGRESS_INTERVAL_S = 0.001
+first = swap.entry(device).used_bytes
+def progress(left_bytes):
+    if not swap.is_active(device) if when == "late" else left_bytes < first:
+        os.kill(os.getpid(), signal.SIGKILL)
+shrink.shrink(SegmentPaths.of("default"), "local", progress=progress)
+"""
+
+
+def test_a_device_that_a_pass_left_unused_when_it_was_killed_is_used_again(
+    tmem: Tmem, device: str, paths: SegmentPaths
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, "late", device], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not swap.is_active(device)
+    assert tmem("shrink", "--gently", "--json", "--complete").returncode == 0
+    entry = swap.entry(device)
+    assert entry is not None
+    assert entry.priority == 32767
+
+    # And no more than once: what is off after that somebody has wanted.
+    swap.off(device)
+    assert tmem("shrink", "--gently", "--json", "--complete").returncode == 0
+    assert tmem("shrink", "--gently").returncode == 0
+    assert not swap.is_active(device)
+
+
+def test_a_swapoff_whose_command_was_killed_ends(
+    device: str, hog: Hog, control_group: Callable[..., Path]
+) -> None:
+    """It would go on alone, and leave a device that nobody uses. The kernel ends it between two processes."""
+
+    def swapoffs() -> list[str]:
+        command = ["pgrep", "-xf", f"swapoff {device}"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+    with filled(control_group(SMALL_GROUP_BYTES), HOG_BYTES) as other:
+        for one in (hog, other):
+            set_limit(one.group, LARGE_GROUP_BYTES)
+        killed = subprocess.run([sys.executable, "-c", KILLED, "amid", device], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        eventually(lambda: not swapoffs(), "swapoff has ended")
+        assert swap.is_active(device)
+        assert used_bytes(device) > STRAY_BYTES
+        assert other.bad_pages() == hog.bad_pages() == 0
 
 
 def test_devices_of_guests_are_theirs(tmem: Tmem, swap_server: Server, paths: SegmentPaths) -> None:

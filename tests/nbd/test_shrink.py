@@ -3,10 +3,11 @@
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -176,6 +177,45 @@ def test_a_device_that_another_hand_swapped_off_is_completed(
     assert entry.priority == 32767
     assert pages(segment) < STRAY_PAGES
     assert hog.bad_pages() == 0
+
+
+class Watched:
+    """A pool that has something done while it is flushed."""
+
+    def __init__(self, pool: "_native.Pool", meanwhile: Callable[[], None]) -> None:
+        self._pool = pool
+        self._meanwhile = meanwhile
+
+    def flush(self, oid: bytes, index: int, npages: int) -> int:
+        self._meanwhile()
+        return self._pool.flush(oid, index, npages)
+
+
+def test_nobody_else_can_use_the_device_while_its_pages_are_dropped(
+    device: str, paths: SegmentPaths, segment: "_native.Segment"
+) -> None:
+    """As "swapon -a" of a service would: what the kernel swapped out then would be dropped as well."""
+    complaints: list[str] = []
+
+    def others() -> None:
+        tried = subprocess.run(["swapon", device], capture_output=True, text=True, check=False)
+        complaints.append(tried.stderr)
+
+    made = export.load(paths, "local")
+    assert made.use is not None
+    pool = cast("_native.Pool", Watched(shrink._pool_of(segment, "local"), others))
+    swap.off(device)
+    shrink._use_again(paths, made, pool, device, made.use)
+    assert "busy" in complaints[0]
+    entry = swap.entry(device)
+    assert entry is not None
+    assert entry.priority == 32767
+
+    # Another hand was quicker: what is there is live.
+    before = pages(segment)
+    shrink._use_again(paths, made, pool, device, made.use)
+    assert len(complaints) == 1
+    assert pages(segment) >= before
 
 
 def test_a_header_that_is_gone_is_written_anew(device: str, segment: "_native.Segment", tmem: Tmem) -> None:

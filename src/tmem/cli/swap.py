@@ -175,9 +175,18 @@ def serve(ctx: click.Context, client: str) -> None:
     help="In small steps while memory is in plenty; without CLIENT every device.",
 )
 @click.option("--json", "as_json", is_flag=True, hidden=True, help="Say so for the manager, with --gently.")
+@click.option(
+    "--complete", is_flag=True, hidden=True, help="With --gently: only what was killed on the way before."
+)
 @click.pass_context
 def shrink(
-    ctx: click.Context, client: str | None, to_bytes: int | None, force: bool, gently: bool, as_json: bool
+    ctx: click.Context,
+    client: str | None,
+    to_bytes: int | None,
+    force: bool,
+    gently: bool,
+    as_json: bool,
+    complete: bool,
 ) -> None:
     """Bring the pages of CLIENT, a swap device of this machine, back into RAM, and go on with it empty.
 
@@ -193,7 +202,7 @@ def shrink(
     if gently:
         if force or to_bytes is not None:
             raise click.UsageError("--gently goes without --force and --to")
-        _shrink_gently(ctx, client, as_json)
+        _shrink_gently(ctx, client, as_json, complete)
         return
     if client is None:
         raise click.UsageError("name a CLIENT, or say --gently for every device of this machine")
@@ -208,14 +217,14 @@ def shrink(
     )
 
 
-def _shrink_gently(ctx: click.Context, client: str | None, as_json: bool) -> None:
+def _shrink_gently(ctx: click.Context, client: str | None, as_json: bool, complete: bool) -> None:
     from tmem.nbd import repatriate
 
     with suppress(PermissionError):
         # Of a manager under SCHED_RR a process inherits that, and swapoff with it.
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     os.nice(19)
-    done = repatriate.repatriate(SegmentPaths.of(segment_name(ctx)), client)
+    done = repatriate.repatriate(SegmentPaths.of(segment_name(ctx)), client, only_complete=complete)
     if as_json:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         cpu_s = sum(one.ru_utime + one.ru_stime for one in used)
