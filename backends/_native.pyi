@@ -179,6 +179,15 @@ class Segment:
     @condense_percent.setter
     def condense_percent(self, value: int) -> None: ...
     @property
+    def condense_level(self) -> int:
+        """The level of zstd, 1 to 19, at which `condense`, `pack` and `dedup` compress pages from now on;
+        what they have made at another one stays as it is. 3 at first. Settable."""
+    @condense_level.setter
+    def condense_level(self, value: int) -> None: ...
+    @property
+    def condenser_bytes(self) -> int:
+        """Memory of this process for compressing with zstd."""
+    @property
     def tier_cold_s(self) -> int:
         """After how long without use the manager moves persistent pages to their client's tier although
         there is memory; 0: never. Settable."""
@@ -197,9 +206,10 @@ class Segment:
         """Store pages smaller that were not put or got between the last two visits, from chunk `first` on.
 
         Those of persistent or ephemeral pools, and of loose pages all; with `warm` whatever was put and got.
-        Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, the CPU time
-        spent, and of the chunks that it has visited how many pages are condensed there now, how many bytes
-        that saves, how many of them are in packs, and how many bytes that saves beyond it. Releases the GIL.
+        Goes on for `most_ns` of CPU time, and to the end of a page; returns where to go on, 0 after the last
+        chunk, the CPU time spent, and of what it has visited how many pages are condensed there now, how many
+        bytes that saves, how many of them are in packs, and how many bytes that saves beyond it. Releases the
+        GIL.
 
         Packs whose pages would take less by themselves, because others have left, or that were read in two
         intervals, are taken apart.
@@ -209,8 +219,8 @@ class Segment:
         """Store condensed neighbours of persistent pools together where that saves memory, from chunk `first`
         on, unless `packing` is off: those that were not put or got lately, or with `warm` all.
 
-        Goes on for `most_ns` of CPU time; returns the chunk to go on with, 0 after the last one, and the CPU
-        time spent. Releases the GIL.
+        Goes on for `most_ns` of CPU time, and to the end of a pack; returns where to go on, 0 after the last
+        chunk, and the CPU time spent. Releases the GIL.
         """
 
     def unpack(self, first: int, most_ns: int) -> tuple[int, int]:
@@ -233,7 +243,7 @@ class Segment:
         ephemeral pools whose gets are exclusive; of a shared pool those of that pool.
 
         After the last chunk what no page needs any more is freed. Goes on for `most_ns` of CPU time; returns
-        the chunk to go on with, 0 after the last one, and the CPU time spent. Releases the GIL.
+        where to go on, 0 after the last chunk, and the CPU time spent. Releases the GIL.
         """
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """When the manager stores cold pages smaller, or equal ones once, and how much CPU time that may take.
 
 The core does it (`_native.Segment.condense`, native/dense.c): it goes over the chunks, and pages that were
-neither put nor got between two visits of their chunk are compressed again with zstd. This says how often: a
+neither put nor got between two visits of their chunk are compressed again with zstd, at the segment's level.
+This says how often: a
 round begins `ROUND_S` after the last one at the earliest, so a page is cold after that time, and takes no
 more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
 everything while the CPUs are wanted: what programs wait for comes first. A round ends with the equal pages
@@ -84,16 +85,17 @@ class Condenser:
         self._pressure = pressure
         self._clock = clock
         self._last = self._round = clock()
-        self._chunk = 0
+        self._place = 0  # where the core goes on
         self._waiting = True
         self._part = 0
         """Of a round: cold pages, equal pages, neighbours."""
         self._budget_ns = 0
 
     def figures(self) -> dict[str, int]:
-        """Return what is condensed now, as the last whole round found it; nothing before the first."""
-        found = self._found
-        return {} if found is None else found.figures(self._clock())
+        """Return what is condensed now, as the last whole round found it and not before the first, and the
+        memory that zstd has for it in this process."""
+        found, own = self._found, {"condenser_bytes": self._segment.condenser_bytes}
+        return own if found is None else own | found.figures(self._clock())
 
     def step(self) -> int:
         """Spend what has been saved up since the last step; the CPU time spent, in nanoseconds."""
@@ -107,14 +109,14 @@ class Condenser:
             return 0
         if self._waiting:
             self._waiting, self._round = False, now
-        # What a chunk took beyond the budget is owed.
+        # What the last page took beyond the budget is owed.
         self._budget_ns = min(self._budget_ns, 0) + int(earned)
         spent = 0
         with _ordinary():
             while spent < self._budget_ns and not self._waiting:
                 most_ns = min(self._budget_ns - spent, _SLICE_NS)
                 spent += (self._condense, self._dedup, self._pack)[self._part](most_ns)
-                if not self._chunk:
+                if not self._place:
                     self._part = (self._part + 1) % 3
                     self._waiting = self._part == 0
                     spent += 0 if self._part == 2 else self._compact()
@@ -122,21 +124,21 @@ class Condenser:
         return spent
 
     def _condense(self, most_ns: int) -> int:
-        if not self._chunk:
+        if not self._place:
             self._seen = [0, 0, 0, 0]
-        self._chunk, ns, *found = self._segment.condense(self._chunk, most_ns, **self._what())
+        self._place, ns, *found = self._segment.condense(self._place, most_ns, **self._what())
         self._seen = [sum(both) for both in zip(self._seen, found, strict=True)]
-        if not self._chunk:
+        if not self._place:
             pages, saved_bytes, packed, packed_saved_bytes = self._seen
             self._found = Condensed(pages, saved_bytes, packed, packed_saved_bytes, self._clock())
         return ns
 
     def _dedup(self, most_ns: int) -> int:
-        self._chunk, ns = self._segment.dedup(self._chunk, most_ns)
+        self._place, ns = self._segment.dedup(self._place, most_ns)
         return ns
 
     def _pack(self, most_ns: int) -> int:
-        self._chunk, ns = self._segment.pack(self._chunk, most_ns)
+        self._place, ns = self._segment.pack(self._place, most_ns)
         return ns
 
     def _compact(self) -> int:

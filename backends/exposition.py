@@ -81,7 +81,7 @@ _GAUGES = _words(
     packed_pages packs pack_bytes pages_packed_bytes packed_now_pages packed_now_bytes
     stepped_aside watching tier_up io_uring pool_active tier_age_ns tier_used_bytes tier_capacity_bytes
     tier_free_bytes tier_records condensed_now_pages condensed_now_bytes condensed_now_age_ns
-    repatriation_idle_ns repatriation_wait_ns
+    condenser_bytes repatriation_idle_ns repatriation_wait_ns
     """
 )
 # What a row is rather than how much of something, and is told by labels.

@@ -1,9 +1,9 @@
 /* From a page to what is stored and back: a same-filled word in the slot, an LZ4 block, the page as it is, or what the
  * background pass makes of pages that nobody asked for in a while, a zstd frame without its magic number.
  *
- * zstd at level 3: on 144,000 anonymous pages of programs 1.66 times LZ4's ratio after rounding to size classes, for 13
- * to 21 us a page, and 5 to 8 us to expand one. Level 6 gives 1.71 for 30 to 55 us; see docs/design.md for
- * dictionaries. */
+ * zstd at level 3 unless another one is set: on 144,000 anonymous pages of programs 1.66 times LZ4's ratio after
+ * rounding to size classes, for 13 to 21 us a page, and 5 to 8 us to expand one; docs/design.md has the others, and
+ * dictionaries. To expand a page nothing has to be known of its level. */
 #include "tm.h"
 
 #define XXH_INLINE_ALL
@@ -53,26 +53,67 @@ uint32_t codec_compress(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
     return n > 0 ? (uint32_t)n : TM_PAGE;
 }
 
-enum { MAGIC = 4, LEVEL = 3 };
+enum { MAGIC = 4 };
 static const uint8_t magic[MAGIC] = {0x28, 0xb5, 0x2f, 0xfd};
 
-uint32_t codec_pack(struct tm_ctx *ctx, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most)
+int condense_level(const struct tm_segment *seg)
+{
+    uint32_t level = atomic_load_explicit(&seg->super->condense_level, memory_order_relaxed);
+    return !level ? LEVEL_AT_ONCE : level > LEVEL_MOST ? LEVEL_MOST : (int)level;
+}
+
+int condense_level_at_once(const struct tm_segment *seg)
+{
+    int level = condense_level(seg);
+    return level < LEVEL_AT_ONCE ? level : LEVEL_AT_ONCE;
+}
+
+/* States for compression belong to the process, not to its threads: at high levels one takes up to a MiB, and any thread
+ * of the manager may come to run a pass. So there are as many as are in use at once, and their memory is counted. */
+static ZSTD_CCtx *take_condenser(struct tm_segment *seg)
+{
+    for (unsigned i = 0; i < TM_CONDENSERS; i++) {
+        ZSTD_CCtx *taken = atomic_exchange(&seg->condensers[i], NULL);
+        if (taken)
+            return taken;
+    }
+    ZSTD_CCtx *made = ZSTD_createCCtx();
+    atomic_fetch_add_explicit(&seg->condenser_bytes, ZSTD_sizeof_CCtx(made), memory_order_relaxed); /* 0 of NULL */
+    return made;
+}
+
+static void give_condenser(struct tm_segment *seg, ZSTD_CCtx *condenser)
+{
+    for (unsigned i = 0; i < TM_CONDENSERS; i++) {
+        void *none = NULL;
+        if (atomic_compare_exchange_strong(&seg->condensers[i], &none, condenser))
+            return;
+    }
+    atomic_fetch_sub_explicit(&seg->condenser_bytes, ZSTD_sizeof_CCtx(condenser), memory_order_relaxed);
+    ZSTD_freeCCtx(condenser);
+}
+
+uint32_t codec_pack(struct tm_segment *seg, int level, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most)
 {
     uint8_t frame[TM_SCRATCH];
-    if (!ctx->condenser && !(ctx->condenser = ZSTD_createCCtx()))
+    ZSTD_CCtx *condenser = take_condenser(seg);
+    if (!condenser)
         return 0;
-    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_compressionLevel, LEVEL);
-    ZSTD_CCtx_setParameter(ctx->condenser, ZSTD_c_contentSizeFlag, 0);
-    size_t made = ZSTD_compress2(ctx->condenser, frame, most + MAGIC, pages, (size_t)n * TM_PAGE);
+    size_t before = ZSTD_sizeof_CCtx(condenser);
+    ZSTD_CCtx_setParameter(condenser, ZSTD_c_compressionLevel, level);
+    ZSTD_CCtx_setParameter(condenser, ZSTD_c_contentSizeFlag, 0);
+    size_t made = ZSTD_compress2(condenser, frame, most + MAGIC, pages, (size_t)n * TM_PAGE);
+    atomic_fetch_add_explicit(&seg->condenser_bytes, ZSTD_sizeof_CCtx(condenser) - before, memory_order_relaxed);
+    give_condenser(seg, condenser);
     if (ZSTD_isError(made) || memcmp(frame, magic, MAGIC) != 0)
         return 0;
     memcpy(to, frame + MAGIC, made - MAGIC);
     return (uint32_t)made - MAGIC;
 }
 
-uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to)
+uint32_t codec_condense(struct tm_segment *seg, int level, const uint8_t *page, uint8_t *to)
 {
-    uint32_t length = codec_pack(ctx, page, 1, to, TM_PAGE - TM_LEAST_GAIN);
+    uint32_t length = codec_pack(seg, level, page, 1, to, TM_PAGE - TM_LEAST_GAIN);
     return length ? length : TM_PAGE;
 }
 
@@ -95,10 +136,12 @@ void *codec_expander(void)
     return made;
 }
 
-void codec_free(struct tm_ctx *ctx)
+void codec_expander_free(void *expander) { ZSTD_freeDCtx(expander); }
+
+void codec_close(struct tm_segment *seg)
 {
-    ZSTD_freeDCtx(ctx->expander);
-    ZSTD_freeCCtx(ctx->condenser);
+    for (unsigned i = 0; i < TM_CONDENSERS; i++)
+        ZSTD_freeCCtx(atomic_exchange(&seg->condensers[i], NULL));
 }
 
 static uint64_t checksum_plain(const uint8_t *data, size_t length) { return XXH3_64bits(data, length); }

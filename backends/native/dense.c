@@ -58,7 +58,7 @@ static enum outcome recode(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint
     uint32_t old_bin = seg->chunks[chunk_of(seg, old * 16)].bin;
     if (!block_read(ctx, block_at(seg, old), number, seg->size - old * 16, ctx->moved) || !bin_is_block(old_bin))
         return IN_VAIN; /* corrupt, or gone this moment */
-    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(ctx, ctx->moved, ctx->packed)
+    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(seg, condense_level(seg), ctx->moved, ctx->packed)
                                          : codec_compress(ctx, ctx->moved, ctx->packed);
     uint32_t bin = bin_for(seg, old_bin, length);
     bool smaller = before != BLOCK_ZSTD;
@@ -138,25 +138,43 @@ static uint64_t *vain_of(struct tm_segment *seg)
     return have;
 }
 
-/* Visit one chunk, inside an operation. */
-static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain, struct tm_condensed *found)
+/* Visit one chunk from KiB `from` on, inside an operation; from where to go on if it is until_ns of our CPU time before all
+ * is done, else 0. At level 19 one page takes milliseconds, and a chunk has hundreds. */
+static uint32_t visit(struct tm_ctx *ctx, uint32_t c, uint32_t from, uint64_t until_ns, unsigned what, uint64_t *vain,
+                      struct tm_condensed *found)
 {
     struct tm_segment *seg = ctx->seg;
     const struct tm_chunk *d = &seg->chunks[c];
     uint32_t bin = d->bin, stride = bin_stride(bin);
     /* From here on it is not punched. What it may become meanwhile is another's, to which no slot of ours refers. */
     if (atomic_load(&seg->states[c]) != CHUNK_USED || !bin_is_block(bin))
-        return;
+        return 0;
     KP(56);
-    uint64_t now = atomic_exchange(&seg->touched[c].now, 0), before = atomic_exchange(&seg->touched[c].before, now);
+    struct tm_touched *touched = &seg->touched[c];
+    uint64_t ours = UINT64_MAX << from;
+    uint64_t now = atomic_fetch_and(&touched->now, ~ours) & ours, before = atomic_load(&touched->before);
+    atomic_store(&touched->before, (before & ~ours) | now);
     uint64_t cold = what & CONDENSE_ALL ? UINT64_MAX : ~(now | before), hot = now & before, in_vain = 0;
-    bool room = true;
+    bool room = true, worked = false;
+    uint32_t kib = from;
     int left = -1;
     if (what & CONDENSE_ALL)
         hot = 0;
     *vain &= ~now;
     for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
-        uint64_t granule = UINT64_C(1) << (bit * stride / 1024);
+        if (bit * stride / 1024 < from)
+            continue;
+        if (worked && bit * stride / 1024 != kib && timing_cpu() >= until_ns) {
+            kib = bit * stride / 1024;
+            uint64_t rest = UINT64_MAX << kib; /* as if we had not come by there */
+            atomic_fetch_or(&touched->now, now & rest);
+            atomic_store(&touched->before, (atomic_load(&touched->before) & ~rest) | (before & rest));
+            *vain |= in_vain;
+            return kib;
+        }
+        worked = worked && bit * stride / 1024 == kib;
+        kib = bit * stride / 1024;
+        uint64_t granule = UINT64_C(1) << kib;
         uint64_t due = what & CONDENSE_LOOSE ? granule : (cold | hot) & granule;
         if (!bit_is_set(d, bit))
             continue;
@@ -167,6 +185,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain,
             int packs = slot_pool(seg, number);
             slot_t *holder = packs < 0 ? NULL : at(seg, number * 8);
             uint64_t held = holder ? atomic_load(holder) : 0;
+            worked = true;
             if (holder && is_packs((uint32_t)packs) && slot_refers(held, block))
                 pack_tend(ctx, (uint32_t)packs, holder, held, hot & granule && may_expand(seg, (uint32_t)packs, &left), found);
             continue;
@@ -184,6 +203,7 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain,
             next = kind;
         if (next != kind && (kind != BLOCK_ZSTD || may_expand(seg, (uint32_t)pool, &left))) {
             enum outcome came = recode(ctx, (uint32_t)pool, slot, word, next, found);
+            worked = true;
             if (came == DONE)
                 continue;
             in_vain |= came == IN_VAIN ? granule : 0;
@@ -193,32 +213,34 @@ static void visit(struct tm_ctx *ctx, uint32_t c, unsigned what, uint64_t *vain,
             count_condensed(seg, block, block_form(header), found);
     }
     *vain |= in_vain;
+    return 0;
 }
 
-uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
+uint64_t tm_condense(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
                      struct tm_condensed *found)
 {
     struct tm_condensed nobody = {0};
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = timing_cpu(), now = began;
-    uint32_t c = first;
+    uint64_t began = timing_cpu(), now = began, until = time_after(began, most_ns);
+    uint32_t c = (uint32_t)(first / TM_PLACES), from = first % TM_PLACES % 64;
     uint64_t *vain = vain_of(seg);
     *spent_ns = 0;
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
     if (!vain)
         return first;
-    for (unsigned idle = 0; c < seg->nchunks && now - began < most_ns; c++) {
+    for (unsigned idle = 0; c < seg->nchunks && now < until; c += !from) {
         if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED || !bin_is_block(seg->chunks[c].bin)) {
+            from = 0;
             if (++idle % 1024 == 0)
                 now = timing_cpu();
             continue;
         }
         op_begin(ctx);
-        visit(ctx, c, what, &vain[c], found ? found : &nobody);
+        from = visit(ctx, c, from, until, what, &vain[c], found ? found : &nobody);
         op_end(ctx);
         now = timing_cpu();
     }
     *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->condensing_ns, *spent_ns, memory_order_relaxed);
-    return c < seg->nchunks ? c : 0;
+    return c < seg->nchunks ? (uint64_t)c * TM_PLACES + from : 0;
 }

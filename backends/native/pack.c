@@ -245,7 +245,8 @@ static uint32_t unpack(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t
                        enum block_kind kind, uint32_t before, uint64_t pack, struct tm_condensed *found)
 {
     struct tm_segment *seg = ctx->seg;
-    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(ctx, page, ctx->packed) : codec_compress(ctx, page, ctx->packed);
+    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(seg, condense_level_at_once(seg), page, ctx->packed)
+                                         : codec_compress(ctx, page, ctx->packed);
     uint32_t form = kind == BLOCK_ZSTD ? BLOCK_ZSTD | before << 3 : kind;
     const uint8_t *payload = ctx->packed;
     if (length == TM_PAGE) {
@@ -396,11 +397,11 @@ static void tend_chunk(struct tm_ctx *ctx, uint32_t c)
     }
 }
 
-uint32_t tm_unpack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, uint64_t *spent_ns)
+uint64_t tm_unpack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, uint64_t *spent_ns)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t began = timing_cpu(), now = began;
-    uint32_t c = first;
+    uint32_t c = (uint32_t)(first / TM_PLACES);
     ctx->client = ctx->payer = TM_MAX_CLIENTS; /* on nobody's behalf */
     if (!first)
         atomic_store(&seg->super->pack_losses, 0);
@@ -418,7 +419,7 @@ uint32_t tm_unpack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, uint64_
     }
     *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->packing_ns, *spent_ns, memory_order_relaxed);
-    return c < seg->nchunks ? c : 0;
+    return c < seg->nchunks ? (uint64_t)c * TM_PLACES : 0;
 }
 
 /* Leaves of packs of chunk `c`: remove what no slot names, and take apart what is not needed as it is. */
@@ -513,7 +514,7 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
         *to++ = (uint8_t)form_before(views[i].form);
     }
     uint32_t head = head_of(members);
-    uint32_t length = codec_pack(ctx, ctx->unpacked.pages + (size_t)from * TM_PAGE, n, to, MOST - head);
+    uint32_t length = codec_pack(seg, condense_level(seg), ctx->unpacked.pages + (size_t)from * TM_PAGE, n, to, MOST - head);
     uint32_t bin = BIN_PERSISTENT + size_class(head + length), stride = bin_stride(bin);
     if (!length || stride + (sum / GAIN > LEAST_GAIN ? sum / GAIN : LEAST_GAIN) > sum)
         return IN_VAIN;
@@ -593,19 +594,20 @@ static uint32_t mark_of(struct tm_segment *seg, uint64_t group)
     return (uint32_t)(mark >> 32) | 1;
 }
 
-static void visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool, uint64_t group, bool all)
+/* False: there was nothing to do, which took no time. */
+static bool visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool, uint64_t group, bool all)
 {
     struct tm_segment *seg = ctx->seg;
     struct view views[GROUP];
     bool warm = false;
     uint32_t mark = mark_of(seg, group), *marked = &t->marks[group / GROUP & t->mask];
     if (*marked == mark)
-        return; /* seen, and not changed since */
+        return false; /* seen, and not changed since */
     uint32_t n = candidates(ctx, group, all, views, &warm), good = 0;
     if (!warm)
         *marked = mark;
     if (n < 2)
-        return;
+        return false;
     ctx->unpacked.pack = 0;
     for (uint32_t i = 0; i < n; i++) {
         uint64_t block = views[i].word & SLOT_VALUE;
@@ -615,7 +617,7 @@ static void visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool,
         views[good++] = views[i];
     }
     if (good < 2)
-        return;
+        return true;
     KP(128);
     enum outcome came = pack(ctx, t, pool, views, 0, good);
     if (came == IN_VAIN && good > 2) { /* all are too many for a block: two and two, or two of three */
@@ -625,6 +627,7 @@ static void visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool,
     }
     if (came == NO_ROOM)
         *marked = 0;
+    return true;
 }
 
 /* May neighbours of this pool be packed? Inside an operation: whoever destroys it, or its packs, waits for us. */
@@ -639,29 +642,33 @@ static bool may_pack(struct tm_segment *seg, uint32_t pool)
            && !phase_of(seg, client) && atomic_load(&seg->pools[packs_of(pool)].state) == LIVE;
 }
 
-/* Visit the leaves of one chunk; false if the time was over before the last. */
-static bool visit(struct tm_ctx *ctx, struct tm_packing *t, uint32_t c, bool all, uint64_t began_ns, uint64_t most_ns)
+/* Visit the leaves of one chunk from that slot on; where to go on. `*over`: until_ns of our CPU time. */
+static uint64_t visit(struct tm_ctx *ctx, struct tm_packing *t, uint64_t place, bool all, uint64_t until_ns, bool *over)
 {
     struct tm_segment *seg = ctx->seg;
-    const struct tm_chunk *d = &seg->chunks[c];
-    uint32_t bin = d->bin;
+    uint32_t c = (uint32_t)(place / TM_PLACES), bin = seg->chunks[c].bin;
+    uint64_t end = (c + UINT64_C(1)) * TM_PLACES;
     if (atomic_load(&seg->states[c]) != CHUNK_USED || bin < BIN_LEAF)
-        return true;
-    uint32_t pool = (bin - BIN_LEAF) / 3, stride = bin_stride(bin);
-    for (uint32_t bit = 0; bit < TM_CHUNK / stride && may_pack(seg, pool); bit++) {
-        if (!bit_is_set(d, bit))
+        return end;
+    uint32_t pool = (bin - BIN_LEAF) / 3, slots = bin_stride(bin) / 8;
+    while (place < end && !*over && may_pack(seg, pool)) {
+        uint32_t i = (uint32_t)(place % slots) / GROUP * GROUP, first = (uint32_t)(place % TM_PLACES) / slots * slots;
+        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK) / 8 + first;
+        place = place / TM_PLACES * TM_PLACES + first + slots;
+        if (!bit_is_set(&seg->chunks[c], first / slots))
             continue;
         op_begin(ctx);
         ctx->client = ctx->payer = payer_of(seg, pool);
         ctx->pool = packs_of(pool);
-        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 8;
-        for (uint32_t i = 0; i < stride / 8 && may_pack(seg, pool) && leaf_pool(seg, from) == (int)pool; i += GROUP)
-            visit_group(ctx, t, pool, from + i, all);
+        for (; i < slots && may_pack(seg, pool) && leaf_pool(seg, from) == (int)pool; i += GROUP)
+            if (visit_group(ctx, t, pool, from + i, all) && timing_cpu() >= until_ns) {
+                place -= slots - i - GROUP;
+                break;
+            }
         op_end(ctx);
-        if (c && timing_cpu() - began_ns > most_ns) /* of the first chunk 0 would say that all is done */
-            return false; /* what was seen is passed by quickly the next time */
+        *over = timing_cpu() >= until_ns;
     }
-    return true;
+    return *over ? place : end;
 }
 
 /* Each client with persistent pages has a pool of packs. */
@@ -713,20 +720,19 @@ static struct tm_packing *packing_of(struct tm_segment *seg)
     return atomic_compare_exchange_strong(&t->busy, &unused, 1) ? t : NULL;
 }
 
-uint32_t tm_pack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
+uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = timing_cpu();
-    uint32_t c = first;
+    uint64_t began = timing_cpu(), until = time_after(began, most_ns), place = first;
     struct tm_packing *t = atomic_load(&seg->super->pack) ? packing_of(seg) : NULL;
+    bool over = false;
     if (t && !first)
         prepare(ctx);
-    for (; t && c < seg->nchunks; c++)
-        if (!visit(ctx, t, c, warm, began, most_ns))
-            break;
+    while (t && !over && place / TM_PLACES < seg->nchunks)
+        place = visit(ctx, t, place, warm, until, &over);
     if (t)
         atomic_store(&t->busy, 0);
     *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->packing_ns, *spent_ns, memory_order_relaxed);
-    return t && c < seg->nchunks ? c : 0;
+    return t && place / TM_PLACES < seg->nchunks ? place : 0;
 }

@@ -77,7 +77,7 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool,
     }
     const uint8_t *payload = t->packed;
     enum block_kind kind = (enum block_kind)(form & 7u);
-    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(ctx, t->page, t->packed)
+    uint32_t length = kind == BLOCK_ZSTD ? codec_condense(seg, condense_level(seg), t->page, t->packed)
                       : kind == BLOCK_LZ4 ? codec_compress(ctx, t->page, t->packed) : TM_PAGE;
     if (length == TM_PAGE) {
         form = kind == BLOCK_LOOSE ? BLOCK_LOOSE : BLOCK_RAW;
@@ -212,24 +212,26 @@ bool block_is_warm(struct tm_segment *seg, uint64_t block)
              | atomic_load_explicit(&touched->before, memory_order_relaxed)) & bit) != 0;
 }
 
-static void visit_slot(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool, uint64_t number, bool warm)
+/* False: there was nothing to do, which took no time. */
+static bool visit_slot(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool, uint64_t number, bool warm)
 {
     struct tm_segment *seg = ctx->seg;
     struct view one = {pool, at(seg, number * 8), atomic_load_explicit((slot_t *)at(seg, number * 8), memory_order_acquire)};
     uint64_t block = one.word & SLOT_VALUE;
     if (slot_type(one.word) != SLOT_BLOCK || !in_data(seg, block * 16) || (!warm && block_is_warm(seg, block)))
-        return;
+        return false;
     uint32_t mark = (uint32_t)(((one.word & ~SLOT_FREQ) ^ number << 20) * UINT64_C(0x9fb21c651e98df25) >> 32) | 1;
     uint32_t *marked = &t->marks[number & t->mask];
     if (*marked == mark)
-        return; /* seen, and not changed since */
+        return false; /* seen, and not changed since */
     *marked = mark;
     if (!look(ctx, &one, t->page))
-        return;
+        return true;
     uint64_t hash = hash_of(t->page, originals_of(seg, pool));
     struct seen *place = remembered(t, hash);
     if (!place->slot || place->hash != hash || (place->slot != number && !share(ctx, t, &one, &place->slot)))
         *place = (struct seen){hash, number};
+    return true;
 }
 
 /* May equal pages of this pool be kept once? Inside an operation: whoever destroys it, or its originals, waits for us. */
@@ -242,29 +244,33 @@ static bool may_share(struct tm_segment *seg, uint32_t pool)
            && !phase_of(seg, client) && atomic_load(&seg->pools[originals_of(seg, pool)].state) == LIVE;
 }
 
-/* Visit the leaves of one chunk; false if the time was over before the last. */
-static bool visit(struct tm_ctx *ctx, struct tm_twins *t, uint32_t c, bool warm, uint64_t began_ns, uint64_t most_ns)
+/* Visit the leaves of one chunk from that slot on; where to go on. `*over`: until_ns of our CPU time. */
+static uint64_t visit(struct tm_ctx *ctx, struct tm_twins *t, uint64_t place, bool warm, uint64_t until_ns, bool *over)
 {
     struct tm_segment *seg = ctx->seg;
-    const struct tm_chunk *d = &seg->chunks[c];
-    uint32_t bin = d->bin;
+    uint32_t c = (uint32_t)(place / TM_PLACES), bin = seg->chunks[c].bin;
+    uint64_t end = (c + UINT64_C(1)) * TM_PLACES;
     if (atomic_load(&seg->states[c]) != CHUNK_USED || bin < BIN_LEAF)
-        return true;
-    uint32_t pool = (bin - BIN_LEAF) / 3, stride = bin_stride(bin);
-    for (uint32_t bit = 0; bit < TM_CHUNK / stride && may_share(seg, pool); bit++) {
-        if (!bit_is_set(d, bit))
+        return end;
+    uint32_t pool = (bin - BIN_LEAF) / 3, slots = bin_stride(bin) / 8;
+    while (place < end && !*over && may_share(seg, pool)) {
+        uint32_t i = (uint32_t)(place % slots), first = (uint32_t)(place % TM_PLACES) - i;
+        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK) / 8 + first;
+        place += slots - i;
+        if (!bit_is_set(&seg->chunks[c], first / slots))
             continue;
         op_begin(ctx);
         ctx->client = ctx->payer = payer_of(seg, pool);
         ctx->pool = originals_of(seg, pool);
-        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK + (uint64_t)bit * stride) / 8;
-        for (uint32_t i = 0; i < stride / 8 && may_share(seg, pool) && slot_pool(seg, from) == (int)pool; i++)
-            visit_slot(ctx, t, pool, from + i, warm);
+        for (; i < slots && may_share(seg, pool) && slot_pool(seg, from) == (int)pool; i++)
+            if (visit_slot(ctx, t, pool, from + i, warm) && timing_cpu() >= until_ns) {
+                place -= slots - i - 1;
+                break;
+            }
         op_end(ctx);
-        if (c && timing_cpu() - began_ns > most_ns) /* of the first chunk 0 would say that all is done */
-            return false; /* what was seen is passed by quickly the next time */
+        *over = timing_cpu() >= until_ns;
     }
-    return true;
+    return *over ? place : end;
 }
 
 /* Each client that wants it has pools of originals, and so has each shared pool that is its own. True if there is one. */
@@ -326,25 +332,24 @@ static struct tm_twins *twins_of(struct tm_segment *seg)
     return atomic_compare_exchange_strong(&t->busy, &unused, 1) ? t : NULL;
 }
 
-uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
+uint64_t tm_dedup(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
 {
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = timing_cpu();
-    uint32_t c = first;
+    uint64_t began = timing_cpu(), until = time_after(began, most_ns), place = first;
     struct tm_twins *t = prepare(ctx) ? twins_of(seg) : NULL;
-    for (; t && c < seg->nchunks; c++)
-        if (!visit(ctx, t, c, warm, began, most_ns))
-            break;
-    if (!t || c == seg->nchunks) {
-        c = 0;
+    bool over = false;
+    while (t && !over && place / TM_PLACES < seg->nchunks)
+        place = visit(ctx, t, place, warm, until, &over);
+    if (!t || place / TM_PLACES >= seg->nchunks) {
+        place = 0;
         twins_sweep(ctx);
     }
     if (t) {
-        if (!c && ++t->rounds % ROUNDS == 0)
+        if (!place && ++t->rounds % ROUNDS == 0)
             memset(t->marks, 0, (t->mask + 1) * sizeof *t->marks);
         atomic_store(&t->busy, 0);
     }
     *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->twin_ns, *spent_ns, memory_order_relaxed);
-    return c;
+    return place;
 }

@@ -464,12 +464,12 @@ static PyObject *evict(SegmentObject *self, PyObject *arg) { return with_bytes(s
 static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"first", "most_ns", "persistent", "ephemeral", "loose", "warm", NULL};
-    unsigned int first, what;
+    unsigned int what;
     int persistent = 0, ephemeral = 0, loose = 0, warm = 0;
-    unsigned long long most_ns;
+    unsigned long long first, most_ns;
     uint64_t spent_ns = 0;
     struct tm_condensed found = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$pppp", names, &first, &most_ns, &persistent, &ephemeral, &loose,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK|$pppp", names, &first, &most_ns, &persistent, &ephemeral, &loose,
                                      &warm))
         return NULL;
     what = (persistent ? CONDENSE_PERSISTENT : 0u) | (ephemeral ? CONDENSE_EPHEMERAL : 0u)
@@ -480,20 +480,19 @@ static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     first = tm_condense(ctx, first, most_ns, what, &spent_ns, &found);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("(IKKLKL)", first, (unsigned long long)spent_ns, (unsigned long long)found.pages,
+    return Py_BuildValue("(KKKLKL)", first, (unsigned long long)spent_ns, (unsigned long long)found.pages,
                          (long long)found.saved, (unsigned long long)found.packed, (long long)found.packed_saved);
 }
 
-typedef uint32_t visit_of_chunks(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
+typedef uint64_t visit_of_chunks(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 
 static PyObject *visit_chunks(SegmentObject *self, PyObject *args, PyObject *kwargs, visit_of_chunks *visit)
 {
     static char *names[] = {"first", "most_ns", "warm", NULL};
-    unsigned int first;
     int warm = 0;
-    unsigned long long most_ns;
+    unsigned long long first, most_ns;
     uint64_t spent_ns = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IK|$p", names, &first, &most_ns, &warm))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK|$p", names, &first, &most_ns, &warm))
         return NULL;
     struct tm_ctx *ctx = context_of(self);
     if (!ctx)
@@ -501,7 +500,7 @@ static PyObject *visit_chunks(SegmentObject *self, PyObject *args, PyObject *kwa
     Py_BEGIN_ALLOW_THREADS
     first = visit(ctx, first, most_ns, warm, &spent_ns);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+    return Py_BuildValue("(KK)", first, (unsigned long long)spent_ns);
 }
 
 static PyObject *pack(SegmentObject *self, PyObject *args, PyObject *kwargs)
@@ -516,10 +515,9 @@ static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)
 
 static PyObject *unpack(SegmentObject *self, PyObject *args)
 {
-    unsigned int first;
-    unsigned long long most_ns;
+    unsigned long long first, most_ns;
     uint64_t spent_ns = 0;
-    if (!PyArg_ParseTuple(args, "IK", &first, &most_ns))
+    if (!PyArg_ParseTuple(args, "KK", &first, &most_ns))
         return NULL;
     struct tm_ctx *ctx = context_of(self);
     if (!ctx)
@@ -527,7 +525,7 @@ static PyObject *unpack(SegmentObject *self, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     first = tm_unpack(ctx, first, most_ns, &spent_ns);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("(IK)", first, (unsigned long long)spent_ns);
+    return Py_BuildValue("(KK)", first, (unsigned long long)spent_ns);
 }
 
 static PyObject *get_condense_percent(SegmentObject *self, void *unused)
@@ -546,6 +544,35 @@ static int set_condense_percent(SegmentObject *self, PyObject *value, void *unus
         return -1;
     atomic_store(&seg->super->condense_percent, (uint32_t)percent);
     return 0;
+}
+
+static PyObject *get_condense_level(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    return seg ? PyLong_FromLong(condense_level(seg)) : NULL;
+}
+
+static int set_condense_level(SegmentObject *self, PyObject *value, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    uint64_t level;
+    (void)unused;
+    if (!seg || !number_of(value, "condense_level", LEVEL_MOST, &level))
+        return -1;
+    if (!level) {
+        PyErr_SetString(PyExc_ValueError, "condense_level is 1 at least");
+        return -1;
+    }
+    atomic_store(&seg->super->condense_level, (uint32_t)level);
+    return 0;
+}
+
+static PyObject *get_condenser_bytes(SegmentObject *self, void *unused)
+{
+    struct tm_segment *seg = segment_of(self);
+    (void)unused;
+    return seg ? PyLong_FromUnsignedLongLong(atomic_load(&seg->condenser_bytes)) : NULL;
 }
 
 static PyObject *get_packing(SegmentObject *self, void *unused)
@@ -628,6 +655,8 @@ static PyGetSetDef segment_getset[] = {
     {"size_range", (getter)segment_size_range, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
     {"condense_percent", (getter)get_condense_percent, (setter)set_condense_percent, NULL, NULL},
+    {"condense_level", (getter)get_condense_level, (setter)set_condense_level, NULL, NULL},
+    {"condenser_bytes", (getter)get_condenser_bytes, NULL, NULL, NULL},
     {"packing", (getter)get_packing, (setter)set_packing, NULL, NULL},
     {"pack_losses", (getter)get_losses, NULL, NULL, NULL},
     {"tier_cold_s", (getter)get_tier_cold, (setter)set_tier_cold, NULL, NULL},

@@ -222,6 +222,7 @@ void tm_close(struct tm_segment *seg)
         free(seg->vain);
         twins_free(seg);
         packs_free(seg);
+        codec_close(seg);
         free(seg);
     }
 }

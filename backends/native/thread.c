@@ -28,7 +28,7 @@ static void forget(struct tm_ctx *ctx)
         lock_drop(&ctx->rec->life);
         atomic_fetch_sub(&ctx->seg->users, 1);
     }
-    codec_free(ctx);
+    codec_expander_free(ctx->expander);
     free(ctx);
 }
 
@@ -113,7 +113,6 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->window.nwanted = ctx->window.nheld = 0;
     ctx->unpacked.pack = 0;
     ctx->rec = NULL;
-    ctx->condenser = NULL;
     if (!(ctx->expander = codec_expander())) {
         free(ctx);
         return NULL;
@@ -121,7 +120,7 @@ struct tm_ctx *ctx_get(struct tm_segment *seg)
     ctx->index = TM_MAX_THREADS; /* while repairing: nobody's */
     struct tm_thread *rec = claim(ctx, &ctx->index);
     if (!rec) {
-        codec_free(ctx);
+        codec_expander_free(ctx->expander);
         free(ctx);
         return NULL;
     }

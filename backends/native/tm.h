@@ -203,6 +203,7 @@ struct tm_super {
     _Atomic uint64_t squeezing_ns;      /* what it took to compress loose pages in evictions */
     _Atomic uint64_t compacting_ns;     /* what it took to move pages together, whoever did */
     _Atomic uint32_t pack;              /* cold neighbours may be packed together */
+    _Atomic uint32_t condense_level;    /* of zstd, for both; 0: the usual one (condense_level in codec.c) */
     _Atomic uint64_t packed;            /* pages that were */
     _Atomic int64_t packed_bytes;       /* memory that this saved */
     _Atomic uint64_t unpacked;          /* of those, pages that got a block of their own again */
@@ -400,6 +401,7 @@ _Static_assert(sizeof(struct tm_object) == 128, "object");
 /* ---- Process-local ---------------------------------------------------------------------------------------- */
 
 struct tm_ctx;
+#define TM_CONDENSERS 3u /* kept for later: the manager compresses in so many threads at a time at most */
 struct tm_segment {
     uint8_t *base;
     size_t size;
@@ -418,6 +420,8 @@ struct tm_segment {
     uint64_t *_Atomic vain;     /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
     struct tm_twins *_Atomic twins; /* of this process: what its pass has seen; or NULL */
     struct tm_packing *_Atomic packing; /* the same of the pass that packs */
+    void *_Atomic condensers[TM_CONDENSERS]; /* of this process: states of zstd for compression that nobody is using */
+    _Atomic uint64_t condenser_bytes; /* memory of those, and of those in use */
     uint64_t data_offset;
     uint32_t nchunks;
     uint32_t id;             /* unique in this process */
@@ -464,7 +468,6 @@ struct tm_ctx {
     uint64_t began_ns; /* of an operation that is timed, else 0 */
     void *expander;    /* zstd's state for decompression; made with the rest, so that no get has to ask for memory */
     const uint8_t *next_payload; /* of the block that is read after this one, NULL: there is none, or it is not known */
-    void *condenser;   /* zstd's state for compression, of whom runs the pass; or NULL */
     _Alignas(16) uint8_t lz4[16416];
     _Alignas(64) uint8_t scratch[TM_SCRATCH];
     _Alignas(64) uint8_t page[TM_PAGE];
@@ -576,12 +579,20 @@ uint32_t block_length(uint64_t word);
 enum block_kind block_kind(uint64_t word);
 uint32_t block_form(uint64_t word);
 bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
-uint32_t codec_condense(struct tm_ctx *ctx, const uint8_t *page, uint8_t *to); /* zstd; as codec_compress */
-uint32_t codec_pack(struct tm_ctx *ctx, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most); /* bytes; 0: more than that */
+/* With zstd. The passes in the background use the segment's level, whoever waits for memory LEVEL_AT_ONCE at most. */
+enum { LEVEL_AT_ONCE = 3, LEVEL_MOST = 19 };
+int condense_level(const struct tm_segment *seg);
+int condense_level_at_once(const struct tm_segment *seg);
+uint32_t codec_condense(struct tm_segment *seg, int level, const uint8_t *page, uint8_t *to); /* as codec_compress */
+/* `n` pages as one frame: its bytes; 0: more than that, or no memory. */
+uint32_t codec_pack(struct tm_segment *seg, int level, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most);
 bool codec_unpack(struct tm_ctx *ctx, const uint8_t *payload, uint32_t length, uint8_t *pages, uint32_t n);
 void *codec_expander(void); /* NULL: no memory */
-void codec_free(struct tm_ctx *ctx);
+void codec_expander_free(void *expander);
+void codec_close(struct tm_segment *seg);
 
+/* Where the passes in the background go on: in which chunk, and there from which KiB, or slot of its leaves, on. */
+#define TM_PLACES (TM_CHUNK / 8)
 /* dense.c: the background pass. One visit of chunks from `first` on, for most_ns of CPU time; where to go on. Adds to `found`,
  * unless that is NULL, what is condensed now in the chunks that it has visited, so that it has all of it after a whole round;
  * what is moved meanwhile may be missed, or be there twice. */
@@ -592,7 +603,7 @@ struct tm_condensed {
     uint64_t packed;      /* of those, pages in packs */
     int64_t packed_saved; /* and beyond that, to a block for each */
 };
-uint32_t tm_condense(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
+uint64_t tm_condense(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, unsigned what, uint64_t *spent_ns,
                      struct tm_condensed *found);
 
 /* twin.c: equal pages of a client or of a shared pool, kept once */
@@ -618,7 +629,7 @@ void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins 
 /* pair.c */
 /* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages
  * that were used lately. */
-uint32_t tm_dedup(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
+uint64_t tm_dedup(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 void twins_free(struct tm_segment *seg);
 bool block_is_warm(struct tm_segment *seg, uint64_t block); /* used since the pass of dense.c came by for the last time but one */
 
@@ -638,9 +649,9 @@ void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, b
 bool packs_rescue(struct tm_ctx *ctx); /* as twin_rescue */
 /* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages that
  * were used lately. */
-uint32_t tm_pack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
+uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 /* Take apart packs that have lost pages; the same. */
-uint32_t tm_unpack(struct tm_ctx *ctx, uint32_t first, uint64_t most_ns, uint64_t *spent_ns);
+uint64_t tm_unpack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, uint64_t *spent_ns);
 /* Is there a pack in `b` that can be expanded, and does it have the page of slot `number`? For the check. */
 bool pack_holds(struct tm_ctx *ctx, const struct tm_block *b, uint64_t number);
 void packs_free(struct tm_segment *seg);
@@ -819,6 +830,7 @@ void timing_begin(struct tm_ctx *ctx);
 void timing_end(struct tm_ctx *ctx, unsigned kind, uint64_t n); /* n pages */
 uint64_t timing_now(void);
 uint64_t timing_cpu(void); /* of this thread, in ns */
+static inline uint64_t time_after(uint64_t ns, uint64_t wait_ns) { return wait_ns > UINT64_MAX - ns ? UINT64_MAX : ns + wait_ns; }
 void timing_add(struct tm_segment *seg, unsigned kind, uint64_t ns);
 void timing_forget(struct tm_segment *seg, uint32_t client); /* the number is given to another one */
 void most_update(struct tm_segment *seg);

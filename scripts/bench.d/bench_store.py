@@ -17,15 +17,15 @@ SCALE_TARGET = 1.5
 NEIGHBOUR_TARGET = 1.2
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, name: str = "store") -> Path:
     """Compile the measuring program with the core's own sources and the package's options."""
     native = ROOT / "backends" / "native"
     sources = sorted(str(path) for path in native.glob("*.c") if not path.name.startswith("py_"))
-    program = directory / "store"
+    program = directory / name
     subprocess.run(
         [
             *("gcc", "-std=c11", "-D_GNU_SOURCE", "-O2", f"-I{native}", *sources),
-            *(str(Path(__file__).with_name("store.c")), "-o", str(program), "-llz4", "-lzstd", "-lpthread"),
+            *(str(Path(__file__).with_name(f"{name}.c")), "-o", str(program), "-llz4", "-lzstd", "-lpthread"),
         ],
         check=True,
     )

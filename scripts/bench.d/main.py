@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_declined
 import bench_fuse
+import bench_levels
 import bench_names
 import bench_pages
 import bench_prefetch
@@ -53,7 +54,7 @@ def main() -> int:
         "parts",
         nargs="*",
         help="store, density, nbd, swap, save, fuse, declined, tree, slow, pressure, giveback, pages, tiers, "
-        "stale, prefetch, names; all of them by default",
+        "stale, prefetch, names, levels; all of them by default",
     )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: a first impression")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -80,6 +81,7 @@ def main() -> int:
         "tiers": lambda: bench_tiers.run(3 if quick else 7, 16 if quick else 40),
         "stale": lambda: bench_stale.run(45 if quick else 180),
         "names": lambda: bench_names.run(bench_names.QUICK if quick else bench_names.Sizes()),
+        "levels": lambda: bench_levels.run(4_096 if quick else 16_384),
         "prefetch": lambda: bench_prefetch.run(3 if quick else 5, 128 << 20),
     }
     if unknown := [part for part in options.parts if part not in parts]:

@@ -369,10 +369,10 @@ class StoreMachine(RuleBasedStateMachine):
             if not model.persistent
         )
 
-    @rule(at=numbers, warm=st.booleans(), loose=st.booleans())
-    def condense(self, at: int, warm: bool, loose: bool) -> None:
+    @rule(at=numbers, warm=st.booleans(), loose=st.booleans(), level=st.integers(1, 19))
+    def condense(self, at: int, warm: bool, loose: bool, level: int) -> None:
         pages = self.segment.statistics()["ephemeral_pages"]
-        demand(self.place(at).do(op.condense, warm, loose), "not every chunk was visited")
+        demand(self.place(at).do(op.condense, warm, loose, level), "not every chunk was visited")
         demand(self.segment.statistics()["ephemeral_pages"] == pages, "a page was evicted to store others")
 
     @precondition(some_client)

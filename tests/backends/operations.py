@@ -189,8 +189,9 @@ def shrink(segment: Segment, keep_bytes: int, hard: bool) -> int:
     return segment.shrink(keep_bytes, hard)
 
 
-def condense(segment: Segment, warm: bool, loose: bool) -> bool:
+def condense(segment: Segment, warm: bool, loose: bool, level: int = 3) -> bool:
     """Visit all chunks; whether they were all visited."""
+    segment.condense_level = level
     after, *_ = segment.condense(0, 10**9, persistent=True, ephemeral=True, loose=loose, warm=warm)
     return after == 0
 

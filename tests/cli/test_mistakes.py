@@ -90,6 +90,8 @@ USAGE = (
     ("start -d --memory 1M", 1, "use at least 8M"),
     ("start -d --memory 1000T", 1, "use at most"),
     ("start -d --condense 200", 2, "0<=x<=100"),
+    ("start -d --condense-level 0", 2, "1<=x<=19"),
+    ("start -d --condense-level high", 2, "'high' is not a valid integer"),
     ("start -d --metrics abc", 2, "write HOST:PORT"),
     ("list a b", 2, "extra argument"),
     ("top --interval 1000", 2, "0.1<=x<=60"),

@@ -84,6 +84,57 @@ def test_share_of_cpu_for_cold_pages(tmem: Tmem) -> None:
     assert tmem("start", "-d", "--condense", "101").status == 2
 
 
+def test_level_of_cold_pages(tmem: Tmem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays with the segment until another one is given; pages of the ones before are there."""
+    there: list[bytes] = []
+    config = tmp_path / "tmem.toml"
+    config.write_text("[start]\ncondense_level = 20\n")
+
+    def level() -> int:
+        with closing(segment.attach("default")) as opened:
+            pool, buffer = opened.client("one").pools()[0], bytearray(PAGE_SIZE)
+            for index, page in enumerate(there):
+                assert pool.get(bytes(OID_SIZE), index, buffer) == 1
+                assert buffer == page
+            return opened.condense_level
+
+    def condense() -> None:
+        with closing(segment.attach("default")) as opened:
+            for _ in range(10):
+                numbers = [(len(there) + 7) * i for i in range(99, 400)]
+                there.append(json.dumps([[n, f"name {n}"] for n in numbers]).encode()[:PAGE_SIZE])
+                assert opened.client("one").pools()[0].put(bytes(OID_SIZE), len(there) - 1, there[-1]) == 1
+            assert opened.condense(0, 10**10, persistent=True, warm=True)[0] == 0
+            assert opened.statistics()["condensed_pages"] == len(there)
+
+    assert tmem("start", "-d", "--memory", "16M").status == 0
+    with closing(segment.attach("default")) as opened:
+        opened.client("one").new_pool(persistent=True)
+    assert level() == 3
+    condense()
+    assert tmem("start", "-d", "--condense-level", "19").status == 0
+    assert level() == 19
+    condense()
+    assert tmem("stop").status == 0
+    assert tmem("start", "-d").status == 0
+    assert level() == 19
+    assert tmem("stop").status == 0
+    passed_by = tmem("--config", str(config), "start", "-d")  # the segment is in use
+    assert passed_by.status == 0
+    refusal = "start.condense_level cannot be 20: write a whole number from 1 to 19"
+    assert f"{config}:2: {refusal}" in passed_by.err
+    assert level() == 19
+    assert tmem("stop").status == 0
+    config.write_text("[start]\ncondense_level = 1\n")
+    assert tmem("--config", str(config), "start", "-d").status == 0
+    assert level() == 1
+    condense()
+    assert tmem("stop").status == 0
+    monkeypatch.setenv("TMEM_START_CONDENSE_LEVEL", "6")
+    assert tmem("start", "-d").status == 0
+    assert level() == 6
+
+
 def test_whether_neighbours_are_packed(tmem: Tmem) -> None:
     """It stays with the segment until something else is said."""
 

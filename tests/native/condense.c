@@ -22,13 +22,13 @@ static int64_t condense(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | CONDENSE_ALL, &spent_ns, NULL);
+    return (int64_t)tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | CONDENSE_ALL, &spent_ns, NULL);
 }
 static int64_t restore(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT, &spent_ns, NULL);
+    return (int64_t)tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT, &spent_ns, NULL);
 }
 static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
 static int64_t put_first(struct world *w, struct actor *a) { (void)a; return put_version(&w->pool, 0, 2); }

@@ -46,14 +46,14 @@ static void do_condense(struct tm_segment *seg, uint64_t r)
 {
     uint64_t spent_ns;
     unsigned what = CONDENSE_PERSISTENT | CONDENSE_EPHEMERAL | (r & 1 ? CONDENSE_LOOSE : 0) | (r & 6 ? 0 : CONDENSE_ALL);
-    tm_condense(ctx_get(seg), (uint32_t)(r >> 8) % seg->nchunks, 300000, what, &spent_ns, NULL);
+    tm_condense(ctx_get(seg), (r >> 8) % (seg->nchunks * (uint64_t)TM_PLACES), 300000, what, &spent_ns, NULL);
 }
 
 /* Keep equal pages once, and remove originals that no slot names; evict some of the ephemeral ones. */
 static void do_dedup(struct tm_segment *seg, uint64_t r)
 {
     uint64_t spent_ns;
-    tm_dedup(ctx_get(seg), r & 1 ? 0 : (uint32_t)(r >> 8) % seg->nchunks, r & 6 ? UINT64_MAX : 300000, r & 24, &spent_ns);
+    tm_dedup(ctx_get(seg), r & 1 ? 0 : (r >> 8) % (seg->nchunks * (uint64_t)TM_PLACES), r & 6 ? UINT64_MAX : 300000, r & 24, &spent_ns);
     if (!(r & 96))
         tm_evict(ctx_get(seg), -1, TM_CHUNK, r & 128);
 }
@@ -66,7 +66,7 @@ static void do_pack(struct tm_segment *seg, uint64_t r)
     if (r & 1)
         tm_condense(ctx, 0, 3000000, CONDENSE_PERSISTENT | (r & 2 ? CONDENSE_ALL : 0), &spent_ns, NULL);
     if (r & 4)
-        tm_pack(ctx, r & 8 ? 0 : (uint32_t)(r >> 8) % seg->nchunks, r & 48 ? UINT64_MAX : 300000, r & 192, &spent_ns);
+        tm_pack(ctx, r & 8 ? 0 : (r >> 8) % (seg->nchunks * (uint64_t)TM_PLACES), r & 48 ? UINT64_MAX : 300000, r & 192, &spent_ns);
     else
         tm_unpack(ctx, 0, UINT64_MAX, &spent_ns);
 }

@@ -23,24 +23,24 @@ static int64_t condense(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_ALL, &spent_ns, NULL);
+    return (int64_t)tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_ALL, &spent_ns, NULL);
 }
 static int64_t visit(struct world *w)
 {
     uint64_t spent_ns;
-    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT, &spent_ns, NULL);
+    return (int64_t)tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT, &spent_ns, NULL);
 }
 static int64_t pack(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_pack(ctx_get(w->seg), 0, UINT64_MAX, true, &spent_ns);
+    return (int64_t)tm_pack(ctx_get(w->seg), 0, UINT64_MAX, true, &spent_ns);
 }
 static int64_t unpack(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_unpack(ctx_get(w->seg), 0, UINT64_MAX, &spent_ns);
+    return (int64_t)tm_unpack(ctx_get(w->seg), 0, UINT64_MAX, &spent_ns);
 }
 static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
 static int64_t get_second(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 1, a->page, 1); }

@@ -20,7 +20,7 @@ static int64_t dedup(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_dedup(ctx_get(w->seg), 0, UINT64_MAX, true, &spent_ns);
+    return (int64_t)tm_dedup(ctx_get(w->seg), 0, UINT64_MAX, true, &spent_ns);
 }
 static int64_t dedup_twice(struct world *w, struct actor *a) { return dedup(w, a) + dedup(w, a); }
 static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
@@ -30,7 +30,7 @@ static int64_t condense(struct world *w, struct actor *a)
 {
     uint64_t spent_ns;
     (void)a;
-    return tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_ALL, &spent_ns, NULL);
+    return (int64_t)tm_condense(ctx_get(w->seg), 0, UINT64_MAX, CONDENSE_PERSISTENT | CONDENSE_ALL, &spent_ns, NULL);
 }
 
 static uint32_t client_of(struct world *w) { return w->pool.pool / TM_CLIENT_POOLS; }

@@ -52,6 +52,13 @@ _ROUNDING_BYTES = 4 << 20
     help="Share of one CPU for storing pages smaller that nobody asks for (5 at first; 0: none).",
 )
 @click.option(
+    "--condense-level",
+    type=click.IntRange(1, 19),
+    metavar="LEVEL",
+    help="Level of zstd for that, 1 to 19: higher ones make pages smaller and take more CPU time for each (3 "
+    "at first).",
+)
+@click.option(
     "--pack/--no-pack",
     "packing",
     default=None,
@@ -85,6 +92,7 @@ def start(
     detach: bool,
     realtime: bool,
     condense: int | None,
+    condense_level: int | None,
     packing: bool | None,
     tier_cold: int | None,
     repatriate: int | None,
@@ -103,7 +111,7 @@ def start(
         if repatriate is not None:
             _require_repatriation(paths, repatriate)
         with closing(segment.attach(paths.name)) as opened:  # of a manager that runs already, too
-            _set_pace(opened, condense, packing, tier_cold)
+            _set_pace(opened, condense, condense_level, packing, tier_cold)
         return
     if not launched:
         # Memory is charged to the group in which it is touched first, and threads inherit the guards.
@@ -112,7 +120,7 @@ def start(
         from tmem.backends import manager
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s tmem: %(message)s", stream=sys.stderr)
-        _set_pace(opened, condense, packing, tier_cold)
+        _set_pace(opened, condense, condense_level, packing, tier_cold)
         if realtime and not _realtime(os.getpid()):
             logging.warning("SCHED_RR is not permitted: give the manager CAP_SYS_NICE, or LimitRTPRIO=1")
         exporter = None if metrics is None else [*_prefix(ctx, paths), "metrics", metrics]
@@ -125,11 +133,17 @@ def start(
 
 
 def _set_pace(
-    opened: "_native.Segment", condense: int | None, packing: bool | None, tier_cold_s: int | None
+    opened: "_native.Segment",
+    condense: int | None,
+    level: int | None,
+    packing: bool | None,
+    tier_cold_s: int | None,
 ) -> None:
     """Say how much the manager does with pages that nobody asks for; None: as before."""
     if condense is not None:
         opened.condense_percent = condense
+    if level is not None:
+        opened.condense_level = level
     if packing is not None:
         opened.packing = packing
     if tier_cold_s is not None:
@@ -301,6 +315,7 @@ def _command(ctx: click.Context, paths: SegmentPaths, memory: bool = True) -> li
         *(["--memory", str(given["memory"])] if memory and explicit(ctx, "memory") else []),
         *(["--realtime"] if given["realtime"] and explicit(ctx, "realtime") else []),
         *(["--condense", str(given["condense"])] if explicit(ctx, "condense") else []),
+        *(["--condense-level", str(given["condense_level"])] if explicit(ctx, "condense_level") else []),
         *(["--pack" if given["packing"] else "--no-pack"] if explicit(ctx, "packing") else []),
         *(
             ["--tier-cold", f"{given['tier_cold']}s" if given["tier_cold"] else "off"]

@@ -147,6 +147,14 @@ KEYS = (
     ),
     Key(
         "start",
+        "condense_level",
+        _whole(1, 19),
+        "Level of zstd for that (3 without it): higher ones make pages smaller and take more CPU time for "
+        "each.",
+        "9",
+    ),
+    Key(
+        "start",
         "pack",
         YES,
         "Store swapped neighbours that nobody asks for together (no without it).",
