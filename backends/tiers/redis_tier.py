@@ -263,7 +263,8 @@ class RedisTier:
             [counted] = self._nodes.run([Command(counter, ("GET", counter))])
             if counted is not None:
                 beyond = int(counted) + _NEVER_RESERVED
-                self._nodes.run([Command(counter, ("SET", counter, beyond, "EX", _COUNTER_S))])
+                with contextlib.suppress(TierFullError):  # then it stays as it is
+                    self._nodes.run([Command(counter, ("SET", counter, beyond, "EX", _COUNTER_S))])
         self._values = None
         self.close()
 

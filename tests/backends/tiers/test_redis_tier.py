@@ -50,6 +50,22 @@ def server(redis_server: Server) -> Server:
     return redis_server
 
 
+def test_what_is_on_a_full_server_is_removed(server: Server) -> None:
+    """Full of what others store: it has no room for the word that the key which counts is not needed for long."""
+    tier = opened(url_of(server))
+    tier.retain([])
+    tier.write(records(0, 5))
+    server.ask("CONFIG", "SET", "maxmemory", 1)
+    tier.destroy()
+    assert keys(server) == {values.counter_key(values.prefix(IDENTITY))}
+    server.ask("CONFIG", "SET", "maxmemory", 0)
+    again = opened(url_of(server))
+    again.retain([])
+    again.write(records(0, 5))
+    again.destroy()
+    assert int(str(server.ask("TTL", values.counter_key(values.prefix(IDENTITY))))) > 0
+
+
 def test_a_server_that_evicts_is_refused(server: Server) -> None:
     clock = Clock()
     tier = opened(url_of(server), clock=clock)
