@@ -18,10 +18,14 @@ OID_SIZE: int
 UUID_SIZE: int
 VERSION: int  # of the segment's layout
 
-def pack(records: list[Buffer], size_bytes: int, most: int, /) -> list[bytes]:
+def pack(
+    records: list[Buffer], size_bytes: int, most: int, room: bytearray | None, before: int, after: int, /
+) -> tuple[bytearray, list[int], list[int]]:
     """Return the values that hold the records, in order, as many in each as go in (`tiers.redis_values`).
 
-    At most `size_bytes` long, with at most `most` (255) records. ValueError for a record that is too long.
+    In `room`, or in a new one if they do not fit, with so many bytes `before` and `after` each; where they
+    begin, and where they end. At most `size_bytes` long, with at most `most` (255) records. ValueError for a
+    record that is too long.
     """
 
 def unpack(read: Buffer, start: int, end: int, /) -> tuple[list[bytes | None], int, bool]:
@@ -38,13 +42,27 @@ def runs(locations: list[int], most: int, /) -> list[tuple[int, int, int, int]]:
     """
 
 def resp_encode(
-    commands: list[tuple[bytes | str | int | float, ...]], sent_bytes: int, copied_bytes: int, /
-) -> list[list[bytes]]:
+    commands: list[tuple[bytes | memoryview | str | int | float, ...] | bytes | memoryview],
+    sent_bytes: int,
+    copied_bytes: int,
+    /,
+) -> list[list[bytes | memoryview]]:
     """Return what to send to a Redis server for the commands, as lists of what one call of the kernel takes.
 
-    Each but the last is at least `sent_bytes`, or as many pieces as the kernel takes. Words of `copied_bytes`
-    are the caller's own objects, shorter ones are put together.
+    A command is a tuple of words, or what is sent of one. Each list but the last is at least `sent_bytes`, or
+    as many pieces as the kernel takes. Words of `copied_bytes` are the caller's own objects, shorter ones are
+    put together.
     """
+
+def resp_sets(
+    room: bytearray, starts: list[int], ends: list[int], prefix: str, numbers: list[int], group_bits: int, /
+) -> list[int]:
+    """Write around the values that begin and end there what makes each a SET, under the key of its number
+    (`tiers.redis_values.key`), and return where these begin; they end two bytes after the value. ValueError
+    if there is no room."""
+
+def resp_unlinks(prefix: str, numbers: list[int], group_bits: int, /) -> list[bytes]:
+    """Return an UNLINK for the key of each number, as it is sent."""
 
 def resp_answers(
     read: Buffer, start: int, end: int, most: int, taken: Callable[[Buffer, int, int], object] | None, /

@@ -119,6 +119,8 @@ PyObject *records_unpack(PyObject *module, PyObject *args);
 PyObject *records_runs(PyObject *module, PyObject *args);
 
 /* py_resp.c */
+PyObject *resp_sets(PyObject *module, PyObject *args);
+PyObject *resp_unlinks(PyObject *module, PyObject *args);
 PyObject *resp_encode(PyObject *module, PyObject *args); /* functions of the module */
 PyObject *resp_answers(PyObject *module, PyObject *args);
 PyObject *resp_slot(PyObject *module, PyObject *key);

@@ -122,11 +122,15 @@ static PyObject *checksum(PyObject *module, PyObject *arg)
 
 static PyMethodDef functions[] = {
     {"pack", records_pack, METH_VARARGS,
-     "pack(records, size_bytes, most)\n--\n\nRecords in values of a tier in Redis."},
+     "pack(records, size_bytes, most, room, before, after)\n--\n\nRecords in values of a tier in Redis."},
     {"unpack", records_unpack, METH_VARARGS,
      "unpack(read, start, end)\n--\n\nThe records of a value of a tier in Redis."},
     {"runs", records_runs, METH_VARARGS,
      "runs(locations, most)\n--\n\nWhich records of a tier in Redis lie side by side."},
+    {"resp_sets", resp_sets, METH_VARARGS,
+     "resp_sets(room, starts, ends, prefix, numbers, group_bits)\n--\n\nMake values commands that store them in Redis."},
+    {"resp_unlinks", resp_unlinks, METH_VARARGS,
+     "resp_unlinks(prefix, numbers, group_bits)\n--\n\nCommands that remove values from Redis."},
     {"resp_encode", resp_encode, METH_VARARGS,
      "resp_encode(commands, sent_bytes, copied_bytes)\n--\n\nWhat to send to a Redis server."},
     {"resp_answers", resp_answers, METH_VARARGS,

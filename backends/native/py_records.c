@@ -12,13 +12,20 @@
 
 enum { MOST_RECORDS = 255 }; /* that a value can count */
 
-/* The value of `n` records, `size` bytes of them. */
-static PyObject *value_of(const Py_buffer *records, Py_ssize_t n, Py_ssize_t size)
+/* Where the value ends that begins with record `first`, and how long it is. */
+static Py_ssize_t value_end(const Py_buffer *records, Py_ssize_t first, Py_ssize_t n, Py_ssize_t room, Py_ssize_t most,
+                            Py_ssize_t *size)
 {
-    PyObject *value = PyBytes_FromStringAndSize(NULL, 1 + 2 * n + size);
-    if (!value)
-        return NULL;
-    uint8_t *to = (uint8_t *)PyBytes_AsString(value), *data = to + 1 + 2 * n;
+    Py_ssize_t end = first;
+    for (*size = 1; end < n && end - first < most && *size + 2 + records[end].len <= room; end++)
+        *size += 2 + records[end].len;
+    return end;
+}
+
+/* The value of `n` records. */
+static void put_value(uint8_t *to, const Py_buffer *records, Py_ssize_t n)
+{
+    uint8_t *data = to + 1 + 2 * n;
     *to++ = (uint8_t)n;
     for (Py_ssize_t i = 0; i < n; i++) {
         *to++ = (uint8_t)records[i].len;
@@ -26,52 +33,82 @@ static PyObject *value_of(const Py_buffer *records, Py_ssize_t n, Py_ssize_t siz
         memcpy(data, records[i].buf, (size_t)records[i].len);
         data += records[i].len;
     }
-    return value;
 }
 
-/* pack(records, size_bytes, most): see _native.pyi. */
+/* What goes to where values lie: a bytearray with room for something before and after each. */
+struct values {
+    PyObject *bytes; /* the caller's, or one that takes its place; NULL: none yet */
+    Py_ssize_t before, after;
+};
+
+static int append_number(PyObject *list, Py_ssize_t n)
+{
+    PyObject *number = PyLong_FromSsize_t(n);
+    int rc = number ? PyList_Append(list, number) : -1;
+    Py_XDECREF(number);
+    return rc;
+}
+
+/* Put the values there, and where each begins and ends into the lists. */
+static int put_values(struct values *to, PyObject *starts, PyObject *ends, const Py_buffer *records, Py_ssize_t n,
+                      Py_ssize_t room, Py_ssize_t most)
+{
+    Py_ssize_t size, all = 0, at = 0;
+    for (Py_ssize_t first = 0; first < n; all += to->before + size + to->after)
+        first = value_end(records, first, n, room, most, &size);
+    if (!to->bytes || PyByteArray_Size(to->bytes) < all) {
+        Py_XDECREF(to->bytes);
+        if (!(to->bytes = PyByteArray_FromStringAndSize(NULL, all + all / 8)))
+            return -1;
+    }
+    for (Py_ssize_t first = 0, end; first < n; first = end, at += size + to->after) {
+        end = value_end(records, first, n, room, most, &size);
+        at += to->before;
+        put_value((uint8_t *)PyByteArray_AsString(to->bytes) + at, records + first, end - first);
+        if (append_number(starts, at) || append_number(ends, at + size))
+            return -1;
+    }
+    return 0;
+}
+
+/* pack(records, size_bytes, most, room, before, after): see _native.pyi. */
 PyObject *records_pack(PyObject *module, PyObject *args)
 {
-    PyObject *from, *result = NULL, *values = NULL;
-    Py_ssize_t room, most, n = 0, held = 0;
+    PyObject *from, *room, *result = NULL, *starts = NULL, *ends = NULL;
+    Py_ssize_t size, most, n = 0, held = 0;
     Py_buffer *records = NULL;
+    struct values to = {0};
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!nn:pack", &PyList_Type, &from, &room, &most))
+    if (!PyArg_ParseTuple(args, "O!nnOnn:pack", &PyList_Type, &from, &size, &most, &room, &to.before, &to.after))
         return NULL;
     n = PyList_Size(from);
-    if (most < 1 || most > MOST_RECORDS) {
+    if (most < 1 || most > MOST_RECORDS || to.before < 0 || to.after < 0) {
         PyErr_SetString(PyExc_ValueError, "a value holds 1 to 255 records");
         return NULL;
     }
-    if (!(records = calloc((size_t)n + 1, sizeof *records)) || !(values = PyList_New(0))) {
+    to.bytes = PyByteArray_Check(room) ? Py_NewRef(room) : NULL;
+    if (!(records = calloc((size_t)n + 1, sizeof *records))) {
         PyErr_NoMemory();
         goto out;
     }
     for (; held < n; held++) {
         if (PyObject_GetBuffer(PyList_GetItem(from, held), &records[held], PyBUF_SIMPLE))
             goto out;
-        if (records[held].len > UINT16_MAX || records[held].len + 3 > room) {
+        if (records[held].len > UINT16_MAX || records[held].len + 3 > size) {
             PyErr_SetString(PyExc_ValueError, "a record is longer than a value may be");
             held++;
             goto out;
         }
     }
-    for (Py_ssize_t first = 0, end; first < n; first = end) {
-        Py_ssize_t size = 0;
-        for (end = first; end < n && end - first < most && 3 + 2 * (end - first) + size + records[end].len <= room; end++)
-            size += records[end].len;
-        PyObject *value = value_of(records + first, end - first, size);
-        int rc = value ? PyList_Append(values, value) : -1;
-        Py_XDECREF(value);
-        if (rc)
-            goto out;
-    }
-    result = Py_NewRef(values);
+    if ((starts = PyList_New(0)) && (ends = PyList_New(0)) && !put_values(&to, starts, ends, records, n, size, most))
+        result = PyTuple_Pack(3, to.bytes, starts, ends);
 out:
     while (held)
         PyBuffer_Release(&records[--held]);
     free(records);
-    Py_XDECREF(values);
+    Py_XDECREF(starts);
+    Py_XDECREF(ends);
+    Py_XDECREF(to.bytes);
     return result;
 }
 

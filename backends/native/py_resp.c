@@ -13,6 +13,7 @@
 
 enum {
     LONGEST_NUMBER = 24,      /* with its sign and what ends the line */
+    LONGEST_KEY = 128,        /* of a value that has a number */
     LARGEST_VALUE = 16 << 20, /* redis_wire._LARGEST_BYTES */
     MOST_PARTS = 900,         /* of a chunk: the kernel takes 1024 */
     SLOTS = 16384,
@@ -70,25 +71,36 @@ static int end_chunk(struct out *o)
     return (o->parts = PyList_New(0)) ? 0 : -1;
 }
 
+/* Bytes from where they lie, or a copy of few; as a word with its length before it. */
+static int put_bytes(struct out *o, PyObject *bytes, Py_ssize_t copied_bytes, bool is_word)
+{
+    Py_buffer view;
+    int rc = -1;
+    if (PyObject_GetBuffer(bytes, &view, PyBUF_SIMPLE))
+        return -1;
+    if (is_word && put_count(o, '$', view.len))
+        rc = -1;
+    else if (view.len < copied_bytes)
+        rc = put(o, view.buf, (size_t)view.len);
+    else if (!end_part(o) && !PyList_Append(o->parts, bytes)) {
+        o->chunk_bytes += view.len;
+        rc = 0;
+    }
+    PyBuffer_Release(&view);
+    return rc;
+}
+
 static int put_word(struct out *o, PyObject *word, Py_ssize_t copied_bytes)
 {
-    PyObject *shown = NULL;
-    Py_ssize_t n;
     int rc = -1;
-    if (PyBytes_Check(word)) {
-        char *bytes;
-        if (PyBytes_AsStringAndSize(word, &bytes, &n) || put_count(o, '$', n))
-            return -1;
-        if (n < copied_bytes)
-            rc = put(o, bytes, (size_t)n);
-        else if (!end_part(o) && !PyList_Append(o->parts, word)) {
-            o->chunk_bytes += n;
-            rc = 0;
-        }
-    } else if ((shown = PyObject_Str(word))) {
-        const char *text = PyUnicode_AsUTF8AndSize(shown, &n);
+    if (PyObject_CheckBuffer(word)) {
+        rc = put_bytes(o, word, copied_bytes, true);
+    } else {
+        Py_ssize_t n;
+        PyObject *shown = PyObject_Str(word);
+        const char *text = shown ? PyUnicode_AsUTF8AndSize(shown, &n) : NULL;
         rc = text && !put_count(o, '$', n) ? put(o, text, (size_t)n) : -1;
-        Py_DECREF(shown);
+        Py_XDECREF(shown);
     }
     return rc ? rc : put(o, "\r\n", 2);
 }
@@ -108,10 +120,12 @@ PyObject *resp_encode(PyObject *module, PyObject *args)
         PyObject *words = Py_NewRef(PyList_GetItem(commands, i));
         int rc = -1;
         Py_ssize_t n = 0;
-        if (!PyTuple_Check(words))
-            PyErr_SetString(PyExc_TypeError, "a command is a tuple of words");
-        else
+        if (PyTuple_Check(words))
             rc = put_count(&o, '*', n = PyTuple_Size(words));
+        else if (PyObject_CheckBuffer(words))
+            rc = put_bytes(&o, words, copied_bytes, false);
+        else
+            PyErr_SetString(PyExc_TypeError, "a command is a tuple of words, or what is sent");
         for (Py_ssize_t at = 0; !rc && at < n; at++)
             rc = put_word(&o, PyTuple_GetItem(words, at), copied_bytes);
         Py_DECREF(words);
@@ -127,6 +141,90 @@ out:
     Py_XDECREF(o.parts);
     Py_XDECREF(o.chunks);
     return result;
+}
+
+/* A numbered key, as redis_values.key makes it: neighbours share a tag. */
+static int key_of(char *to, size_t room, const char *prefix, long long number, int group_bits)
+{
+    int n = snprintf(to, room, "%s%llx}%llx", prefix, number >> group_bits, number);
+    if (number < 0 || group_bits < 0 || group_bits > 62 || n < 0 || (size_t)n >= room) {
+        PyErr_SetString(PyExc_ValueError, "no number of a key, or a key that is too long");
+        return -1;
+    }
+    return n;
+}
+
+/* resp_sets(room, starts, ends, prefix, numbers, group_bits): see _native.pyi. */
+PyObject *resp_sets(PyObject *module, PyObject *args)
+{
+    PyObject *room, *starts, *ends, *numbers, *sets = NULL;
+    const char *prefix;
+    int bits;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!O!O!sO!i:resp_sets", &PyByteArray_Type, &room, &PyList_Type, &starts, &PyList_Type, &ends,
+                          &prefix, &PyList_Type, &numbers, &bits)
+        || !(sets = PyList_New(0)))
+        return NULL;
+    const Py_ssize_t n = PyList_Size(numbers), size = PyByteArray_Size(room);
+    char *bytes = PyByteArray_AsString(room);
+    Py_ssize_t free_from = 0;
+    if (PyList_Size(starts) != n || PyList_Size(ends) != n) {
+        PyErr_SetString(PyExc_ValueError, "a value has a start, an end and a number");
+        goto failed;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        char key[LONGEST_KEY], head[LONGEST_KEY + 3 * LONGEST_NUMBER];
+        Py_ssize_t start = PyLong_AsSsize_t(PyList_GetItem(starts, i)), end = PyLong_AsSsize_t(PyList_GetItem(ends, i));
+        long long number = PyLong_AsLongLong(PyList_GetItem(numbers, i));
+        if (PyErr_Occurred())
+            goto failed;
+        int length = key_of(key, sizeof key, prefix, number, bits);
+        if (length < 0)
+            goto failed;
+        length = snprintf(head, sizeof head, "*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%zd\r\n", length, key, end - start);
+        if (start - length < free_from || end < start || end > size - 2) {
+            PyErr_SetString(PyExc_ValueError, "a value needs room before it and after it");
+            goto failed;
+        }
+        memcpy(bytes + start - length, head, (size_t)length);
+        memcpy(bytes + end, "\r\n", 2);
+        free_from = end + 2;
+        PyObject *at = PyLong_FromSsize_t(start - length);
+        int rc = at ? PyList_Append(sets, at) : -1;
+        Py_XDECREF(at);
+        if (rc)
+            goto failed;
+    }
+    return sets;
+failed:
+    Py_DECREF(sets);
+    return NULL;
+}
+
+/* resp_unlinks(prefix, numbers, group_bits): see _native.pyi. */
+PyObject *resp_unlinks(PyObject *module, PyObject *args)
+{
+    PyObject *numbers, *commands = NULL;
+    const char *prefix;
+    int bits;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sO!i:resp_unlinks", &prefix, &PyList_Type, &numbers, &bits) || !(commands = PyList_New(0)))
+        return NULL;
+    for (Py_ssize_t i = 0; i < PyList_Size(numbers); i++) {
+        char key[LONGEST_KEY], line[LONGEST_KEY + 2 * LONGEST_NUMBER];
+        long long number = PyLong_AsLongLong(PyList_GetItem(numbers, i));
+        int length = PyErr_Occurred() ? -1 : key_of(key, sizeof key, prefix, number, bits);
+        if (length >= 0)
+            length = snprintf(line, sizeof line, "*2\r\n$6\r\nUNLINK\r\n$%d\r\n%s\r\n", length, key);
+        PyObject *command = length < 0 ? NULL : PyBytes_FromStringAndSize(line, length);
+        int rc = command ? PyList_Append(commands, command) : -1;
+        Py_XDECREF(command);
+        if (rc) {
+            Py_DECREF(commands);
+            return NULL;
+        }
+    }
+    return commands;
 }
 
 /* The line that begins at `at`, and where it ends; NULL if there is no end, or more than one. */

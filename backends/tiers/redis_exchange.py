@@ -44,10 +44,13 @@ makes of a node that knows of no slots, as one that was reset."""
 
 @dataclass(slots=True)
 class Command:
-    """One command about one key."""
+    """One command about one key; or several about keys of one slot, `sent`, whose answers nobody wants."""
 
     key: bytes
     words: tuple[Word, ...]
+    """Of several the verb, for who reads what went wrong."""
+    sent: Sequence[bytes | memoryview] = ()
+    """Each of them as it is sent; what memoryviews show must stay until the command is over."""
 
 
 @dataclass(eq=False, slots=True)
@@ -122,13 +125,15 @@ class Exchange:
 
     def begin(self, replies: list[Reply]) -> None:
         """Connect, which may take as long as the node may be silent; answers will go into their places."""
-        commands: list[tuple[Word, ...]] = []
+        commands: list[tuple[Word, ...] | bytes | memoryview] = []
         if self._replica:
             commands.append(("READONLY",))
         for one in self._group:
-            if one.asked is not None:
-                commands.append(("ASKING",))
-            commands.append(one.command.words)
+            if one.asked is None:
+                commands.extend(one.command.sent or (one.command.words,))
+                continue
+            for each in one.command.sent or (one.command.words,):
+                commands += (("ASKING",), each)
         if self._replica:  # whoever has the connection next asks a primary
             commands.append(("READWRITE",))
         if self._demand is not None:
@@ -204,6 +209,10 @@ class Exchange:
         if self._replica:
             _certain((yield))
         for one in self._group:
+            if one.command.sent:
+                yield from self._understand_several(one)
+                self._done += 1
+                continue
             if one.asked is not None:
                 _certain((yield))
                 one.asked = None
@@ -228,6 +237,20 @@ class Exchange:
             if acknowledged < demanded and self.refusal is None:
                 self.trouble = f"only {acknowledged} of the {demanded} replicas demanded have it"
                 self.left = list(self._group)  # they count together
+
+    def _understand_several(self, one: Open) -> Generator[None, Reply, None]:
+        """Take the answers to the commands of `one`. Only those that failed are tried again: of a slot that
+        moves, what has been stored on one side must not be on the other as well."""
+        command, asked = one.command, one.asked
+        one.asked = None
+        for sent in command.sent:
+            if asked is not None:
+                _certain((yield))
+            answer = yield
+            if isinstance(answer, ResponseError):
+                self._judge(Open(one.place, Command(command.key, command.words, (sent,))), answer)
+            else:
+                _certain(answer)
 
     def _end(self) -> None:
         assert self._wire is not None

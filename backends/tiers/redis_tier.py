@@ -21,6 +21,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -51,6 +52,10 @@ _SHORTENED = 256
 _SCAN_COUNT = 1000
 _COUNTER_S = 86400
 """How long the key that counts stays once everything else was removed."""
+_KEPT = 8192
+"""How many dead values, 256 MiB, are removed only as others are stored: the servers' allocator gives the same
+memory to these. Of many that are removed at a time it gives the memory back to the system at once, and to get
+it anew is a quarter of what servers do for a value (docs/benchmarks/tiers.md)."""
 _SAMPLED = 256
 """How many values, the oldest, may be gone through for one of each node."""
 _NEVER_RESERVED = 1 << 20
@@ -86,13 +91,17 @@ class _Value:
 class _Batch:
     """Values that are on their way: see `Writing`."""
 
-    def __init__(self, tier: "RedisTier", numbers: list[int]) -> None:
+    def __init__(self, tier: "RedisTier", numbers: list[int], room: bytearray) -> None:
         self._tier = tier
         self.numbers = numbers
+        self.removed: list[int] = []
+        """Dead values that are removed as these are stored."""
         self.locations: list[int] = []
         self.length = 0
         """Of its records."""
         self.running: Running | None = None
+        self.room: bytearray | None = room
+        """Where the values lie, as long as they may have to be sent again."""
 
     def end(self) -> list[int]:
         """See the contract."""
@@ -123,8 +132,12 @@ class RedisTier:
         self._lock = threading.Lock()
         self._traffic = Traffic()
         self._begun: set[_Batch] = set()
+        self._room: bytearray | None = None  # of a batch that is over, for the next; None while none is begun
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._lost = False  # and told
+        self._dead: deque[int] = deque()  # values that are removed as others are stored
+        self._is_used = False  # some were, since somebody looked
+        self._full = False  # a batch was refused, and nothing was forgotten since
 
     def check(self) -> None:
         """Raise TierDownError, with what to do, if pages should not be trusted to the servers now. What they
@@ -133,6 +146,10 @@ class RedisTier:
             self._fitness.look()
             if not self._lost:
                 self._look_for_losses()
+            if self._dead and not self._is_used:
+                self._remove(list(self._dead))
+                self._dead.clear()
+            self._is_used = False
 
     def _look_for_losses(self) -> None:
         """See whether each node still has the first that we know of what it was given."""
@@ -160,40 +177,55 @@ class RedisTier:
         with self._counting():
             if records:
                 self._fitness.check()
-            stored = values.packed(records)
-            batch = _Batch(self, self._take(len(stored)))
-            commands = []
-            for number, value in zip(batch.numbers, stored, strict=True):
-                count = value[0]
-                known[number] = _Value(len(value), count, 0)
-                commands.append(self._command("SET", number, value))
+            room, self._room = self._room, None
+            stored = values.Packed(records, room)
+            batch = _Batch(self, self._take(len(stored.sizes)), stored.room)
+            for number, size_bytes, count in zip(batch.numbers, stored.sizes, stored.counts, strict=True):
+                known[number] = _Value(size_bytes, count, 0)
                 first = number << values.PLACE_BITS
                 batch.locations.extend(range(first, first + count))
-                batch.length += len(value) - 1 - 2 * count
+                batch.length += size_bytes - 1 - 2 * count
+            sets = stored.sets(self._prefix, batch.numbers)
+            commands: list[Command] = []
+            for run in values.neighbours(batch.numbers):
+                batch.removed += (dead := self._next_dead(run.stop - run.start))
+                commands += self._several("UNLINK", dead, values.unlinks(self._prefix, dead))
+                commands += self._several("SET", batch.numbers[run], sets[run])
             batch.running = self._nodes.begin(commands, self._traffic, replicated=True)
             self._begun.add(batch)
             return batch
 
     def _end(self, batch: "_Batch") -> None:
         """Wait until the values of a batch are stored."""
-        self._begun.remove(batch)
         assert batch.running is not None
         try:
             with self._counting():
                 batch.running.end()
         except TierFullError:
+            self._full = True
             with contextlib.suppress(TierError):  # else the next retain does it
                 self._remove(batch.numbers)
             raise
+        finally:
+            self._is_over(batch)
         known = self._known()
+        for number in batch.removed:
+            known.pop(number, None)
         for number in batch.numbers:
             known[number].live = (1 << known[number].present) - 1
         self._count(written_records=len(batch.locations), written_bytes=batch.length)
 
     def _drop(self, batch: "_Batch") -> None:
-        self._begun.discard(batch)
         if batch.running is not None:
             batch.running.drop()
+        self._is_over(batch)
+
+    def _is_over(self, batch: "_Batch") -> None:
+        """Nothing of the batch is sent any more: another may have its room, if one is on its way, for fresh
+        memory would cost page faults."""
+        self._begun.discard(batch)
+        self._room = batch.room if self._begun else None
+        batch.room = None
 
     def read(self, locations: Sequence[int]) -> list[bytes | None]:
         """See the contract."""
@@ -222,6 +254,7 @@ class RedisTier:
             self._retain(live)
 
     def _retain(self, live: Sequence[int]) -> None:
+        self._dead.clear()  # should this fail, the next call finds them
         masks: dict[int, int] = {}
         for location in live:
             number, place = divmod(location, values.MAX_RECORDS)
@@ -234,7 +267,10 @@ class RedisTier:
             value.live = masks.get(number, 0)
         for number in masks.keys() - known.keys():
             known[number] = _Value(0, 0, masks[number])  # nobody may be given it
-        self._remove([number for number in known if number not in masks])
+        dead = [number for number in known if number not in masks]
+        kept = 0 if self._full else _KEPT
+        self._remove(dead[kept:])
+        self._dead, self._full = deque(dead[:kept]), False
         self._shorten()
 
     def statistics(self) -> RedisStatistics:
@@ -309,14 +345,14 @@ class RedisTier:
         known = self._known()
         for start in range(0, len(numbers), _AT_ONCE * 8):
             chunk = numbers[start : start + _AT_ONCE * 8]
-            self._nodes.run([self._command("UNLINK", number) for number in chunk])
+            self._nodes.run(self._several("UNLINK", chunk, values.unlinks(self._prefix, chunk)))
             for number in chunk:
                 known.pop(number, None)
 
     def _shorten(self) -> None:
         """Write values of which at most half the records live again, without the others."""
         known = self._known()
-        sparse = [number for number, value in known.items() if value.live.bit_count() * 2 <= value.present]
+        sparse = [n for n, value in known.items() if 0 < value.live.bit_count() * 2 <= value.present]
         for start in range(0, min(len(sparse), _SHORTENED), _AT_ONCE):
             commands, changes = [], []
             for number, (records, _, _) in self._fetch(sparse[start : start + _AT_ONCE]):
@@ -380,6 +416,20 @@ class RedisTier:
             for number, records in zip(chunk, stored, strict=True):
                 if records is not None:
                     yield number, records
+
+    def _next_dead(self, count: int) -> list[int]:
+        """Return up to so many dead values, to be removed before others are stored."""
+        self._is_used = self._is_used or bool(self._dead)
+        return [self._dead.popleft() for _ in range(min(count, len(self._dead)))]
+
+    def _several(
+        self, verb: str, numbers: Sequence[int], sent: Sequence[bytes | memoryview]
+    ) -> list[Command]:
+        """Return a command for each run of values in one slot; `sent` has what is sent for each value."""
+        return [
+            Command(values.key(self._prefix, numbers[run.start]), (verb,), sent[run])
+            for run in values.neighbours(numbers)
+        ]
 
     def _command(self, verb: str, number: int, *arguments: Word) -> Command:
         name = values.key(self._prefix, number)

@@ -16,6 +16,7 @@ The values are not compressed: records come compressed. Plain functions; any thr
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tmem.backends import _native
@@ -35,13 +36,52 @@ VALUE_BYTES = 32_700
 KEY_OVERHEAD_BYTES = 150
 """What a key costs besides its value: its name, entries of the server's tables (measured, redis 7.0)."""
 
+_COMMAND_BYTES, _END_BYTES = 128, 2
+"""What a command takes up around its value at most: 80 bytes with the longest key."""
+
 _GROUP_BITS = 4
 """So many values that follow each other have one hash slot, so that small batches concern one node."""
 
 
-def packed(records: Sequence["Buffer"]) -> list[bytes]:
+def packed(records: Sequence["Buffer"]) -> list[memoryview]:
     """Return the values that hold the records, in order, as many in each as go into it."""
-    return _native.pack(list(records), VALUE_BYTES, MAX_RECORDS)
+    room, starts, ends = _native.pack(list(records), VALUE_BYTES, MAX_RECORDS, None, 0, 0)
+    whole = memoryview(room)
+    return [whole[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+class Packed:
+    """The values of a batch of records, `packed`, in memory that is written to again once nobody needs them.
+
+    They lie in `room`, if that is given and large enough, else in a new one, with space for the commands that
+    store them around each: so a command is sent in one piece, from where it lies.
+    """
+
+    def __init__(self, records: Sequence["Buffer"], room: bytearray | None = None) -> None:
+        self.room, self._starts, self._ends = _native.pack(
+            list(records), VALUE_BYTES, MAX_RECORDS, room, _COMMAND_BYTES, _END_BYTES
+        )
+        self.sizes = [end - start for start, end in zip(self._starts, self._ends, strict=True)]
+        self.counts = [self.room[start] for start in self._starts]
+        """How many records each holds."""
+
+    def sets(self, start: str, numbers: list[int]) -> list[memoryview]:
+        """Return the commands that store the values under these numbers, as they are sent."""
+        firsts = _native.resp_sets(self.room, self._starts, self._ends, start, numbers, _GROUP_BITS)
+        whole = memoryview(self.room)
+        return [whole[first : end + _END_BYTES] for first, end in zip(firsts, self._ends, strict=True)]
+
+
+def unlinks(start: str, numbers: Sequence[int]) -> list[bytes]:
+    """Return the commands that remove the values of these numbers, as they are sent."""
+    return _native.resp_unlinks(start, list(numbers), _GROUP_BITS)
+
+
+def neighbours(numbers: Sequence[int]) -> list[slice]:
+    """Return the runs of numbers that follow each other whose values share a hash slot."""
+    tags = [number >> _GROUP_BITS for number in numbers]
+    cuts = [at for at in range(1, len(tags)) if tags[at] != tags[at - 1]]
+    return [slice(*run) for run in pairwise((0, *cuts, len(tags)))] if tags else []
 
 
 def pack(records: Sequence["bytes | memoryview"]) -> bytes:

@@ -10,7 +10,7 @@ Not for what answers mean, nor for who is asked: `redis_exchange`. Threading: a 
 
 import re
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError, InvalidResponse
@@ -20,7 +20,8 @@ from tmem.backends import _native
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-Word = bytes | str | int | float
+Word = bytes | memoryview | str | int | float
+"""Of a command; a memoryview is one of bytes, sent from where they lie, so they stay until all was sent."""
 Reply = Any
 """What Redis answers: bytes, a number, None, an exception; a list of these where the package reads it."""
 
@@ -44,9 +45,10 @@ _NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,17}")
 _BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def encoded(commands: list[tuple[Word, ...]]) -> list[list[bytes]]:
-    """Return what to send for the commands, in pieces, as much as goes into one call of the kernel."""
-    return _native.resp_encode(commands, SENT_BYTES, _COPIED_BYTES)
+def encoded(commands: Sequence[tuple[Word, ...] | bytes | memoryview]) -> list[list[bytes | memoryview]]:
+    """Return what to send for the commands, of which any may be what is sent of it already: in pieces, as
+    much as goes into one call of the kernel."""
+    return _native.resp_encode(list(commands), SENT_BYTES, _COPIED_BYTES)
 
 
 class Inbox:
@@ -127,19 +129,31 @@ _KINDS = b"$:+-"
 _VALUE, _ERROR = b"$-"
 
 
+def _unsent(parts: Sequence["Buffer"], sent: int) -> Sequence["Buffer"]:
+    """Return the parts without their first `sent` bytes, from where they lie."""
+    for at, part in enumerate(parts):
+        size_bytes = len(memoryview(part))
+        if sent < size_bytes:
+            return (memoryview(part)[sent:], *parts[at + 1 :])
+        sent -= size_bytes
+    return ()
+
+
 class Wire:
     """`connection`, which is connected and idle, with these commands to send, each of which has one answer.
 
     Once begun it must come to its end, or the connection be closed.
     """
 
-    def __init__(self, connection: Any, commands: list[tuple[Word, ...]], taken: Taken | None) -> None:
+    def __init__(
+        self, connection: Any, commands: Sequence[tuple[Word, ...] | bytes | memoryview], taken: Taken | None
+    ) -> None:
         self._socket: Any = connection._sock
         self._tls = isinstance(self._socket, ssl.SSLSocket)
         self._timeout_s = self._socket.gettimeout()
         self._socket.settimeout(0)
         self._chunks = iter(encoded(commands))
-        self._rest = memoryview(b"")  # of a chunk of which the kernel took less
+        self._parts: Sequence[Buffer] = ()  # of a chunk that the kernel has not taken yet
         self._inbox = Inbox(connection._parser.parse_error, len(commands), taken)
         self.sending = True
         """Something is left to be sent."""
@@ -151,23 +165,18 @@ class Wire:
 
     def send(self) -> bool:
         """Send a chunk, or what the kernel takes of it; False if it takes none now. OSError."""
+        if not self._parts:
+            self._parts = next(self._chunks, ())
+            if self._tls and self._parts:
+                self._parts = (b"".join(self._parts),)
+        if not self._parts:
+            self.sending = False
+            return False
         try:
-            if self._rest:
-                self._rest = self._rest[self._socket.send(self._rest) :]
-                return True
-            parts = next(self._chunks, None)
-            if parts is None:
-                self.sending = False
-                return False
-            sent = 0
-            try:
-                if not self._tls:
-                    sent = self._socket.sendmsg(parts)  # from where they lie
-            finally:
-                if self._tls or sent < sum(map(len, parts)):
-                    self._rest = memoryview(b"".join(parts))[sent:]
+            sent = self._socket.send(self._parts[0]) if self._tls else self._socket.sendmsg(self._parts)
         except _BLOCKED:
             return False
+        self._parts = _unsent(self._parts, sent)
         return True
 
     def receive(self) -> Iterator[list[Reply]]:

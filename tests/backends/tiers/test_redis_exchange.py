@@ -169,6 +169,61 @@ def test_nobody_waits_for_a_server_that_is_silent(scripted: Make) -> None:
 SETS = [Command(b"k%d" % n, ("SET", b"k%d" % n, b"v")) for n in range(4)]
 
 
+def sent_twice(
+    scripted: Make, first_answers: dict[bytes, Callable[[int], bytes]]
+) -> tuple[list[list[bytes]], list[list[bytes]]]:
+    """What a server is sent of four commands in one, and then, after it answered some of them so at first."""
+    heard: list[list[bytes]] = []
+    answers = dict(first_answers)
+
+    def answer(_connection: int, words: list[bytes]) -> bytes | None:
+        heard.append(words)
+        if (first := answers.pop(words[-1] if words[0] == b"SET" else words[0], None)) is not None:
+            return first(server.port)
+        return b":1\r\n" if words[0] == b"WAIT" else b"+OK\r\n"
+
+    server = scripted(answer)
+    nodes = server.nodes()
+    sent = [memoryview(b"*3\r\n$3\r\nSET\r\n$2\r\nk%d\r\n$2\r\nv%d\r\n" % (n, n)) for n in range(4)]
+    one = Command(b"k0", ("SET",), sent)
+    nodes.run([one, Command(b"k4", ("SET", b"k4", b"v4"))], replicated=True)
+    nodes.close()
+    end = next(n for n, words in enumerate(heard) if words[0] == b"WAIT") + 1
+    return heard[:end], heard[end:]
+
+
+ALL = [[b"SET", b"k%d" % n, b"v%d" % n] for n in range(5)]
+
+
+def test_several_in_one_of_which_some_are_refused(scripted: Make) -> None:
+    """Only these are sent again: what one side of a slot that moves has the other must not get as well."""
+    asked: dict[bytes, Callable[[int], bytes]] = {
+        b"v1": lambda port: b"-ASK 7 127.0.0.1:%d\r\n" % port,
+        b"v3": lambda _port: b"-TRYAGAIN not yet\r\n",
+    }
+    before, after = sent_twice(scripted, asked)
+    assert before[:-1] == ALL
+    again = [words for words in after if words[0] != b"WAIT"]
+    assert sorted(again) == sorted([[b"ASKING"], ALL[1], ALL[3]])
+    assert again.index([b"ASKING"]) + 1 == again.index(ALL[1])
+    full: dict[bytes, Callable[[int], bytes]] = {b"v2": lambda _port: b"-OOM no\r\n"}
+    with pytest.raises(TierFullError):
+        sent_twice(scripted, full)
+
+
+def test_several_in_one_count_together(scripted: Make) -> None:
+    """Without enough replicas, or with an answer that never comes, all are sent again."""
+    few: dict[bytes, Callable[[int], bytes]] = {
+        b"WAIT": lambda _port: b":0\r\n",
+        b"v1": lambda _port: b"-TRYAGAIN not yet\r\n",
+    }
+    assert [words for words in sent_twice(scripted, few)[1] if words[0] != b"WAIT"] == ALL
+    lost: dict[bytes, Callable[[int], bytes]] = {b"v2": lambda _port: b""}
+    before, after = sent_twice(scripted, lost)
+    assert before[:-1] == [*ALL[:3], *ALL]
+    assert not after
+
+
 def test_what_was_begun_goes_on_beside_the_rest(scripted: Make) -> None:
     """Over connections of their own; one that is given up closes its own, and the other one ends."""
     server = scripted(lambda _connection, words: b":1\r\n" if words[0] == b"WAIT" else b"+OK\r\n")

@@ -149,6 +149,8 @@ def test_what_a_full_server_refused_is_gone(server: Server) -> None:
     assert keys(server) == before
     assert tier.statistics().capacity_bytes == server.info("memory")["maxmemory"]
     check(tier, locations, records(0, 100))
+    tier.retain([])  # nothing waits to be removed where there is no room
+    assert not stored_values(server)
     tier.close()
 
 
@@ -235,9 +237,53 @@ def test_sparse_values_are_shortened(server: Server) -> None:
     assert again.statistics().records == len(fewer)
     check(again, list(fewer), list(fewer.values()))
     tier.retain([])
-    assert not [key for key in keys(server) if values.number_of(values.prefix(IDENTITY), key)]
+    tier.check()
+    assert not stored_values(server)
     tier.close()
     again.close()
+
+
+def stored_values(server: Server) -> set[int]:
+    numbers = (values.number_of(values.prefix(IDENTITY), key) for key in keys(server))
+    return {number for number in numbers if number}
+
+
+def test_dead_values_go_as_others_come(server: Server) -> None:
+    """At a time or one by one; what stays dead for long, or with no room for others, goes by itself."""
+    tier = opened(url_of(server))
+    tier.retain([])
+    tier.check()
+    old = [record(n, 1850) for n in range(1700)]
+    tier.write(old)
+    dead = stored_values(server)
+    assert len(dead) == 100
+    tier.retain([])
+    assert stored_values(server) == dead
+    assert tier.statistics().records == 0
+    assert tier.statistics().used_bytes > sum(map(len, old))
+    some = tier.write(old[:340])
+    left = stored_values(server) & dead
+    assert len(left) == 80
+    assert len(stored_values(server)) == 100
+    tier.check()  # others were stored since the last look
+    assert stored_values(server) >= left
+    tier.check()
+    assert not stored_values(server) & dead
+    check(tier, some, old[:340])
+    tier.retain(some)
+    more = tier.write(old)
+    tier.retain([])
+    fewer = tier.write(old[:34])
+    assert len(stored_values(server)) == 120
+    given_up = tier.begin(old[:34])
+    given_up.drop()
+    tier.retain(fewer)
+    assert not set(more) & set(fewer)
+    tier.check()
+    tier.check()
+    assert stored_values(server) == {location >> values.PLACE_BITS for location in fewer}
+    check(tier, fewer, old[:34])
+    tier.close()
 
 
 def test_numbers_begin_anew(server: Server) -> None:
@@ -285,6 +331,27 @@ def test_a_server_that_came_back_empty(tmp_path: Path, caplog: pytest.LogCapture
         check(again, later, records(50, 50))
         tier.close()
         again.close()
+
+
+def test_what_waits_to_be_sent_is_not_what_comes_after(server: Server) -> None:
+    """Batches lie where others did that are over, and are longer than what the kernel takes of them."""
+    tier = opened(url_of(server))
+    tier.retain([])
+    batches = [
+        [record(n, 4000 + n % 100) for n in range(first * 1400, first * 1400 + 1400)] for first in range(5)
+    ]
+    over, last = tier.begin(batches[0]), tier.begin(batches[1])
+    check(tier, over.end(), batches[0])
+    with server.stopped():
+        given_up = tier.begin(batches[2])
+        given_up.drop()
+        waiting = tier.begin(batches[3])
+    check(tier, last.end(), batches[1])
+    with server.stopped():
+        later = tier.begin(batches[4])
+    check(tier, waiting.end(), batches[3])
+    check(tier, later.end(), batches[4])
+    tier.close()
 
 
 def test_a_forked_child_has_connections_of_its_own(server: Server) -> None:

@@ -2,20 +2,22 @@
 
 import random
 from array import array
+from collections.abc import Iterable
 from itertools import pairwise
 
+import hiredis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tmem.backends import _native
 from tmem.backends.tiers import redis_values as values
-from tmem.backends.tiers.contract import MAX_LOCATION, MAX_RECORD_BYTES, MIN_RECORD_BYTES
+from tmem.backends.tiers.contract import MAX_LOCATION, MAX_RECORD_BYTES, MIN_RECORD_BYTES, TierIdentity
 
 from .contract import IDENTITY, OTHERS, record, records
 
 
-def unpacked(value: bytes) -> list[bytes | None]:
+def unpacked(value: bytes | memoryview) -> list[bytes | None]:
     """The records of a value beside which others lie."""
     return values.unpack(b"before" + value + bytes(5000), 6, 6 + len(value))[0]
 
@@ -43,6 +45,72 @@ def test_values_are_filled(length: int) -> None:
         assert full or len(value) + length + 2 > values.VALUE_BYTES
 
 
+def test_values_lie_where_others_did() -> None:
+    """If there is room; and nothing is written beyond."""
+    large, small = records(0, 60), records(100, 50)
+    used = values.Packed(large).room
+    assert values.Packed(small, used).room is used
+    exact = bytearray(sum(len(value) + 130 for value in values.packed(large)))
+    assert values.Packed(large, exact).room is exact
+    short = exact[:-1]
+    before = bytes(short)
+    assert values.Packed(large, short).room is not short
+    assert bytes(short) == before
+
+
+def test_what_is_sent_stores_and_removes_values() -> None:
+    """As whoever cuts commands sees it; numbers and values may have any length."""
+    rng = random.Random(1)
+    for start in map(values.prefix, (IDENTITY, TierIdentity(2**64 - 1, 63, 2**32 - 1))):
+        room = None
+        for count in (200, 0, 1, 30):
+            batch = [record(n) for n in range(count)]
+            stored = values.Packed(batch, room)
+            room = stored.room
+            wanted = values.packed(batch)
+            numbers = [rng.choice((n + 1, values.MAX_NUMBER - n)) for n in range(len(wanted))]
+            keys = [values.key(start, number) for number in numbers]
+            assert cut(stored.sets(start, numbers)) == [
+                [b"SET", key, bytes(value)] for key, value in zip(keys, wanted, strict=True)
+            ]
+            assert cut(values.unlinks(start, numbers)) == [[b"UNLINK", key] for key in keys]
+            assert stored.sizes == list(map(len, wanted))
+            assert stored.counts == [value[0] for value in wanted]
+
+
+def cut(commands: Iterable[bytes | memoryview]) -> list[object]:
+    found = []
+    for command in commands:
+        reader = hiredis.Reader()
+        reader.feed(bytes(command))
+        found.append(reader.gets())
+        assert not reader.has_data()
+    return found
+
+
+def test_no_commands_without_room() -> None:
+    room, start = bytearray(400), values.prefix(IDENTITY)
+    assert _native.resp_sets(room, [100, 300], [150, 398], start, [1, 2], 4)[0] > 0
+    for starts, ends, numbers in (
+        ([10], [20], [1]), ([200], [399], [1]), ([100, 190], [150, 200], [1, 2]), ([100], [90], [1]),
+        ([-5], [20], [1]), ([100], [120], [-1]), ([100], [120], [1, 2]), ([100, 200], [120], [1, 2]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"room before|start, an end|no number"):
+            _native.resp_sets(room, starts, ends, start, numbers, 4)
+    with pytest.raises(ValueError, match="too long"):
+        _native.resp_unlinks("x" * 130, [1], 4)
+
+
+@given(st.lists(st.integers(0, 80)))
+def test_runs_of_one_slot(numbers: list[int]) -> None:
+    start = values.prefix(IDENTITY)
+    runs = [numbers[run] for run in values.neighbours(numbers)]
+    assert [number for run in runs for number in run] == numbers
+    tags = [{values.key(start, number).split(b"}")[0] for number in run} for run in runs]
+    assert all(len(tag) == 1 for tag in tags)
+    assert all(one != other for one, other in pairwise(tags))
+
+
 def test_what_no_value_can_hold_is_refused() -> None:
     assert values.packed([]) == []
     for wrong in (bytes(values.VALUE_BYTES - 2), bytes(70_000)):
@@ -53,7 +121,7 @@ def test_what_no_value_can_hold_is_refused() -> None:
         values.packed([b"a record", memoryview(b"every other")[::2]])
     for most in (0, 256):
         with pytest.raises(ValueError, match="1 to 255"):
-            _native.pack([b"a record"], 100, most)
+            _native.pack([b"a record"], 100, most, None, 0, 0)
 
 
 def test_dead_records_leave_their_places() -> None:

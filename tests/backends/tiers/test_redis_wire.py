@@ -10,7 +10,7 @@ from redis.crc import key_slot
 from redis.exceptions import InvalidResponse
 
 from tmem.backends import _native
-from tmem.backends.tiers.redis_wire import SENT_BYTES, Inbox, Word, encoded
+from tmem.backends.tiers.redis_wire import SENT_BYTES, Inbox, Wire, Word, encoded
 
 LINES = st.binary(max_size=40).filter(lambda raw: not {13, 10} & set(raw))
 VALUES = st.one_of(st.binary(max_size=40), st.lists(st.sampled_from([b"\r\n", b"$3", b"\0"])).map(b"".join))
@@ -164,8 +164,9 @@ def test_slots(plain: bytes, tag: bytes, rest: bytes) -> None:
         assert _native.resp_slot(key) == key_slot(key)
 
 
-def test_what_is_sent_is_what_a_server_reads() -> None:
-    value = b"head" + bytes(range(256)) * 500 + b"tail"
+@pytest.mark.parametrize("kind", [bytes, memoryview])
+def test_what_is_sent_is_what_a_server_reads(kind: type[bytes] | type[memoryview]) -> None:
+    value = kind(b"head" + bytes(range(256)) * 500 + b"tail")
     commands: list[tuple[Word, ...]] = [
         ("SET", b"key", value, "XX"),
         ("WAIT", 1, 20),
@@ -180,23 +181,72 @@ def test_what_is_sent_is_what_a_server_reads() -> None:
         assert len(chunk) < SENT_BYTES + 2 * len(value)
         reader.feed(chunk)
     for words in commands:
-        assert reader.gets() == [w if isinstance(w, bytes) else str(w).encode() for w in words]
+        assert reader.gets() == [shown(word) for word in words]
     assert not reader.has_data()
 
 
-WORDS = st.one_of(st.binary(max_size=30), st.text(max_size=30), st.integers(), st.floats(allow_nan=False))
+def shown(word: Word) -> bytes:
+    return bytes(word) if isinstance(word, bytes | memoryview) else str(word).encode()
+
+
+WORDS = st.one_of(
+    st.binary(max_size=30),
+    st.binary(max_size=30).map(lambda raw: memoryview(raw)),
+    st.text(max_size=30),
+    st.integers(),
+    st.floats(allow_nan=False),
+)
 
 
 @given(st.lists(st.lists(WORDS, min_size=1).map(tuple)), st.integers(1, 200), st.integers(0, 30))
 def test_any_words_are_sent(commands: list[tuple[Word, ...]], sent_bytes: int, copied_bytes: int) -> None:
     reader = hiredis.Reader()
-    chunks = _native.resp_encode(commands, sent_bytes, copied_bytes)
+    chunks = _native.resp_encode(list(commands), sent_bytes, copied_bytes)
     for chunk in map(b"".join, chunks):
         assert len(chunk) >= sent_bytes or chunk == b"".join(chunks[-1])
         reader.feed(chunk)
     for words in commands:
-        assert reader.gets() == [w if isinstance(w, bytes) else str(w).encode() for w in words]
+        assert reader.gets() == [shown(word) for word in words]
     assert not reader.has_data()
+
+
+class Taker:
+    """A connection whose kernel takes so many bytes at a time, or none now."""
+
+    def __init__(self, takes: list[int]) -> None:
+        self._takes = takes
+        self.taken = bytearray()
+        self._sock = self
+        self._parser = self
+
+    parse_error = Complaint
+
+    def gettimeout(self) -> float:
+        return 1.0
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+    def sendmsg(self, parts: Sequence[bytes | memoryview]) -> int:
+        takes = self._takes.pop(0) if self._takes else 1 << 30
+        if not takes:
+            raise BlockingIOError
+        some = b"".join(parts)[:takes]
+        self.taken += some
+        return len(some)
+
+
+@given(
+    st.lists(st.lists(WORDS | st.binary(min_size=1000, max_size=3000), min_size=1).map(tuple)),
+    st.lists(st.integers(0, 5000)),
+)
+def test_however_little_the_kernel_takes(commands: list[tuple[Word, ...]], takes: list[int]) -> None:
+    taker, refused = Taker(list(takes)), 0
+    wire = Wire(taker, commands, None)
+    while wire.sending:
+        refused += not wire.send()
+    assert taker.taken == b"".join(b"".join(parts) for parts in encoded(commands))
+    assert refused <= takes.count(0) + 1
 
 
 def test_more_pieces_than_the_kernel_takes() -> None:
@@ -207,6 +257,6 @@ def test_more_pieces_than_the_kernel_takes() -> None:
 
 
 def test_what_are_no_words_is_refused() -> None:
-    for commands in ([b"GET"], [("GET", "\udc80")]):
-        with pytest.raises((TypeError, UnicodeEncodeError)):
+    for commands in ([1], ["GET"], [("GET", "\udc80")], [("GET", memoryview(b"every other")[::2])]):
+        with pytest.raises((TypeError, UnicodeEncodeError, BufferError)):
             _native.resp_encode(commands, 10, 10)  # type: ignore[arg-type]
