@@ -10,9 +10,10 @@ void *pass_begin(struct tm_segment *seg, struct tm_pass *p, void *(*make)(const 
     uint32_t unused = 0;
     if (!atomic_compare_exchange_strong(&p->busy, &unused, 1))
         return NULL;
-    if (!p->memory && !(p->memory = make(seg)))
-        pass_end(p);
-    return p->memory;
+    if (p->memory || (p->memory = make(seg)))
+        return p->memory;
+    pass_end(p); /* from here on another thread may make it */
+    return NULL;
 }
 
 void pass_end(struct tm_pass *p) { atomic_store(&p->busy, 0); }
