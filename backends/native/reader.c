@@ -115,8 +115,10 @@ void reader_return(struct reader *r)
 }
 
 /* NONE: there was no request, or it is left where it is. ELSEWHERE: another thread answers it, or passes it on. HELD: its
- * answer is to be sent. WAITED: answered, but it took a while. */
-enum taken { TAKEN_NONE, TAKEN_ANSWERED, TAKEN_WAITED, TAKEN_HELD, TAKEN_ELSEWHERE, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE };
+ * answer is to be sent. WAITED: answered, but it took a while. GIVEN: a thread waits for the lower and answers it. */
+enum taken {
+    TAKEN_NONE, TAKEN_ANSWERED, TAKEN_WAITED, TAKEN_HELD, TAKEN_GIVEN, TAKEN_ELSEWHERE, TAKEN_PASSED_ON, TAKEN_ASKED, TAKEN_GONE
+};
 
 /* Answers to small READs that are going to be sent, one right after the other. */
 struct together {
@@ -182,13 +184,24 @@ static bool ask_lower(struct reader *r, const struct fuse_in_header *in, size_t 
     return true;
 }
 
-/* Wait for the lower, and be away from requests meanwhile, so that the stand-in comes if it takes long. */
-static bool wait_here(struct reader *r, struct desk *d, size_t length)
+static void leave(void *r) { reader_leave(r); }
+static void come_back(void *r) { reader_return(r); }
+
+/* Find the answer to a READ. Whoever leads may wait for the lower and answer it at once, which is `done` then, and is away from
+ * requests meanwhile, so that the stand-in comes if it takes long. */
+static enum found find_read(struct reader *r, struct desk *d, size_t length, bool leads, uint8_t *data, struct answer *answer,
+                            bool *done)
 {
-    reader_leave(r);
-    bool done = waiting_do(&r->waiting, &d->request, &d->data, length, replies_first(r));
-    reader_return(r);
-    return done;
+    const struct fuse_read_in *read_in = (const void *)(d->request->data + sizeof(struct fuse_in_header));
+    enum found found = FOUND;
+    *done = false;
+    if (leads && ahead_has(&r->ahead, &r->hits, read_in, answer))
+        return FOUND;
+    if (!leads || r->several || !waiting_is_quick(&r->waiting))
+        return hits_find(&r->hits, read_in, data, false, answer);
+    *done = waiting_find(&r->waiting, &d->request, &d->data, length, &(struct away){leave, come_back, r}, replies_first(r), &found,
+                         answer);
+    return found;
 }
 
 /* Answer a LOOKUP, or take in a FORGET, if the table can (else TAKEN_NONE); away from requests meanwhile, for the lower may not
@@ -282,9 +295,10 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
             wake_helper(r);
         struct answer answer;
         uint8_t *data = holds ? all->data + (size_t)all->count * SMALL_ROOM : d->data->data;
-        enum found found = leads && ahead_has(&r->ahead, &r->hits, read_in, &answer)
-                               ? FOUND
-                               : hits_find(&r->hits, read_in, data, false, &answer);
+        bool done;
+        enum found found = find_read(r, d, length, leads, data, &answer, &done);
+        if (done)
+            return TAKEN_ANSWERED;
         bool unput = found == FOUND && answer.unput.missed.gate;
         if (unput && !(leads && replies_first(r))) /* else whoever leads could close the file */
             hits_put(&r->hits, &answer);
@@ -306,11 +320,9 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
                 ahead_fetch(&r->ahead, more_waits(r));
             return TAKEN_ANSWERED;
         }
-        if (found == FOUND_IF_WAITING && leads && !r->several && waiting_is_quick(&r->waiting) && wait_here(r, d, length))
-            return TAKEN_ANSWERED;
         if (found == FOUND_IF_WAITING && waiting_give(&r->waiting, &d->request, &d->data, length, NULL)) {
             look_after_interrupts(r);
-            return TAKEN_ELSEWHERE;
+            return TAKEN_GIVEN;
         }
     }
     struct fuse_attr_out at_hand;
@@ -320,7 +332,7 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
         return TAKEN_ANSWERED;
     }
     if (ask_lower(r, in, length, NULL))
-        return TAKEN_ELSEWHERE;
+        return TAKEN_GIVEN;
     enum taken opened = leads ? take_open(r, d, length) : TAKEN_NONE;
     if (opened != TAKEN_NONE)
         return opened;
@@ -505,7 +517,7 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
         enum taken t = r->several && !asleep ? take_together(r, &more) : take(r, &r->desk, true, NULL);
         if (t == TAKEN_NONE && eager)
             continue;
-        in_a_row = t == TAKEN_ANSWERED ? in_a_row + 1 : 0;
+        in_a_row = t == TAKEN_ANSWERED || t == TAKEN_GIVEN ? in_a_row + 1 : 0;
         if (t == TAKEN_NONE && asleep && !sentry_calls(&r->sentry))
             return READER_NOTHING; /* a signal for somebody else */
         if (eager) {
@@ -533,6 +545,7 @@ static bool is_away(uint32_t turns) { return turns % 2 == 0; }
 unsigned reader_serve(struct reader *r, int wake, int timeout_ms)
 {
     reader_return(r);
+    sentry_meet(&r->sentry);
     enum reader_event event = serve(r, wake, timeout_ms);
     reader_leave(r);
     return event | (r->opens && opens_news(r->opens) ? (unsigned)READER_NEWS : 0);

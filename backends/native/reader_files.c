@@ -14,7 +14,7 @@ enum {
     /* Misses that the kernel did not have, one after the other: asking begins to read the page, by way of the cache, and costs
      * 10 us. Fewer would often come in a row where it has every other page, which the lower would then be asked for. */
     COLD_AFTER = 8,
-    TRY_EVERY = 32, /* of those that follow */
+    TRY_EVERY = 128, /* of those that follow: a file that the kernel has come to have costs 10 us more a miss until then */
     PAST_SHARE = 16, /* of the process' limit, for descriptors that are not needed: the rest is for what programs open */
     /* READs by which one of a stream may be early or late: several programs can take its requests by turns, and the kernel
      * sends several of a file that it caches. */
@@ -289,13 +289,17 @@ void files_noted(struct files *f, uint64_t fh)
     pthread_mutex_unlock(&f->lock);
 }
 
-void files_had(struct files *f, uint64_t fh, bool had)
+static bool is_cold(const struct file *one) { return one->cold >= COLD_AFTER && !one->tried; }
+
+bool files_had(struct files *f, uint64_t fh, bool had)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
     if (one)
         one->cold = had ? 0 : one->cold + 1;
+    bool cold = one && is_cold(one);
     pthread_mutex_unlock(&f->lock);
+    return cold;
 }
 
 /* Only of a descriptor that only reads: beside it nobody can have a write lease, which another open would wait for, and one more of
@@ -451,7 +455,7 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
             one->ends[one->nends++ % ENDS] = end;
             one->tried = out->tries;
         }
-        out->cold = one->cold >= COLD_AFTER && !one->tried;
+        out->cold = is_cold(one);
         may = tell(one, &out->target) && may && out->target.takes;
         out->gate = g;
         if (may)

@@ -155,9 +155,11 @@ static uint64_t read_past_cache(struct hits *h, uint64_t fh, uint64_t start, uin
     return n < 0 ? 0 : (uint64_t)n;
 }
 
+static bool begins(struct wait *w) { return w && (MUTANT(62) || (w->begun = w->begin(w->with))); }
+
 /* Fill `data` with the missing pages, which are to be put. The last one must end where the file does: else it is for Python. */
 static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages,
-                       bool waits, struct answer *out)
+                       bool waits, struct wait *wait, struct answer *out)
 {
     uint64_t start = (uint64_t)first * TM_PAGE, bytes = (uint64_t)npages * TM_PAGE;
     struct missed m;
@@ -172,16 +174,19 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
         uint64_t begun = timing_now();
         bool past = false;
         KP(96);
+        if (!waits && npages <= MISS_PAGES) {
+            if (m.tries)
+                count = read_lower(h, t->fd, start, data, bytes, false);
+            m.cold = files_had(&h->files, fh, count);
+        }
+        if (!waits && count != there)
+            waits = begins(wait);
         if (waits && m.cold && t->local && npages <= MISS_PAGES) {
             count = read_past_cache(h, fh, start, data, bytes);
             past = count == there; /* else it is read as if that had not been tried */
         }
-        if (past)
-            ;
-        else if (waits || (npages <= MISS_PAGES && m.tries))
-            count = read_lower(h, t->fd, start, data, bytes, waits);
-        if (!waits && npages <= MISS_PAGES)
-            files_had(&h->files, fh, count);
+        if (waits && count != there)
+            count = read_lower(h, t->fd, start, data, bytes, true);
         uint64_t read_by = timing_now();
         KP(97);
         if (count == there) {
@@ -213,7 +218,8 @@ static bool is_unchanged(struct hits *h, uint64_t fh, const struct target *t)
     return !t->local || (!fstat(t->fd, &st) && files_show(&h->files, fh, &st));
 }
 
-enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out)
+static enum found find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct wait *wait,
+                       struct answer *out)
 {
     uint64_t offset = read_in->offset, end = offset + read_in->size;
     struct target t;
@@ -224,7 +230,7 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     if (atomic_load(&h->doubts) && !is_unchanged(h, read_in->fh, &t))
         return FOUND_NOT;
     if (end > t.size) { /* whatever reaches the end asks where that is now */
-        if (!waits && !t.local)
+        if (!waits && !t.local && !(waits = begins(wait)))
             return FOUND_IF_WAITING;
         if (fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
             return FOUND_NOT;
@@ -240,7 +246,7 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     if (found < (int64_t)npages) {
         uint32_t have = (uint32_t)found;
         enum found rest = fill(h, read_in->fh, &t, (uint32_t)first + have, data + (size_t)have * TM_PAGE,
-                               (uint32_t)npages - have, waits, out);
+                               (uint32_t)npages - have, waits, wait, out);
         if (rest != FOUND)
             return rest;
     } else if (t.unnoted) { /* once */
@@ -254,6 +260,17 @@ enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t
     out->bytes = data + offset % TM_PAGE;
     out->length = end - offset;
     return FOUND;
+}
+
+enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out)
+{
+    return find(h, read_in, data, waits, NULL, out);
+}
+
+enum found hits_find_or_wait(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, struct wait *wait,
+                             struct answer *out)
+{
+    return find(h, read_in, data, false, wait, out);
 }
 
 bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, struct target *out)

@@ -46,6 +46,14 @@ bool hits_flush(struct hits *h, const uint8_t *oid);
 /* Find the answer to a READ by way of `data` (a buffer), and call `hits_put` then. FOUND_IF_WAITING: it takes waiting for the
  * lower, so call again, with the file held, and `waits` set. FOUND_NOT: it is for libfuse. */
 enum found hits_find(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, bool waits, struct answer *out);
+/* The same by who may wait, but only begins to once `begin` was called and has agreed: else it is FOUND_IF_WAITING. */
+struct wait {
+    bool (*begin)(void *with);
+    void *with;
+    bool begun;
+};
+enum found hits_find_or_wait(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, struct wait *wait,
+                             struct answer *out);
 /* Put what was read for an answer, of which nothing else is looked at. After the reply it keeps nobody waiting; but then nobody
  * may close the file meanwhile. */
 void hits_put(struct hits *h, struct answer *a);

@@ -119,16 +119,21 @@ static int set_blocking(struct sentry *s, bool blocks)
 
 void sentry_look(struct sentry *s) { (void)set_blocking(s, false); }
 
-bool sentry_post(struct sentry *s, int64_t until_ms)
+static bool unblock_calls(void)
 {
     sigset_t calls;
+    sigemptyset(&calls);
+    sigaddset(&calls, SIGURG);
+    return !pthread_sigmask(SIG_UNBLOCK, &calls, NULL);
+}
+
+bool sentry_post(struct sentry *s, int64_t until_ms)
+{
     if (s->is_posted)
         return !sentry_calls(s) && !set_blocking(s, true);
     if (s->is_broken || (!s->has_thread && !start(s)))
         return false;
-    sigemptyset(&calls);
-    sigaddset(&calls, SIGURG);
-    if (pthread_sigmask(SIG_UNBLOCK, &calls, NULL) || set_blocking(s, true))
+    if ((!s->hears && !(s->hears = unblock_calls())) || set_blocking(s, true))
         return false;
     pthread_mutex_lock(&s->lock);
     s->is_posted = s->on = true;

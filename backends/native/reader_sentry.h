@@ -20,6 +20,7 @@ struct sentry {
     int flags;          /* of the device, with O_NONBLOCK */
     bool blocks;        /* the device has no O_NONBLOCK now */
     bool is_posted;     /* as the serving thread has left it */
+    bool hears;         /* the serving thread does not block the signal */
     bool is_broken;     /* there can be no sentry */
     bool has_thread;
     _Atomic bool called;
@@ -40,6 +41,8 @@ static inline bool sentry_is_posted(const struct sentry *s) { return s->is_poste
 static inline bool sentry_calls(const struct sentry *s) { return atomic_load_explicit(&s->called, memory_order_relaxed); }
 void sentry_init(struct sentry *s, int device, int others);
 void sentry_free(struct sentry *s);
+/* Another thread may serve from now on, or the same one with another mask of signals. */
+static inline void sentry_meet(struct sentry *s) { s->hears = false; }
 /* Post one, if there is none. Returns whether the device may be slept on now: not if the caller was called, or if there can be no
  * sentry. Others may be readable before it: then the caller is called. */
 bool sentry_post(struct sentry *s, int64_t until_ms);

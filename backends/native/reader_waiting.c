@@ -5,7 +5,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { STACK_BYTES = 256 << 10 };
+enum {
+    STACK_BYTES = 256 << 10,
+    SLOWEST = 16, /* times what is quick: a slower answer counts as this, so some seven quick ones must follow a single one */
+};
 
 struct errand {
     struct buffer *request, *data; /* of a READ */
@@ -17,6 +20,11 @@ struct errand {
     int fd;                  /* its own */
     bool doubted;            /* `nodes_borrow` */
 };
+
+static const struct fuse_read_in *read_of(const struct errand *e)
+{
+    return (const void *)(e->request->data + sizeof(struct fuse_in_header));
+}
 
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
 {
@@ -32,25 +40,36 @@ int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
     return rc;
 }
 
-static void run_errand(struct waiting *w, struct errand *e)
+static void note(struct waiting *w, uint64_t begun_ns)
+{
+    int64_t took_ns = (int64_t)(timing_now() - begun_ns), slowest_ns = SLOWEST * w->quick_ns;
+    patience_note(&w->patience, took_ns < slowest_ns ? took_ns : slowest_ns);
+}
+
+static void answer_errand(struct waiting *w, struct errand *e, enum found found, struct answer *answer)
 {
     const struct fuse_in_header *in = (const void *)e->request->data;
-    struct answer answer;
     struct entry *entry;
-    uint64_t begun_ns = timing_now();
-    enum found found = hits_find(w->hits, (const void *)(in + 1), e->data->data, true, &answer);
-    patience_note(&w->patience, (int64_t)(timing_now() - begun_ns));
     if (found == FOUND && !e->replies_first)
-        hits_put(w->hits, &answer);
+        hits_put(w->hits, answer);
     if (found != FOUND)
         passing_pass_held(w->passing, &e->request, e->length);
     else if (passing_end_held(w->passing, in->unique, &entry))
-        reply_bytes(w->passing, entry, in->unique, answer.bytes, answer.length);
+        reply_bytes(w->passing, entry, in->unique, answer->bytes, answer->length);
     if (found == FOUND)
-        hits_put(w->hits, &answer);
+        hits_put(w->hits, answer);
     files_release(&w->hits->files, e->file);
     buffer_drop(e->request);
     buffer_drop(e->data);
+}
+
+static void run_errand(struct waiting *w, struct errand *e)
+{
+    struct answer answer;
+    uint64_t begun_ns = timing_now();
+    enum found found = hits_find(w->hits, read_of(e), e->data->data, true, &answer);
+    note(w, begun_ns);
+    answer_errand(w, e, found, &answer);
 }
 
 static void ask(struct waiting *w, struct errand *e)
@@ -191,18 +210,42 @@ bool waiting_is_quick(const struct waiting *w)
     return patience_is_below(&w->patience, w->quick_ns);
 }
 
-bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, bool replies_first)
+/* A READ that the caller waits for. */
+struct here {
+    struct waiting *waiting;
+    struct errand errand;
+    const struct away *away;
+    uint64_t begun_ns;
+};
+
+static bool begin_here(void *arg)
 {
-    const struct fuse_in_header *in = (const void *)(*request)->data;
-    const struct fuse_read_in *read_in = (const void *)(in + 1);
-    struct errand e = {.request = *request, .data = *data, .length = length, .replies_first = replies_first};
-    if (!(e.file = files_hold(&w->hits->files, read_in->fh)))
+    struct here *here = arg;
+    struct waiting *w = here->waiting;
+    struct errand *e = &here->errand;
+    if (!(e->file = files_hold(&w->hits->files, read_of(e)->fh)))
         return false;
-    if (!passing_hold(w->passing, in, length, NULL)) {
-        files_release(&w->hits->files, e.file);
+    if (!passing_hold(w->passing, (const void *)e->request->data, e->length, NULL)) {
+        files_release(&w->hits->files, e->file);
         return false;
     }
+    here->away->leave(here->away->with);
+    here->begun_ns = timing_now();
+    return true;
+}
+
+bool waiting_find(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, const struct away *away,
+                  bool replies_first, enum found *found, struct answer *out)
+{
+    struct errand e = {.request = *request, .data = *data, .length = length, .replies_first = replies_first};
+    struct here here = {.waiting = w, .errand = e, .away = away};
+    struct wait wait = {.begin = begin_here, .with = &here};
+    *found = hits_find_or_wait(w->hits, read_of(&e), e.data->data, &wait, out);
+    if (!wait.begun)
+        return false;
+    note(w, here.begun_ns);
     *request = *data = NULL;
-    run_errand(w, &e);
+    answer_errand(w, &here.errand, *found, out);
+    away->come_back(away->with);
     return true;
 }

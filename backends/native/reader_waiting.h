@@ -12,7 +12,7 @@
  *
  * A lower that usually answers about as fast as threads are switched (`quick_us`) is waited for by who has read the request,
  * if no other one waits. "Usually" is the mean, of which the last answer is an eighth: the first one that takes many times as long ends that,
- * until many quick ones have followed, and one that takes twice as long does not, for it costs less than what threads cost the next dozen.
+ * until several quick ones have followed, and one that takes twice as long does not, for it costs less than what threads cost the next dozen.
  * So others wait for at most one slow answer, and for one that does not come until the stand-in takes over. */
 #ifndef READER_WAITING_H
 #define READER_WAITING_H
@@ -56,11 +56,19 @@ bool waiting_give(struct waiting *w, struct buffer **request, struct buffer **da
 /* The same for a GETATTR of what is not here; `local`: the root's device is. */
 bool waiting_ask(struct waiting *w, struct nodes *nodes, bool local, const struct fuse_in_header *in, size_t length, struct entry *entry);
 
+/* What whoever waits itself does before that, and after it. */
+struct away {
+    void (*leave)(void *with), (*come_back)(void *with);
+    void *with;
+};
+
 /* Whether it will probably be quick. */
 bool waiting_is_quick(const struct waiting *w);
-/* The same, done at once by the caller; false: it was not. `replies_first`: what was read is put after the reply, which only who
+/* Find the answer to a READ as `hits_find` does for who may not wait; but if the lower is to be waited for, do that and answer
+ * it, at once: true then. In between the caller is `away`. `replies_first`: what was read is put after the reply, which only who
  * reads the next request may do: it would not find the pages yet. */
-bool waiting_do(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, bool replies_first);
+bool waiting_find(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, const struct away *away,
+                  bool replies_first, enum found *found, struct answer *out);
 
 /* Start a thread of the reader: with a small stack, and no signals: those are for the threads that Python knows. */
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg);

@@ -18,7 +18,7 @@ from tmem.types import PAGE_SIZE
 
 from .faulty import Faulty
 from .hanging import CONTENT, two_files
-from .reader_desk import FH, READ, Desk, make
+from .reader_desk import FH, READ, SETXATTR, Desk, make
 
 INTERRUPT = 36
 EINTR = -4
@@ -112,6 +112,56 @@ def test_one_that_hangs_keeps_nobody_waiting(
         with_event_loop.join()
         eventually(lambda desk=desk: desk.reader.quiet)
         assert desk.silent()
+
+
+def test_reads_that_threads_wait_for_let_it_sleep_in_read(tmp_path: Path) -> None:
+    for place in placed(tmp_path, NONE_US):
+        served = threading.Thread(target=place.desk.reader.serve, args=(-1, 60_000))
+        served.start()
+        for turn in range(50):
+            place.ask((9, 2, 13, 5)[turn % 4])
+            place.desk.answer()
+            place.desk.pool.flush_object(OID)
+        place.desk.request(SETXATTR, bytes(16))  # for libfuse
+        served.join()
+        assert place.desk.forwarded()[0] == SETXATTR
+        assert place.desk.reader.counters()["read_sleeps"] > 0
+
+
+def test_one_slow_answer_is_soon_forgotten(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    """It counts as sixteen times what is quick, however long it took: nine quick ones make up for that."""
+
+    def waits_here(place: Place, seconds: float) -> bool:
+        """Have one take so long, and say whether it was waited for by the thread that serves."""
+        place.lower.fail("read", hangs=True, name="slow")
+        place.ask(7)
+        served = threading.Thread(target=place.desk.serve)
+        served.start()
+        eventually(lambda: place.lower.waiting() == ["read"])
+        served.join(seconds)
+        here = served.is_alive()
+        place.lower.heal()
+        served.join()
+        place.desk.answer()
+        place.desk.pool.flush_object(OID)
+        return here
+
+    def miss_quickly(place: Place, count: int) -> None:
+        for turn in range(count):
+            place.ask((9, 2, 13, 5)[turn % 4])
+            place.desk.serve()
+            place.desk.answer()
+            place.desk.pool.flush_object(OID)
+
+    for place in placed(tmp_path, 20_000):
+        for _ in range(5):  # on a busy machine others may be slow
+            miss_quickly(place, 80)
+            waits_here(place, 1.0)
+            miss_quickly(place, 9)
+            if waits_here(place, 0.2):
+                break
+        else:
+            pytest.fail("a single slow answer has others waited for by threads for long")
 
 
 def test_a_slow_answer_ends_it(tmp_path: Path, eventually: Callable[..., None]) -> None:

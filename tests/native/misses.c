@@ -17,7 +17,7 @@
 
 enum { PUTTING = 95, BEFORE_READ = 96, AFTER_READ = 97 }; /* the points */
 enum { FH = 5, PAGES = 1024, AT = 300, MANY = 40 }; /* MANY: more than are put at a time */
-enum { AT_ONCE = 1, WAITING = 2, COLD = 4, ANY_WAY = 7 };
+enum { AT_ONCE = 1, WAITING = 2, COLD = 4, HERE = 8, ANY_WAY = 15 };
 
 static _Atomic uint32_t stop_at, reached, go;
 static _Thread_local bool stops;
@@ -41,6 +41,9 @@ struct world {
     int lower;  /* for who reads it */
     bool waits; /* how READs are answered: by who may wait, and for more pages than others take */
     bool cold;  /* the same, for few pages that the kernel probably does not have */
+    bool here;  /* the same, by who has looked whether it must be waited for, in one go */
+    bool agrees; /* to wait */
+    unsigned begun;
     uint8_t oid[TM_OID];
     uint64_t version; /* of all its pages */
 };
@@ -61,10 +64,19 @@ static void say(struct world *w, bool open) { gate_set(w->gate, w->oid, (uint64_
 static _Alignas(TM_PAGE) uint8_t data[MANY * TM_PAGE];
 static struct answer given;
 
+static bool begin_waiting(void *arg)
+{
+    struct world *w = arg;
+    w->begun += w->agrees;
+    return w->agrees;
+}
+
 static enum found read_pages(struct world *w, uint32_t first, uint32_t npages, bool waits)
 {
     struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)first * TM_PAGE, .size = npages * TM_PAGE};
-    enum found found = hits_find(&w->hits, &read_in, data, waits, &given);
+    struct wait wait = {.begin = begin_waiting, .with = w};
+    enum found found = waits && w->here ? hits_find_or_wait(&w->hits, &read_in, data, &wait, &given)
+                                        : hits_find(&w->hits, &read_in, data, waits, &given);
     if (found == FOUND)
         hits_put(&w->hits, &given);
     return found;
@@ -300,7 +312,7 @@ static void a_cold_file(struct world *w)
         files_had(&w->hits.files, FH, false);
     expect(read_pages(w, AT, 1, false) == FOUND_IF_WAITING, "it was asked");
     expect(read_pages(w, AT, 1, true) == FOUND, "who waits asks nobody");
-    for (int i = 0; i < 22; i++)
+    for (int i = 0; i < 118; i++)
         files_had(&w->hits.files, FH, false);
     expect(read_pages(w, AT + 10, 1, false) == FOUND, "it was never asked again");
     expect(read_pages(w, AT + 20, 1, false) == FOUND, "the kernel has them again");
@@ -402,6 +414,22 @@ static void fetched_before_it_is_asked_for(struct world *w)
     expect(!fetched(w, PAGES - 1, 2, &later), "beyond the end");
 }
 
+/* Who would wait here is asked first: the READ must be known to be under way by then. */
+static void asked_before_it_waits(struct world *w)
+{
+    w->agrees = false;
+    expect(read_pages(w, AT, 3, true) == FOUND_IF_WAITING, "it waited though it may not");
+    expect(tm_get(&w->pool, w->oid, AT, data, 1) == 0, "it was put");
+    w->agrees = true;
+    expect(read_pages(w, AT, 3, true) == FOUND && w->begun == 1, "it was asked %u times", w->begun);
+    expect(read_pages(w, AT, 3, true) == FOUND && w->begun == 1, "a hit is not waited for");
+    files_remove(&w->hits.files, FH);
+    files_add(&w->hits.files, FH, w->lower, w->gate, false);
+    expect(read_pages(w, PAGES - 1, 2, true) == FOUND && w->begun == 2, "the end of a lower that may hang");
+    w->agrees = false;
+    expect(read_pages(w, PAGES - 1, 2, true) == FOUND_IF_WAITING, "the same, though it may not");
+}
+
 static const struct {
     const char *name;
     void (*run)(struct world *w);
@@ -419,14 +447,16 @@ static const struct {
     {"what_is_for_whom", what_is_for_whom, AT_ONCE | WAITING},
     {"not_at_once", not_at_once, AT_ONCE | WAITING},
     {"a_cold_file", a_cold_file, AT_ONCE | WAITING},
-    {"past_the_cache", past_the_cache, COLD},
+    {"past_the_cache", past_the_cache, COLD | HERE},
+    {"asked_before_it_waits", asked_before_it_waits, HERE},
     {"few_past_the_cache", few_past_the_cache, COLD},
     {"fetched_before_it_is_asked_for", fetched_before_it_is_asked_for, AT_ONCE | WAITING},
 };
 
 static void run(struct tm_segment *seg, const char *path, unsigned n, unsigned way)
 {
-    struct world w = {.pool = {.seg = seg}, .waits = way != AT_ONCE, .cold = way == COLD};
+    struct world w = {.pool = {.seg = seg}, .waits = way != AT_ONCE, .cold = way >= COLD, .here = way == HERE,
+                      .agrees = true};
     struct tm_ctx *ctx = ctx_get(seg);
     uint32_t id, serial;
     scenario = scenarios[n].name;
@@ -462,7 +492,7 @@ int main(int argc, char **argv)
         return 2;
     }
     for (unsigned n = 0; n < sizeof scenarios / sizeof *scenarios; n++)
-        for (unsigned way = AT_ONCE; way <= COLD; way <<= 1)
+        for (unsigned way = AT_ONCE; way <= HERE; way <<= 1)
             if (scenarios[n].ways & way)
                 run(seg, argv[2], n, way);
     tm_close(seg);
