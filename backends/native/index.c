@@ -222,3 +222,13 @@ int slot_pool(struct tm_segment *seg, uint64_t number)
         return -1;
     return (int)((bin - BIN_LEAF) / 3);
 }
+
+int leaf_pool(struct tm_segment *seg, uint64_t number)
+{
+    int pool = slot_pool(seg, number);
+    if (pool < 0)
+        return -1;
+    uint32_t c = chunk_of(seg, number * 8), bin = seg->chunks[c].bin;
+    uint64_t within = number * 8 - seg->data_offset - (uint64_t)c * TM_CHUNK;
+    return bin >= BIN_LEAF && bit_is_set(&seg->chunks[c], (uint32_t)within / bin_stride(bin)) ? pool : -1;
+}

@@ -26,15 +26,13 @@ enum {
     MOST = TM_PAGE - TM_LEAST_GAIN,
     GAIN = 16,           /* a pack must save a sixteenth of what its pages take, and ... */
     LEAST_GAIN = 64,     /* ... so many bytes */
-    FREE_TRIES = 64,     /* slots for a new pack that are looked at */
     RESCUES = 16,        /* packs that are removed for a put that finds no memory, before it tries again */
     ROOM = 8 * TM_STRIDE_RAW /* of its client's cap that is left to puts meanwhile */
 };
 
 struct tm_packing {
-    _Atomic uint32_t busy; /* one pass at a time in this process */
     uint32_t mask;
-    uint32_t *marks;       /* by group: which words of it were looked at */
+    uint32_t *marks; /* by group: which words of it were looked at */
     uint32_t hand[TM_MAX_CLIENTS]; /* index at which the next pack may find room */
 };
 
@@ -169,16 +167,6 @@ uint32_t pack_stamp(struct tm_segment *seg, uint32_t pool, const slot_t *slot, u
 }
 
 /* ---- What becomes of packs ---------------------------------------------------------------------------------- */
-
-int leaf_pool(struct tm_segment *seg, uint64_t number)
-{
-    int pool = slot_pool(seg, number);
-    if (pool < 0)
-        return -1;
-    uint32_t c = chunk_of(seg, number * 8), bin = seg->chunks[c].bin;
-    uint64_t within = number * 8 - seg->data_offset - (uint64_t)c * TM_CHUNK;
-    return bin >= BIN_LEAF && bit_is_set(&seg->chunks[c], (uint32_t)within / bin_stride(bin)) ? pool : -1;
-}
 
 /* The slot of member `bit` of the group, if it names that pack of `packs`; or NULL. */
 static slot_t *member(struct tm_segment *seg, uint32_t packs, uint64_t number, uint64_t group, uint32_t bit, uint64_t *word,
@@ -470,26 +458,6 @@ struct view { /* a page as it was seen */
     uint32_t stride, form;
 };
 
-/* An empty slot of the client's pool of packs. */
-static slot_t *free_slot(struct tm_ctx *ctx, struct tm_packing *t, uint32_t packs, uint64_t *word)
-{
-    static const uint64_t oid[3];
-    struct tm_segment *seg = ctx->seg;
-    struct cursor cur = {0};
-    uint32_t *hand = &t->hand[packs / TM_CLIENT_POOLS];
-    for (unsigned tries = 0; tries < FREE_TRIES; tries++, ++*hand) {
-        if (*hand > 2 * atomic_load(&seg->pools[packs].pages) + 2 * FREE_TRIES)
-            *hand = 0;
-        if (cursor_create(ctx, packs, oid, *hand, &cur) != TM_OK)
-            return NULL;
-        slot_t *slot = &cur.slots[*hand - cur.first];
-        *word = atomic_load(slot);
-        if (slot_type(*word) == SLOT_EMPTY && slot_number(seg, slot) <= SLOT_VALUE)
-            return slot;
-    }
-    return NULL;
-}
-
 enum outcome { PACKED, IN_VAIN, NO_ROOM };
 
 /* Put the `n` pages in ctx->unpacked.pages, from `from` on, into one pack, if that saves enough. */
@@ -502,7 +470,7 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
     if (!has_cap_for(seg, ctx->payer, ROOM))
         return NO_ROOM;
     /* First: a new leaf may have to evict pages, and what these are compressed to goes where the pack is made. */
-    slot_t *slot = MUTANT(66) ? NULL : free_slot(ctx, t, packs, &word);
+    slot_t *slot = MUTANT(66) ? NULL : free_slot(ctx, packs, &t->hand[packs / TM_CLIENT_POOLS], &word);
     if (!slot && !MUTANT(66))
         return NO_ROOM;
     uint8_t *to = ctx->packed + NUMBER;
@@ -519,7 +487,7 @@ static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool
     if (!length || stride + (sum / GAIN > LEAST_GAIN ? sum / GAIN : LEAST_GAIN) > sum)
         return IN_VAIN;
     if (MUTANT(66))
-        slot = free_slot(ctx, t, packs, &word);
+        slot = free_slot(ctx, packs, &t->hand[packs / TM_CLIENT_POOLS], &word);
     uint64_t block = slot ? block_spare(ctx, bin) : 0;
     if (!block)
         return NO_ROOM;
@@ -594,10 +562,10 @@ static uint32_t mark_of(struct tm_segment *seg, uint64_t group)
     return (uint32_t)(mark >> 32) | 1;
 }
 
-/* False: there was nothing to do, which took no time. */
-static bool visit_group(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool, uint64_t group, bool all)
+static bool visit_group(struct tm_ctx *ctx, void *memory, uint32_t pool, uint64_t group, bool all)
 {
     struct tm_segment *seg = ctx->seg;
+    struct tm_packing *t = memory;
     struct view views[GROUP];
     bool warm = false;
     uint32_t mark = mark_of(seg, group), *marked = &t->marks[group / GROUP & t->mask];
@@ -642,35 +610,6 @@ static bool may_pack(struct tm_segment *seg, uint32_t pool)
            && !phase_of(seg, client) && atomic_load(&seg->pools[packs_of(pool)].state) == LIVE;
 }
 
-/* Visit the leaves of one chunk from that slot on; where to go on. `*over`: until_ns of our CPU time. */
-static uint64_t visit(struct tm_ctx *ctx, struct tm_packing *t, uint64_t place, bool all, uint64_t until_ns, bool *over)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t c = (uint32_t)(place / TM_PLACES), bin = seg->chunks[c].bin;
-    uint64_t end = (c + UINT64_C(1)) * TM_PLACES;
-    if (atomic_load(&seg->states[c]) != CHUNK_USED || bin < BIN_LEAF)
-        return end;
-    uint32_t pool = (bin - BIN_LEAF) / 3, slots = bin_stride(bin) / 8;
-    while (place < end && !*over && may_pack(seg, pool)) {
-        uint32_t i = (uint32_t)(place % slots) / GROUP * GROUP, first = (uint32_t)(place % TM_PLACES) / slots * slots;
-        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK) / 8 + first;
-        place = place / TM_PLACES * TM_PLACES + first + slots;
-        if (!bit_is_set(&seg->chunks[c], first / slots))
-            continue;
-        op_begin(ctx);
-        ctx->client = ctx->payer = payer_of(seg, pool);
-        ctx->pool = packs_of(pool);
-        for (; i < slots && may_pack(seg, pool) && leaf_pool(seg, from) == (int)pool; i += GROUP)
-            if (visit_group(ctx, t, pool, from + i, all) && timing_cpu() >= until_ns) {
-                place -= slots - i - GROUP;
-                break;
-            }
-        op_end(ctx);
-        *over = timing_cpu() >= until_ns;
-    }
-    return *over ? place : end;
-}
-
 /* Each client with persistent pages has a pool of packs. */
 static void prepare(struct tm_ctx *ctx)
 {
@@ -690,49 +629,45 @@ static void prepare(struct tm_ctx *ctx)
 
 void packs_free(struct tm_segment *seg)
 {
-    struct tm_packing *t = atomic_load(&seg->packing);
+    struct tm_packing *t = seg->packing.memory;
     if (t)
         free(t->marks);
     free(t);
 }
 
-/* What this process remembers; made when it is first needed. NULL: no memory, or another thread has it. */
-static struct tm_packing *packing_of(struct tm_segment *seg)
+static void *make_packing(const struct tm_segment *seg)
 {
-    struct tm_packing *t = atomic_load(&seg->packing), *none = NULL;
-    uint32_t unused = 0;
-    if (!t) {
-        uint64_t size = 1024;
-        while (size < (uint64_t)seg->nchunks * 8) /* as many groups as memory has of pages of 2 KiB */
-            size *= 2;
-        t = calloc(1, sizeof *t);
-        if (!t || !(t->marks = calloc(size, sizeof *t->marks))) {
-            free(t);
-            return NULL;
-        }
+    uint64_t size = 1024;
+    while (size < (uint64_t)seg->nchunks * 8) /* as many groups as memory has of pages of 2 KiB */
+        size *= 2;
+    struct tm_packing *t = calloc(1, sizeof *t);
+    if (t && (t->marks = calloc(size, sizeof *t->marks))) {
         t->mask = (uint32_t)size - 1;
-        if (!atomic_compare_exchange_strong(&seg->packing, &none, t)) {
-            free(t->marks);
-            free(t);
-            return NULL;
-        }
+        return t;
     }
-    return atomic_compare_exchange_strong(&t->busy, &unused, 1) ? t : NULL;
+    free(t);
+    return NULL;
+}
+
+static uint32_t makes_in(const struct tm_segment *seg, uint32_t pool)
+{
+    (void)seg;
+    return packs_of(pool);
 }
 
 uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
 {
+    static const struct tm_walk walk = {.step = GROUP, .may = may_pack, .makes_in = makes_in, .visit = visit_group};
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = timing_cpu(), until = time_after(began, most_ns), place = first;
-    struct tm_packing *t = atomic_load(&seg->super->pack) ? packing_of(seg) : NULL;
-    bool over = false;
-    if (t && !first)
-        prepare(ctx);
-    while (t && !over && place / TM_PLACES < seg->nchunks)
-        place = visit(ctx, t, place, warm, until, &over);
-    if (t)
-        atomic_store(&t->busy, 0);
+    uint64_t began = timing_cpu(), place = 0;
+    struct tm_packing *t = atomic_load(&seg->super->pack) ? pass_begin(seg, &seg->packing, make_packing) : NULL;
+    if (t) {
+        if (!first)
+            prepare(ctx);
+        place = pass_walk(ctx, &walk, t, first, time_after(began, most_ns), warm);
+        pass_end(&seg->packing);
+    }
     *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->packing_ns, *spent_ns, memory_order_relaxed);
-    return t && place / TM_PLACES < seg->nchunks ? place : 0;
+    return place;
 }

@@ -12,8 +12,7 @@
 enum {
     WAYS = 4,           /* pages that are remembered for the same low bits of their checksums */
     MOST = 1 << 20,     /* pages that are remembered in all: 20 MiB of the manager's memory */
-    ROUNDS = 16,        /* after so many every page is looked at again: what was forgotten, or could not be done */
-    FREE_TRIES = 64     /* slots for a new original that are looked at */
+    ROUNDS = 16         /* after so many every page is looked at again: what was forgotten, or could not be done */
 };
 
 struct seen { /* a page of some client */
@@ -21,7 +20,6 @@ struct seen { /* a page of some client */
 };
 
 struct tm_twins {
-    _Atomic uint32_t busy; /* one pass at a time in this process */
     uint32_t mask, rounds;
     struct seen *pages;    /* by checksum */
     uint32_t *marks;       /* by slot: which word of it was looked at */
@@ -59,22 +57,11 @@ static bool make_original(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool,
                           struct view *v)
 {
     struct tm_segment *seg = ctx->seg;
-    static const uint64_t oid[3];
-    struct cursor cur = {0};
     bool persistent = seg->pools[pool].persistent;
-    uint32_t *hand = &t->hand[persistent][account_of(pool)];
     v->pool = pool;
-    for (unsigned tries = 0;; tries++, ++*hand) {
-        if (*hand > 2 * atomic_load(&seg->pools[v->pool].pages) + 2 * FREE_TRIES)
-            *hand = 0;
-        if (tries == FREE_TRIES || cursor_create(ctx, v->pool, oid, *hand, &cur) != TM_OK)
-            return false;
-        v->slot = &cur.slots[*hand - cur.first];
-        v->word = atomic_load(v->slot);
-        if (slot_type(v->word) == SLOT_EMPTY && !original_is_evicted(seg, pool, v->word)
-            && slot_number(seg, v->slot) <= SLOT_VALUE)
-            break;
-    }
+    v->slot = free_slot(ctx, pool, &t->hand[persistent][account_of(pool)], &v->word);
+    if (!v->slot)
+        return false;
     const uint8_t *payload = t->packed;
     enum block_kind kind = (enum block_kind)(form & 7u);
     uint32_t length = kind == BLOCK_ZSTD ? codec_condense(seg, condense_level(seg), t->page, t->packed)
@@ -204,18 +191,10 @@ static struct seen *remembered(struct tm_twins *t, uint64_t hash)
     return place;
 }
 
-bool block_is_warm(struct tm_segment *seg, uint64_t block)
-{
-    uint64_t within = block * 16 - seg->data_offset, bit = UINT64_C(1) << (within % TM_CHUNK / 1024);
-    const struct tm_touched *touched = &seg->touched[within / TM_CHUNK];
-    return ((atomic_load_explicit(&touched->now, memory_order_relaxed)
-             | atomic_load_explicit(&touched->before, memory_order_relaxed)) & bit) != 0;
-}
-
-/* False: there was nothing to do, which took no time. */
-static bool visit_slot(struct tm_ctx *ctx, struct tm_twins *t, uint32_t pool, uint64_t number, bool warm)
+static bool visit_slot(struct tm_ctx *ctx, void *memory, uint32_t pool, uint64_t number, bool warm)
 {
     struct tm_segment *seg = ctx->seg;
+    struct tm_twins *t = memory;
     struct view one = {pool, at(seg, number * 8), atomic_load_explicit((slot_t *)at(seg, number * 8), memory_order_acquire)};
     uint64_t block = one.word & SLOT_VALUE;
     if (slot_type(one.word) != SLOT_BLOCK || !in_data(seg, block * 16) || (!warm && block_is_warm(seg, block)))
@@ -244,35 +223,6 @@ static bool may_share(struct tm_segment *seg, uint32_t pool)
            && !phase_of(seg, client) && atomic_load(&seg->pools[originals_of(seg, pool)].state) == LIVE;
 }
 
-/* Visit the leaves of one chunk from that slot on; where to go on. `*over`: until_ns of our CPU time. */
-static uint64_t visit(struct tm_ctx *ctx, struct tm_twins *t, uint64_t place, bool warm, uint64_t until_ns, bool *over)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t c = (uint32_t)(place / TM_PLACES), bin = seg->chunks[c].bin;
-    uint64_t end = (c + UINT64_C(1)) * TM_PLACES;
-    if (atomic_load(&seg->states[c]) != CHUNK_USED || bin < BIN_LEAF)
-        return end;
-    uint32_t pool = (bin - BIN_LEAF) / 3, slots = bin_stride(bin) / 8;
-    while (place < end && !*over && may_share(seg, pool)) {
-        uint32_t i = (uint32_t)(place % slots), first = (uint32_t)(place % TM_PLACES) - i;
-        uint64_t from = (seg->data_offset + (uint64_t)c * TM_CHUNK) / 8 + first;
-        place += slots - i;
-        if (!bit_is_set(&seg->chunks[c], first / slots))
-            continue;
-        op_begin(ctx);
-        ctx->client = ctx->payer = payer_of(seg, pool);
-        ctx->pool = originals_of(seg, pool);
-        for (; i < slots && may_share(seg, pool) && slot_pool(seg, from) == (int)pool; i++)
-            if (visit_slot(ctx, t, pool, from + i, warm) && timing_cpu() >= until_ns) {
-                place -= slots - i - 1;
-                break;
-            }
-        op_end(ctx);
-        *over = timing_cpu() >= until_ns;
-    }
-    return *over ? place : end;
-}
-
 /* Each client that wants it has pools of originals, and so has each shared pool that is its own. True if there is one. */
 static bool prepare(struct tm_ctx *ctx)
 {
@@ -298,7 +248,7 @@ static bool prepare(struct tm_ctx *ctx)
 
 void twins_free(struct tm_segment *seg)
 {
-    struct tm_twins *t = atomic_load(&seg->twins);
+    struct tm_twins *t = seg->pairing.memory;
     if (t) {
         free(t->pages);
         free(t->marks);
@@ -306,48 +256,40 @@ void twins_free(struct tm_segment *seg)
     }
 }
 
-/* What this process remembers; made when it is first needed. NULL: no memory, or another thread has it. */
-static struct tm_twins *twins_of(struct tm_segment *seg)
+static void *make_twins(const struct tm_segment *seg)
 {
-    struct tm_twins *t = atomic_load(&seg->twins), *none = NULL;
-    uint32_t unused = 0;
-    if (!t) {
-        uint64_t size = 1024;
-        while (size < MOST && size < (uint64_t)seg->nchunks * (TM_CHUNK / 1024))
-            size *= 2;
-        void *made = NULL;
-        if (posix_memalign(&made, 64, sizeof *t))
-            return NULL;
-        t = memset(made, 0, sizeof *t);
-        t->mask = (uint32_t)size - 1;
-        t->pages = calloc(size, sizeof *t->pages);
-        t->marks = calloc(size, sizeof *t->marks);
-        if (!t->pages || !t->marks || !atomic_compare_exchange_strong(&seg->twins, &none, t)) {
-            free(t->pages);
-            free(t->marks);
-            free(t);
-            return NULL;
-        }
-    }
-    return atomic_compare_exchange_strong(&t->busy, &unused, 1) ? t : NULL;
+    uint64_t size = 1024;
+    void *made = NULL;
+    while (size < MOST && size < (uint64_t)seg->nchunks * (TM_CHUNK / 1024))
+        size *= 2;
+    if (posix_memalign(&made, 64, sizeof(struct tm_twins)))
+        return NULL;
+    struct tm_twins *t = memset(made, 0, sizeof *t);
+    t->mask = (uint32_t)size - 1;
+    t->pages = calloc(size, sizeof *t->pages);
+    t->marks = calloc(size, sizeof *t->marks);
+    if (t->pages && t->marks)
+        return t;
+    free(t->pages);
+    free(t->marks);
+    free(t);
+    return NULL;
 }
 
 uint64_t tm_dedup(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
 {
+    static const struct tm_walk walk = {.step = 1, .may = may_share, .makes_in = originals_of, .visit = visit_slot};
     struct tm_segment *seg = ctx->seg;
-    uint64_t began = timing_cpu(), until = time_after(began, most_ns), place = first;
-    struct tm_twins *t = prepare(ctx) ? twins_of(seg) : NULL;
-    bool over = false;
-    while (t && !over && place / TM_PLACES < seg->nchunks)
-        place = visit(ctx, t, place, warm, until, &over);
-    if (!t || place / TM_PLACES >= seg->nchunks) {
-        place = 0;
+    uint64_t began = timing_cpu(), place = 0;
+    struct tm_twins *t = prepare(ctx) ? pass_begin(seg, &seg->pairing, make_twins) : NULL;
+    if (t)
+        place = pass_walk(ctx, &walk, t, first, time_after(began, most_ns), warm);
+    if (!place)
         twins_sweep(ctx);
-    }
     if (t) {
         if (!place && ++t->rounds % ROUNDS == 0)
             memset(t->marks, 0, (t->mask + 1) * sizeof *t->marks);
-        atomic_store(&t->busy, 0);
+        pass_end(&seg->pairing);
     }
     *spent_ns = timing_cpu() - began;
     atomic_fetch_add_explicit(&seg->super->twin_ns, *spent_ns, memory_order_relaxed);

@@ -97,8 +97,10 @@ int cursor_for_put(struct tm_ctx *ctx, const uint64_t oid[3], uint32_t index, co
                    struct cursor *cur)
 {
     uint64_t value;
-    bool refused = refuses_puts(ctx);
-    if (!refused && !(page && at_cap(ctx) && !codec_fill(page, &value)))
+    bool refused = refuses_puts(ctx), full = !refused && page && at_cap(ctx) && !codec_fill(page, &value);
+    for (unsigned tries = 0; full && tries < TM_RESCUES && !MUTANT(69) && twin_rescue(ctx); tries++)
+        full = at_cap(ctx);
+    if (!refused && !full)
         return cursor_make(ctx, oid, index, cur);
     /* No index is made for a page that will be refused; what is there is still of interest. */
     cursor_find(ctx->seg, ctx->pool, oid, index, cur);

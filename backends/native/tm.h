@@ -401,6 +401,10 @@ _Static_assert(sizeof(struct tm_object) == 128, "object");
 /* ---- Process-local ---------------------------------------------------------------------------------------- */
 
 struct tm_ctx;
+struct tm_pass { /* over the slots of all leaves; pass.c */
+    _Atomic uint32_t busy; /* one at a time */
+    void *memory;          /* what it remembers, made when it is first needed; of whom has it busy */
+};
 #define TM_CONDENSERS 3u /* kept for later: the manager compresses in so many threads at a time at most */
 struct tm_segment {
     uint8_t *base;
@@ -418,8 +422,7 @@ struct tm_segment {
     struct tm_touched *touched; /* by chunk */
     struct tm_times *times;     /* by client */
     uint64_t *_Atomic vain;     /* of this process: by chunk, KiB whose blocks could not be made smaller; or NULL */
-    struct tm_twins *_Atomic twins; /* of this process: what its pass has seen; or NULL */
-    struct tm_packing *_Atomic packing; /* the same of the pass that packs */
+    struct tm_pass pairing, packing; /* of this process */
     void *_Atomic condensers[TM_CONDENSERS]; /* of this process: states of zstd for compression that nobody is using */
     _Atomic uint64_t condenser_bytes; /* memory of those, and of those in use */
     uint64_t data_offset;
@@ -631,7 +634,24 @@ void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins 
  * that were used lately. */
 uint64_t tm_dedup(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 void twins_free(struct tm_segment *seg);
+
+/* pass.c: what these passes, and those of pack.c, have in common */
+struct tm_walk {
+    uint32_t step; /* slots that are visited together */
+    bool (*may)(struct tm_segment *seg, uint32_t pool); /* are slots of that pool visited? Inside an operation: it stays so */
+    uint32_t (*makes_in)(const struct tm_segment *seg, uint32_t pool); /* the pool in which it makes something for that one */
+    /* Inside an operation; `warm`: also pages that were used lately. False: there was nothing to do, which took no time. */
+    bool (*visit)(struct tm_ctx *ctx, void *memory, uint32_t pool, uint64_t number, bool warm);
+};
+/* What it remembers, made by `make` when it is first needed. NULL: no memory, or another thread is at it. */
+void *pass_begin(struct tm_segment *seg, struct tm_pass *p, void *(*make)(const struct tm_segment *seg));
+void pass_end(struct tm_pass *p);
+/* From `place` on, until_ns of our CPU time; where to go on, 0: all was visited. */
+uint64_t pass_walk(struct tm_ctx *ctx, const struct tm_walk *w, void *memory, uint64_t place, uint64_t until_ns, bool warm);
 bool block_is_warm(struct tm_segment *seg, uint64_t block); /* used since the pass of dense.c came by for the last time but one */
+/* A free slot of a pool of the core's own, from index `*hand` on; NULL: no memory, or there are many others before it. A new
+ * leaf may have pages evicted for it. */
+slot_t *free_slot(struct tm_ctx *ctx, uint32_t pool, uint32_t *hand, uint64_t *word);
 
 /* pack.c: cold neighbours of persistent pools in one block */
 static inline bool is_packs(uint32_t pool) { return pool < TM_FIRST_SHARED && pool % TM_CLIENT_POOLS == TM_CLIENT_POOLS - 1; }
@@ -640,9 +660,6 @@ static inline uint32_t packs_of(uint32_t pool) { return pool / TM_CLIENT_POOLS *
 int pack_get(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word, uint8_t *page);
 /* Of the block of the pack that the slot's word names, 0: it is none of this slot's group. */
 uint32_t pack_stamp(struct tm_segment *seg, uint32_t pool, const slot_t *slot, uint64_t word);
-/* The pool of the leaf that has slot `number`, -1: there is none. For a word that was read before: leaves begin empty, so that
- * word is the pool's, and still there if it can be swapped. */
-int leaf_pool(struct tm_segment *seg, uint64_t number);
 /* The pack in that slot, as it was seen: counted to `found`, or taken apart if its pages would take less by themselves or it is
  * `hot`, and removed if all are gone. Inside an operation. */
 void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, bool hot, struct tm_condensed *found);
@@ -669,6 +686,9 @@ uint32_t object_find(struct tm_segment *seg, uint32_t pool, const uint64_t oid[3
 void cursor_find(struct tm_segment *seg, uint32_t pool, const uint64_t oid[3], uint32_t index, struct cursor *cur);
 int cursor_create(struct tm_ctx *ctx, uint32_t pool, const uint64_t oid[3], uint32_t index, struct cursor *cur);
 int slot_pool(struct tm_segment *seg, uint64_t number); /* pool of a slot number, -1 if it is none */
+/* The pool of the leaf that has slot `number`, -1: there is none. For a word that was read before: leaves begin empty, so that
+ * word is the pool's, and still there if it can be swapped. */
+int leaf_pool(struct tm_segment *seg, uint64_t number);
 
 /* object.c: what happens to whole objects */
 enum { UNIT_TINY, UNIT_SMALL, UNIT_FULL, UNIT_NODE }; /* leaves of 16, 64, 512 slots; in the order of their bins */

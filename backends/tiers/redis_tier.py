@@ -57,7 +57,7 @@ _KEPT = 8192
 memory to these. Of many that are removed at a time it gives the memory back to the system at once, and to get
 it anew is a quarter of what servers do for a value (docs/benchmarks/tiers.md)."""
 _SAMPLED = 256
-"""How many values, the oldest, may be gone through for one of each node."""
+"""How many values, the oldest that live, may be gone through for one of each node."""
 _NEVER_RESERVED = 1 << 20
 """How far it counts on then, for a writer that reserves numbers at that moment."""
 
@@ -137,7 +137,7 @@ class RedisTier:
         self._lost = False  # and told
         self._dead: deque[int] = deque()  # values that are removed as others are stored
         self._is_used = False  # some were, since somebody looked
-        self._full = False  # a batch was refused, and nothing was forgotten since
+        self._full = False  # something was refused for want of room, and nothing was forgotten since
 
     def check(self) -> None:
         """Raise TierDownError, with what to do, if pages should not be trusted to the servers now. What they
@@ -147,16 +147,18 @@ class RedisTier:
             if not self._lost:
                 self._look_for_losses()
             if self._dead and not self._is_used:
-                self._remove(list(self._dead))
-                self._dead.clear()
+                dead = list(self._dead)
+                self._dead.clear()  # should this fail, the next retain finds them
+                self._remove(dead)
             self._is_used = False
 
     def _look_for_losses(self) -> None:
         """See whether each node still has the first that we know of what it was given."""
         samples: dict[str, int] = {}
-        for number, value in islice((self._values or {}).items(), _SAMPLED):
-            if value.live and value.size_bytes:
-                samples.setdefault(self._nodes.owner(values.key(self._prefix, number)), number)
+        known = (self._values or {}).items()
+        there = (number for number, value in known if value.live and value.size_bytes)
+        for number in islice(there, _SAMPLED):
+            samples.setdefault(self._nodes.owner(values.key(self._prefix, number)), number)
         commands = [self._command("GETRANGE", number, 0, 0) for number in samples.values()]
         for node, head in zip(samples, self._nodes.run(commands), strict=True):
             if not head:
@@ -202,7 +204,6 @@ class RedisTier:
             with self._counting():
                 batch.running.end()
         except TierFullError:
-            self._full = True
             with contextlib.suppress(TierError):  # else the next retain does it
                 self._remove(batch.numbers)
             raise
@@ -368,6 +369,7 @@ class RedisTier:
             try:
                 self._nodes.run(commands, replicated=True)
             except TierFullError:  # of what others store: those values stay as they are
+                self._full = True
                 return
             for number, size_bytes, present in changes:
                 known[number].size_bytes, known[number].present = size_bytes, present
@@ -445,6 +447,7 @@ class RedisTier:
             self._count(failures=1)
             raise
         except TierFullError:
+            self._full = True
             self._count(refused=1)
             raise
 

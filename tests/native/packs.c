@@ -494,6 +494,29 @@ static void packs_give_way_to_index(struct world *w)
     check(w);
 }
 
+/* And what it lacks is room below its client's cap. */
+static void packs_give_way_at_cap(struct world *w)
+{
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    uint32_t client = client_of(w), serial = atomic_load(&w->seg->clients[client].serial), n = 0;
+    for (uint32_t i = 0; i < MANY; i++)
+        put_version(&w->pool, i, 1);
+    condense(w, NULL);
+    pack(w, NULL);
+    for (uint32_t i = 0; i < MANY; i++)
+        if (i % TM_GROUP)
+            tm_flush(&w->pool, oid, i, 1);
+    expect(packed(w) > MANY / TM_GROUP * 3 / 4, "the scenario did not come about");
+    client_set(ctx, client, serial, VALUE_CAP, (uint64_t)used(w));
+    while (n < 30 && put_sized(&w->taken, (n + 1) << 20, RAW) == 1) /* in a leaf of its own */
+        n++;
+    expect(n == 30, "only %u pages", n);
+    expect(used(w) <= (int64_t)atomic_load(&w->seg->clients[client].cap_bytes), "beyond the cap");
+    for (uint32_t i = 0; i < MANY; i += TM_GROUP)
+        expect(keeps(&w->pool, i, 1), "page %u is lost", i);
+    check(w);
+}
+
 /* Room for the index of packs is made of pages that a mount has, which are compressed on that occasion: none of them, and
  * nothing of them, may get into the pack. */
 static void others_give_way_to_index(struct world *w)
@@ -744,6 +767,7 @@ static const struct scenario scenarios[] = {
     {"packs_give_way_later", packs_give_way_later},
     {"packs_give_way_in_a_round", packs_give_way_in_a_round},
     {"packs_give_way_to_index", packs_give_way_to_index},
+    {"packs_give_way_at_cap", packs_give_way_at_cap},
     {"others_give_way_to_index", others_give_way_to_index},
     {"client_goes", client_goes},
     {"packed_pages_are_exported", packed_pages_are_exported},

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def server(redis_server: Server) -> Server:
 
 
 def test_what_is_on_a_full_server_is_removed(server: Server) -> None:
-    """Full of what others store: it has no room for the word that the key which counts is not needed for long."""
+    """Full of what others store: it has no room for the word that the key which counts is soon not needed."""
     tier = opened(url_of(server))
     tier.retain([])
     tier.write(records(0, 5))
@@ -243,6 +244,10 @@ def test_sparse_values_are_shortened(server: Server) -> None:
     again.close()
 
 
+SMALL = [record(n, 17) for n in range(4096)]
+"""As many as a batch may have; 64 values."""
+
+
 def stored_values(server: Server) -> set[int]:
     numbers = (values.number_of(values.prefix(IDENTITY), key) for key in keys(server))
     return {number for number in numbers if number}
@@ -283,6 +288,58 @@ def test_dead_values_go_as_others_come(server: Server) -> None:
     tier.check()
     assert stored_values(server) == {location >> values.PLACE_BITS for location in fewer}
     check(tier, fewer, old[:34])
+    tier.close()
+
+
+def test_dead_values_go_if_there_is_no_room_for_a_number(server: Server) -> None:
+    """Servers refuse to count, too, where they are full."""
+    tier = opened(url_of(server))
+    tier.retain([])
+    for _ in range(1024 // 64):
+        tier.write(SMALL)
+    tier.retain([])
+    assert len(stored_values(server)) == 1024
+    server.ask("CONFIG", "SET", "maxmemory", 1)
+    with pytest.raises(TierFullError):
+        tier.write(SMALL)
+    assert len(stored_values(server)) == 1024
+    tier.retain([])
+    assert not stored_values(server)
+    tier.close()
+
+
+def test_dead_values_of_which_some_were_removed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their numbers may be given again, so they are removed no more."""
+    tier = opened(url_of(server))
+    tier.retain([])
+    for _ in range(3072 // 64):
+        tier.write(SMALL)
+    tier.retain([])
+    run, calls = tier._nodes.run, 0
+
+    def one_fails(commands: Sequence[Command], **keywords: Any) -> list[Any]:
+        nonlocal calls
+        calls += any(command.words[0] == "UNLINK" for command in commands)
+        if calls > 1:
+            raise TierDownError("gone this moment")
+        return run(commands, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier._nodes, "run", one_fails)
+        with pytest.raises(TierDownError):
+            tier.check()
+    left = stored_values(server)
+    assert 0 < len(left) < 3072
+    server.ask("SET", values.counter_key(values.prefix(IDENTITY)), min(left) - 65)  # all were given
+    locations = tier.write(SMALL)
+    assert {location >> values.PLACE_BITS for location in locations} == set(range(min(left) - 64, min(left)))
+    for _ in range(3072 // 64):
+        tier.write(SMALL)
+    check(tier, locations, SMALL)
+    tier.retain(locations)
+    tier.check()
+    tier.check()
+    assert len(stored_values(server)) == 64
     tier.close()
 
 
@@ -331,6 +388,20 @@ def test_a_server_that_came_back_empty(tmp_path: Path, caplog: pytest.LogCapture
         check(again, later, records(50, 50))
         tier.close()
         again.close()
+
+
+def test_a_loss_is_told_although_dead_values_wait(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    tier = opened(url_of(server))
+    tier.retain([])
+    for _ in range(8):
+        tier.write(SMALL)
+    tier.retain(tier.write(records(0, 50)))
+    assert len(stored_values(server)) > 512
+    server.ask("FLUSHALL")
+    tier.check()
+    (told,) = caplog.messages
+    assert f"{server.address} has lost pages" in told
+    tier.close()
 
 
 def test_what_waits_to_be_sent_is_not_what_comes_after(server: Server) -> None:
