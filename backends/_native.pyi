@@ -242,8 +242,7 @@ class Segment:
         """
 
     def unpack(self, first: int, most_ns: int) -> tuple[int, int]:
-        """Take packs apart that pages have left, where that saves memory, and free those that all have; as
-        `pack`."""
+        """Take packs apart that pages have left, where that saves memory; as `pack`."""
 
     @property
     def packing(self) -> bool:
@@ -252,8 +251,7 @@ class Segment:
     def packing(self, value: bool) -> None: ...
     @property
     def pack_losses(self) -> int:
-        """Pages that have left packs since `unpack` began with chunk 0 last: about a KiB each that is lost
-        there until it comes by."""
+        """Pages that have left packs which are still there: about a KiB each that is lost in them."""
 
     def dedup(self, first: int, most_ns: int, *, warm: bool = False) -> tuple[int, int]:
         """Keep equal pages once, of clients that allow it (`Client.dedup`), from chunk `first` on: those that

@@ -59,13 +59,7 @@ static const uint8_t magic[MAGIC] = {0x28, 0xb5, 0x2f, 0xfd};
 int condense_level(const struct tm_segment *seg)
 {
     uint32_t level = atomic_load_explicit(&seg->super->condense_level, memory_order_relaxed);
-    return !level ? LEVEL_AT_ONCE : level > LEVEL_MOST ? LEVEL_MOST : (int)level;
-}
-
-int condense_level_at_once(const struct tm_segment *seg)
-{
-    int level = condense_level(seg);
-    return level < LEVEL_AT_ONCE ? level : LEVEL_AT_ONCE;
+    return !level ? LEVEL_USUAL : level > LEVEL_MOST ? LEVEL_MOST : (int)level;
 }
 
 /* States for compression belong to the process, not to its threads: at high levels one takes up to a MiB, and any thread

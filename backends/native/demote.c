@@ -54,7 +54,7 @@ static uint32_t pack_record(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uin
     atomic_thread_fence(memory_order_acquire);
     if (slot_changed(slot, word) || pack_stamp(seg, pool, slot, word) != *stamp)
         return 0;
-    uint32_t length = codec_condense(seg, condense_level_at_once(seg), ctx->moved, ctx->packed), form = BLOCK_ZSTD;
+    uint32_t length = codec_condense(seg, LEVEL_AT_ONCE, ctx->moved, ctx->packed), form = BLOCK_ZSTD;
     if (length == TM_PAGE) {
         payload = ctx->moved;
         form = BLOCK_RAW;

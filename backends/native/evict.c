@@ -199,6 +199,17 @@ static bool move_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t 
     return true;
 }
 
+/* The same by who has time; a pack that most of its pages have left is taken apart rather than moved. */
+static bool gather_page(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin, bool hard)
+{
+    if (is_packs(pool) && !MUTANT(64)) {
+        pack_gather(ctx, pool, slot, word);
+        if (atomic_load(slot) != word)
+            return true;
+    }
+    return move_page(ctx, pool, slot, word, bin, hard);
+}
+
 /* Own chunk `c` of `bin` (intent drain stands), empty it with `each`, and release it (true) or list it again. */
 static bool empty_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t bin,
                         bool (*each)(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, uint32_t bin,
@@ -312,7 +323,7 @@ uint64_t tm_compact(struct tm_ctx *ctx, unsigned holes, uint64_t most_ns)
             continue;
         op_begin(ctx);
         atomic_store(&ctx->rec->drain, c + 1);
-        freed += empty_chunk(ctx, c, seg->chunks[c].bin, move_page, false);
+        freed += empty_chunk(ctx, c, seg->chunks[c].bin, gather_page, false);
         op_end(ctx);
     }
     atomic_fetch_add_explicit(&seg->super->compacted, freed, memory_order_relaxed);

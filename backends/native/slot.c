@@ -135,10 +135,8 @@ bool slot_replace(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t *old
         block_free_old(ctx);
     else if (slot_type(*old) == SLOT_TWIN)
         note_orphans(ctx->seg, ORPHAN_ORIGINALS);
-    else if (slot_type(*old) == SLOT_PACKED) {
-        note_orphans(ctx->seg, ORPHAN_PACKS);
-        atomic_fetch_add_explicit(&ctx->seg->super->pack_losses, 1, memory_order_relaxed);
-    }
+    else if (slot_type(*old) == SLOT_PACKED)
+        pack_left(ctx, pool, slot, *old);
     KP(43);
     return true;
 }

@@ -208,7 +208,7 @@ struct tm_super {
     _Atomic int64_t packed_bytes;       /* memory that this saved */
     _Atomic uint64_t unpacked;          /* of those, pages that got a block of their own again */
     _Atomic uint64_t packing_ns;        /* CPU time of the pass that packs */
-    _Atomic int64_t pack_losses;        /* pages that left packs since these were last looked at: memory that is dead there */
+    _Atomic int64_t pack_losses;        /* pages that have left packs which are still there: memory that is dead in them */
 };
 enum { ORPHAN_ORIGINALS = 1, ORPHAN_PACKS = 2 }; /* or packs that their pages have left */
 enum { MOST_PAGES, MOST_EPHEMERAL, MOST_OBJECTS, MOST_NODES, MOST_CHUNKS };
@@ -582,10 +582,10 @@ uint32_t block_length(uint64_t word);
 enum block_kind block_kind(uint64_t word);
 uint32_t block_form(uint64_t word);
 bool block_read(struct tm_ctx *ctx, const struct tm_block *b, uint64_t slot, uint64_t most, uint8_t *page); /* most: bytes there */
-/* With zstd. The passes in the background use the segment's level, whoever waits for memory LEVEL_AT_ONCE at most. */
-enum { LEVEL_AT_ONCE = 3, LEVEL_MOST = 19 };
+/* With zstd. The passes in the background use the segment's level; LEVEL_AT_ONCE is for what must be quick, two thirds of the
+ * time of the usual one for a single page, and one per cent more memory. */
+enum { LEVEL_AT_ONCE = 1, LEVEL_USUAL = 3, LEVEL_MOST = 19 };
 int condense_level(const struct tm_segment *seg);
-int condense_level_at_once(const struct tm_segment *seg);
 uint32_t codec_condense(struct tm_segment *seg, int level, const uint8_t *page, uint8_t *to); /* as codec_compress */
 /* `n` pages as one frame: its bytes; 0: more than that, or no memory. */
 uint32_t codec_pack(struct tm_segment *seg, int level, const uint8_t *pages, uint32_t n, uint8_t *to, uint32_t most);
@@ -663,7 +663,11 @@ uint32_t pack_stamp(struct tm_segment *seg, uint32_t pool, const slot_t *slot, u
 /* The pack in that slot, as it was seen: counted to `found`, or taken apart if its pages would take less by themselves or it is
  * `hot`, and removed if all are gone. Inside an operation. */
 void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, bool hot, struct tm_condensed *found);
+/* The same by who would move it otherwise: taken apart if that saves half of it. */
+void pack_gather(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word);
 bool packs_rescue(struct tm_ctx *ctx); /* as twin_rescue */
+/* The page of that slot has just left the pack that `word` names; the last one takes it along. */
+void pack_left(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word);
 /* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages that
  * were used lately. */
 uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);

@@ -42,6 +42,12 @@ static int64_t unpack(struct world *w, struct actor *a)
     (void)a;
     return (int64_t)tm_unpack(ctx_get(w->seg), 0, UINT64_MAX, &spent_ns);
 }
+static int64_t gather(struct world *w, struct actor *a)
+{
+    (void)a;
+    return (int64_t)tm_compact(ctx_get(w->seg), 1, UINT64_MAX / 2);
+}
+static int64_t flush_first(struct world *w, struct actor *a) { (void)a; return tm_flush(&w->pool, oid, 0, 1); }
 static int64_t get_first(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 0, a->page, 1); }
 static int64_t get_second(struct world *w, struct actor *a) { return tm_get(&w->pool, oid, 1, a->page, 1); }
 static int64_t get_both(struct world *w, struct actor *a)
@@ -267,6 +273,168 @@ static void halves_are_taken_apart(struct world *w)
     nothing_is_left(w);
 }
 
+/* The last page that leaves a pack takes it along, however it goes. */
+static void last_pages_take_their_packs(struct world *w)
+{
+    pack_all(w);
+    int64_t there = packs(w)->pages;
+    for (uint32_t i = 0; i < PAGES; i++)
+        if (i % TM_GROUP)
+            tm_flush(&w->pool, oid, i, 1);
+    expect(packs(w)->pages == there && atomic_load(&w->seg->super->pack_losses) == PAGES - there, "%lld packs, %lld lost",
+           (long long)packs(w)->pages, (long long)atomic_load(&w->seg->super->pack_losses));
+    tm_flush(&w->pool, oid, 0, PAGES / 2);
+    expect(packs(w)->pages == there / 2, "%lld packs are left", (long long)packs(w)->pages);
+    for (uint32_t i = PAGES / 2; i < PAGES; i += TM_GROUP)
+        put_version(&w->pool, i, 2);
+    expect(packs(w)->pages == 0 && packs(w)->bytes == 0, "%lld packs are left", (long long)packs(w)->pages);
+    expect(atomic_load(&w->seg->super->pack_losses) == 0, "%lld pages are lost",
+           (long long)atomic_load(&w->seg->super->pack_losses));
+    for (uint32_t i = PAGES / 2; i < PAGES; i += TM_GROUP)
+        expect(keeps(&w->pool, i, 2), "page %u is lost", i);
+    check(w);
+    nothing_is_left(w);
+}
+
+/* Whoever flushes the last page of a pack is about to remove that, when another one comes by, does it, and another pack of the
+ * same pages comes to its place. */
+static void another_pack_comes_after_the_last(struct world *w)
+{
+    fill(w);
+    finish(0, start(0, pack, 0, 0)); /* by another, so that we begin with the same places */
+    expect(packed(w) == PAGES, "the scenario did not come about");
+    for (uint32_t i = 1; i < PAGES; i++)
+        tm_flush(&w->pool, oid, i, 1);
+    pid_t pid = start(0, flush_first, 130, 0);
+    at_point(0);
+    unpack(w, NULL);
+    expect(packs(w)->pages == 0, "the scenario did not come about");
+    for (uint32_t i = 0; i < PAGES; i++)
+        put_version(&w->pool, i, 2);
+    condense(w, NULL);
+    finish(1, start(1, pack, 0, 0));
+    expect(packed(w) == PAGES, "the scenario did not come about");
+    finish(0, pid);
+    for (uint32_t i = 0; i < PAGES; i++)
+        expect(keeps(&w->pool, i, 2), "page %u is lost", i);
+    check(w);
+    nothing_is_left(w);
+}
+
+/* Two threads flush the last two pages of a pack: at the latest the next look at it removes it, once. */
+static void two_last_pages(struct world *w)
+{
+    pack_all(w);
+    for (uint32_t i = 1; i < TM_GROUP - 1; i++)
+        tm_flush(&w->pool, oid, i, 1);
+    pid_t pid = start(0, flush_first, 41, 0);
+    at_point(0);
+    tm_flush(&w->pool, oid, TM_GROUP - 1, 1);
+    expect(packs(w)->pages == PAGES / TM_GROUP - 1, "the pack is still there");
+    finish(0, pid);
+    expect(packs(w)->pages == PAGES / TM_GROUP - 1, "%lld packs are left", (long long)packs(w)->pages);
+    for (uint32_t i = TM_GROUP; i < PAGES; i++)
+        expect(keeps(&w->pool, i, 1), "page %u is lost", i);
+    check(w);
+    nothing_is_left(w);
+}
+
+/* Many packs, of which most are left by all of their pages, others by all but one. */
+enum { MANY = 1024 };
+static bool stays(uint32_t i) { return i % (2 * TM_GROUP) == 1; }
+static void wear(struct world *w)
+{
+    for (uint32_t i = 0; i < MANY; i++)
+        put_version(&w->pool, i, 1);
+    condense(w, NULL);
+    pack(w, NULL);
+    expect(packed(w) > MANY * 9 / 10, "the scenario did not come about");
+    for (uint32_t i = 0; i < MANY; i++)
+        if (!stays(i))
+            tm_flush(&w->pool, oid, i, 1);
+}
+
+static void worn_are_intact(struct world *w, uint64_t version)
+{
+    for (uint32_t i = 0; i < MANY; i++)
+        expect(!stays(i) || keeps(&w->pool, i, version), "page %u is lost", i);
+    check(w);
+    nothing_is_left(w);
+}
+
+/* Who moves pages together takes worn packs apart, and so gets the memory of both. */
+static void worn_packs_are_not_moved(struct world *w)
+{
+    wear(w);
+    int64_t before = used(w);
+    expect(gather(w, NULL) > 0, "no chunk came free");
+    expect(packs(w)->pages < 16 && used(w) < before * 6 / 10, "%lld packs, %lld bytes of %lld are left", (long long)packs(w)->pages,
+           (long long)used(w), (long long)before);
+    worn_are_intact(w, 1);
+}
+
+/* Pages are put while their packs are taken apart in chunks that are emptied, and packed again: new packs, in the places of
+ * the old ones. */
+static void packed_again_while_gathered(struct world *w)
+{
+    wear(w);
+    pid_t pass = start(0, gather, 129, 2);
+    at_point(0);
+    for (uint32_t i = 0; i < MANY; i++)
+        if (stays(i) || i % 8 < 4)
+            put_version(&w->pool, i, 2);
+    unpack(w, NULL);
+    condense(w, NULL);
+    pack(w, NULL);
+    finish(0, pass);
+    worn_are_intact(w, 2);
+}
+
+static void put_while_gathered(struct world *w)
+{
+    wear(w);
+    pid_t pass = start(0, gather, 123, 2);
+    at_point(0);
+    for (uint32_t i = 0; i < MANY; i++)
+        if (stays(i))
+            put_version(&w->pool, i, 2);
+    finish(0, pass);
+    worn_are_intact(w, 2);
+}
+
+static void death_while_gathering(struct world *w)
+{
+    static const uint32_t points[] = {123, 124, 125, 126, 41, 53};
+    for (unsigned i = 0; i < sizeof points / sizeof *points; i++) {
+        wear(w);
+        pid_t pass = start(0, gather, points[i], 2);
+        at_point(0);
+        die(pass);
+        tm_reap(ctx_get(w->seg));
+        worn_are_intact(w, 1);
+    }
+}
+
+static void death_of_who_flushes_the_last(struct world *w)
+{
+    static const uint32_t points[] = {130, 125, 126};
+    for (unsigned i = 0; i < sizeof points / sizeof *points; i++) {
+        pack_all(w);
+        for (uint32_t j = 1; j < TM_GROUP; j++)
+            tm_flush(&w->pool, oid, j, 1);
+        pid_t pid = start(0, flush_first, points[i], 0);
+        at_point(0);
+        die(pid);
+        tm_reap(ctx_get(w->seg));
+        unpack(w, NULL);
+        expect(packs(w)->pages == PAGES / TM_GROUP - 1, "%lld packs are left", (long long)packs(w)->pages);
+        for (uint32_t j = TM_GROUP; j < PAGES; j++)
+            expect(keeps(&w->pool, j, 1), "page %u is lost", j);
+        check(w);
+        nothing_is_left(w);
+    }
+}
+
 /* A page is put, or flushed, while its pack is taken apart. */
 static void put_while_unpacking(struct world *w)
 {
@@ -417,7 +585,7 @@ static void packed_before_puts_swap(struct world *w)
     nothing_is_left(w);
 }
 
-enum { MANY = 1024, LATER = 10000 };
+enum { LATER = 10000 };
 
 /* Packs of MANY pages, and no memory for more. */
 static uint32_t fill_beside_packs(struct world *w)
@@ -468,12 +636,21 @@ static void packs_give_way_later(struct world *w)
     check(w);
 }
 
+/* All pages are flushed while somebody has the lock, so that their packs stay. */
+static void flush_while_locked(struct world *w)
+{
+    expect(twins_lock(w->seg), "the lock is not free");
+    tm_flush(&w->pool, oid, 0, MANY);
+    twins_unlock(w->seg);
+    expect(packs(w)->pages == MANY / TM_GROUP, "the scenario did not come about");
+}
+
 /* The manager has begun to take packs apart and is at others when a put finds no memory. */
 static void packs_give_way_in_a_round(struct world *w)
 {
     uint64_t spent_ns;
     uint32_t n = fill_beside_packs(w);
-    tm_flush(&w->pool, oid, 0, MANY);
+    flush_while_locked(w);
     tm_unpack(ctx_get(w->seg), 0, 0, &spent_ns);
     expect(put_sized(&w->taken, LATER + n, RAW) == 1, "a put is refused beside packs that nobody needs");
     check(w);
@@ -487,7 +664,7 @@ static void packs_give_way_to_index(struct world *w)
     fill_beside_packs(w);
     for (before = 0; put_sized(&w->taken, far, 0) == 1; before++)
         far += STEP;
-    tm_flush(&w->pool, oid, 0, MANY);
+    flush_while_locked(w);
     for (after = 0; put_sized(&w->taken, far, 0) == 1; after++)
         far += STEP;
     expect(after > 16, "only %u leaves after %u", after, before);
@@ -756,6 +933,14 @@ static const struct scenario scenarios[] = {
     {"halves_are_taken_apart", halves_are_taken_apart},
     {"put_while_unpacking", put_while_unpacking},
     {"another_pack_comes_there", another_pack_comes_there},
+    {"last_pages_take_their_packs", last_pages_take_their_packs},
+    {"another_pack_comes_after_the_last", another_pack_comes_after_the_last},
+    {"two_last_pages", two_last_pages},
+    {"worn_packs_are_not_moved", worn_packs_are_not_moved},
+    {"packed_again_while_gathered", packed_again_while_gathered},
+    {"put_while_gathered", put_while_gathered},
+    {"death_while_gathering", death_while_gathering},
+    {"death_of_who_flushes_the_last", death_of_who_flushes_the_last},
     {"removal_while_packing", removal_while_packing},
     {"reader_before_pack", reader_before_pack},
     {"reader_in_pack", reader_in_pack},
