@@ -155,7 +155,7 @@ static uint64_t read_past_cache(struct hits *h, uint64_t fh, uint64_t start, uin
     return n < 0 ? 0 : (uint64_t)n;
 }
 
-static bool begins(struct wait *w) { return w && (MUTANT(62) || (w->begun = w->begin(w->with))); }
+static bool begins(struct wait *w) { return w && (MUTANT(65) || (w->begun = w->begin(w->with))); }
 
 /* Fill `data` with the missing pages, which are to be put. The last one must end where the file does: else it is for Python. */
 static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages,
