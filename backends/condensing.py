@@ -7,7 +7,7 @@ round begins `ROUND_S` after the last one at the earliest, so a page is cold aft
 more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
 everything while the CPUs are wanted: what programs wait for comes first. A round ends with the equal pages
 of clients that allow it (`_native.Segment.dedup`, native/pair.c), and with packing cold neighbours together
-(`_native.Segment.pack`, native/pack.c), from the same share.
+(`_native.Segment.pack`, native/packing.c), from the same share.
 
 Threading: `step` blocks while it works, the segment's share of two seconds at most; the manager calls it from
 a worker thread, one call at a time.

@@ -16,28 +16,12 @@
  * be moved meanwhile. The pages that it has expanded stay in its context, for who asks for the next one. */
 #include "tm.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 enum {
     GROUP = TM_GROUP,
-    NUMBER = 5,          /* bytes of the group's number: its first slot's */
-    OF_EACH = 2,         /* and for each page, of the block that it had: its size class, and form_before */
-    MOST = TM_PAGE - TM_LEAST_GAIN,
-    GAIN = 16,           /* a pack must save a sixteenth of what its pages take, and ... */
-    LEAST_GAIN = 64,     /* ... so many bytes */
-    RESCUES = 16,        /* packs that are removed for a put that finds no memory, before it tries again */
-    ROOM = 8 * TM_STRIDE_RAW /* of its client's cap that is left to puts meanwhile */
+    RESCUES = 16 /* packs that are removed for a put that finds no memory, before it tries again */
 };
-
-struct tm_packing {
-    uint32_t mask;
-    uint32_t *marks; /* by group: which words of it were looked at */
-    uint32_t hand[TM_MAX_CLIENTS]; /* index at which the next pack may find room */
-};
-
-static uint32_t count_bits(uint32_t members) { return (uint32_t)__builtin_popcount(members); }
-static uint32_t head_of(uint32_t members) { return NUMBER + OF_EACH * count_bits(members); }
 
 /* What the header and the head of the pack in a block say, neither of which is verified here. */
 struct pack {
@@ -56,14 +40,14 @@ static bool parse(const struct tm_block *b, uint64_t most, struct pack *p)
     p->checksum = b->checksum;
     p->length = block_length(p->header);
     p->members = form_members(block_form(p->header)) & ((1u << GROUP) - 1);
-    if (block_kind(p->header) != BLOCK_PACK || p->length <= head_of(p->members) || p->length > TM_PAGE
+    if (block_kind(p->header) != BLOCK_PACK || p->length <= pack_head(p->members) || p->length > TM_PAGE
         || p->length > most - TM_HEADER)
         return false;
     p->group = 0;
-    memcpy(&p->group, payload, NUMBER);
-    for (uint32_t i = 0; i < count_bits(p->members); i++) {
-        p->own[i] = payload[NUMBER + OF_EACH * i];
-        p->before[i] = payload[NUMBER + OF_EACH * i + 1];
+    memcpy(&p->group, payload, PACK_NUMBER);
+    for (uint32_t i = 0; i < pack_count(p->members); i++) {
+        p->own[i] = payload[PACK_NUMBER + PACK_OF_EACH * i];
+        p->before[i] = payload[PACK_NUMBER + PACK_OF_EACH * i + 1];
     }
     return p->group % GROUP == 0;
 }
@@ -94,13 +78,13 @@ static bool expand(struct tm_ctx *ctx, const slot_t *slot, uint64_t word, const 
     if (ctx->unpacked.pack == number && (same || MUTANT(58)))
         return true;
     const uint8_t *payload = (const uint8_t *)(p->block + 1);
-    uint32_t head = head_of(p->members);
+    uint32_t head = pack_head(p->members);
     ctx->unpacked.pack = 0;
     if (p->checksum != block_checksum(p->block, p->header, p->stamp))
         return false;
     KP(46);
     ctx->unpacked.group = p->group;
-    return codec_unpack(ctx, payload + head, p->length - head, ctx->unpacked.pages, count_bits(p->members));
+    return codec_unpack(ctx, payload + head, p->length - head, ctx->unpacked.pages, pack_count(p->members));
 }
 
 static void settle(struct tm_ctx *ctx, const slot_t *slot, uint64_t word, const struct pack *p)
@@ -115,7 +99,7 @@ static void settle(struct tm_ctx *ctx, const slot_t *slot, uint64_t word, const 
 /* The page of member `bit`, among those that are expanded. */
 static const uint8_t *page_of(const struct tm_ctx *ctx, uint32_t members, uint32_t bit)
 {
-    return ctx->unpacked.pages + (size_t)count_bits(members & ((1u << bit) - 1)) * TM_PAGE;
+    return ctx->unpacked.pages + (size_t)pack_count(members & ((1u << bit) - 1)) * TM_PAGE;
 }
 
 int pack_get(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word, uint8_t *page)
@@ -153,9 +137,9 @@ bool pack_holds(struct tm_ctx *ctx, const struct tm_block *b, uint64_t number)
     if (!parse(b, most, &p) || p.checksum != block_checksum(b, p.header, p.stamp))
         return false;
     ctx->unpacked.pack = 0;
-    uint32_t head = head_of(p.members);
+    uint32_t head = pack_head(p.members);
     return (!number || (p.group == number / GROUP * GROUP && p.members >> number % GROUP & 1))
-           && codec_unpack(ctx, (const uint8_t *)(b + 1) + head, p.length - head, ctx->unpacked.pages, count_bits(p.members));
+           && codec_unpack(ctx, (const uint8_t *)(b + 1) + head, p.length - head, ctx->unpacked.pages, pack_count(p.members));
 }
 
 uint32_t pack_stamp(struct tm_segment *seg, uint32_t pool, const slot_t *slot, uint64_t word)
@@ -195,7 +179,7 @@ static uint32_t named(struct tm_segment *seg, uint32_t packs, uint64_t number, u
     return members;
 }
 
-static void lose(struct tm_segment *seg, int64_t pages)
+void pack_lose(struct tm_segment *seg, int64_t pages)
 {
     int64_t now = atomic_load_explicit(&seg->super->pack_losses, memory_order_relaxed);
     while (!atomic_compare_exchange_weak_explicit(&seg->super->pack_losses, &now, now + pages > 0 ? now + pages : 0,
@@ -203,8 +187,7 @@ static void lose(struct tm_segment *seg, int64_t pages)
         ;
 }
 
-/* Remove the pack of that slot if no slot names it; `patience` as in twins_lock_within. */
-static bool remove_pack(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, unsigned *patience)
+bool pack_remove(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, unsigned *patience)
 {
     struct tm_segment *seg = ctx->seg;
     struct pack p;
@@ -223,19 +206,19 @@ static bool remove_pack(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, unsign
         twins_unlock(seg);
     if (gone) {
         look_for_empty(seg);
-        lose(seg, -(int64_t)count_bits(p.members));
+        pack_lose(seg, -(int64_t)pack_count(p.members));
     }
     return gone;
 }
 
 /* The whole group is in one cache line, which was just written. What is seen here may change at once, and another pack come
- * to that place: remove_pack looks again. If somebody else has the lock, who comes by next removes it. */
+ * to that place: pack_remove looks again. If somebody else has the lock, who comes by next removes it. */
 void pack_left(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word)
 {
     struct tm_segment *seg = ctx->seg;
     uint64_t group = slot_number(seg, slot) / GROUP * GROUP;
     slot_t *holder = pack_of(seg, pool, word);
-    lose(seg, 1);
+    pack_lose(seg, 1);
     note_orphans(seg, ORPHAN_PACKS);
     if (!holder || MUTANT(63))
         return;
@@ -245,7 +228,7 @@ void pack_left(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t w
             return;
     }
     KP(130);
-    remove_pack(ctx, packs_of(pool), holder, NULL);
+    pack_remove(ctx, packs_of(pool), holder, NULL);
 }
 
 /* A block for a page that leaves its pack: of its size, or a larger hole, or, if a put waits for what comes free then, where
@@ -330,13 +313,13 @@ static uint32_t take_apart(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, uin
         const uint8_t *page = page_of(ctx, p.members, bit);
         if (kind == BLOCK_LZ4 && (bytes += tm_strides[size_class(codec_compress(ctx, page, ctx->packed))]) >= stride)
             break;
-        if (!unpack(ctx, pool, one, theirs, page, kind, p.before[count_bits(p.members & ((1u << bit) - 1))],
+        if (!unpack(ctx, pool, one, theirs, page, kind, p.before[pack_count(p.members & ((1u << bit) - 1))],
                     word & SLOT_VALUE, found))
             break;
         done++;
     }
     if (done == all)
-        remove_pack(ctx, packs, slot, patience);
+        pack_remove(ctx, packs, slot, patience);
     return done;
 }
 
@@ -354,7 +337,7 @@ static uint32_t own_bytes(const struct pack *p, uint32_t living)
 
 static bool is_worn(const struct pack *p, uint32_t living, uint32_t stride)
 {
-    return own_bytes(p, living) + LEAST_GAIN <= stride;
+    return own_bytes(p, living) + PACK_LEAST_GAIN <= stride;
 }
 
 static void count_pack(const struct pack *p, uint32_t living, uint32_t stride, struct tm_condensed *found)
@@ -384,7 +367,7 @@ void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, b
     uint32_t stride = stride_at(seg, word & SLOT_VALUE);
     uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
     if (!living || MUTANT(55)) {
-        remove_pack(ctx, pool, slot, NULL);
+        pack_remove(ctx, pool, slot, NULL);
         return;
     }
     if (hot || (is_worn(&p, living, stride) && !MUTANT(59))) {
@@ -409,7 +392,7 @@ void pack_gather(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word)
         return;
     uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
     if (!living)
-        remove_pack(ctx, pool, slot, NULL);
+        pack_remove(ctx, pool, slot, NULL);
     else if (own_bytes(&p, living) * 2 <= stride_at(seg, word & SLOT_VALUE))
         take_apart(ctx, pool, slot, word, BLOCK_ZSTD, NULL, NULL);
 }
@@ -476,9 +459,9 @@ static uint32_t rescue_chunk(struct tm_ctx *ctx, uint32_t c, uint32_t most, unsi
             continue;
         uint32_t living = named(seg, pool, slot_number(seg, slot), p.group);
         if (!living)
-            freed += remove_pack(ctx, pool, slot, patience);
+            freed += pack_remove(ctx, pool, slot, patience);
         else if (is_worn(&p, living, stride_at(seg, word & SLOT_VALUE)))
-            freed += take_apart(ctx, pool, slot, word, BLOCK_LZ4, NULL, patience) == count_bits(living);
+            freed += take_apart(ctx, pool, slot, word, BLOCK_LZ4, NULL, patience) == pack_count(living);
     }
     return freed;
 }
@@ -496,227 +479,4 @@ bool packs_rescue(struct tm_ctx *ctx)
     if (freed) /* there may be more where we stopped */
         note_orphans(seg, ORPHAN_PACKS);
     return freed;
-}
-
-/* ---- Packing ------------------------------------------------------------------------------------------------- */
-
-struct view { /* a page as it was seen */
-    slot_t *slot;
-    uint64_t word;
-    uint32_t stride, form;
-};
-
-enum outcome { PACKED, IN_VAIN, NO_ROOM };
-
-/* Put the `n` pages in ctx->unpacked.pages, from `from` on, into one pack, if that saves enough. */
-static enum outcome pack(struct tm_ctx *ctx, struct tm_packing *t, uint32_t pool, struct view *views, uint32_t from,
-                         uint32_t n)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t packs = packs_of(pool), members = 0, sum = 0, joined = 0;
-    uint64_t number = slot_number(seg, views[from].slot), group = number / GROUP * GROUP, word = 0;
-    if (!has_cap_for(seg, ctx->payer, ROOM))
-        return NO_ROOM;
-    /* First: a new leaf may have to evict pages, and what these are compressed to goes where the pack is made. */
-    slot_t *slot = MUTANT(66) ? NULL : free_slot(ctx, packs, &t->hand[packs / TM_CLIENT_POOLS], &word);
-    if (!slot && !MUTANT(66))
-        return NO_ROOM;
-    uint8_t *to = ctx->packed + NUMBER;
-    memcpy(ctx->packed, &group, NUMBER);
-    for (uint32_t i = from; i < from + n; i++) {
-        members |= 1u << slot_number(seg, views[i].slot) % GROUP;
-        sum += views[i].stride;
-        *to++ = (uint8_t)size_class(views[i].stride - TM_HEADER);
-        *to++ = (uint8_t)form_before(views[i].form);
-    }
-    uint32_t head = head_of(members);
-    uint32_t length = codec_pack(seg, condense_level(seg), ctx->unpacked.pages + (size_t)from * TM_PAGE, n, to, MOST - head);
-    uint32_t bin = BIN_PERSISTENT + size_class(head + length), stride = bin_stride(bin);
-    if (!length || stride + (sum / GAIN > LEAST_GAIN ? sum / GAIN : LEAST_GAIN) > sum)
-        return IN_VAIN;
-    if (MUTANT(66))
-        slot = free_slot(ctx, packs, &t->hand[packs / TM_CLIENT_POOLS], &word);
-    uint64_t block = slot ? block_spare(ctx, bin) : 0;
-    if (!block)
-        return NO_ROOM;
-    bool same = true; /* pages may have been moved to make room for it */
-    for (uint32_t i = from; i < from + n; i++)
-        same = same && !slot_changed(views[i].slot, views[i].word);
-    block_write(block_at(seg, block), slot_number(seg, slot), pack_form(members), head + length, ctx->packed);
-    if (!same || (!MUTANT(60) && !twins_lock(seg))) {
-        block_free_new(ctx);
-        return NO_ROOM;
-    }
-    KP(127);
-    if (!slot_replace(ctx, packs, slot, &word, slot_next(word, SLOT_BLOCK, block))) {
-        block_free_new(ctx);
-        if (!MUTANT(60))
-            twins_unlock(seg);
-        return NO_ROOM;
-    }
-    KP(121);
-    int64_t saved = 0;
-    for (uint32_t i = from; i < from + n; i++) {
-        struct view *v = &views[i];
-        if (MUTANT(52))
-            v->word = atomic_load(v->slot);
-        if (slot_replace(ctx, pool, v->slot, &v->word,
-                         slot_next(v->word, SLOT_PACKED, slot_number(seg, slot)) | (v->word & SLOT_FREQ))) {
-            joined++;
-            saved += v->stride;
-        }
-        KP(122);
-    }
-    if (!MUTANT(60))
-        twins_unlock(seg);
-    atomic_fetch_add_explicit(&seg->super->packed, joined, memory_order_relaxed);
-    atomic_fetch_add_explicit(&seg->super->packed_bytes, joined ? saved - stride : 0, memory_order_relaxed);
-    lose(seg, (int64_t)n - joined);
-    if (!joined)
-        remove_pack(ctx, packs, slot, NULL);
-    return PACKED;
-}
-
-/* The cold condensed pages of a group; how many. `*warm`: others may become so. */
-static uint32_t candidates(struct tm_ctx *ctx, uint64_t group, bool all, struct view *views, bool *warm)
-{
-    struct tm_segment *seg = ctx->seg;
-    uint32_t n = 0;
-    for (uint32_t bit = 0; bit < GROUP; bit++) {
-        struct view v = {.slot = at(seg, (group + bit) * 8)};
-        v.word = atomic_load_explicit(v.slot, memory_order_acquire);
-        uint64_t block = v.word & SLOT_VALUE;
-        if (slot_type(v.word) != SLOT_BLOCK || !in_data(seg, block * 16))
-            continue;
-        if (!all && block_is_warm(seg, block)) {
-            *warm = true;
-            continue;
-        }
-        uint64_t header = atomic_load(&block_at(seg, block)->word);
-        v.form = block_form(header);
-        v.stride = stride_at(seg, block);
-        if (header_slot(header) == group + bit && block_kind(header) == BLOCK_ZSTD && v.stride >= TM_STRIDE_MIN
-            && v.stride < TM_STRIDE_RAW)
-            views[n++] = v;
-    }
-    return n;
-}
-
-static uint32_t mark_of(struct tm_segment *seg, uint64_t group)
-{
-    uint64_t mark = group;
-    for (uint32_t bit = 0; bit < GROUP; bit++)
-        mark = (mark ^ (atomic_load_explicit((slot_t *)at(seg, (group + bit) * 8), memory_order_relaxed) & ~SLOT_FREQ))
-               * UINT64_C(0x9fb21c651e98df25);
-    return (uint32_t)(mark >> 32) | 1;
-}
-
-static bool visit_group(struct tm_ctx *ctx, void *memory, uint32_t pool, uint64_t group, bool all)
-{
-    struct tm_segment *seg = ctx->seg;
-    struct tm_packing *t = memory;
-    struct view views[GROUP];
-    bool warm = false;
-    uint32_t mark = mark_of(seg, group), *marked = &t->marks[group / GROUP & t->mask];
-    if (*marked == mark)
-        return false; /* seen, and not changed since */
-    uint32_t n = candidates(ctx, group, all, views, &warm), good = 0;
-    if (!warm)
-        *marked = mark;
-    if (n < 2)
-        return false;
-    ctx->unpacked.pack = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        uint64_t block = views[i].word & SLOT_VALUE;
-        if (!block_read(ctx, block_at(seg, block), slot_number(seg, views[i].slot), seg->size - block * 16,
-                        ctx->unpacked.pages + (size_t)good * TM_PAGE) || slot_changed(views[i].slot, views[i].word))
-            continue;
-        views[good++] = views[i];
-    }
-    if (good < 2)
-        return true;
-    KP(128);
-    enum outcome came = pack(ctx, t, pool, views, 0, good);
-    if (came == IN_VAIN && good > 2) { /* all are too many for a block: two and two, or two of three */
-        came = pack(ctx, t, pool, views, 0, 2);
-        if (good == 4 && came != NO_ROOM)
-            came = pack(ctx, t, pool, views, 2, 2);
-    }
-    if (came == NO_ROOM)
-        *marked = 0;
-    return true;
-}
-
-/* May neighbours of this pool be packed? Inside an operation: whoever destroys it, or its packs, waits for us. */
-static bool may_pack(struct tm_segment *seg, uint32_t pool)
-{
-    if (pool >= TM_FIRST_SHARED || is_originals(pool))
-        return false;
-    const struct tm_pool *p = &seg->pools[pool];
-    uint32_t client = payer_of(seg, pool);
-    return atomic_load(&p->state) == LIVE && p->persistent && !p->link && atomic_load(&seg->clients[client].state) == LIVE
-           && atomic_load_explicit(&seg->clients[client].codec, memory_order_relaxed) != CODEC_NONE
-           && !phase_of(seg, client) && atomic_load(&seg->pools[packs_of(pool)].state) == LIVE;
-}
-
-/* Each client with persistent pages has a pool of packs. */
-static void prepare(struct tm_ctx *ctx)
-{
-    struct tm_segment *seg = ctx->seg;
-    for (uint32_t id = 0; id < TM_MAX_CLIENTS; id++) {
-        uint32_t serial = atomic_load(&seg->clients[id].serial), pool, pool_serial, first = id * TM_CLIENT_POOLS;
-        struct pool_wish wish = {.persistent = true, .id = (int)(TM_CLIENT_POOLS - 1)};
-        int64_t pages = 0;
-        for (uint32_t p = first; p < first + TM_USER_POOLS; p++)
-            if (atomic_load(&seg->pools[p].state) == LIVE && seg->pools[p].persistent)
-                pages += atomic_load(&seg->pools[p].pages);
-        if (pages && atomic_load(&seg->clients[id].state) == LIVE
-            && atomic_load(&seg->pools[packs_of(first)].state) == FREE)
-            pool_new(ctx, id, serial, &wish, &pool, &pool_serial);
-    }
-}
-
-void packs_free(struct tm_segment *seg)
-{
-    struct tm_packing *t = seg->packing.memory;
-    if (t)
-        free(t->marks);
-    free(t);
-}
-
-static void *make_packing(const struct tm_segment *seg)
-{
-    uint64_t size = 1024;
-    while (size < (uint64_t)seg->nchunks * 8) /* as many groups as memory has of pages of 2 KiB */
-        size *= 2;
-    struct tm_packing *t = calloc(1, sizeof *t);
-    if (t && (t->marks = calloc(size, sizeof *t->marks))) {
-        t->mask = (uint32_t)size - 1;
-        return t;
-    }
-    free(t);
-    return NULL;
-}
-
-static uint32_t makes_in(const struct tm_segment *seg, uint32_t pool)
-{
-    (void)seg;
-    return packs_of(pool);
-}
-
-uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns)
-{
-    static const struct tm_walk walk = {.step = GROUP, .may = may_pack, .makes_in = makes_in, .visit = visit_group};
-    struct tm_segment *seg = ctx->seg;
-    uint64_t began = timing_cpu(), place = 0;
-    struct tm_packing *t = atomic_load(&seg->super->pack) ? pass_begin(seg, &seg->packing, make_packing) : NULL;
-    if (t) {
-        if (!first)
-            prepare(ctx);
-        place = pass_walk(ctx, &walk, t, first, time_after(began, most_ns), warm);
-        pass_end(&seg->packing);
-    }
-    *spent_ns = timing_cpu() - began;
-    atomic_fetch_add_explicit(&seg->super->packing_ns, *spent_ns, memory_order_relaxed);
-    return place;
 }

@@ -656,6 +656,11 @@ slot_t *free_slot(struct tm_ctx *ctx, uint32_t pool, uint32_t *hand, uint64_t *w
 /* pack.c: cold neighbours of persistent pools in one block */
 static inline bool is_packs(uint32_t pool) { return pool < TM_FIRST_SHARED && pool % TM_CLIENT_POOLS == TM_CLIENT_POOLS - 1; }
 static inline uint32_t packs_of(uint32_t pool) { return pool / TM_CLIENT_POOLS * TM_CLIENT_POOLS + TM_CLIENT_POOLS - 1; }
+/* A pack's payload begins with its group's number, that of its first slot, and for each page, of the block that it had: its
+ * size class, and form_before. */
+enum { PACK_NUMBER = 5, PACK_OF_EACH = 2, PACK_LEAST_GAIN = 64 /* bytes that it must save */ };
+static inline uint32_t pack_count(uint32_t members) { return (uint32_t)__builtin_popcount(members); }
+static inline uint32_t pack_head(uint32_t members) { return PACK_NUMBER + PACK_OF_EACH * pack_count(members); }
 /* The page of a slot of that word; as slot_get, but never away. The caller looks again. */
 int pack_get(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word, uint8_t *page);
 /* Of the block of the pack that the slot's word names, 0: it is none of this slot's group. */
@@ -666,15 +671,20 @@ void pack_tend(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word, b
 /* The same by who would move it otherwise: taken apart if that saves half of it. */
 void pack_gather(struct tm_ctx *ctx, uint32_t pool, slot_t *slot, uint64_t word);
 bool packs_rescue(struct tm_ctx *ctx); /* as twin_rescue */
+/* Remove the pack of that slot if no slot names it; `patience` as in twins_lock_within. */
+bool pack_remove(struct tm_ctx *ctx, uint32_t packs, slot_t *slot, unsigned *patience);
+void pack_lose(struct tm_segment *seg, int64_t pages); /* so many more have left packs that stay; or fewer */
 /* The page of that slot has just left the pack that `word` names; the last one takes it along. */
 void pack_left(struct tm_ctx *ctx, uint32_t pool, const slot_t *slot, uint64_t word);
-/* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages that
- * were used lately. */
-uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
-/* Take apart packs that have lost pages; the same. */
+/* Take apart packs that have lost pages: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. */
 uint64_t tm_unpack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, uint64_t *spent_ns);
 /* Is there a pack in `b` that can be expanded, and does it have the page of slot `number`? For the check. */
 bool pack_holds(struct tm_ctx *ctx, const struct tm_block *b, uint64_t number);
+
+/* packing.c */
+/* The background pass: one visit of chunks from `first` on, for most_ns of CPU time; where to go on. `warm`: also pages that
+ * were used lately. */
+uint64_t tm_pack(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 void packs_free(struct tm_segment *seg);
 
 /* index.c */
