@@ -28,7 +28,8 @@ PID_ATTRIBUTE = b"user.tmem.pid"
 STATISTICS_ATTRIBUTE = b"user.tmem.statistics"
 RESTART_ATTRIBUTE = b"user.tmem.restart"
 _POLL_SECONDS = 0.02
-_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED)
+"""The last one is of a request on a ring of io_uring that has just been closed."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The life of a mount: it answers when the command is back, ends cleanly, and survives a killed daemon."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -81,6 +82,16 @@ def test_a_killed_daemon_leaves_a_mount_that_the_next_one_sweeps(mounter: Mounte
     again = mounter()
     assert (again.point / "file").read_text() == "before"
     assert mount_kinds(place.point) == ["fuse.tmem"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED])
+def test_a_mount_is_dead_by_any_error_that_says_so(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def stat(path: str) -> os.stat_result:
+        raise OSError(code, os.strerror(code), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stat)
+        assert mounts.is_dead("/somewhere")
 
 
 def test_a_dead_mount_can_be_unmounted(place: Place) -> None:
