@@ -20,6 +20,7 @@ from .cache import GuestError
 
 _HEADER = struct.Struct("<III")
 _CHUNK = 32768
+_BEGINS_S, _AGAIN_S = 20.0, 0.2
 _RUN, _INPUT, _SIGNAL, _PING = 1, 2, 3, 4
 _HELLO, _OUTPUT, _ERRORS, _TAKEN, _ENDED, _STARTED, _BUSY, _PONG = range(16, 24)
 
@@ -51,6 +52,7 @@ class Command:
         self._taken = True
         self._rc: int | None = None
         self._failure: str | None = None
+        self._begins_by = time.monotonic() + _BEGINS_S
         self.pid: int | None = None
         """Its process id in the guest, once the agent has said so."""
 
@@ -132,10 +134,24 @@ class Command:
             elif kind == _STARTED:
                 (self.pid,) = struct.unpack("<i", data)
             elif kind == _BUSY:
-                self._failure = "too many commands run in this guest at once"
+                if time.monotonic() < self._begins_by:  # the guest is still making processes for them
+                    threading.Timer(_AGAIN_S, self._begin_again).start()
+                else:
+                    self._failure = "too many commands run in this guest at once"
             elif kind == _ENDED:
                 self._rc = os.waitstatus_to_exitcode(struct.unpack("<i", data)[0])
             self._changed.notify_all()
+
+    def begin(self) -> None:
+        """Have it run. For the channel only."""
+        payload = b"".join(os.fsencode(argument) + b"\0" for argument in self.argv)
+        if len(payload) > _CHUNK:
+            raise GuestError(f"{self}: {len(payload)} bytes are too long for a command: give them as input")
+        self._channel.send(_RUN, self._number, payload)
+
+    def _begin_again(self) -> None:
+        with suppress(GuestError):  # the guest is gone, which all commands are told
+            self.begin()
 
     def fail(self, reason: str) -> None:
         """Note that nothing more can come. For the channel only."""
@@ -179,12 +195,9 @@ class Channel:
     def start(self, argv: Sequence[str]) -> Command:
         """Start a command with an open standard input."""
         number = next(self._numbers)
-        payload = b"".join(os.fsencode(argument) + b"\0" for argument in argv)
-        if len(payload) > _CHUNK:
-            raise GuestError(f"{self.name}: a command of {len(payload)} bytes is too long: give it as input")
         command = Command(self, number, tuple(argv))
         self._commands[number] = command
-        self.send(_RUN, number, payload)
+        command.begin()
         return command
 
     def ping(self, timeout_s: float) -> bool:
