@@ -2,12 +2,11 @@
 
 The core does it (`_native.Segment.condense`, native/dense.c): it goes over the chunks, and pages that were
 neither put nor got between two visits of their chunk are compressed again with zstd, at the segment's level.
-This says how often: a
-round begins `ROUND_S` after the last one at the earliest, so a page is cold after that time, and takes no
-more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in plenty, and
-everything while the CPUs are wanted: what programs wait for comes first. A round ends with the equal pages
-of clients that allow it (`_native.Segment.dedup`, native/pair.c), and with packing cold neighbours together
-(`_native.Segment.pack`, native/packing.c), from the same share.
+This says how often: a round begins `ROUND_S` after the last one at the earliest, so a page is cold after that
+time, and takes no more than the segment's share of one CPU. Ephemeral pages are left alone while memory is in
+plenty, and everything while the CPUs are wanted: what programs wait for comes first. A round ends with the
+equal pages of clients that allow it (`_native.Segment.dedup`, native/pair.c), and with packing cold
+neighbours together (`_native.Segment.pack`, native/packing.c), from the same share.
 
 Threading: `step` blocks while it works, the segment's share of two seconds at most; the manager calls it from
 a worker thread, one call at a time.

@@ -121,7 +121,7 @@ class Repatriator:
         if code:
             self._look_for_left()
             rule.ended(self._look(), 0, stopped=True)
-            raise TmemError(said.partition("tmem: ")[2] or said or f"the pass ended with status {code}")
+            raise _failure("the pass", code, said)
         done = json.loads(said)
         returned, dropped, stopped = done["returned_bytes"], done["dropped_pages"], done["stopped"]
         rule.ended(self._look(), returned, bool(stopped))
@@ -143,7 +143,7 @@ class Repatriator:
         self._completes_s += _AGAIN_S
         code, said = await self._run([*self._command, "--complete"])
         if code:
-            raise TmemError(said.partition("tmem: ")[2] or said or f"completing ended with status {code}")
+            raise _failure("completing", code, said)
         self._completes_s = float("inf")
         if json.loads(said)["dropped_pages"]:
             _log.warning("a pass was killed on the way: what it had left unused is in use again")
@@ -152,6 +152,10 @@ class Repatriator:
         self._output.unlink(missing_ok=True)
         code = await _end_of(processes.spawn(command, os.environ, self._output))
         return code, processes.last_line(self._output)
+
+
+def _failure(what: str, code: int | None, said: str) -> TmemError:
+    return TmemError(said.partition("tmem: ")[2] or said or f"{what} ended with status {code}")
 
 
 async def _end_of(pid: int) -> int | None:

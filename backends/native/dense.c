@@ -162,18 +162,18 @@ static uint32_t visit(struct tm_ctx *ctx, uint32_t c, uint32_t from, uint64_t un
         hot = 0;
     *vain &= ~now;
     for (uint32_t bit = 0; bit < TM_CHUNK / stride; bit++) {
+        uint32_t last = kib;
         if (bit * stride / 1024 < from)
             continue;
-        if (worked && bit * stride / 1024 != kib && timing_cpu() >= until_ns) {
-            kib = bit * stride / 1024;
+        kib = bit * stride / 1024;
+        if (worked && kib != last && timing_cpu() >= until_ns) {
             uint64_t rest = UINT64_MAX << kib; /* as if we had not come by there */
             atomic_fetch_or(&touched->now, now & rest);
             atomic_store(&touched->before, (atomic_load(&touched->before) & ~rest) | (before & rest));
             *vain |= in_vain;
             return kib;
         }
-        worked = worked && bit * stride / 1024 == kib;
-        kib = bit * stride / 1024;
+        worked = worked && kib == last;
         uint64_t granule = UINT64_C(1) << kib;
         uint64_t due = what & CONDENSE_LOOSE ? granule : (cold | hot) & granule;
         if (!bit_is_set(d, bit))

@@ -1,4 +1,4 @@
-/* What passes in the background that look at the slots of all leaves have in common (pair.c, pack.c): one of a kind at a time in
+/* What passes in the background that look at the slots of all leaves have in common (pair.c, packing.c): one of a kind at a time in
  * a process, what it remembers in that process's memory, the way from leaf to leaf as long as there is time, what is warm,
  * and slots for what it makes in pools of the core's own. */
 #include "tm.h"

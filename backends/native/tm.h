@@ -635,7 +635,7 @@ void twins_sweep(struct tm_ctx *ctx); /* all originals without twins, and twins 
 uint64_t tm_dedup(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
 void twins_free(struct tm_segment *seg);
 
-/* pass.c: what these passes, and those of pack.c, have in common */
+/* pass.c: what these passes, and that of packing.c, have in common */
 struct tm_walk {
     uint32_t step; /* slots that are visited together */
     bool (*may)(struct tm_segment *seg, uint32_t pool); /* are slots of that pool visited? Inside an operation: it stays so */

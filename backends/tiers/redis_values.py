@@ -43,18 +43,12 @@ _GROUP_BITS = 4
 """So many values that follow each other have one hash slot, so that small batches concern one node."""
 
 
-def packed(records: Sequence["Buffer"]) -> list[memoryview]:
-    """Return the values that hold the records, in order, as many in each as go into it."""
-    room, starts, ends = _native.pack(list(records), VALUE_BYTES, MAX_RECORDS, None, 0, 0)
-    whole = memoryview(room)
-    return [whole[start:end] for start, end in zip(starts, ends, strict=True)]
-
-
 class Packed:
-    """The values of a batch of records, `packed`, in memory that is written to again once nobody needs them.
+    """The values that hold the records of a batch, in order, as many in each as go into it.
 
-    They lie in `room`, if that is given and large enough, else in a new one, with space for the commands that
-    store them around each: so a command is sent in one piece, from where it lies.
+    They lie in `room`, which is written to again once nobody needs what it held, if one is given and large
+    enough, else in a new one; with space for the commands that store them around each: so a command is sent
+    in one piece, from where it lies.
     """
 
     def __init__(self, records: Sequence["Buffer"], room: bytearray | None = None) -> None:

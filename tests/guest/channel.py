@@ -46,6 +46,9 @@ class Command:
         self.argv = argv
         self._channel = channel
         self._number = number
+        self._payload = b"".join(os.fsencode(argument) + b"\0" for argument in argv)
+        if len(self._payload) > _CHUNK:
+            raise GuestError(f"{self}: {len(self._payload)} bytes are too long: give them as input")
         self._output = bytearray()
         self._errors = bytearray()
         self._changed = threading.Condition()
@@ -144,10 +147,7 @@ class Command:
 
     def begin(self) -> None:
         """Have it run. For the channel only."""
-        payload = b"".join(os.fsencode(argument) + b"\0" for argument in self.argv)
-        if len(payload) > _CHUNK:
-            raise GuestError(f"{self}: {len(payload)} bytes are too long for a command: give them as input")
-        self._channel.send(_RUN, self._number, payload)
+        self._channel.send(_RUN, self._number, self._payload)
 
     def _begin_again(self) -> None:
         with suppress(GuestError):  # the guest is gone, which all commands are told

@@ -79,6 +79,14 @@ static void pack_all(struct world *w)
     expect(packed(w) == PAGES, "the scenario did not come about: %lld pages are packed", (long long)packed(w));
 }
 
+/* So we begin with the same places as it did. */
+static void pack_all_by_another(struct world *w)
+{
+    fill(w);
+    finish(0, start(0, pack, 0, 0));
+    expect(packed(w) == PAGES, "the scenario did not come about");
+}
+
 static void all_but_first_are_intact(struct world *w)
 {
     for (uint32_t i = 1; i < PAGES; i++)
@@ -300,9 +308,7 @@ static void last_pages_take_their_packs(struct world *w)
  * same pages comes to its place. */
 static void another_pack_comes_after_the_last(struct world *w)
 {
-    fill(w);
-    finish(0, start(0, pack, 0, 0)); /* by another, so that we begin with the same places */
-    expect(packed(w) == PAGES, "the scenario did not come about");
+    pack_all_by_another(w);
     for (uint32_t i = 1; i < PAGES; i++)
         tm_flush(&w->pool, oid, i, 1);
     pid_t pid = start(0, flush_first, 130, 0);
@@ -453,9 +459,7 @@ static void put_while_unpacking(struct world *w)
 /* While a pack is taken apart its pages are put, and packed again: another pack has its place, and its pages name that. */
 static void another_pack_comes_there(struct world *w)
 {
-    fill(w);
-    finish(0, start(0, pack, 0, 0)); /* by another, so that we begin with the same places */
-    expect(packed(w) == PAGES, "the scenario did not come about");
+    pack_all_by_another(w);
     for (uint32_t i = 0; i < PAGES; i++)
         if (i % TM_GROUP > 1)
             tm_flush(&w->pool, oid, i, 1);

@@ -2,8 +2,9 @@
 
 import random
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import hiredis
 import pytest
@@ -16,6 +17,17 @@ from tmem.backends.tiers.contract import MAX_LOCATION, MAX_RECORD_BYTES, MIN_REC
 
 from .contract import IDENTITY, OTHERS, record, records
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+def packed(records: Sequence["Buffer"]) -> list[memoryview]:
+    """Return the values that hold the records, side by side, with nothing around them."""
+    sizes = values.VALUE_BYTES, values.MAX_RECORDS
+    room, starts, ends = _native.pack(list(records), *sizes, None, 0, 0)
+    whole = memoryview(room)
+    return [whole[start:end] for start, end in zip(starts, ends, strict=True)]
+
 
 def unpacked(value: bytes | memoryview) -> list[bytes | None]:
     """The records of a value beside which others lie."""
@@ -24,22 +36,22 @@ def unpacked(value: bytes | memoryview) -> list[bytes | None]:
 
 def test_records_come_back_in_order() -> None:
     batch = records(0, 300)
-    found = values.packed([memoryview(array("B", one)) for one in batch])
+    found = packed([memoryview(array("B", one)) for one in batch])
     at = 0
-    for packed in found:
-        group = batch[at : at + packed[0]]
+    for value in found:
+        group = batch[at : at + value[0]]
         at += len(group)
-        assert len(packed) <= values.VALUE_BYTES
-        assert packed == values.pack(group)
-        assert unpacked(packed) == group
-        around = b"$9\r\n" + packed + b"\r\n"
-        assert values.unpack(bytearray(around), 4, 4 + len(packed)) == (group, sum(map(len, group)), False)
+        assert len(value) <= values.VALUE_BYTES
+        assert value == values.pack(group)
+        assert unpacked(value) == group
+        around = b"$9\r\n" + value + b"\r\n"
+        assert values.unpack(bytearray(around), 4, 4 + len(value)) == (group, sum(map(len, group)), False)
     assert at == len(batch)
 
 
 @pytest.mark.parametrize("length", [MIN_RECORD_BYTES, 1850, MAX_RECORD_BYTES])
 def test_values_are_filled(length: int) -> None:
-    found = values.packed([record(n, length) for n in range(200)])
+    found = packed([record(n, length) for n in range(200)])
     for value in found[:-1]:
         full = value[0] == values.MAX_RECORDS
         assert full or len(value) + length + 2 > values.VALUE_BYTES
@@ -50,7 +62,7 @@ def test_values_lie_where_others_did() -> None:
     large, small = records(0, 60), records(100, 50)
     used = values.Packed(large).room
     assert values.Packed(small, used).room is used
-    exact = bytearray(sum(len(value) + 130 for value in values.packed(large)))
+    exact = bytearray(sum(len(value) + 130 for value in packed(large)))
     assert values.Packed(large, exact).room is exact
     short = exact[:-1]
     before = bytes(short)
@@ -67,7 +79,7 @@ def test_what_is_sent_stores_and_removes_values() -> None:
             batch = [record(n) for n in range(count)]
             stored = values.Packed(batch, room)
             room = stored.room
-            wanted = values.packed(batch)
+            wanted = packed(batch)
             numbers = [rng.choice((n + 1, values.MAX_NUMBER - n)) for n in range(len(wanted))]
             keys = [values.key(start, number) for number in numbers]
             assert cut(stored.sets(start, numbers)) == [
@@ -112,13 +124,13 @@ def test_runs_of_one_slot(numbers: list[int]) -> None:
 
 
 def test_what_no_value_can_hold_is_refused() -> None:
-    assert values.packed([]) == []
+    assert packed([]) == []
     for wrong in (bytes(values.VALUE_BYTES - 2), bytes(70_000)):
         with pytest.raises(ValueError, match="longer than a value"):
-            values.packed([b"a record", wrong, b"another"])
-    assert len(values.packed([bytes(values.VALUE_BYTES - 3)])[0]) == values.VALUE_BYTES
+            packed([b"a record", wrong, b"another"])
+    assert len(packed([bytes(values.VALUE_BYTES - 3)])[0]) == values.VALUE_BYTES
     with pytest.raises(BufferError):  # not contiguous
-        values.packed([b"a record", memoryview(b"every other")[::2]])
+        packed([b"a record", memoryview(b"every other")[::2]])
     for most in (0, 256):
         with pytest.raises(ValueError, match="1 to 255"):
             _native.pack([b"a record"], 100, most, None, 0, 0)
