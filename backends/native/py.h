@@ -57,6 +57,7 @@ PyObject *exporter_new(PoolObject *pool, int changes);
 const uint8_t *uuid_of(PyObject *arg); /* NULL with an exception */
 int word_of(PyObject *value, const char *const *words, unsigned n, const char *what); /* -1 with an exception */
 int set_number(PyObject *dict, const char *key, int64_t value);
+int append_new(PyObject *list, PyObject *item); /* lets go of the item; -1 with an exception, also if it is NULL */
 
 struct rings;
 struct rings *rings_taken(PyObject *from); /* the caller's from now on; NULL with an exception */

@@ -335,10 +335,8 @@ static PyObject *authorised(ClientObject *self, PyObject *unused)
     for (uint32_t i = 0; list && i < TM_MAX_UUIDS; i++) {
         if (!(atomic_load(&c->uuids_used) >> i & 1))
             continue;
-        PyObject *item = PyBytes_FromStringAndSize((const char *)c->uuids[i], TM_UUID);
-        if (!item || PyList_Append(list, item))
+        if (append_new(list, PyBytes_FromStringAndSize((const char *)c->uuids[i], TM_UUID)))
             Py_CLEAR(list);
-        Py_XDECREF(item);
     }
     return list;
 }
@@ -401,10 +399,8 @@ static PyObject *pools(ClientObject *self, PyObject *unused)
         uint32_t pool = self->id * TM_CLIENT_POOLS + i;
         if (atomic_load(&self->owner->seg->pools[pool].state) != 1)
             continue;
-        PyObject *item = pool_wrap(self->owner, pool, atomic_load(&self->owner->seg->pools[pool].serial));
-        if (!item || PyList_Append(list, item))
+        if (append_new(list, pool_wrap(self->owner, pool, atomic_load(&self->owner->seg->pools[pool].serial))))
             Py_CLEAR(list);
-        Py_XDECREF(item);
     }
     return list;
 }

@@ -253,11 +253,9 @@ static bool add_extent(void *arg, uint64_t first, uint64_t n, bool stored)
     uint64_t start = first * TM_PAGE, end = (first + n) * TM_PAGE;
     start = start < e->offset ? e->offset : start;
     end = end > e->end ? e->end : end;
-    PyObject *item = Py_BuildValue("(KKi)", (unsigned long long)start, (unsigned long long)(end - start),
-                                   stored ? 0 : EXTENT_HOLE_ZERO);
-    int rc = item ? PyList_Append(e->list, item) : -1;
-    Py_XDECREF(item);
-    return rc == 0 && PyList_Size(e->list) < e->most;
+    PyObject *extent = Py_BuildValue("(KKi)", (unsigned long long)start, (unsigned long long)(end - start),
+                                     stored ? 0 : EXTENT_HOLE_ZERO);
+    return !append_new(e->list, extent) && PyList_Size(e->list) < e->most;
 }
 
 static PyObject *device_extents(DeviceObject *self, PyObject *const *args, Py_ssize_t nargs)

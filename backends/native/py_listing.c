@@ -137,9 +137,7 @@ static bool add_row(struct listing *one, void *list)
     PyObject *row = all ? Py_BuildValue("KKIiN", (unsigned long long)one->fh, (unsigned long long)one->nodeid, one->generation,
                                         one->fd, all)
                         : NULL;
-    int rc = row ? PyList_Append(list, row) : -1;
-    Py_XDECREF(row);
-    return !rc;
+    return !append_new(list, row);
 }
 
 static PyObject *saved(ListingsObject *self, PyObject *unused)

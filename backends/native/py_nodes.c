@@ -252,10 +252,7 @@ struct views {
 static bool add_view(struct node *one, void *with)
 {
     struct views *views = with;
-    PyObject *view = view_of(views->nodes, one);
-    int rc = view ? PyList_Append(views->list, view) : -1;
-    Py_XDECREF(view);
-    return !rc;
+    return !append_new(views->list, view_of(views->nodes, one));
 }
 
 static PyObject *all(NodesObject *self, PyObject *unused)

@@ -192,10 +192,7 @@ static PyObject *flush_object(PoolObject *self, PyObject *arg)
 
 static bool add_run(void *list, uint64_t first, uint64_t n, bool stored)
 {
-    PyObject *item = stored ? Py_BuildValue("(KK)", (unsigned long long)first, (unsigned long long)n) : NULL;
-    int rc = item ? PyList_Append(list, item) : 0;
-    Py_XDECREF(item);
-    return !PyErr_Occurred() && rc == 0;
+    return !stored || !append_new(list, Py_BuildValue("(KK)", (unsigned long long)first, (unsigned long long)n));
 }
 
 static PyObject *present(PoolObject *self, PyObject *const *args, Py_ssize_t nargs)
@@ -334,10 +331,8 @@ static PyObject *get_sharers(PoolObject *self, void *unused)
     for (uint32_t i = 0; list && i < TM_MAX_CLIENTS; i++) {
         if (!(sharers >> i & 1))
             continue;
-        PyObject *item = client_wrap(self->owner, i, atomic_load(&seg->clients[i].serial));
-        if (!item || PyList_Append(list, item))
+        if (append_new(list, client_wrap(self->owner, i, atomic_load(&seg->clients[i].serial))))
             Py_CLEAR(list);
-        Py_XDECREF(item);
     }
     return list;
 }

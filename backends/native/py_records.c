@@ -43,10 +43,7 @@ struct values {
 
 static int append_number(PyObject *list, Py_ssize_t n)
 {
-    PyObject *number = PyLong_FromSsize_t(n);
-    int rc = number ? PyList_Append(list, number) : -1;
-    Py_XDECREF(number);
-    return rc;
+    return append_new(list, PyLong_FromSsize_t(n));
 }
 
 /* Put the values there, and where each begins and ends into the lists. */
@@ -182,10 +179,7 @@ PyObject *records_runs(PyObject *module, PyObject *args)
             continue;
         }
         if (i) {
-            PyObject *run = Py_BuildValue("nLLn", start, first / most, first % most, i - start);
-            int rc = run ? PyList_Append(runs, run) : -1;
-            Py_XDECREF(run);
-            if (rc)
+            if (append_new(runs, Py_BuildValue("nLLn", start, first / most, first % most, i - start)))
                 goto failed;
         }
         start = i;

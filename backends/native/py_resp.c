@@ -54,9 +54,7 @@ static int end_part(struct out *o)
 {
     if (!o->used)
         return 0;
-    PyObject *part = PyBytes_FromStringAndSize(o->bytes, (Py_ssize_t)o->used);
-    int rc = part ? PyList_Append(o->parts, part) : -1;
-    Py_XDECREF(part);
+    int rc = append_new(o->parts, PyBytes_FromStringAndSize(o->bytes, (Py_ssize_t)o->used));
     o->chunk_bytes += (Py_ssize_t)o->used;
     o->used = 0;
     return rc;
@@ -189,10 +187,7 @@ PyObject *resp_sets(PyObject *module, PyObject *args)
         memcpy(bytes + start - length, head, (size_t)length);
         memcpy(bytes + end, "\r\n", 2);
         free_from = end + 2;
-        PyObject *at = PyLong_FromSsize_t(start - length);
-        int rc = at ? PyList_Append(sets, at) : -1;
-        Py_XDECREF(at);
-        if (rc)
+        if (append_new(sets, PyLong_FromSsize_t(start - length)))
             goto failed;
     }
     return sets;
@@ -216,10 +211,7 @@ PyObject *resp_unlinks(PyObject *module, PyObject *args)
         int length = PyErr_Occurred() ? -1 : key_of(key, sizeof key, prefix, number, bits);
         if (length >= 0)
             length = snprintf(line, sizeof line, "*2\r\n$6\r\nUNLINK\r\n$%d\r\n%s\r\n", length, key);
-        PyObject *command = length < 0 ? NULL : PyBytes_FromStringAndSize(line, length);
-        int rc = command ? PyList_Append(commands, command) : -1;
-        Py_XDECREF(command);
-        if (rc) {
+        if (append_new(commands, length < 0 ? NULL : PyBytes_FromStringAndSize(line, length))) {
             Py_DECREF(commands);
             return NULL;
         }
@@ -301,9 +293,7 @@ PyObject *resp_answers(PyObject *module, PyObject *args)
             answer = take(taken, read, bytes, next, next + (Py_ssize_t)number);
             next += (Py_ssize_t)number + 2;
         }
-        int rc = answer ? PyList_Append(answers, answer) : -1;
-        Py_XDECREF(answer);
-        if (rc)
+        if (append_new(answers, answer))
             goto out;
         start = next;
     }

@@ -48,10 +48,8 @@ static PyObject *get_descriptors(RingsObject *self, void *unused)
     (void)unused;
     PyObject *list = PyList_New(0);
     for (unsigned i = 0; list && self->rings && i < rings_count(self->rings); i++) {
-        PyObject *number = PyLong_FromLong(rings_descriptor(self->rings, i));
-        if (!number || PyList_Append(list, number))
+        if (append_new(list, PyLong_FromLong(rings_descriptor(self->rings, i))))
             Py_CLEAR(list);
-        Py_XDECREF(number);
     }
     return list;
 }

@@ -84,6 +84,13 @@ int set_number(PyObject *dict, const char *key, int64_t value)
     return rc;
 }
 
+int append_new(PyObject *list, PyObject *item)
+{
+    int rc = item ? PyList_Append(list, item) : -1;
+    Py_XDECREF(item);
+    return rc;
+}
+
 PyObject *segment_wrap(struct tm_segment *seg)
 {
     SegmentObject *self = PyObject_New(SegmentObject, SegmentType);
@@ -203,10 +210,8 @@ static PyObject *clients(SegmentObject *self, PyObject *unused)
     for (uint32_t i = 0; list && i < TM_MAX_CLIENTS; i++) {
         if (atomic_load(&seg->clients[i].state) != 1)
             continue;
-        PyObject *item = client_wrap(self, i, atomic_load(&seg->clients[i].serial));
-        if (!item || PyList_Append(list, item))
+        if (append_new(list, client_wrap(self, i, atomic_load(&seg->clients[i].serial))))
             Py_CLEAR(list);
-        Py_XDECREF(item);
     }
     return list;
 }
@@ -409,10 +414,8 @@ static PyObject *freeable(SegmentObject *self, PyObject *unused)
 static void add_line(void *list, const char *line)
 {
     PyGILState_STATE state = PyGILState_Ensure();
-    PyObject *text = PyUnicode_FromString(line);
-    if (!text || PyList_Append(list, text))
+    if (append_new(list, PyUnicode_FromString(line)))
         PyErr_Clear();
-    Py_XDECREF(text);
     PyGILState_Release(state);
 }
 
