@@ -15,6 +15,9 @@
 
 enum { MISS_PAGES = 16 }; /* to compress this much takes some 80 us; more is for who may wait */
 
+/* Up to where files are cached, as in `fs/files.py`: what is counted in pages, up to where a file was put among it, has 32 bits. */
+#define MOST_BYTES ((UINT64_C(1) << 32) * TM_PAGE - (MUTANT(90) ? 0 : TM_PAGE))
+
 /* A lock whose writers do not wait for ever although there is a reader at any time. */
 static void fair_lock_init(pthread_rwlock_t *lock)
 {
@@ -224,7 +227,7 @@ static enum found find(struct hits *h, const struct fuse_read_in *read_in, uint8
     uint64_t offset = read_in->offset, end = offset + read_in->size;
     struct target t;
     struct stat st;
-    if (read_in->size > h->largest || end < offset || end > (UINT64_C(1) << 32) * TM_PAGE
+    if (read_in->size > h->largest || end < offset || end > MOST_BYTES
         || !files_find(&h->files, read_in->fh, offset, end, &t))
         return FOUND_NOT;
     if (atomic_load(&h->doubts) && !is_unchanged(h, read_in->fh, &t))
@@ -276,7 +279,7 @@ enum found hits_find_or_wait(struct hits *h, const struct fuse_read_in *read_in,
 bool hits_expect(struct hits *h, uint64_t fh, uint64_t offset, uint32_t size, struct target *out)
 {
     uint64_t end = offset + size;
-    return size <= h->largest && end <= (UINT64_C(1) << 32) * TM_PAGE && files_expect(&h->files, fh, offset, end, false, out)
+    return size <= h->largest && end <= MOST_BYTES && files_expect(&h->files, fh, offset, end, false, out)
            && end <= out->size;
 }
 

@@ -7,7 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -100,3 +102,22 @@ for count in range(1, 150):
         assert (place.point / "file").read_bytes() == (place.lower / "file").read_bytes()
     assert pool.alive
     assert segment.check() == []
+
+
+def test_the_last_page_that_an_index_can_name(segment: "_native.Segment", mounter: Mounter) -> None:
+    """What is written to it shows: of a tmpfs, whose files may be that large."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        place = mounter("timeout=0,client=web,loop=native", lower=Path(directory))
+        path, end = place.lower / "large", 1 << 44
+        path.touch()
+        os.truncate(path, end)
+        os.utime(path, (1, 1))
+        descriptor = os.open(place.point / "large", os.O_RDWR)
+        for at in (end - PAGE_SIZE, end - 2 * PAGE_SIZE, end // 2):
+            assert os.pread(descriptor, PAGE_SIZE, at) == bytes(PAGE_SIZE)
+            content = random.Random(at).randbytes(PAGE_SIZE)
+            assert os.pwrite(descriptor, content, at) == PAGE_SIZE
+            assert os.pread(descriptor, PAGE_SIZE, at) == content
+        os.close(descriptor)
+        assert place.statistics().hit_reads == 0
+        place.umount()

@@ -430,6 +430,23 @@ static void asked_before_it_waits(struct world *w)
     expect(read_pages(w, PAGES - 1, 2, true) == FOUND_IF_WAITING, "the same, though it may not");
 }
 
+/* A change flushes up to `gate_top`, which is what 32 bits can say. */
+static void the_last_page(struct world *w)
+{
+    const uint64_t size = (UINT64_C(1) << 32) * TM_PAGE;
+    int large = memfd_create("large", MFD_CLOEXEC);
+    if (large < 0 || ftruncate(large, (off_t)size))
+        exit(2);
+    files_remove(&w->hits.files, FH);
+    files_add(&w->hits.files, FH, large, w->gate, true);
+    gate_set(w->gate, w->oid, size, true, true);
+    expect(read_pages(w, UINT32_MAX - 1, 1, true) == FOUND, "the last page but one");
+    expect(gate_top(w->gate) == UINT32_MAX, "it was put up to page %u", gate_top(w->gate));
+    expect(read_pages(w, UINT32_MAX, 1, true) == FOUND_NOT, "the last page that can be named");
+    expect(read_pages(w, UINT32_MAX - 1, 2, true) == FOUND_NOT, "both");
+    close(large);
+}
+
 static const struct {
     const char *name;
     void (*run)(struct world *w);
@@ -450,6 +467,7 @@ static const struct {
     {"past_the_cache", past_the_cache, COLD | HERE},
     {"asked_before_it_waits", asked_before_it_waits, HERE},
     {"few_past_the_cache", few_past_the_cache, COLD},
+    {"the_last_page", the_last_page, WAITING},
     {"fetched_before_it_is_asked_for", fetched_before_it_is_asked_for, AT_ONCE | WAITING},
 };
 
