@@ -67,6 +67,24 @@ struct tm_client *client_of(ClientObject *self); /* NULL with an exception */
 PyObject *segment_timing(SegmentObject *self, PyObject *unused);
 PyObject *client_timing(ClientObject *self, PyObject *unused);
 
+/* py_statistics.c: methods of a segment */
+PyObject *segment_statistics(SegmentObject *self, PyObject *unused);
+PyObject *segment_freeable(SegmentObject *self, PyObject *unused);
+
+/* py_condense.c: methods and attributes of a segment */
+PyObject *segment_condense(SegmentObject *self, PyObject *args, PyObject *kwargs);
+PyObject *segment_pack(SegmentObject *self, PyObject *args, PyObject *kwargs);
+PyObject *segment_dedup(SegmentObject *self, PyObject *args, PyObject *kwargs);
+PyObject *segment_unpack(SegmentObject *self, PyObject *args);
+PyObject *segment_condense_percent(SegmentObject *self, void *unused);
+int segment_set_condense_percent(SegmentObject *self, PyObject *value, void *unused);
+PyObject *segment_condense_level(SegmentObject *self, void *unused);
+int segment_set_condense_level(SegmentObject *self, PyObject *value, void *unused);
+PyObject *segment_condenser_bytes(SegmentObject *self, void *unused);
+PyObject *segment_packing(SegmentObject *self, void *unused);
+int segment_set_packing(SegmentObject *self, PyObject *value, void *unused);
+PyObject *segment_pack_losses(SegmentObject *self, void *unused);
+
 /* py_sizing.c: methods and attributes of a segment */
 PyObject *segment_limits(SegmentObject *self, void *unused);
 PyObject *segment_size_range(SegmentObject *self, void *unused);

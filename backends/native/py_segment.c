@@ -269,148 +269,6 @@ static PyObject *commit(SegmentObject *self, PyObject *unused)
     return rc >= 0 ? PyLong_FromLong(rc) : raise_result(rc);
 }
 
-/* Sums over all chunks: O(chunks), 16 per MiB of the segment. */
-struct usage {
-    int64_t blocks, meta, ephemeral;
-};
-
-static struct usage usage_of(struct tm_segment *seg)
-{
-    struct usage u = {0};
-    for (uint32_t c = 0; c < seg->nchunks; c++) {
-        if (atomic_load_explicit(&seg->states[c], memory_order_relaxed) != CHUNK_USED)
-            continue;
-        uint32_t bin = seg->chunks[c].bin;
-        u.blocks += bin_is_block(bin);
-        u.meta += !bin_is_block(bin);
-        u.ephemeral += bin_is_ephemeral(bin);
-    }
-    return u;
-}
-
-static PyObject *statistics(SegmentObject *self, PyObject *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    int64_t persistent = 0, ephemeral = 0, fill = 0, tier = 0, compressed = 0, objects = 0, nodes = 0, fresh = 0;
-    int64_t twin = 0, originals = 0, packed = 0, packs = 0, pack_bytes = 0;
-    uint64_t evicted, operations;
-    const int64_t raw = TM_STRIDE_RAW;
-    (void)unused;
-    if (!seg)
-        return NULL;
-    struct tm_super *super = seg->super;
-    most_update(seg);
-    evicted = atomic_load(&super->retired_evictions);
-    operations = atomic_load(&super->retired_operations);
-    fresh = (int64_t)atomic_load(&super->retired_new);
-    for (uint32_t p = 0; p < TM_MAX_POOLS; p++) {
-        struct tm_pool *pool = &seg->pools[p];
-        if (!atomic_load(&pool->state) || pool->link)
-            continue;
-        if (is_packs(p)) { /* the same */
-            packs += pool->pages;
-            pack_bytes += pool->bytes;
-            continue;
-        }
-        if (is_originals(p)) { /* nobody has put those */
-            originals += pool->pages;
-            tier += pool->tier_pages;
-            continue;
-        }
-        twin += pool->twin_pages;
-        packed += pool->packed_pages;
-        *(pool->persistent ? &persistent : &ephemeral) += pool->pages;
-        tier += pool->tier_pages;
-        fill += pool->fill_pages;
-        compressed += pool->bytes - pool->raw_pages * raw;
-        objects += pool->objects;
-        nodes += pool->nodes;
-        evicted += pool->counters[C_EVICTIONS];
-        operations += pool->counters[C_PUTS] + pool->counters[C_GETS] + pool->counters[C_FLUSHES]
-                      + pool->counters[C_OBJECT_FLUSHES];
-        if (!pool->persistent)
-            fresh += (int64_t)(pool->counters[C_STORED] - pool->counters[C_REPLACED]);
-    }
-    struct usage u = usage_of(seg);
-    int64_t nused = super->nused, nret = super->nret;
-    const struct { const char *name; int64_t value; } all[] = {
-        {"layout_version", TM_VERSION},
-        {"memory_bytes", (int64_t)super->memory_bytes},
-        {"used_bytes", nused * TM_CHUNK + (int64_t)seg->data_offset},
-        {"limit_bytes", (int64_t)limit_bytes(seg, chunk_limit(seg, false))},
-        {"persistent_limit_bytes", (int64_t)limit_bytes(seg, chunk_limit(seg, true))},
-        {"size_least_bytes", (int64_t)limit_bytes(seg, atomic_load(&super->size_least))},
-        {"size_most_bytes", (int64_t)limit_bytes(seg, atomic_load(&super->size_most))},
-        {"reserve_bytes", nret * TM_CHUNK},
-        {"hole_bytes", hole_bytes(seg)},
-        {"metadata_bytes", u.meta * TM_CHUNK + (int64_t)seg->data_offset},
-        {"persistent_pages", persistent},
-        {"ephemeral_pages", ephemeral},
-        {"fill_pages", fill},
-        {"tier_pages", tier},
-        {"twin_pages", twin},
-        {"original_pages", originals},
-        {"packed_pages", packed},
-        {"packs", packs},
-        {"pack_bytes", pack_bytes},
-        {"pages_max", (int64_t)super->most[MOST_PAGES]},
-        {"ephemeral_pages_max", (int64_t)super->most[MOST_EPHEMERAL]},
-        {"compressed_bytes", compressed},
-        {"objects", objects},
-        {"objects_max", (int64_t)super->most[MOST_OBJECTS]},
-        {"nodes", nodes},
-        {"nodes_max", (int64_t)super->most[MOST_NODES]},
-        {"operations", (int64_t)operations},
-        {"failed_operations", (int64_t)super->failed},
-        {"ephemeral_puts_new", fresh},
-        {"allocation_failures", (int64_t)super->no_memory},
-        {"evicted_pages", (int64_t)evicted},
-        {"eviction_attempts", (int64_t)super->drains},
-        {"evictions_per_request_max", (int64_t)super->drains_most},
-        {"trims", (int64_t)super->trims},
-        {"trimmed_bytes", (int64_t)super->trimmed_bytes},
-        {"relocated_pages", (int64_t)super->relocated},
-        {"compacted_bytes", (int64_t)super->compacted * TM_CHUNK},
-        {"compacting_ns", (int64_t)super->compacting_ns},
-        {"shrinks", (int64_t)super->shrinks},
-        {"squeezed_pages", (int64_t)super->squeezed},
-        {"squeezed_bytes", (int64_t)super->squeezed_bytes},
-        {"squeezing_ns", (int64_t)super->squeezing_ns},
-        {"condensed_pages", (int64_t)super->condensed},
-        {"condensed_bytes", (int64_t)super->condensed_bytes},
-        {"restored_pages", (int64_t)super->restored},
-        {"restored_bytes", (int64_t)super->restored_bytes},
-        {"condensing_ns", (int64_t)super->condensing_ns},
-        {"pages_packed", (int64_t)super->packed},
-        {"pages_packed_bytes", (int64_t)super->packed_bytes},
-        {"pages_unpacked", (int64_t)super->unpacked},
-        {"packing_ns", (int64_t)super->packing_ns},
-        {"dedup_pages", (int64_t)super->twins},
-        {"dedup_bytes", (int64_t)super->twin_bytes},
-        {"dedup_ns", (int64_t)super->twin_ns},
-        {"chunks_total", seg->nchunks},
-        {"chunks_used", nused},
-        {"chunks_used_max", (int64_t)super->most[MOST_CHUNKS]},
-        {"chunks_free", (int64_t)seg->nchunks - nused},
-        {"dead_threads_repaired", (int64_t)super->deaths},
-    };
-    PyObject *dict = PyDict_New();
-    for (size_t i = 0; dict && i < sizeof all / sizeof *all; i++)
-        if (set_number(dict, all[i].name, all[i].value))
-            Py_CLEAR(dict);
-    return dict;
-}
-
-static PyObject *freeable(SegmentObject *self, PyObject *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    (void)unused;
-    if (!seg)
-        return NULL;
-    int64_t free = (int64_t)chunk_limit(seg, true) - seg->super->nused;
-    return PyLong_FromLongLong(((free > 0 ? free : 0) + usage_of(seg).ephemeral) * TM_CHUNK);
-}
-
 static void add_line(void *list, const char *line)
 {
     PyGILState_STATE state = PyGILState_Ensure();
@@ -464,148 +322,6 @@ static PyObject *trim(SegmentObject *self, PyObject *arg) { return with_bytes(se
 static uint64_t evict_any(struct tm_ctx *ctx, uint64_t bytes) { return tm_evict(ctx, -1, bytes, false); }
 static PyObject *evict(SegmentObject *self, PyObject *arg) { return with_bytes(self, arg, evict_any); }
 
-static PyObject *condense(SegmentObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"first", "most_ns", "persistent", "ephemeral", "loose", "warm", NULL};
-    unsigned int what;
-    int persistent = 0, ephemeral = 0, loose = 0, warm = 0;
-    unsigned long long first, most_ns;
-    uint64_t spent_ns = 0;
-    struct tm_condensed found = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK|$pppp", names, &first, &most_ns, &persistent, &ephemeral, &loose,
-                                     &warm))
-        return NULL;
-    what = (persistent ? CONDENSE_PERSISTENT : 0u) | (ephemeral ? CONDENSE_EPHEMERAL : 0u)
-           | (loose ? CONDENSE_LOOSE : 0u) | (warm ? CONDENSE_ALL : 0u);
-    struct tm_ctx *ctx = context_of(self);
-    if (!ctx)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    first = tm_condense(ctx, first, most_ns, what, &spent_ns, &found);
-    Py_END_ALLOW_THREADS
-    return Py_BuildValue("(KKKLKL)", first, (unsigned long long)spent_ns, (unsigned long long)found.pages,
-                         (long long)found.saved, (unsigned long long)found.packed, (long long)found.packed_saved);
-}
-
-typedef uint64_t visit_of_chunks(struct tm_ctx *ctx, uint64_t first, uint64_t most_ns, bool warm, uint64_t *spent_ns);
-
-static PyObject *visit_chunks(SegmentObject *self, PyObject *args, PyObject *kwargs, visit_of_chunks *visit)
-{
-    static char *names[] = {"first", "most_ns", "warm", NULL};
-    int warm = 0;
-    unsigned long long first, most_ns;
-    uint64_t spent_ns = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK|$p", names, &first, &most_ns, &warm))
-        return NULL;
-    struct tm_ctx *ctx = context_of(self);
-    if (!ctx)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    first = visit(ctx, first, most_ns, warm, &spent_ns);
-    Py_END_ALLOW_THREADS
-    return Py_BuildValue("(KK)", first, (unsigned long long)spent_ns);
-}
-
-static PyObject *pack(SegmentObject *self, PyObject *args, PyObject *kwargs)
-{
-    return visit_chunks(self, args, kwargs, tm_pack);
-}
-
-static PyObject *dedup(SegmentObject *self, PyObject *args, PyObject *kwargs)
-{
-    return visit_chunks(self, args, kwargs, tm_dedup);
-}
-
-static PyObject *unpack(SegmentObject *self, PyObject *args)
-{
-    unsigned long long first, most_ns;
-    uint64_t spent_ns = 0;
-    if (!PyArg_ParseTuple(args, "KK", &first, &most_ns))
-        return NULL;
-    struct tm_ctx *ctx = context_of(self);
-    if (!ctx)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    first = tm_unpack(ctx, first, most_ns, &spent_ns);
-    Py_END_ALLOW_THREADS
-    return Py_BuildValue("(KK)", first, (unsigned long long)spent_ns);
-}
-
-static PyObject *get_condense_percent(SegmentObject *self, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    (void)unused;
-    return seg ? PyLong_FromUnsignedLong(atomic_load(&seg->super->condense_percent)) : NULL;
-}
-
-static int set_condense_percent(SegmentObject *self, PyObject *value, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    uint64_t percent;
-    (void)unused;
-    if (!seg || !number_of(value, "condense_percent", 100, &percent))
-        return -1;
-    atomic_store(&seg->super->condense_percent, (uint32_t)percent);
-    return 0;
-}
-
-static PyObject *get_condense_level(SegmentObject *self, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    (void)unused;
-    return seg ? PyLong_FromLong(condense_level(seg)) : NULL;
-}
-
-static int set_condense_level(SegmentObject *self, PyObject *value, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    uint64_t level;
-    (void)unused;
-    if (!seg || !number_of(value, "condense_level", LEVEL_MOST, &level))
-        return -1;
-    if (!level) {
-        PyErr_SetString(PyExc_ValueError, "condense_level is 1 at least");
-        return -1;
-    }
-    atomic_store(&seg->super->condense_level, (uint32_t)level);
-    return 0;
-}
-
-static PyObject *get_condenser_bytes(SegmentObject *self, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    (void)unused;
-    return seg ? PyLong_FromUnsignedLongLong(atomic_load(&seg->condenser_bytes)) : NULL;
-}
-
-static PyObject *get_packing(SegmentObject *self, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    (void)unused;
-    return seg ? PyBool_FromLong((long)atomic_load(&seg->super->pack)) : NULL;
-}
-
-static int set_packing(SegmentObject *self, PyObject *value, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    int on = value ? PyObject_IsTrue(value) : -1;
-    (void)unused;
-    if (!value)
-        PyErr_SetString(PyExc_TypeError, "packing cannot be deleted");
-    if (!seg || on < 0)
-        return -1;
-    atomic_store(&seg->super->pack, (uint32_t)on);
-    return 0;
-}
-
-static PyObject *get_losses(SegmentObject *self, void *unused)
-{
-    struct tm_segment *seg = segment_of(self);
-    (void)unused;
-    int64_t losses = seg ? atomic_load(&seg->super->pack_losses) : 0;
-    return seg ? PyLong_FromLongLong(losses > 0 ? losses : 0) : NULL;
-}
-
 static PyObject *get_tier_cold(SegmentObject *self, void *unused)
 {
     struct tm_segment *seg = segment_of(self);
@@ -629,18 +345,18 @@ static PyMethodDef segment_methods[] = {
     {"clients", (PyCFunction)clients, METH_NOARGS, NULL},
     {"stage", (PyCFunction)stage, METH_O, NULL},
     {"commit", (PyCFunction)commit, METH_NOARGS, NULL},
-    {"statistics", (PyCFunction)statistics, METH_NOARGS, NULL},
+    {"statistics", (PyCFunction)segment_statistics, METH_NOARGS, NULL},
     {"timing", (PyCFunction)segment_timing, METH_NOARGS, NULL},
-    {"freeable_bytes", (PyCFunction)freeable, METH_NOARGS, NULL},
+    {"freeable_bytes", (PyCFunction)segment_freeable, METH_NOARGS, NULL},
     {"check", (PyCFunction)check, METH_NOARGS, NULL},
     {"reap", (PyCFunction)reap, METH_NOARGS, NULL},
     {"populate", (PyCFunction)populate, METH_O, NULL},
     {"trim", (PyCFunction)trim, METH_O, NULL},
     {"evict", (PyCFunction)evict, METH_O, NULL},
-    {"condense", (PyCFunction)(void (*)(void))condense, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"dedup", (PyCFunction)(void (*)(void))dedup, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"pack", (PyCFunction)(void (*)(void))pack, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"unpack", (PyCFunction)unpack, METH_VARARGS, NULL},
+    {"condense", (PyCFunction)(void (*)(void))segment_condense, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"dedup", (PyCFunction)(void (*)(void))segment_dedup, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"pack", (PyCFunction)(void (*)(void))segment_pack, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"unpack", (PyCFunction)segment_unpack, METH_VARARGS, NULL},
     {"set_limits", (PyCFunction)segment_set_limits, METH_VARARGS, NULL},
     {"size_within", (PyCFunction)segment_size_within, METH_VARARGS, NULL},
     {"shrink", (PyCFunction)(void (*)(void))segment_shrink, METH_VARARGS | METH_KEYWORDS, NULL},
@@ -657,11 +373,11 @@ static PyGetSetDef segment_getset[] = {
     {"occupied", (getter)segment_occupied, NULL, NULL, NULL},
     {"size_range", (getter)segment_size_range, NULL, NULL, NULL},
     {"alive", (getter)get_alive, NULL, NULL, NULL},
-    {"condense_percent", (getter)get_condense_percent, (setter)set_condense_percent, NULL, NULL},
-    {"condense_level", (getter)get_condense_level, (setter)set_condense_level, NULL, NULL},
-    {"condenser_bytes", (getter)get_condenser_bytes, NULL, NULL, NULL},
-    {"packing", (getter)get_packing, (setter)set_packing, NULL, NULL},
-    {"pack_losses", (getter)get_losses, NULL, NULL, NULL},
+    {"condense_percent", (getter)segment_condense_percent, (setter)segment_set_condense_percent, NULL, NULL},
+    {"condense_level", (getter)segment_condense_level, (setter)segment_set_condense_level, NULL, NULL},
+    {"condenser_bytes", (getter)segment_condenser_bytes, NULL, NULL, NULL},
+    {"packing", (getter)segment_packing, (setter)segment_set_packing, NULL, NULL},
+    {"pack_losses", (getter)segment_pack_losses, NULL, NULL, NULL},
     {"tier_cold_s", (getter)get_tier_cold, (setter)set_tier_cold, NULL, NULL},
     {"mode", (getter)get_mode, (setter)set_mode, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
