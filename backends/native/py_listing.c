@@ -98,12 +98,11 @@ static PyObject *descriptor(ListingsObject *self, PyObject *arg)
     return one ? PyLong_FromLong(one->fd) : NULL;
 }
 
-static PyObject *list_of(const struct names *c, size_t from, size_t most)
+static PyObject *list_of(const struct name *names, size_t n)
 {
-    size_t left = c && c->count > from ? c->count - from : 0, n = left < most ? left : most;
     PyObject *list = PyList_New((Py_ssize_t)n);
     for (size_t i = 0; list && i < n; i++) {
-        PyObject *name = PyBytes_FromString(c->all[from + i].bytes);
+        PyObject *name = PyBytes_FromString(names[i].bytes);
         if (!name || PyList_SetItem(list, (Py_ssize_t)i, name))
             Py_CLEAR(list);
     }
@@ -116,24 +115,28 @@ static PyObject *names(ListingsObject *self, PyObject *args)
     struct listing *one;
     if (!PyArg_ParseTuple(args, "KK:names", &fh, &number) || !(one = find(self, fh)))
         return NULL;
-    if (!number) {
+    if (listings_lacks(one, number)) {
+        uint64_t from = listings_from(self->listings, one, number);
         struct names *content;
         Py_BEGIN_ALLOW_THREADS
-        content = names_read(one->fd, one->was_read);
+        content = names_read(one->fd, one->was_read, from);
         Py_END_ALLOW_THREADS
         one->was_read = true;
         if (!content)
             return PyErr_NoMemory();
-        listings_begin(self->listings, one, content);
+        listings_begin(self->listings, one, content, number);
     }
-    if (one->content && number >= one->content->count && one->content->error)
+    const struct name *first;
+    size_t left = listings_left(one, number, &first);
+    if (!left && one->content->error)
         return failed(one->content->error);
-    return list_of(one->content, (size_t)number, AT_A_TIME);
+    return list_of(first, left < AT_A_TIME ? left : AT_A_TIME);
 }
 
 static bool add_row(struct listing *one, void *list)
 {
-    PyObject *all = list_of(one->content, 0, SIZE_MAX);
+    const struct names *c = one->content;
+    PyObject *all = c && !c->from ? list_of(c->all, c->count) : list_of(NULL, 0); /* else it is read again */
     PyObject *row = all ? Py_BuildValue("KKIiN", (unsigned long long)one->fh, (unsigned long long)one->nodeid, one->generation,
                                         one->fd, all)
                         : NULL;
@@ -173,7 +176,10 @@ static PyObject *restore(ListingsObject *self, PyObject *args)
     listings_number_from(self->listings, fh);
     if ((one = listings_add(self->listings, nodeid, fd, NULL))) {
         one->was_read = true;
-        listings_begin(self->listings, one, content);
+        if (n)
+            listings_begin(self->listings, one, content, 0);
+        else
+            names_free(content);
     } else {
         int error = errno;
         names_free(content);

@@ -32,12 +32,14 @@ struct question {
 static bool was_fetched(const struct question *q) { return q->asked && q->asked->fetched; }
 
 /* Have threads do this first; false: there are none. */
-static bool leave_to_threads(struct question *q, enum work work, int directory, const char *const *names, unsigned n)
+static bool leave_to_threads(struct question *q, enum work work, int directory, uint64_t from, const char *const *names,
+                             unsigned n)
 {
     struct asked *a = q->asked ? q->asked : asked_new(q->in, q->length, true);
     if (!a)
         return false;
     a->begun = q->begun;
+    a->from = from;
     if (onlookers_start(&q->r->onlookers, atomic_load(&q->r->nodes), work, directory, names, n, a)) {
         q->asked = NULL;
         return true;
@@ -66,7 +68,7 @@ static int open_directory(struct question *q, struct stat *st, int *error)
     }
     int way = listings_way(q->r->listings, q->in->nodeid, &device);
     if (way >= 0 && !was_fetched(q) && listings_wait(q->r->listings, device, is_local(q->r), false)
-        && leave_to_threads(q, OPEN_DIRECTORY, way, NULL, 0))
+        && leave_to_threads(q, OPEN_DIRECTORY, way, 0, NULL, 0))
         return -1;
     int fd = way < 0 ? -1 : listing_open_at(way, st);
     *error = fd < 0 ? errno : 0;
@@ -80,7 +82,7 @@ static void opendir_here(struct question *q)
     int error, fd = open_directory(q, &st, &error);
     if (fd < 0 && !error)
         return;
-    const struct listing *one = fd < 0 ? NULL : listings_add(q->r->listings, q->in->nodeid, fd, &st);
+    struct listing *one = fd < 0 ? NULL : listings_add(q->r->listings, q->in->nodeid, fd, &st);
     if (one) {
         out.fh = one->fh;
         out.open_flags = listings_flags(q->r->listings, one);
@@ -93,26 +95,31 @@ static void opendir_here(struct question *q)
 
 /* ---- Listing ----------------------------------------------------------------------------------------------- */
 
-/* Begin a listing. False: threads are to read the directory. */
-static bool begin(struct question *q, struct listing *one, int *error)
+/* Begin a listing, or one that the kernel has lost at `number`, with this content; NULL: read it here. An errno. */
+static int begin_with(struct reader *r, struct listing *one, uint64_t number, struct names *content)
+{
+    if (!content) {
+        content = names_read(one->fd, one->was_read, listings_from(r->listings, one, number));
+        one->was_read = true;
+    }
+    if (!content)
+        return ENOMEM;
+    ends_note(&r->ends, one->fh, 0);
+    listings_begin(r->listings, one, content, number);
+    return 0;
+}
+
+/* The same. False: threads are to read the directory. */
+static bool begin(struct question *q, struct listing *one, uint64_t number, int *error)
 {
     struct reader *r = q->r;
     struct names *content = q->asked ? q->asked->content : NULL;
     if (content)
         q->asked->content = NULL;
     else if (!was_fetched(q) && listings_wait(r->listings, one->device, is_local(r), true)
-             && leave_to_threads(q, READ_DIRECTORY, one->fd, NULL, 0))
+             && leave_to_threads(q, READ_DIRECTORY, one->fd, listings_from(r->listings, one, number), NULL, 0))
         return false;
-    if (!content) {
-        content = names_read(one->fd, one->was_read);
-        one->was_read = true;
-    }
-    if (!content) {
-        *error = ENOMEM;
-        return true;
-    }
-    ends_note(&r->ends, one->fh, 0);
-    listings_begin(r->listings, one, content);
+    *error = begin_with(r, one, number, content);
     q->begun = true;
     return true;
 }
@@ -120,12 +127,12 @@ static bool begin(struct question *q, struct listing *one, int *error)
 static bool fetch_names(struct question *q, const struct listing *one, uint64_t number)
 {
     const char *names[FETCHED];
+    const struct name *first;
+    size_t left = listings_left(one, number, &first);
     unsigned n = 0;
-    while (n < FETCHED && number + n < one->content->count) {
-        names[n] = one->content->all[number + n].bytes;
-        n++;
-    }
-    return leave_to_threads(q, LOOK_AT_NAMES, one->fd, names, n);
+    for (; n < FETCHED && n < left; n++)
+        names[n] = first[n].bytes;
+    return leave_to_threads(q, LOOK_AT_NAMES, one->fd, 0, names, n);
 }
 
 /* Have the reply to a READDIRPLUS be a page; an errno. `later`: threads are to fetch names first; NULL: wait for all. Names that
@@ -168,10 +175,10 @@ static void list_here(struct question *q)
     int error = 0;
     memcpy(&read_in, q->in + 1, sizeof read_in);
     struct listing *one = listings_find(q->r->listings, read_in.fh);
-    q->begun = read_in.offset || (q->asked && q->asked->begun);
+    q->begun = one && (!listings_lacks(one, read_in.offset) || (q->asked && q->asked->begun));
     if (!one)
         error = EBADF;
-    else if (!q->begun && !begin(q, one, &error))
+    else if (!q->begun && !begin(q, one, read_in.offset, &error))
         return;
     if (!error)
         error = put_page(q, one, q->in->unique, &later);
@@ -185,18 +192,13 @@ int reader_list(struct reader *r, uint64_t number, uint64_t fh)
     struct question q = {.r = r};
     uint64_t offset;
     uint32_t size;
+    int error;
     if (!one)
         return EBADF;
     if (!passing_asks_for(&r->passing, number, &offset, &size))
         return EINVAL;
-    if (!offset) {
-        struct names *content = names_read(one->fd, one->was_read);
-        one->was_read = true;
-        if (!content)
-            return ENOMEM;
-        ends_note(&r->ends, fh, 0);
-        listings_begin(r->listings, one, content);
-    }
+    if (listings_lacks(one, offset) && (error = begin_with(r, one, offset, NULL)))
+        return error;
     return put_page(&q, one, number, NULL);
 }
 

@@ -40,6 +40,25 @@ struct listings *listings_new(struct nodes *nodes)
 
 void listings_hold(struct listings *l) { atomic_fetch_add(&l->refs, 1); }
 
+void listed_drop(struct listed *one)
+{
+    if (one && !--one->refs)
+        free(one);
+}
+
+static struct listed *hold(struct listed *one)
+{
+    one->refs++;
+    return one;
+}
+
+static void free_one(struct listing *one)
+{
+    names_free(one->content);
+    listed_drop(one->kept);
+    free(one);
+}
+
 static void clear(struct listings *l, bool closes)
 {
     for (unsigned i = 0; i < BUCKETS; i++) {
@@ -47,8 +66,7 @@ static void clear(struct listings *l, bool closes)
             next = one->next;
             if (closes)
                 close(one->fd);
-            names_free(one->content);
-            free(one);
+            free_one(one);
         }
         l->buckets[i] = NULL;
     }
@@ -139,15 +157,30 @@ static struct node *node_of(const struct listings *l, const struct listing *one)
     return node && node->generation == one->generation ? node : NULL;
 }
 
+/* Whether somebody is amid a listing that the kernel keeps, of another version: it would go on with this one, by number. */
+static bool disturbs(const struct listings *l, const struct listing *one)
+{
+    for (unsigned i = 0; i < BUCKETS; i++)
+        for (const struct listing *other = l->buckets[i]; other; other = other->next)
+            if (other != one && other->nodeid == one->nodeid && other->generation == one->generation && other->told.known
+                && !other->over && !version_equals(&other->told, &one->version))
+                return true;
+    return false;
+}
+
 /* Only as long as it believes the attributes of most entries, which came with it: it would ask for each of them, when a
  * new listing brings all at once for a fifth of the time a name. */
-uint32_t listings_flags(struct listings *l, const struct listing *one)
+uint32_t listings_flags(struct listings *l, struct listing *one)
 {
     const struct node *node = node_of(l, one);
-    if (!one->version.known)
+    one->version.known = one->version.known && !disturbs(l, one);
+    one->told = one->version;
+    if (!one->told.known)
         return 0;
-    bool believe = node && node->listed && version_equals(&node->listed->version, &one->version)
-        && (int64_t)timing_now() < node->listed->until_ns;
+    bool same = node && node->listed && version_equals(&node->listed->version, &one->told);
+    if (same)
+        one->kept = hold(node->listed);
+    bool believe = same && (int64_t)timing_now() < node->listed->until_ns;
     return FOPEN_CACHE_DIR | (believe ? FOPEN_KEEP_CACHE : 0u);
 }
 
@@ -160,21 +193,22 @@ bool listings_close(struct listings *l, uint64_t fh)
         return false;
     *p = one->next;
     close(one->fd);
-    names_free(one->content);
-    free(one);
+    free_one(one);
     return true;
 }
 
 /* ---- Listing ----------------------------------------------------------------------------------------------- */
 
-static void note(struct node *node, const struct listed *what)
+/* Have a node remember which listing was told, until a time; without memory, none. */
+static void note(struct node *node, const struct listing *one, int64_t until_ns)
 {
-    if (!what) {
-        free(node->listed);
-        node->listed = NULL;
-    } else if (node->listed || (node->listed = malloc(sizeof *what))) {
-        *node->listed = *what;
-    }
+    const struct names *c = one->content;
+    listed_drop(node->listed);
+    if (!(node->listed = malloc(sizeof *node->listed + c->count * sizeof node->listed->after[0])))
+        return;
+    *node->listed = (struct listed){.refs = 1, .version = one->version, .until_ns = until_ns, .count = c->count};
+    for (size_t i = 0; i < c->count; i++)
+        node->listed->after[i] = c->all[i].after;
 }
 
 double listings_lifetime(struct listings *l, const struct listing *one)
@@ -184,54 +218,82 @@ double listings_lifetime(struct listings *l, const struct listing *one)
     return one->device == lifetimes.device ? lifetimes.name : lifetimes.name_elsewhere;
 }
 
-void listings_begin(struct listings *l, struct listing *one, struct names *content)
+bool listings_lacks(const struct listing *one, uint64_t number)
+{
+    return !number || !one->content || number < one->base;
+}
+
+uint64_t listings_from(const struct listings *l, const struct listing *one, uint64_t number)
+{
+    const struct node *node = node_of(l, one);
+    const struct listed *had = one->kept;
+    if (!had && node && node->listed && version_equals(&node->listed->version, &one->told))
+        had = node->listed;
+    return had && number && number <= had->count ? had->after[number - 1] : 0;
+}
+
+void listings_begin(struct listings *l, struct listing *one, struct names *content, uint64_t number)
 {
     struct node *node = node_of(l, one);
-    if (node)
-        note(node, NULL);
+    if (node && !number) {
+        listed_drop(node->listed);
+        node->listed = NULL;
+    }
     names_free(one->content);
     one->content = content;
+    one->base = content->from ? number : 0;
+    one->over = false;
     one->begun_ns = (int64_t)timing_now();
     one->short_lived = 0;
     one->shortest = listings_lifetime(l, one);
     /* Where a directory tells its own number as stat does, it tells its parent's. */
     bool tells = one->number && content->count >= 2 && content->all[0].number == one->number;
-    for (unsigned i = 0; !tells && i < 2 && i < content->count; i++)
+    for (unsigned i = 0; !tells && !content->from && i < 2 && i < content->count; i++)
         content->all[i].number = 0;
-    if (!version_equals(&content->after, &one->version))
+    if (number || !version_equals(&content->after, &one->version))
         one->version.known = false;
+}
+
+size_t listings_left(const struct listing *one, uint64_t number, const struct name **names)
+{
+    size_t count = one->content ? one->content->count : 0;
+    if (number < one->base || number - one->base >= count)
+        return 0;
+    *names = one->content->all + (number - one->base);
+    return count - (size_t)(number - one->base);
 }
 
 int listings_fill(struct listings *l, struct listing *one, struct page *p, uint64_t *number, bool may_wait)
 {
-    const struct names *c = one->content;
-    size_t count = c ? c->count : 0;
+    const struct name *names;
+    size_t left;
     bool full = false;
     p->waits = false;
     p->tells = one->device == nodes_device(l->nodes);
-    while (*number < count && !full && !p->waits) {
-        size_t left = count - (size_t)*number;
+    while ((left = listings_left(one, *number, &names)) && !full && !p->waits) {
         unsigned n = left < AT_A_TIME ? (unsigned)left : AT_A_TIME;
-        int done = page_step(p, one->fd, c->all + *number, n, *number, may_wait, &full);
+        int done = page_step(p, one->fd, names, n, *number, may_wait, &full);
         if (done < 0)
             return errno;
         *number += (unsigned)done;
     }
-    return *number >= count && !p->length && c ? c->error : 0;
+    return !left && !p->length && one->content ? one->content->error : 0;
 }
 
 bool listings_reported(struct listings *l, struct listing *one, const struct page *p, uint64_t number)
 {
     struct node *node = node_of(l, one);
+    const struct name *names;
     one->short_lived += p->short_lived;
     one->shortest = p->shortest < one->shortest ? p->shortest : one->shortest;
-    if (!one->content || number < one->content->count || one->content->error)
+    if (!one->content || listings_left(one, number, &names) || one->content->error)
         return false;
+    one->over = true;
     if (node && one->version.known) {
         bool many = (uint64_t)one->short_lived * FEW >= one->content->count;
         double seconds = many ? one->shortest : p->name;
         seconds = seconds < LONGEST_SECONDS ? seconds : LONGEST_SECONDS;
-        note(node, &(struct listed){one->version, one->begun_ns + (int64_t)(seconds * SECOND_NS)});
+        note(node, one, one->begun_ns + (int64_t)(seconds * SECOND_NS));
     }
     return true;
 }

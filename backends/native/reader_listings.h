@@ -15,9 +15,14 @@
 
 /* Which listing of a directory the kernel has, and until when it may believe it (monotonic). */
 struct listed {
+    unsigned refs; /* of the node, and of listings */
     struct version version;
     int64_t until_ns;
+    size_t count;
+    uint64_t after[]; /* of each name (`struct name`) */
 };
+
+void listed_drop(struct listed *one); /* may be NULL */
 
 struct listing {
     struct listing *next;     /* in its bucket */
@@ -27,7 +32,11 @@ struct listing {
     int fd;
     bool was_read;            /* its position is not the beginning */
     struct version version;   /* when it was opened */
-    struct names *content;  /* NULL: nobody has asked yet */
+    struct version told;      /* the kernel may keep what it gets, as of that version; none: it may not */
+    struct listed *kept;      /* what it may have already, a reference; NULL: nothing */
+    struct names *content;    /* NULL: nobody has asked yet, or the kernel had all */
+    uint64_t base;            /* its first name has this number */
+    bool over;                /* all of it was reported */
     int64_t begun_ns;         /* monotonic */
     unsigned short_lived;     /* entries whose attributes the kernel believes less long than names */
     double shortest;          /* for so many seconds at least */
@@ -57,11 +66,19 @@ int listing_open_at(int way, struct stat *st);
  * caller's still. */
 struct listing *listings_add(struct listings *l, uint64_t nodeid, int fd, const struct stat *st);
 /* FOPEN flags of the reply: whether the kernel may keep what it will get, and believe what it has. */
-uint32_t listings_flags(struct listings *l, const struct listing *one);
+uint32_t listings_flags(struct listings *l, struct listing *one);
 bool listings_close(struct listings *l, uint64_t fh); /* false: there is none */
 
-/* Begin it anew, with this content, which is the listing's then. */
-void listings_begin(struct listings *l, struct listing *one, struct names *content);
+/* Whether names from `number` on take reading the directory first. They do also amid a listing that the kernel had, and has lost:
+ * because somebody else has listed the directory since, or for want of memory. */
+bool listings_lacks(const struct listing *one, uint64_t number);
+/* Where such names begin (`names_read`): at what comes after the one before in what the kernel had, whatever has become of others
+ * since. If that is not known, all names are read, and the first ones left out. */
+uint64_t listings_from(const struct listings *l, const struct listing *one, uint64_t number);
+/* Begin it anew, or go on at `number`, with this content, which is the listing's then. */
+void listings_begin(struct listings *l, struct listing *one, struct names *content, uint64_t number);
+/* How many of its names there are from `number` on, and where. */
+size_t listings_left(const struct listing *one, uint64_t number, const struct name **names);
 /* For how long names in it are believed, in seconds. */
 double listings_lifetime(struct listings *l, const struct listing *one);
 /* Append entries from `*number` on to the page, which goes on to the next one. `may_wait` as for `page_step`. 0, or errno if

@@ -19,7 +19,7 @@ struct piece {
     char bytes[]; /* struct dirent64, one after the other */
 };
 
-static int add(struct names *c, const char *bytes, size_t length, uint64_t number, uint32_t type)
+static int add(struct names *c, const char *bytes, size_t length, uint64_t number, uint32_t type, uint64_t after)
 {
     if (c->count == c->room) {
         size_t room = c->room ? c->room * 2 : FIRST_ROOM;
@@ -29,7 +29,7 @@ static int add(struct names *c, const char *bytes, size_t length, uint64_t numbe
         c->all = larger;
         c->room = room;
     }
-    c->all[c->count++] = (struct name){bytes, length, type == DT_UNKNOWN ? 0 : number, type};
+    c->all[c->count++] = (struct name){bytes, length, type == DT_UNKNOWN ? 0 : number, after, type};
     return 0;
 }
 
@@ -53,22 +53,25 @@ static int add_piece(struct names *c, const char *bytes, size_t length)
         const char *name = entry->d_name;
         size_t bytes_long = strlen(name);
         at += entry->d_reclen;
-        if (name_is_dots(name, bytes_long))
+        if (!name_is_dots(name, bytes_long)) {
+            if (add(c, name, bytes_long, entry->d_ino, entry->d_type, (uint64_t)entry->d_off))
+                return -1;
+        } else if (!c->from) {
             c->all[name[1] ? 1 : 0].number = entry->d_ino;
-        else if (add(c, name, bytes_long, entry->d_ino, entry->d_type))
-            return -1;
+        }
     }
     return 0;
 }
 
-struct names *names_read(int fd, bool again)
+struct names *names_read(int fd, bool again, uint64_t from)
 {
     _Alignas(struct dirent64) char piece[PIECE_BYTES];
     struct stat st;
     struct names *c = calloc(1, sizeof *c);
-    if (!c || add(c, ".", 1, 0, DT_DIR) || add(c, "..", 2, 0, DT_DIR))
+    if (!c || (!from && (add(c, ".", 1, 0, DT_DIR, 0) || add(c, "..", 2, 0, DT_DIR, 0))))
         goto failed;
-    ssize_t n = again ? lseek(fd, 0, SEEK_SET) : 0;
+    c->from = from;
+    ssize_t n = again || from ? lseek(fd, (off_t)from, SEEK_SET) < 0 ? -1 : 0 : 0;
     while (n >= 0) {
         n = getdents64(fd, piece, sizeof piece);
         if (n > 0 && add_piece(c, piece, (size_t)n))
@@ -79,7 +82,7 @@ struct names *names_read(int fd, bool again)
             n = 0;
     }
     c->error = n < 0 ? errno : 0;
-    if (c->error && c->count == 2)
+    if (c->error && !from && c->count == 2)
         c->count = 0;
     if (!fstat(fd, &st))
         c->after = version_settled(&st);
@@ -95,7 +98,7 @@ struct names *names_of(const char *const *names, size_t count)
     for (size_t i = 0; c && i < count; i++) {
         size_t bytes_long = strlen(names[i]);
         const struct piece *p = keep(c, names[i], bytes_long + 1);
-        if (!p || add(c, p->bytes, bytes_long, 0, DT_UNKNOWN)) {
+        if (!p || add(c, p->bytes, bytes_long, 0, DT_UNKNOWN, 0)) {
             names_free(c);
             return NULL;
         }

@@ -13,6 +13,7 @@ struct name {
     const char *bytes; /* ends with a zero */
     size_t length;
     uint64_t number; /* of the file, as the directory says; 0: unknown */
+    uint64_t after;  /* where what comes then begins, as the directory says; 0: unknown */
     uint32_t type;   /* DT_* */
 };
 
@@ -30,15 +31,17 @@ struct version {
 };
 
 struct names {
-    struct name *all;     /* "." and ".." first, unless nothing can be said */
+    struct name *all;     /* "." and ".." first, unless nothing can be said, or it is a rest */
     size_t count, room;
     struct piece *pieces; /* which have the bytes */
+    uint64_t from;        /* it is what the directory has from there on; 0: all */
     int error;            /* errno that ended it early; 0 */
     struct version after; /* of the directory, once they were read */
 };
 
-/* Read the directory open at `fd`, from its beginning; `again`: it was read before. NULL: no memory. */
-struct names *names_read(int fd, bool again);
+/* Read the directory open at `fd`: all of it, or what comes `from` a place after one of its names. `again`: it was read before.
+ * NULL: no memory. */
+struct names *names_read(int fd, bool again, uint64_t from);
 /* Of names that are known; the bytes are copied. NULL: no memory. */
 struct names *names_of(const char *const *names, size_t count);
 void names_free(struct names *c); /* may be NULL */

@@ -1,5 +1,6 @@
 #include "reader_nodes_inside.h"
 
+#include "reader_listings.h"
 #include "tm.h"
 
 #include <errno.h>
@@ -194,7 +195,7 @@ void node_free(struct node *one)
 {
     if (one->fd >= 0)
         close(one->fd);
-    free(one->listed);
+    listed_drop(one->listed);
     free(one->handle);
     free(one);
 }

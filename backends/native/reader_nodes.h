@@ -35,7 +35,7 @@ struct node {
     struct node *next_by_id, *next_by_key;
     struct node *older, *newer;   /* of those that are open, by when they were opened */
     struct handle *handle;        /* NULL: not asked for yet, or there is none */
-    struct listed *listed;        /* of a directory: the listing that the kernel has (reader_listings.h); NULL: none */
+    struct listed *listed;        /* of a directory: the listing that the kernel has (reader_listings.h), a reference; NULL: none */
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
     int64_t told_ns;              /* the time of modification that the kernel was told last, under the table's lock */

@@ -89,7 +89,7 @@ static void read_content(struct job *j)
     struct stat st;
     int fd = listing_open_at(j->directory, &st); /* with a position of its own: who was given up may read there still */
     if (fd >= 0) {
-        j->asked->content = names_read(fd, false);
+        j->asked->content = names_read(fd, false, j->asked->from);
         close(fd);
     }
 }

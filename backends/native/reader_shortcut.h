@@ -27,6 +27,7 @@ struct asked {
     unsigned fetched; /* how often names were fetched for it (`reader_onlookers.h`) */
     bool tried;       /* it cannot be answered without Python */
     bool begun;       /* its listing has begun, so that it goes on when it is asked once more */
+    uint64_t from;    /* where a thread is to begin to read its directory */
     bool opened;      /* a thread has opened its directory, or tried to: */
     int fd, error;    /* -1: it could not, and the errno; or it is somebody else's now */
     struct stat st;   /* of what it has opened */

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
+
 from .conftest import Mounter
 
 
@@ -65,6 +67,38 @@ def test_the_kernel_keeps_a_listing(mounter: Mounter, eventually: Callable[..., 
     assert len(listed) == 3000
     (directory / "new").touch()
     assert len(names(place.point / "d")) == 3001
+
+
+def settle(directory: Path) -> None:
+    """Wait until the next change must show in the directory's stamps, so that a listing may be kept."""
+    wait_until(lambda: int(time.time()) - 2 > int(directory.stat().st_ctime), what="it is old enough")
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at-once", "later"])
+def test_who_is_amid_a_kept_listing_gets_all_names(mounter: Mounter, waits: bool) -> None:
+    """Names that were read are removed, and the kernel loses what it had to another listing.
+
+    Could the later one be kept, too, who is amid the first would go on with that, by other numbers.
+    """
+    place = mounter("loop=native,timeout=60,watch=off")
+    directory = place.point / "d"
+    directory.mkdir()
+    for number in range(1000):
+        (place.lower / "d" / f"{number:04d}{'x' * 100}").touch()
+    settle(place.lower / "d")
+    left = names(directory)
+    assert names(directory) == left
+    with os.scandir(directory) as entries:
+        seen = [next(entries).name for _ in range(500)]
+        for name in seen[10:60]:
+            (directory / name).unlink()
+            left.remove(name)
+        if waits:
+            settle(place.lower / "d")
+        assert names(directory) == left
+        seen += [entry.name for entry in entries]
+    assert len(seen) == 1000
+    assert left < set(seen)
 
 
 def test_a_listing_is_as_old_as_its_attributes_at_most(mounter: Mounter) -> None:

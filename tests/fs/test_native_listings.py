@@ -6,12 +6,14 @@ import os
 import random
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyfuse3
 import pytest
 
+from tests.waiting import wait_until
 from tmem.backends import _native
 from tmem.fs.inodes import InodeTable
 from tmem.fs.lifetimes import Lifetimes
@@ -19,7 +21,7 @@ from tmem.fs.reading import NOTHING
 
 from .conftest import Mounter
 from .names_told import Entry, ask, entries, every_kind, listed, wanted_of
-from .reader_desk import OPENDIR, READDIRPLUS, Desk, make
+from .reader_desk import CACHE_DIR, OPENDIR, READDIRPLUS, Desk, make
 
 _NO_NODE = 1 << 63
 RELEASEDIR = 29
@@ -155,6 +157,36 @@ def test_an_end_is_told_by_whoever_is_asked(lists: Desk, place: Path) -> None:
         lists.listings.close(one)
         with pytest.raises(OSError, match="Bad file descriptor"):
             lists.listings.close(one)
+
+
+def test_threads_go_on_with_a_listing_that_the_kernel_has_lost(
+    desk: Desk, table: InodeTable, place: Path
+) -> None:
+    """Of a lower that may be far away: after the name that was told last, though some before it are gone."""
+    desk.list_by(table.nodes, local=False)
+    for number in range(40):
+        (place / f"{number:02d}").touch()
+    wait_until(lambda: int(time.time()) - 2 > int(place.stat().st_ctime), what="it is old enough to be kept")
+
+    def opened() -> int:
+        """Open it, when the kernel is told that it may keep what it has had or will get; the handle."""
+        unique = desk.request(OPENDIR, bytes(8))
+        while True:
+            assert desk.reader.serve(-1, 20) == NOTHING
+            with contextlib.suppress(BlockingIOError):
+                number, error, body = desk.answer_now()
+                fh, said, _ = struct.unpack("=QIi", body)
+                assert (number, error, said & CACHE_DIR) == (unique, 0, CACHE_DIR)
+                return int(fh)
+
+    told = [entry.name for entry in entries(desk.page(opened(), 0))]
+    amid = opened()
+    for name in (told[5], told[9], told[25]):
+        (place / os.fsdecode(name)).unlink()
+    seen = [entry.name for entry in entries(desk.page(amid, 20))]
+    assert seen == [*told[20:25], *told[26:]]
+    assert [entry.number for entry in entries(desk.page(amid, 30))] == list(range(31, 21 + len(seen)))
+    assert [entry.name for entry in entries(desk.page(amid, 15))][:5] == told[15:20]
 
 
 def test_a_directory_that_grows_is_listed_anew(mounter: Mounter) -> None:
