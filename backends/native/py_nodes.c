@@ -410,28 +410,28 @@ static PyObject *reported_by(NodesObject *self, PyObject *args)
 static PyObject *has_old(NodesObject *self, PyObject *args)
 {
     PyObject *view;
-    long long mtime_ns;
+    unsigned long long mtime_ns; /* of any year: see `told_ns` */
     int all;
-    if (!PyArg_ParseTuple(args, "O!Lp:has_old", NodeType, &view, &mtime_ns, &all))
+    if (!PyArg_ParseTuple(args, "O!Kp:has_old", NodeType, &view, &mtime_ns, &all))
         return NULL;
     struct node *one = node_of(view);
     if (!one)
         return NULL;
-    return PyBool_FromLong(nodes_has_old(self->nodes, one, mtime_ns, all ? TELL_ALL : TELL_KERNEL));
+    return PyBool_FromLong(nodes_has_old(self->nodes, one, (int64_t)mtime_ns, all ? TELL_ALL : TELL_KERNEL));
 }
 
 static PyObject *tells(NodesObject *self, PyObject *args)
 {
     PyObject *view;
-    long long mtime_ns;
+    unsigned long long mtime_ns;
     int hidden;
     bool doubted;
-    if (!PyArg_ParseTuple(args, "O!Lp:tells", NodeType, &view, &mtime_ns, &hidden))
+    if (!PyArg_ParseTuple(args, "O!Kp:tells", NodeType, &view, &mtime_ns, &hidden))
         return NULL;
     struct node *one = node_of(view);
     if (!one)
         return NULL;
-    bool another = nodes_tells(self->nodes, one, mtime_ns, hidden, &doubted);
+    bool another = nodes_tells(self->nodes, one, (int64_t)mtime_ns, hidden, &doubted);
     return Py_BuildValue("(OO)", another ? Py_True : Py_False, doubted ? Py_True : Py_False);
 }
 

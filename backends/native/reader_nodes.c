@@ -448,7 +448,7 @@ static bool tells_another(const struct nodes *n, struct node *one, int64_t mtime
 static void tell_time(const struct nodes *n, struct node *one, bool hidden, struct fuse_attr *attr, uint64_t *seconds, uint32_t *nanoseconds)
 {
     bool doubted;
-    if (tells_another(n, one, (int64_t)attr->mtime * 1000000000 + attr->mtimensec, hidden, &doubted))
+    if (tells_another(n, one, (int64_t)(attr->mtime * 1000000000 + attr->mtimensec), hidden, &doubted))
         attr->mtimensec ^= 1;
     if (doubted)
         *seconds = *nanoseconds = 0;

@@ -38,7 +38,7 @@ struct node {
     struct listed *listed;        /* of a directory: the listing that the kernel has (reader_listings.h), a reference; NULL: none */
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
-    int64_t told_ns;              /* the time of modification that the kernel was told last, under the table's lock */
+    int64_t told_ns;              /* the time of modification that the kernel was told last, modulo 2^64, under the table's lock */
     bool told_late;               /* then reports were waiting: of bytes from before, it may be */
     int64_t lookups;              /* that the kernel has not taken back */
     int64_t until_ns;             /* what a listing has told is believed, monotonic */

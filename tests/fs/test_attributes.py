@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
+
 from .conftest import Mounter, Place
+from .underneath import Underneath, write
 
 FIELDS = ["st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_rdev", "st_blocks", "st_ino"]
 FIELDS += ["st_mtime_ns", "st_ctime_ns", "st_atime_ns"]
@@ -42,6 +45,34 @@ def test_attributes_are_the_lower_ones(place: Place) -> None:
     (place.lower / "link").symlink_to("nowhere")
     for name in ("file", "directory", "link", "."):
         assert shown(place.point / name) == shown(place.lower / name)
+
+
+@pytest.mark.parametrize("loop", ["native", "fast"])
+@pytest.mark.parametrize("seconds", [13_000_000_000, -2_000_000_000], ids=["2381", "1906"])
+def test_times_of_any_year(mounter: Mounter, underneath: Underneath, seconds: int, loop: str) -> None:
+    """Nanoseconds since 1970 have more than 63 bits from 2262 on."""
+    place = mounter(f"loop={loop}")
+    lower, path = place.lower / "file", place.point / "file"
+
+    def is_the_same() -> bool:
+        one, other = lower.stat(), path.stat()
+        return (one.st_mtime_ns, one.st_size) == (other.st_mtime_ns, other.st_size)
+
+    lower.write_bytes(b"x" * 5000)
+    os.utime(lower, ns=(1, seconds * 10**9 + 123456789))
+    with path.open("rb", buffering=0) as file:
+        assert is_the_same()
+        assert file.read() == b"x" * 5000
+        underneath(write, lower, 4999, b"yz")
+        underneath(os.utime, lower, (1, seconds + 1))
+        wait_until(is_the_same, what="the change shows")
+        assert os.pread(file.fileno(), 10, 4998) == b"xyz"
+    os.utime(path, ns=(1, seconds * 10**9 + 987654321))
+    assert is_the_same()
+    with path.open("r+b", buffering=0) as file:
+        file.write(b"w")
+    assert lower.read_bytes() == b"w" + b"x" * 4998 + b"yz"
+    assert is_the_same()
 
 
 def test_mode_owner_and_times_can_be_changed(place: Place) -> None:
