@@ -4,13 +4,13 @@
 #ifndef READER_AHEAD_H
 #define READER_AHEAD_H
 
-#include "reader_buffers.h"
 #include "reader_judge.h"
 #include "reader_window.h"
 
 struct ahead {
     struct window window;
-    struct buffer *buffers[2]; /* NULL: none yet. While one is sent, the second thread fills the other */
+    uint8_t *memory;           /* of two windows: while one is sent, the second thread fills the other. NULL: none yet */
+    size_t memory_bytes;
     unsigned used;             /* which of them was filled last */
     size_t length;             /* of what is in it or will be, 0 nothing */
     uint64_t fh, offset;       /* where that is from */
@@ -26,7 +26,7 @@ bool ahead_has(struct ahead *a, struct hits *h, const struct fuse_read_in *read_
 /* A READ will be answered from the pool: whether the next one of its stream is worth fetching. */
 bool ahead_expects(struct ahead *a, const struct fuse_read_in *read_in);
 /* Begin with it, before the reply. `may_help`: there is a CPU for a second thread. */
-void ahead_begin(struct ahead *a, struct hits *h, struct buffers *buffers, const struct fuse_read_in *read_in, bool may_help);
+void ahead_begin(struct ahead *a, struct hits *h, const struct fuse_read_in *read_in, bool may_help);
 /* Fetch what is left, after the reply; `later`: not now, another request waits. */
 void ahead_fetch(struct ahead *a, bool later);
 

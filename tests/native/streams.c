@@ -33,7 +33,6 @@ struct world {
     struct gate *gate;
     struct tm_handle pool;
     struct ahead ahead;
-    struct buffers *buffers;
     uint8_t oid[TM_OID];
     _Atomic uint64_t version; /* of all pages, once it is put */
 };
@@ -187,22 +186,56 @@ static void beside_changes(struct world *w)
         uint32_t first = i % (WINDOWS - 1) * WINDOW;
         struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)first * TM_PAGE, .size = WINDOW * TM_PAGE};
         struct answer answer;
-        uint64_t before = atomic_load(&w->version);
+        uint64_t before = atomic_load(&w->version), version = 0;
         if (ahead_has(&w->ahead, &w->hits, &read_in, &answer)) {
-            uint64_t version = atomic_load(&w->version);
+            version = atomic_load(&w->version);
             while (version > before && !all_right(answer.bytes, first, version))
                 version--;
             expect(all_right(answer.bytes, first, version), "bytes of another time");
             answered++;
         }
         if (ahead_expects(&w->ahead, &read_in))
-            ahead_begin(&w->ahead, &w->hits, w->buffers, &read_in, true);
+            ahead_begin(&w->ahead, &w->hits, &read_in, true);
+        if (version) /* it is being sent, while the second one fetches */
+            expect(all_right(answer.bytes, first, version), "an answer was overwritten");
         ahead_fetch(&w->ahead, i % 16 == 0);
     }
     expect(answered, "nothing was fetched ahead");
     expect(w->ahead.window.has_second, "one thread did it all");
     atomic_store(&over, true);
     pthread_join(thread, NULL);
+}
+
+/* Flags of the mapping that has `address`, as /proc/self/smaps has them. */
+static bool has_flag(const void *address, const char *flag)
+{
+    char line[512];
+    bool within = false, has = false;
+    FILE *maps = fopen("/proc/self/smaps", "re");
+    while (maps && fgets(line, sizeof line, maps)) {
+        unsigned long from, to;
+        if (sscanf(line, "%lx-%lx ", &from, &to) == 2)
+            within = from <= (uintptr_t)address && (uintptr_t)address < to;
+        else if (within && !strncmp(line, "VmFlags:", 8))
+            has = strstr(line, flag) != NULL;
+    }
+    if (maps)
+        fclose(maps);
+    return has;
+}
+
+/* Whether the kernel has any just then is its affair. */
+static void huge_pages_are_asked_for(struct world *w)
+{
+    enum { HUGE_BYTES = 2 << 20 };
+    struct fuse_read_in read_in = {.fh = FH, .size = WINDOW * TM_PAGE};
+    expect(!w->ahead.memory, "memory for no stream");
+    ahead_begin(&w->ahead, &w->hits, &read_in, false);
+    expect(w->ahead.memory_bytes == HUGE_BYTES, "not one of them for two windows");
+    expect((uintptr_t)w->ahead.memory % HUGE_BYTES == 0, "it begins within one");
+    if (!access("/sys/kernel/mm/transparent_hugepage", F_OK))
+        expect(has_flag(w->ahead.memory, " hg"), "they are not asked for");
+    memset(w->ahead.memory, 1, w->ahead.memory_bytes);
 }
 
 /* As many windows, each of which takes so long, by one and by two. How many were fetched by two. */
@@ -254,6 +287,7 @@ static const struct {
     {"nothing_is_fetched_that_is_not_lent", nothing_is_fetched_that_is_not_lent},
     {"a_page_is_missing", a_page_is_missing},
     {"beside_changes", beside_changes},
+    {"huge_pages_are_asked_for", huge_pages_are_asked_for},
     {"what_is_quicker", what_is_quicker},
 };
 
@@ -266,7 +300,7 @@ static void run(struct tm_segment *seg, unsigned n)
     oid_make(w.oid, n);
     client_open(ctx, "test", true, &id, &serial);
     if (pool_new(ctx, id, serial, &(struct pool_wish){.id = -1}, &w.pool.pool, &w.pool.serial) != TM_OK
-        || hits_init(&w.hits, 1 << 20) || !(w.buffers = buffers_new(1 << 20)))
+        || hits_init(&w.hits, 1 << 20))
         exit(2);
     put_all(&w);
     w.gate = gate_new();
@@ -276,7 +310,6 @@ static void run(struct tm_segment *seg, unsigned n)
     ahead_init(&w.ahead, &w.hits);
     scenarios[n].run(&w);
     ahead_free(&w.ahead);
-    buffers_free(w.buffers);
     hits_free(&w.hits);
     gate_drop(w.gate);
     pool_destroy(ctx, w.pool.pool, w.pool.serial);
