@@ -102,7 +102,7 @@ static void wake_standin(struct reader *r)
 
 void reader_leave(struct reader *r)
 {
-    sentry_relieve(&r->sentry); /* the stand-in may read from now on */
+    sentry_step_down(&r->sentry); /* the stand-in may read from now on */
     atomic_fetch_add(&r->turns, 1);
     wake_standin(r);
 }
@@ -199,8 +199,7 @@ static enum found find_read(struct reader *r, struct desk *d, size_t length, boo
         return FOUND;
     if (!leads || r->several || !waiting_is_quick(&r->waiting))
         return hits_find(&r->hits, read_in, data, false, answer);
-    *done = waiting_find(&r->waiting, &d->request, &d->data, length, &(struct away){leave, come_back, r}, replies_first(r), &found,
-                         answer);
+    *done = waiting_find(&r->waiting, &d->request, data, length, &(struct away){leave, come_back, r}, replies_first(r), &found, answer);
     return found;
 }
 
@@ -547,6 +546,7 @@ unsigned reader_serve(struct reader *r, int wake, int timeout_ms)
     reader_return(r);
     sentry_meet(&r->sentry);
     enum reader_event event = serve(r, wake, timeout_ms);
+    sentry_relieve(&r->sentry);
     reader_leave(r);
     return event | (r->opens && opens_news(r->opens) ? (unsigned)READER_NEWS : 0);
 }
@@ -629,6 +629,8 @@ void *reader_stand_in(void *arg)
         rest(r, turns);
         bool stays_away = is_away(turns) && atomic_load(&r->turns) == turns;
         atomic_fetch_add(&r->active, stays_away);
+        if (stays_away) /* with the lock: who comes back looks whether anybody is active before it sleeps in read */
+            sentry_look(&r->sentry);
         pthread_mutex_unlock(&r->sleep_lock);
         passing_recheck(&r->passing);
         if (stays_away) {

@@ -158,7 +158,13 @@ static uint64_t read_past_cache(struct hits *h, uint64_t fh, uint64_t start, uin
     return n < 0 ? 0 : (uint64_t)n;
 }
 
-static bool begins(struct wait *w) { return w && (MUTANT(65) || (w->begun = w->begin(w->with))); }
+static bool begins(struct wait *w, uint64_t now_ns)
+{
+    if (!w)
+        return false;
+    w->begun_ns = now_ns;
+    return MUTANT(65) || (w->begun = w->begin(w->with));
+}
 
 /* Fill `data` with the missing pages, which are to be put. The last one must end where the file does: else it is for Python. */
 static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint32_t first, uint8_t *data, uint32_t npages,
@@ -183,7 +189,7 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
             m.cold = files_had(&h->files, fh, count);
         }
         if (!waits && count != there)
-            waits = begins(wait);
+            waits = begins(wait, begun);
         if (waits && m.cold && t->local && npages <= MISS_PAGES) {
             count = read_past_cache(h, fh, start, data, bytes);
             past = count == there; /* else it is read as if that had not been tried */
@@ -191,6 +197,8 @@ static enum found fill(struct hits *h, uint64_t fh, const struct target *t, uint
         if (waits && count != there)
             count = read_lower(h, t->fd, start, data, bytes, true);
         uint64_t read_by = timing_now();
+        if (wait)
+            wait->ended_ns = read_by;
         KP(97);
         if (count == there) {
             memset(data + there, 0, bytes - there);
@@ -233,7 +241,7 @@ static enum found find(struct hits *h, const struct fuse_read_in *read_in, uint8
     if (atomic_load(&h->doubts) && !is_unchanged(h, read_in->fh, &t))
         return FOUND_NOT;
     if (end > t.size) { /* whatever reaches the end asks where that is now */
-        if (!waits && !t.local && !(waits = begins(wait)))
+        if (!waits && !t.local && !(waits = begins(wait, timing_now())))
             return FOUND_IF_WAITING;
         if (fstat(t.fd, &st) || (uint64_t)st.st_size != t.size)
             return FOUND_NOT;

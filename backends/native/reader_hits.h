@@ -51,6 +51,7 @@ struct wait {
     bool (*begin)(void *with);
     void *with;
     bool begun;
+    uint64_t begun_ns, ended_ns; /* monotonic; the second 0: the lower was not read */
 };
 enum found hits_find_or_wait(struct hits *h, const struct fuse_read_in *read_in, uint8_t *data, struct wait *wait,
                              struct answer *out);

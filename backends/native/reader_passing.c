@@ -292,12 +292,20 @@ static void note_interrupt(struct passing *p, struct flight *f)
 /* The request may be in the hands of another thread still, which is about to pass it on. */
 static bool was_early(struct passing *p, uint64_t unique)
 {
-    for (unsigned i = 0; i < sizeof p->early / sizeof *p->early; i++)
+    for (unsigned i = 0; p->early_kept && i < EARLY; i++) /* eight lines of a cache that may be cold: mostly there is none */
         if (p->early[i] == unique) {
             p->early[i] = 0;
+            p->early_kept--;
             return true;
         }
     return false;
+}
+
+static void note_early(struct passing *p, uint64_t unique)
+{
+    uint64_t *place = &p->early[p->nearly++ % EARLY];
+    p->early_kept += !*place;
+    *place = unique;
 }
 
 static void interrupt(struct passing *p, const struct fuse_in_header *in)
@@ -308,7 +316,7 @@ static void interrupt(struct passing *p, const struct fuse_in_header *in)
     if (f)
         note_interrupt(p, f);
     else
-        p->early[p->nearly++ % (sizeof p->early / sizeof *p->early)] = which.unique;
+        note_early(p, which.unique);
 }
 
 static void look_again(struct flight *f, void *with)
@@ -512,7 +520,7 @@ void passing_pass_held(struct passing *p, struct buffer **request, size_t length
     pthread_mutex_lock(&p->lock);
     if (take_held(p, in->unique, &interrupted, &entry)) {
         if (interrupted)
-            p->early[p->nearly++ % (sizeof p->early / sizeof *p->early)] = in->unique;
+            note_early(p, in->unique);
         if (pass_request(p, request, length, entry) == PASSED_NOT)
             reply_error(p, entry, in->unique, -EIO);
     }

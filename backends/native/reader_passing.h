@@ -39,6 +39,7 @@ struct queue {
     struct message *first, **last;
 };
 
+enum { EARLY = 64 };
 struct passing {
     int device, ours;
     struct buffers *buffers;
@@ -55,8 +56,8 @@ struct passing {
     _Atomic uint32_t expected; /* replies that are to come */
     _Atomic uint64_t passed;   /* requests so far */
 
-    uint64_t early[64];             /* interrupted requests that were not known yet when that was told */
-    unsigned nearly;
+    uint64_t early[EARLY];            /* interrupted requests that were not known yet when that was told */
+    unsigned nearly, early_kept;    /* so far; not 0 now */
     _Atomic uint32_t interrupted;   /* requests that were, and are not given up */
     _Atomic uint64_t given_up;      /* so far */
     unsigned abandoned;             /* of those, that libfuse or a thread has still in hand */

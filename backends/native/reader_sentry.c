@@ -111,10 +111,14 @@ void sentry_free(struct sentry *s)
 /* -1: errno. */
 static int set_blocking(struct sentry *s, bool blocks)
 {
-    if (s->blocks == blocks)
+    if (atomic_load(&s->blocks) == blocks)
         return 0;
-    s->blocks = blocks;
-    return fcntl(s->device, F_SETFL, blocks ? s->flags & ~O_NONBLOCK : s->flags);
+    if (blocks)
+        atomic_store(&s->blocks, true);
+    int rc = fcntl(s->device, F_SETFL, blocks ? s->flags & ~O_NONBLOCK : s->flags);
+    if (!blocks) /* not before it is so: two may do this at a time, and each reads then */
+        atomic_store(&s->blocks, false);
+    return rc;
 }
 
 void sentry_look(struct sentry *s) { (void)set_blocking(s, false); }
@@ -149,7 +153,7 @@ bool sentry_post(struct sentry *s, int64_t until_ms)
     return true;
 }
 
-bool sentry_relieve(struct sentry *s)
+bool sentry_step_down(struct sentry *s)
 {
     if (!s->is_posted)
         return false;
@@ -159,7 +163,16 @@ bool sentry_relieve(struct sentry *s)
     if (called)
         pthread_cond_signal(&s->changed);
     pthread_mutex_unlock(&s->lock);
-    /* After it: a signal on its way has come by the end of this call. */
-    (void)set_blocking(s, false);
+    /* A signal on its way has come by the end of this system call. Without a call there is none. */
+    if (called)
+        (void)set_blocking(s, false);
+    return called;
+}
+
+bool sentry_relieve(struct sentry *s)
+{
+    bool posted = s->is_posted, called = sentry_step_down(s);
+    if (posted || !MUTANT(75))
+        (void)set_blocking(s, false);
     return called;
 }

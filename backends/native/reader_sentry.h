@@ -5,8 +5,9 @@
  * and calls it back by a signal (SIGURG, whose default is to be ignored). A signal that comes just before the read began is
  * lost; it is sent again every CALL_MS until it was heard. Between two sleeps the serving thread sees that it was called without one.
  *
- * While a sentry is posted the device has no O_NONBLOCK, for everybody: nobody else may read it then. All but the sentry
- * itself is for the serving thread. */
+ * While a sentry is posted the device has no O_NONBLOCK, for everybody: nobody else may read it then. To set and take it back costs
+ * two system calls, so a serving thread that goes away for a moment leaves it as it is, and whoever reads instead sets it first.
+ * All but the sentry itself, and `sentry_look`, is for the serving thread. */
 #ifndef READER_SENTRY_H
 #define READER_SENTRY_H
 
@@ -18,7 +19,7 @@
 struct sentry {
     int device, others; /* what the thread sleeps on, and what has it called if it is readable */
     int flags;          /* of the device, with O_NONBLOCK */
-    bool blocks;        /* the device has no O_NONBLOCK now */
+    _Atomic bool blocks; /* the device may have no O_NONBLOCK now */
     bool is_posted;     /* as the serving thread has left it */
     bool hears;         /* the serving thread does not block the signal */
     bool is_broken;     /* there can be no sentry */
@@ -46,11 +47,13 @@ static inline void sentry_meet(struct sentry *s) { s->hears = false; }
 /* Post one, if there is none. Returns whether the device may be slept on now: not if the caller was called, or if there can be no
  * sentry. Others may be readable before it: then the caller is called. */
 bool sentry_post(struct sentry *s, int64_t until_ms);
-/* Have the device not be slept on for a moment, with the sentry at its post. */
+/* Have the device not be slept on, with the sentry at its post, if it is. For any thread that the serving one cannot post beside. */
 void sentry_look(struct sentry *s);
 /* Whether one is posted, and has not called. */
 static inline bool sentry_holds(const struct sentry *s) { return s->is_posted && !sentry_calls(s); }
 /* Have the device as it was before. No signal comes after this. Returns whether the caller had been called. */
 bool sentry_relieve(struct sentry *s);
+/* The same, but whoever reads the device next has to `sentry_look` or `sentry_relieve` first, unless it sleeps on it. */
+bool sentry_step_down(struct sentry *s);
 
 #endif

@@ -40,9 +40,9 @@ int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg)
     return rc;
 }
 
-static void note(struct waiting *w, uint64_t begun_ns)
+static void note(struct waiting *w, uint64_t begun_ns, uint64_t ended_ns)
 {
-    int64_t took_ns = (int64_t)(timing_now() - begun_ns), slowest_ns = SLOWEST * w->quick_ns;
+    int64_t took_ns = (int64_t)(ended_ns - begun_ns), slowest_ns = SLOWEST * w->quick_ns;
     patience_note(&w->patience, took_ns < slowest_ns ? took_ns : slowest_ns);
 }
 
@@ -59,8 +59,6 @@ static void answer_errand(struct waiting *w, struct errand *e, enum found found,
     if (found == FOUND)
         hits_put(w->hits, answer);
     files_release(&w->hits->files, e->file);
-    buffer_drop(e->request);
-    buffer_drop(e->data);
 }
 
 static void run_errand(struct waiting *w, struct errand *e)
@@ -68,8 +66,10 @@ static void run_errand(struct waiting *w, struct errand *e)
     struct answer answer;
     uint64_t begun_ns = timing_now();
     enum found found = hits_find(w->hits, read_of(e), e->data->data, true, &answer);
-    note(w, begun_ns);
+    note(w, begun_ns, timing_now());
     answer_errand(w, e, found, &answer);
+    buffer_drop(e->request);
+    buffer_drop(e->data);
 }
 
 static void ask(struct waiting *w, struct errand *e)
@@ -215,7 +215,6 @@ struct here {
     struct waiting *waiting;
     struct errand errand;
     const struct away *away;
-    uint64_t begun_ns;
 };
 
 static bool begin_here(void *arg)
@@ -230,22 +229,20 @@ static bool begin_here(void *arg)
         return false;
     }
     here->away->leave(here->away->with);
-    here->begun_ns = timing_now();
     return true;
 }
 
-bool waiting_find(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, const struct away *away,
-                  bool replies_first, enum found *found, struct answer *out)
+bool waiting_find(struct waiting *w, struct buffer **request, uint8_t *data, size_t length, const struct away *away, bool replies_first,
+                  enum found *found, struct answer *out)
 {
-    struct errand e = {.request = *request, .data = *data, .length = length, .replies_first = replies_first};
-    struct here here = {.waiting = w, .errand = e, .away = away};
+    struct here here = {.waiting = w, .errand = {.request = *request, .length = length, .replies_first = replies_first}, .away = away};
     struct wait wait = {.begin = begin_here, .with = &here};
-    *found = hits_find_or_wait(w->hits, read_of(&e), e.data->data, &wait, out);
+    *found = hits_find_or_wait(w->hits, read_of(&here.errand), data, &wait, out);
     if (!wait.begun)
         return false;
-    note(w, here.begun_ns);
-    *request = *data = NULL;
+    note(w, wait.begun_ns, wait.ended_ns ? wait.ended_ns : timing_now());
     answer_errand(w, &here.errand, *found, out);
+    *request = here.errand.request;
     away->come_back(away->with);
     return true;
 }

@@ -67,8 +67,8 @@ bool waiting_is_quick(const struct waiting *w);
 /* Find the answer to a READ as `hits_find` does for who may not wait; but if the lower is to be waited for, do that and answer
  * it, at once: true then. In between the caller is `away`. `replies_first`: what was read is put after the reply, which only who
  * reads the next request may do: it would not find the pages yet. */
-bool waiting_find(struct waiting *w, struct buffer **request, struct buffer **data, size_t length, const struct away *away,
-                  bool replies_first, enum found *found, struct answer *out);
+bool waiting_find(struct waiting *w, struct buffer **request, uint8_t *data, size_t length, const struct away *away, bool replies_first,
+                  enum found *found, struct answer *out);
 
 /* Start a thread of the reader: with a small stack, and no signals: those are for the threads that Python knows. */
 int reader_thread(pthread_t *thread, void *(*run)(void *), void *arg);

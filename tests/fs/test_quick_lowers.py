@@ -1,5 +1,6 @@
 """A lower that answers quickly is waited for by who reads requests; others do not wait for one that hangs."""
 
+import fcntl
 import os
 import signal
 import struct
@@ -126,6 +127,52 @@ def test_reads_that_threads_wait_for_let_it_sleep_in_read(tmp_path: Path) -> Non
         served.join()
         assert place.desk.forwarded()[0] == SETXATTR
         assert place.desk.reader.counters()["read_sleeps"] > 0
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """Have reader and programs share one: else it looks for the next request instead of sleeping."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    yield
+    os.sched_setaffinity(0, cpus)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_who_waits_leaves_the_device_as_it_is_until_another_one_reads(
+    tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    """A device that blocks, as for a sleep in read(2), holds whoever reads a request that has gone."""
+
+    def blocks(desk: Desk) -> bool:
+        return not fcntl.fcntl(desk.device, fcntl.F_GETFL) & os.O_NONBLOCK
+
+    for place in placed(tmp_path, ANY_US):
+        desk = place.desk
+
+        def hit(desk: Desk = desk) -> None:
+            unique = desk.read(0, PAGE_SIZE)
+            assert desk.answer() == (unique, 0, desk.content[:PAGE_SIZE])
+
+        def sleeps(desk: Desk = desk, hit: Callable[[], None] = hit) -> bool:
+            hit()
+            return blocks(desk)
+
+        served = threading.Thread(target=desk.reader.serve, args=(-1, 60_000))
+        served.start()
+        for _ in range(2):
+            eventually(sleeps)
+            place.lower.fail("read", hangs=True, name="slow")
+            unique = place.ask(9)
+            eventually(lambda place=place: place.lower.waiting() == ["read"])
+            hit()  # by another one
+            assert not blocks(desk)
+            place.lower.heal()
+            assert desk.answer()[0] == unique
+            desk.pool.flush_object(OID)
+        desk.request(SETXATTR, bytes(16))  # for libfuse
+        served.join()
+        assert not blocks(desk)
 
 
 def test_one_slow_answer_is_soon_forgotten(tmp_path: Path, eventually: Callable[..., None]) -> None:

@@ -181,6 +181,23 @@ static void requests_come(void)
     end();
 }
 
+/* Who goes away for a moment leaves the device to whoever reads next, who looks, or to itself. */
+static void goes_away_for_a_moment(void)
+{
+    begin("goes_away_for_a_moment");
+    char request[8];
+    expect(sentry_post(&sentry, INT64_MAX), "there is no sentry");
+    expect(!sentry_step_down(&sentry) && !has_nonblock(), "it took two system calls");
+    expect(sentry_post(&sentry, INT64_MAX) && !has_nonblock(), "it does not sleep after it");
+    expect(!sentry_step_down(&sentry), "it was called, by nobody");
+    sentry_look(&sentry);
+    expect(has_nonblock() && read(device, request, sizeof request) < 0 && errno == EAGAIN, "another one that reads sleeps");
+    expect(sentry_post(&sentry, INT64_MAX) && !has_nonblock(), "it does not sleep after another one has read");
+    sentry_step_down(&sentry);
+    expect(!sentry_relieve(&sentry) && has_nonblock(), "the device is not as it was");
+    end();
+}
+
 /* Relieved, it calls nobody, whatever is readable. */
 static void not_called_afterwards(void)
 {
@@ -191,7 +208,10 @@ static void not_called_afterwards(void)
         if (i % 2) /* in the middle of a call */
             while (!sentry_calls(&sentry))
                 sched_yield();
-        sentry_relieve(&sentry);
+        if (i % 3)
+            sentry_step_down(&sentry);
+        else
+            sentry_relieve(&sentry);
         expect(!nanosleep(&(struct timespec){.tv_nsec = 3000000}, NULL), "a signal came when it was relieved");
         hear();
     }
@@ -278,7 +298,7 @@ static void nothing_gets_lost(void)
 int main(void)
 {
     void (*scenarios[])(void) = {called_out_of_its_sleep, called_just_before_it_sleeps, deadlines, deadlines_that_have_passed,
-                                 requests_come, not_called_afterwards, signals_that_were_blocked, somebody_elses_signal, nothing_gets_lost};
+                                 requests_come, goes_away_for_a_moment, not_called_afterwards, signals_that_were_blocked, somebody_elses_signal, nothing_gets_lost};
     for (unsigned i = 0; i < sizeof scenarios / sizeof *scenarios && !failures; i++)
         scenarios[i]();
     if (!failures)
