@@ -868,6 +868,19 @@ class Reader:
         and who is asked has to wait itself.
         """
 
+    def open_in_thread(self, descriptor: int, flags: int, /) -> bool:
+        """Have a thread open the file at `descriptor` (O_PATH), and the OPEN asked last asked once more.
+
+        Then it has to be answered, with what `opened` says, also if it was given up. False: as `fetch`.
+        """
+
+    def opened(self) -> tuple[int, tuple[int, ...], tuple[int, int, int]] | None:
+        """Return what a thread has opened for the request asked last, None if none has tried.
+
+        A descriptor, the caller's from now on, and what stat says of it: mode, number, device, links, user,
+        group and size; nanoseconds of access, modification and change. OSError if it could not.
+        """
+
     def drain(self) -> None:
         """Pass on to the kernel what libfuse has replied; by the thread that calls `serve`."""
 

@@ -11,6 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -22,7 +23,6 @@ from tmem.fs.grants import Grants
 from tmem.fs.inodes import Inode, proc_path
 from tmem.fs.namespace import Namespace
 from tmem.fs.openfile import OpenFile
-from tmem.fs.patience import Patience
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.precache import ignore_pool
 from tmem.fs.reading import Reading
@@ -34,7 +34,19 @@ from tmem.fs.writers import is_quiet
 if TYPE_CHECKING:
     from pyfuse3 import EntryAttributes, FileInfo, RequestContext
 
-_KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_TRUNC | os.O_NOATIME
+KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_TRUNC | os.O_NOATIME
+"""What of an open's flags the lower is opened with."""
+_MOST_LOOKS = 3
+"""At a file that changes of ours overtake each time; then the event loop's thread asks what it is."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An inode that a thread opens."""
+
+    inode: Inode
+    turn: tuple[int, int]
+    """Of its state, from before."""
 
 
 class Opening(Namespace):
@@ -61,7 +73,6 @@ class Opening(Namespace):
         self._policy = policy
         self._worth = Worth(self._account, clock)
         self._no_atimes = bool(os.fstatvfs(self.table.root).f_flag & (os.ST_NOATIME | os.ST_RDONLY))
-        self._patience = Patience()
         self._files: dict[int, OpenFile] = {}
 
     async def open(self, inode: int, flags: int, ctx: "RequestContext") -> "FileInfo":
@@ -69,18 +80,52 @@ class Opening(Namespace):
         with errors():
             if flags & os.O_TRUNC:
                 return await self._open_truncated(self.table[inode], flags, Caller.of(ctx))
-            if self.waits_to_open(inode, flags):
+            if self.waits_to_open(inode):
                 return await self.open_elsewhere(inode, flags, Caller.of(ctx))
             return self.open_file(inode, flags, Caller.of(ctx))
 
-    def waits_to_open(self, inode: int, flags: int) -> bool:
-        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`.
+    def waits_to_open(self, inode: int) -> bool:
+        """Say whether to open a file may take longer than others can wait: then use `open_elsewhere`."""
+        return not self.is_here(self.table[inode])
 
-        For writing it is closed, too (`open_file`), of which no lower says beforehand how long that takes.
+    def begin_open(self, inode: int) -> Begun:
+        """Begin to open a file for reading in a thread of the caller's."""
+        return Begun(node := self.table[inode], _turn(node))
+
+    def has_opened(self, begun: Begun) -> bool:
+        """Say whether nothing has happened meanwhile: `end_open` ends it; else `look_again` comes first."""
+        return self._is_known(begun) and not _is_overtaken(begun)
+
+    def end_open(
+        self, begun: Begun, descriptor: int, status: os.stat_result | None, flags: int, caller: Caller
+    ) -> "FileInfo":
+        """End what was begun, with what was opened. OSError, TmemError, FUSEError."""
+        return self._opened(begun.inode, descriptor, flags, caller, status)
+
+    async def look_again(
+        self, begun: Begun, descriptor: int, status: os.stat_result
+    ) -> os.stat_result | None:
+        """Return what the file is that was opened and looked at in a thread, of which `begun` is from before.
+
+        None if there is always a change of ours beside it. OSError, also if the kernel has forgotten the
+        inode: then it is closed.
         """
-        if self.is_here(self.table[inode]):
-            return False
-        return flags & os.O_ACCMODE != os.O_RDONLY or not self._patience.is_quick
+        for _ in range(_MOST_LOOKS):
+            if not self._is_known(begun):
+                await self.close_elsewhere(descriptor)
+                raise OSError(errno.ESTALE, "forgotten, for its request was given up")
+            if not _is_overtaken(begun):
+                return status
+            begun = Begun(begun.inode, _turn(begun.inode))
+            try:
+                status = await self.in_thread(os.fstat, descriptor)
+            except OSError:
+                await self.close_elsewhere(descriptor)
+                raise
+        return None
+
+    def _is_known(self, begun: Begun) -> bool:
+        return self.table.nodes.get(begun.inode.nodeid) is begun.inode
 
     async def open_elsewhere(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
         """Open a file, without O_TRUNC, in a thread. OSError, TmemError, FUSEError."""
@@ -102,47 +147,31 @@ class Opening(Namespace):
             await self.close_elsewhere(descriptor)
 
     async def _open_kept(self, inode: Inode, beside: int, flags: int) -> tuple[int, os.stat_result | None]:
-        """Open an inode by a descriptor of ours in a thread, and look at it.
-
-        No status if a change of ours was beside it. OSError, also if the kernel has forgotten the inode.
-        """
-        turn = inode.state.turn if inode.state is not None else (0, 0)
-        descriptor, status, seconds = await self.in_thread(_open_and_look, proc_path(beside), flags)
-        self._patience.note(seconds)
-        if self.table.nodes.get(inode.nodeid) is not inode:
-            os.close(descriptor)
-            raise OSError(errno.ESTALE, "forgotten, for its request was given up")
-        state = inode.state
-        # While a change is under way `validate` judges nothing by it; to ask anew might wait for that change.
-        overtaken = state is not None and not state.changes and (turn[1] or state.turn != turn)
-        return descriptor, None if overtaken else status
+        """Open an inode by a descriptor of ours in a thread, and look at it: as `look_again`."""
+        begun = Begun(inode, _turn(inode))
+        descriptor, status = await self.in_thread(_open_and_look, proc_path(beside), flags)
+        return descriptor, await self.look_again(begun, descriptor, status)
 
     def open_file(self, inode: int, flags: int, caller: Caller) -> "FileInfo":
-        """Open a file, without O_TRUNC. OSError, TmemError."""
+        """Open a file that is here, without O_TRUNC. OSError, TmemError."""
         node = self.table[inode]
         unchanged: bool | None = None
         if flags & os.O_ACCMODE != os.O_RDONLY:
             # First with a descriptor that only reads: one of our own that writes hides other writers.
             with contextlib.suppress(PermissionError):
-                descriptor, status = self._open_now(node, os.O_RDONLY)
+                descriptor = self._open_now(node, os.O_RDONLY)
                 try:
-                    unchanged = self._validate(node, descriptor, status)
+                    unchanged = self._validate(node, descriptor, os.fstat(descriptor))
                 finally:
                     os.close(descriptor)
-        descriptor, status = self._open_now(node, flags)
-        info = self._opened(node, descriptor, flags, caller, status, unchanged)
+        info = self._opened(node, self._open_now(node, flags), flags, caller, None, unchanged)
         if self.reading is not None and self._grants.due:
             self._grant()
         return info
 
-    def _open_now(self, inode: Inode, flags: int) -> tuple[int, os.stat_result | None]:
-        """Open an inode on this thread, and look at it if that may take long. OSError."""
-        path = self.table.path(inode)
-        if self.is_here(inode):
-            return os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC), None
-        descriptor, status, seconds = _open_and_look(path, flags)
-        self._patience.note(seconds)
-        return descriptor, status
+    def _open_now(self, inode: Inode, flags: int) -> int:
+        """Open an inode on this thread. OSError."""
+        return os.open(self.table.path(inode), (flags & KEPT_FLAGS) | os.O_CLOEXEC)
 
     def _grant(self) -> None:
         """Have opens answered below Python for a while, if they are to be answered in the usual way."""
@@ -158,11 +187,11 @@ class Opening(Namespace):
 
     async def _open_truncated(self, inode: Inode, flags: int, caller: Caller | None = None) -> "FileInfo":
         # Opened without O_TRUNC first: the change needs a descriptor before it happens.
-        if self.waits_to_open(inode.nodeid, flags):
+        if self.waits_to_open(inode.nodeid):
             with self.table.kept(inode) as beside:
                 descriptor, _ = await self._open_kept(inode, beside, flags & ~os.O_TRUNC)
         else:
-            descriptor, _ = self._open_now(inode, flags & ~os.O_TRUNC)
+            descriptor = self._open_now(inode, flags & ~os.O_TRUNC)
         try:
             here = self.is_here(inode)
             with self.change_of(self.state_of(inode), descriptor, here) as change:
@@ -436,16 +465,27 @@ class Opening(Namespace):
             os.close(self._files.popitem()[1].descriptor)
 
 
-def _open_and_look(path: str, flags: int) -> tuple[int, os.stat_result, float]:
-    """Open a file; return the descriptor, the file's status, and how many seconds both took. OSError."""
-    begun = time.monotonic()
-    descriptor = os.open(path, (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+def _turn(inode: Inode) -> tuple[int, int]:
+    return inode.state.turn if inode.state is not None else (0, 0)
+
+
+def _is_overtaken(begun: Begun) -> bool:
+    """Say whether an own change of the file has begun or ended meanwhile.
+
+    While one is under way `validate` judges nothing by a status; to ask anew might wait for that change.
+    """
+    state = begun.inode.state
+    return state is not None and not state.changes and (begun.turn[1] > 0 or state.turn != begun.turn)
+
+
+def _open_and_look(path: str, flags: int) -> tuple[int, os.stat_result]:
+    """Open a file; return the descriptor and the file's status. OSError."""
+    descriptor = os.open(path, (flags & KEPT_FLAGS) | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
+        return descriptor, os.fstat(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, status, time.monotonic() - begun
 
 
 def _make(
@@ -457,7 +497,7 @@ def _make(
     finds. It must check whether the caller may, and to open a pipe may take as long as nobody opens its other
     end.
     """
-    wanted = (flags & _KEPT_FLAGS & ~os.O_TRUNC) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    wanted = (flags & KEPT_FLAGS & ~os.O_TRUNC) | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with acting_as(ctx):
             descriptor = os.open(name, wanted, stat.S_IMODE(mode), dir_fd=directory)

@@ -6,6 +6,7 @@ done by the handlers that pyfuse3 calls; here is only what it does around them: 
 Threading: the event loop's thread.
 """
 
+import os
 import struct
 import time
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,7 @@ import pyfuse3
 
 from tmem.fs.acting import Caller
 from tmem.fs.base import FAILURES, errno_seen
+from tmem.fs.opening import KEPT_FLAGS, Begun
 
 if TYPE_CHECKING:
     from tmem.backends._native import Reader
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _LOOKUP, _FORGET, _OPEN, _RELEASE = 1, 2, 14, 18
 _MOST_AT_A_TIME = 32
 _LONGEST_SECONDS = 0.002
+_SECOND_NS = 1_000_000_000
 _DIRECT_IO, _KEEP_CACHE, _NONSEEKABLE = 1, 2, 4
 
 # From the kernel's include/uapi/linux/fuse.h, as far as they are looked at.
@@ -45,6 +48,8 @@ class Shortcuts:
     def __init__(self, overlay: "Overlay", reader: "Reader") -> None:
         self._overlay = overlay
         self._reader = reader
+        self._begun: dict[int, Begun] = {}
+        """What the reader's threads open, by the request's number."""
 
     def answer(self, start_soon: Start) -> int:
         """Answer what lies there, return how many; what has to wait goes on in a task of `start_soon`.
@@ -80,7 +85,11 @@ class Shortcuts:
             if opcode == _LOOKUP:
                 self._look_up(unique, node, body, may_wait=fetched > 0)
             elif opcode == _OPEN:
-                self._open(unique, node, body, Caller(uid, gid, pid), start_soon)
+                (flags,) = _OPEN_IN.unpack_from(body)
+                if fetched:
+                    self._end_open(unique, node, flags, Caller(uid, gid, pid), start_soon)
+                else:
+                    self._open(unique, node, flags, Caller(uid, gid, pid), start_soon)
             else:
                 assert opcode == _RELEASE, "the reader answers the rest"
                 (number,) = _HANDLE_IN.unpack_from(body)
@@ -95,12 +104,47 @@ class Shortcuts:
         if not self._reader.fetch(table.descriptor(table[node]), [name[:-1]]):
             self._reader.look_up(unique, node, name, True)
 
-    def _open(self, unique: int, node: int, body: bytes, caller: Caller, start_soon: Start) -> None:
-        (flags,) = _OPEN_IN.unpack_from(body)
-        if self._overlay.waits_to_open(node, flags):
-            start_soon(partial(self._open_later, flags, caller), unique, node)
-        else:
+    def _open(self, unique: int, node: int, flags: int, caller: Caller, start_soon: Start) -> None:
+        if not self._overlay.waits_to_open(node):
             self._opened(unique, self._overlay.open_file(node, flags, caller))
+            return
+        if flags & os.O_ACCMODE == os.O_RDONLY:  # else it takes more than to open
+            begun = self._overlay.begin_open(node)
+            descriptor = self._overlay.table.descriptor(begun.inode)
+            if self._reader.open_in_thread(descriptor, flags & KEPT_FLAGS):
+                self._begun[unique] = begun
+                return
+        start_soon(partial(self._open_later, flags, caller), unique, node)
+
+    def _end_open(self, unique: int, node: int, flags: int, caller: Caller, start_soon: Start) -> None:
+        begun = self._begun.pop(unique)
+        opened = self._reader.opened()
+        assert opened is not None, "it was asked for that"
+        descriptor, fields, (atime_ns, mtime_ns, ctime_ns) = opened
+        times = {"st_atime_ns": atime_ns, "st_mtime_ns": mtime_ns, "st_ctime_ns": ctime_ns}
+        status = os.stat_result(
+            (*fields, atime_ns // _SECOND_NS, mtime_ns // _SECOND_NS, ctime_ns // _SECOND_NS), times
+        )
+        if self._overlay.has_opened(begun):
+            self._opened(unique, self._overlay.end_open(begun, descriptor, status, flags, caller))
+        else:
+            start_soon(partial(self._end_later, begun, descriptor, status, flags, caller), unique, node)
+
+    async def _end_later(
+        self,
+        begun: Begun,
+        descriptor: int,
+        status: os.stat_result,
+        flags: int,
+        caller: Caller,
+        unique: int,
+        _: int,
+    ) -> None:
+        try:
+            seen = await self._overlay.look_again(begun, descriptor, status)
+            self._opened(unique, self._overlay.end_open(begun, descriptor, seen, flags, caller))
+        except _REFUSALS as failure:
+            self._refuse(unique, failure)
 
     async def _open_later(self, flags: int, caller: Caller, unique: int, node: int) -> None:
         try:

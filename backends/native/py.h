@@ -114,6 +114,8 @@ PyObject *shortcut_asked(struct reader *r);
 PyObject *shortcut_reply(struct reader *r, PyObject *args);
 PyObject *shortcut_look_up(struct reader *r, PyObject *args);
 PyObject *shortcut_fetch(struct reader *r, PyObject *args);
+PyObject *shortcut_open_in_thread(struct reader *r, PyObject *args);
+PyObject *shortcut_opened(struct reader *r);
 
 /* py_nodes.c */
 struct nodes;

@@ -327,6 +327,19 @@ static PyObject *fetch(ReaderObject *self, PyObject *args)
     return r ? shortcut_fetch(r, args) : NULL;
 }
 
+static PyObject *open_in_thread(ReaderObject *self, PyObject *args)
+{
+    struct reader *r = reader_of(self);
+    return r ? shortcut_open_in_thread(r, args) : NULL;
+}
+
+static PyObject *opened(ReaderObject *self, PyObject *unused)
+{
+    (void)unused;
+    struct reader *r = reader_of(self);
+    return r ? shortcut_opened(r) : NULL;
+}
+
 static PyObject *set_listings(ReaderObject *self, PyObject *listings)
 {
     struct reader *r = reader_of(self);
@@ -497,6 +510,8 @@ PyTypeObject *make_reader_type(void)
         {"reply", (PyCFunction)reply, METH_VARARGS, NULL},
         {"look_up", (PyCFunction)look_up, METH_VARARGS, NULL},
         {"fetch", (PyCFunction)fetch, METH_VARARGS, NULL},
+        {"open_in_thread", (PyCFunction)open_in_thread, METH_VARARGS, NULL},
+        {"opened", (PyCFunction)opened, METH_NOARGS, NULL},
         {"set_listings", (PyCFunction)set_listings, METH_O, NULL},
         {"list", (PyCFunction)list, METH_VARARGS, NULL},
         {"open", (PyCFunction)open_file, METH_VARARGS, NULL},

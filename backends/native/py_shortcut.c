@@ -1,6 +1,7 @@
 /* Methods of a Reader for requests that take the short way (reader_shortcut.h). */
 #include "py.h"
 #include "reader.h"
+#include "reader_files.h"
 #include "reader_shortcut.h"
 
 #include <errno.h>
@@ -61,6 +62,37 @@ PyObject *shortcut_fetch(struct reader *r, PyObject *args)
     if (started)
         *current = NULL;
     return PyBool_FromLong(started);
+}
+
+PyObject *shortcut_open_in_thread(struct reader *r, PyObject *args)
+{
+    struct asked **current = &reader_shortcut(r)->current;
+    int node, flags;
+    if (!PyArg_ParseTuple(args, "ii:open_in_thread", &node, &flags))
+        return NULL;
+    bool started = *current && reader_open_in_thread(r, node, flags, *current);
+    if (started)
+        *current = NULL;
+    return PyBool_FromLong(started);
+}
+
+PyObject *shortcut_opened(struct reader *r)
+{
+    struct asked *a = reader_shortcut(r)->current;
+    if (!a || !a->opened)
+        Py_RETURN_NONE;
+    const struct stat *st = &a->st;
+    if (a->fd < 0) {
+        errno = a->error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    PyObject *told = Py_BuildValue("i(IKKKIIL)(LLL)", a->fd, st->st_mode, (unsigned long long)st->st_ino,
+                                   (unsigned long long)st->st_dev, (unsigned long long)st->st_nlink, st->st_uid, st->st_gid,
+                                   (long long)st->st_size, (long long)ns_of(st->st_atim), (long long)ns_of(st->st_mtim),
+                                   (long long)ns_of(st->st_ctim));
+    if (told)
+        a->fd = -1; /* the caller's */
+    return told;
 }
 
 PyObject *shortcut_reply(struct reader *r, PyObject *args)

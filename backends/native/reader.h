@@ -105,6 +105,9 @@ struct asked *reader_asked(struct reader *r);
 bool reader_reply(struct reader *r, uint64_t unique, int error, const void *bytes, size_t length);
 /* Have names looked at and `asked` asked once more (`onlookers_start`). */
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked);
+/* Have a thread open the file that is open (O_PATH) at `node`, and `asked` asked once more with what comes of it; then it is begun, and
+ * has to be answered though it was given up. False: as `onlookers_start`. */
+bool reader_open_in_thread(struct reader *r, int node, int flags, struct asked *asked);
 /* Answer a LOOKUP of this number, by the thread that calls reader_serve. Unless it `may_wait`, only if the kernel has the name at
  * hand or the lower is quick (`look_up_name`). False: it is not answered, for that or because there are no nodes. */
 bool reader_look_up(struct reader *r, uint64_t unique, uint64_t parent, const char *name, bool may_wait);

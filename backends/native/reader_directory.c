@@ -27,6 +27,7 @@ struct question {
     size_t length;
     struct asked *asked; /* where it was put by; NULL: it was not, or is not ours any more */
     bool begun;          /* its listing has */
+    uint64_t looked;     /* so far threads are to look at names */
 };
 
 static bool was_fetched(const struct question *q) { return q->asked && q->asked->fetched; }
@@ -40,6 +41,7 @@ static bool leave_to_threads(struct question *q, enum work work, int directory, 
         return false;
     a->begun = q->begun;
     a->from = from;
+    a->looked = q->looked;
     if (onlookers_start(&q->r->onlookers, atomic_load(&q->r->nodes), work, directory, names, n, a)) {
         q->asked = NULL;
         return true;
@@ -132,6 +134,7 @@ static bool fetch_names(struct question *q, const struct listing *one, uint64_t 
     unsigned n = 0;
     for (; n < FETCHED && n < left; n++)
         names[n] = first[n].bytes;
+    q->looked = number + n;
     return leave_to_threads(q, LOOK_AT_NAMES, one->fd, 0, names, n);
 }
 
@@ -150,6 +153,8 @@ static int put_page(struct question *q, struct listing *one, uint64_t unique, bo
         return ENOMEM;
     struct page p;
     page_begin(&p, b, size, nodes, listings_lifetime(r->listings, one));
+    p.asks = !nodes_is_here(nodes, one->device, is_local(r));
+    p.looked = q->asked ? q->asked->looked : 0;
     bool may_wait = !later || (q->asked && q->asked->fetched >= TRIES);
     int error = listings_fill(r->listings, one, &p, &number, may_wait);
     if (p.waits && !p.nfound) { /* what was found is told at once: later it might be wrong */
@@ -204,7 +209,7 @@ int reader_list(struct reader *r, uint64_t number, uint64_t fh)
 
 void reader_list_here(struct reader *r, const struct fuse_in_header *in, size_t length, struct asked *asked)
 {
-    struct question q = {r, in, length, asked, false};
+    struct question q = {r, in, length, asked, false, 0};
     struct fuse_release_in release;
     if (in->opcode == FUSE_OPENDIR) {
         opendir_here(&q);

@@ -68,10 +68,21 @@ bool reader_close_here(struct reader *r, const struct fuse_in_header *in, size_t
     return true;
 }
 
+/* An OPEN that Python has begun, and ends: what was opened is closed by a RELEASE, for which it needs a handle. */
+static bool is_begun(const struct asked *a)
+{
+    return a->opened && ((const struct fuse_in_header *)(const void *)a->bytes)->opcode == FUSE_OPEN;
+}
+
+static bool is_wanted(struct reader *r, const struct asked *a)
+{
+    return is_begun(a) || passing_wants_held(&r->passing, ((const struct fuse_in_header *)(const void *)a->bytes)->unique);
+}
+
 static bool is_done_here(struct reader *r, const struct asked *a)
 {
     const struct fuse_in_header *in = (const void *)a->bytes;
-    return !a->tried && (reader_open_here(r, in, a->length) || reader_close_here(r, in, a->length, true));
+    return !a->tried && !is_begun(a) && (reader_open_here(r, in, a->length) || reader_close_here(r, in, a->length, true));
 }
 
 /* Answer the oldest if it is one that needs no Python at all. `serves`: within reader_serve, and away from requests meanwhile. */
@@ -93,8 +104,7 @@ bool reader_asks(struct reader *r, unsigned *answered)
 {
     struct asked *a;
     for (unsigned n = 0; n < ASKED_TOGETHER && (a = shortcut_first(&r->shortcut)); n++, ++*answered) {
-        const struct fuse_in_header *in = (const void *)a->bytes;
-        if (passing_wants_held(&r->passing, in->unique)) { /* a FORGET is no flight */
+        if (is_wanted(r, a)) { /* a FORGET is no flight */
             if (list_first(r, true))
                 continue;
             if (!is_done_here(r, a)) {
@@ -112,8 +122,7 @@ struct asked *reader_asked(struct reader *r)
 {
     struct asked *a;
     for (unsigned n = 0; n < ASKED_TOGETHER && (a = shortcut_first(&r->shortcut)); n++) {
-        const struct fuse_in_header *in = (const void *)a->bytes;
-        bool wanted = passing_wants_held(&r->passing, in->unique);
+        bool wanted = is_wanted(r, a);
         if (wanted && list_first(r, false))
             continue;
         a = shortcut_take(&r->shortcut);

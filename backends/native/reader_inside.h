@@ -41,6 +41,7 @@ struct reader {
     struct waiting asking;  /* GETATTRs */
     struct shortcut shortcut;
     struct onlookers onlookers;
+    struct onlookers openers; /* of files: those that hang hold up no names */
     _Atomic(struct nodes *) nodes, answering; /* the second: NULL, or the same */
     struct opens *opens;       /* a reference, of the event loop's thread; NULL: none */
     struct listings *listings; /* the same */

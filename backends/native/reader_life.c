@@ -33,6 +33,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     ahead_init(&r->ahead, &r->hits);
     ends_init(&r->ends);
     onlookers_init(&r->onlookers, &r->shortcut);
+    onlookers_init(&r->openers, &r->shortcut);
     rc |= shortcut_init(&r->shortcut);
     if (rc || !r->buffers || !desk_fill(r, &r->desk)) {
         reader_free(r);
@@ -84,6 +85,7 @@ void reader_free(struct reader *r)
     waiting_end(&r->waiting);
     waiting_end(&r->asking);
     onlookers_end(&r->onlookers);
+    onlookers_end(&r->openers);
     if (r->rings) /* only now: they commit what those have answered */
         rings_stop(r->rings);
     waiting_free(&r->waiting);
@@ -105,6 +107,7 @@ void reader_free(struct reader *r)
         listings_drop(r->listings);
     ends_free(&r->ends);
     onlookers_free(&r->onlookers);
+    onlookers_free(&r->openers);
     shortcut_free(&r->shortcut);
     desk_clear(&r->desk);
     buffers_free(r->buffers);
@@ -128,6 +131,12 @@ bool reader_reply(struct reader *r, uint64_t unique, int error, const void *byte
 bool reader_fetch(struct reader *r, int directory, const char *const *names, unsigned n, struct asked *asked)
 {
     return onlookers_start(&r->onlookers, atomic_load(&r->nodes), LOOK_AT_NAMES, directory, names, n, asked);
+}
+
+bool reader_open_in_thread(struct reader *r, int node, int flags, struct asked *asked)
+{
+    asked->flags = flags;
+    return onlookers_start(&r->openers, atomic_load(&r->nodes), OPEN_FILE, node, NULL, 0, asked);
 }
 
 bool reader_full(const struct reader *r) { return passing_full(&r->passing); }

@@ -134,6 +134,8 @@ int page_step(struct page *p, int directory, const struct name *names, unsigned 
         }
         if (put_known(p, &names[i], length, number + i))
             continue;
+        if ((p->waits = p->asks && !may_wait && number + i >= p->looked))
+            break;
         int fd = look_up_name(nodes_patience(p->nodes), directory, names[i].bytes, may_wait, &st);
         if (fd < 0 && errno == ENOENT)
             continue;

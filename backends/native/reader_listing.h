@@ -24,6 +24,8 @@ struct page {
     int64_t now_ns;        /* monotonic, before the last step */
     unsigned nfound;       /* files whose lookups were counted */
     bool waits;            /* it ended before a name that would have to be waited for */
+    bool asks;             /* any may have to be: nothing tells whether attributes are at hand */
+    uint64_t looked;       /* before this number a thread has looked at names a moment ago */
     bool tells;            /* the numbers of names are those of files on the root's device */
     double name;           /* seconds for which names of the directory are believed */
     unsigned short_lived;  /* entries whose attributes are believed for less */

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -83,6 +84,20 @@ static void open_directory(struct job *j)
     a->opened = true;
 }
 
+static void open_file(struct job *j)
+{
+    struct asked *a = j->asked;
+    char path[32];
+    int fd;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", j->directory);
+    do
+        fd = open(path, a->flags | O_CLOEXEC);
+    while (fd < 0 && errno == EINTR);
+    a->fd = look_at_open(fd, &a->st);
+    a->error = a->fd < 0 ? errno : 0;
+    a->opened = true;
+}
+
 /* What cannot be read so is for who asks again. */
 static void read_content(struct job *j)
 {
@@ -126,6 +141,8 @@ static void *fetch(void *arg)
             look_at_names(j);
         else if (j->work == OPEN_DIRECTORY)
             open_directory(j);
+        else if (j->work == OPEN_FILE)
+            open_file(j);
         else
             read_content(j);
         if (atomic_fetch_sub(&j->hands, 1) == 1)

@@ -28,7 +28,9 @@ struct asked {
     bool tried;       /* it cannot be answered without Python */
     bool begun;       /* its listing has begun, so that it goes on when it is asked once more */
     uint64_t from;    /* where a thread is to begin to read its directory */
-    bool opened;      /* a thread has opened its directory, or tried to: */
+    uint64_t looked;  /* before this number threads have looked at the listing's names for it */
+    int flags;        /* to open its file with */
+    bool opened;      /* a thread has opened its file or directory, or tried to: */
     int fd, error;    /* -1: it could not, and the errno; or it is somebody else's now */
     struct stat st;   /* of what it has opened */
     struct names *content; /* that a thread has read for it; NULL: none */

@@ -1,8 +1,9 @@
 """A lower file system that fails as it is told: the tree of one directory, served by a child process.
 
-Each operation (`OPERATIONS`, by pyfuse3's names) can be given a `Fault`. Nothing is cached by the kernel, so
-that every access of the overlay's daemon comes here. `Faulty` is the test's end; run as a program, this is
-the server: ``python faulty.py DIRECTORY MOUNTPOINT SOCKET``.
+Each operation (`OPERATIONS`, by pyfuse3's names) can be given a `Fault`. Nothing is cached by the kernel
+(names are, for so many seconds), so that every access of the overlay's daemon comes here. `Faulty`
+is the test's end; run as a program, this is the server:
+``python faulty.py DIRECTORY MOUNTPOINT SOCKET SECONDS``.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ class Fault:
 class Faulty:
     """A running server of the files in `directory`, mounted on `point`."""
 
-    def __init__(self, directory: Path, point: Path) -> None:
+    def __init__(self, directory: Path, point: Path, name_seconds: int = 0) -> None:
         self.directory = directory
         self.point = point
         directory.mkdir(exist_ok=True)
@@ -70,7 +71,7 @@ class Faulty:
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(control))
         listening.listen()
-        command = [sys.executable, __file__, str(directory), str(point), str(control)]
+        command = [sys.executable, __file__, str(directory), str(point), str(control), str(name_seconds)]
         self.process = subprocess.Popen(command)
         listening.settimeout(60)
         self._connection, _ = listening.accept()
@@ -121,10 +122,11 @@ AGE_NS = 10_000_000_000
 
 
 class _Server(pyfuse3.Operations):
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, name_seconds: int) -> None:
         super().__init__()
         self.root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         self.directory = directory
+        self.name_seconds = name_seconds
         self.names: dict[int, bytes] = {pyfuse3.ROOT_INODE: b"."}  # below the root
         self.faults: dict[str, Fault] = {}
         self.changed = trio.Event()
@@ -171,7 +173,8 @@ class _Server(pyfuse3.Operations):
         with _errors():
             status = os.stat(name, dir_fd=self.root, follow_symlinks=False)
         entry = pyfuse3.EntryAttributes()
-        entry.entry_timeout = entry.attr_timeout = 0
+        entry.entry_timeout = self.name_seconds
+        entry.attr_timeout = self.name_seconds if stat.S_ISDIR(status.st_mode) else 0  # who may search it
         entry.st_ino = pyfuse3.ROOT_INODE if name == b"." else status.st_ino
         entry.st_mode, entry.st_nlink = status.st_mode, status.st_nlink
         entry.st_uid, entry.st_gid, entry.st_rdev = status.st_uid, status.st_gid, status.st_rdev
@@ -414,9 +417,9 @@ async def _serve(server: _Server, control: str) -> None:
         nursery.cancel_scope.cancel()
 
 
-def main(directory: str, point: str, control: str) -> None:
+def main(directory: str, point: str, control: str, name_seconds: str) -> None:
     """Be the server."""
-    server = _Server(directory)
+    server = _Server(directory, int(name_seconds))
     pyfuse3.init(server, point, {"fsname=faulty", "default_permissions"})
     try:
         trio.run(_serve, server, control)

@@ -18,13 +18,13 @@ BUSY = (
 
 
 @contextlib.contextmanager
-def two_files(directory: Path) -> Iterator[Faulty]:
-    """A lower with two files of `CONTENT`, mounted below `directory`."""
+def two_files(directory: Path, name_seconds: int = 0) -> Iterator[Faulty]:
+    """A lower with two files of `CONTENT`, mounted below `directory`; the kernel may keep names so long."""
     backing = directory / "backing"
     backing.mkdir()
     for name in ("slow", "other"):
         (backing / name).write_bytes(CONTENT)
-    lower = Faulty(backing, directory / "lower")
+    lower = Faulty(backing, directory / "lower", name_seconds)
     try:
         yield lower
     finally:

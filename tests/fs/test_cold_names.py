@@ -17,10 +17,11 @@ import pytest
 from tmem.backends import _native
 from tmem.fs.inodes import Inode, InodeTable
 from tmem.fs.reading import ASKED, NOTHING
+from tmem.types import PAGE_SIZE
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
-from .hanging import CONTENT, LIST, READ
+from .hanging import CONTENT, LIST, READ, two_files
 from .hanging import program as running
 from .reader_desk import OPENDIR, Desk, make
 from .rings import BY_RINGS
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("root")
 LOOKUP, INTERRUPT = 1, 36
 SIDE_BY_SIDE = 8
 MANY = 30
+THREADS, MANY_OPENS = 32, 50
 SIZE = "import os, sys; print(os.stat(sys.argv[1]).st_size)"
 STAT = "import os, sys; os.stat(sys.argv[1])"
 QUICK_NS = 100_000
@@ -102,6 +104,58 @@ def test_an_open_that_hangs_holds_up_nobody_else(
     assert (place.point / "other").read_bytes() == CONTENT
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("place", ["loop=native"], indirect=True)  # by rings so many stop a CPU
+def test_many_opens_that_hang_hold_up_nothing_but_opens(
+    place: Place, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """More than there are threads for either: names, attributes, listings and hits have others."""
+    code = f"""
+import os, sys, threading
+for _ in range({MANY_OPENS}): threading.Thread(target=os.open, args=[sys.argv[1], os.O_RDONLY]).start()
+"""
+    with (place.point / "other").open("rb", buffering=0) as other:
+        assert other.read(PAGE_SIZE) == CONTENT[:PAGE_SIZE]
+        faulty.fail("open", hangs=True, name="slow")
+        with running(code, place.point / "slow") as many:
+            eventually(lambda: len(faulty.waiting()) >= THREADS)
+            for asks, what in ((STAT, "other"), (STAT, "slow"), (LIST, "")):
+                with running(asks, place.point / what) as one:
+                    assert one.wait(10) == 0
+            assert os.pread(other.fileno(), PAGE_SIZE, 0) == CONTENT[:PAGE_SIZE]
+            assert faulty.waiting() == ["open"] * THREADS
+            faulty.heal()
+            assert many.wait(60) == 0
+    assert (place.point / "slow").read_bytes() == CONTENT
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("loop", ["loop=native", BY_RINGS])
+def test_attributes_that_a_listing_waits_for_hold_up_nobody_else(
+    tmp_path: Path, segment: "Segment", mounter: Mounter, eventually: Callable[..., None], loop: str
+) -> None:
+    """The names are at hand, of which the kernel tells; of attributes it does not."""
+    with two_files(tmp_path, name_seconds=1000) as lower:
+        place = mounter(f"timeout=0,cache=direct,{loop}", lower=lower.point)
+        for _ in range(2):
+            assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
+        lower.fail("getattr", hangs=True, name="slow")
+        with running(LIST, place.point) as one, running(LIST, place.point) as two:
+            eventually(lambda: lower.waiting() == ["getattr"] * 2)
+            for code in (STAT, READ):
+                with running(code, place.point / "other") as other:
+                    assert other.wait(10) == 0
+            assert place.statistics().hit_reads >= 0
+            one.send_signal(signal.SIGKILL)
+            assert one.wait(10) == -signal.SIGKILL
+            assert two.poll() is None
+            lower.heal()
+            assert two.wait(10) == 0
+        assert set(os.listdir(place.point)) == {"slow", "other"}  # noqa: PTH208
+        place.umount()
+        assert os.waitpid(place.pid, 0)[1] == 0
 
 
 @pytest.mark.parametrize("operation", ["opendir", "readdir"])
