@@ -200,16 +200,26 @@ class Mounts:
     def wait_for_attributes(self, file: File, side: int) -> None:
         """Wait until the kernel has been told that the attributes of a file have changed."""
         handle = next(each for each in self.handles if each.file is file and each.side == side)
-        path = self.path_below(file)
-        if path is None:  # with what can they be compared?
-            time.sleep(YOUNG_SECONDS)
-            return
 
         def told() -> bool:
-            status, lower = os.fstat(handle.descriptor), path.stat()
+            status = os.fstat(handle.descriptor)
+            lower = self.status_below(file, side, status.st_ino)
             return (status.st_size, status.st_mtime_ns) == (lower.st_size, lower.st_mtime_ns)
 
         wait_until(told, what="attributes follow")
+
+    def status_below(self, file: File, side: int, number: int) -> os.stat_result:
+        """Return what the lower file is; one that has lost its name the mount's daemon has open."""
+        path = self.path_below(file)
+        if path is not None:
+            return path.stat()
+        device = self.lower.stat().st_dev
+        for link in Path(f"/proc/{self.places[side].pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                status = link.stat()
+                if (status.st_dev, status.st_ino) == (device, number):
+                    return status
+        raise AssertionError("the daemon does not have the file open")
 
     # Through the mounts
 
