@@ -8,6 +8,9 @@ reading and closing such a file is two requests instead of five, none of them a 
 direct: streams are faster past the kernel (1 MiB at a time, of bindfs: direct 1.1 to 1.4, filling the
 kernel's cache from the pool 0.6), and a second copy of them is much.
 
+Never what is opened to append (O_APPEND): a write that goes by way of the kernel's copies is cut where one of
+these ends, and what others append underneath, or through another mount, would come in between.
+
 On kernels before 6.6 files with direct_io cannot be mapped shared, so there the kernel caches all. Threading:
 the event loop's thread.
 """
@@ -48,9 +51,11 @@ class CacheRule:
         self._clock = clock
         self._next_look = float("-inf")
         self._small = False
+        self._direct_mmap = True
 
     def settle(self, direct_mmap: bool) -> None:
         """Decide, knowing whether files with direct_io can be mapped shared."""
+        self._direct_mmap = direct_mmap
         self._all = self._wanted is Cache.KERNEL or (self._wanted is Cache.AUTO and not direct_mmap)
 
     def most_bytes(self) -> int:
@@ -59,8 +64,10 @@ class CacheRule:
             return _ANY_BYTES
         return SMALL_BYTES if self._wanted is not Cache.DIRECT and self._looked() else 0
 
-    def __call__(self, status: os.stat_result) -> bool:
-        """Say whether the kernel caches the file with this status."""
+    def __call__(self, status: os.stat_result, appends: bool = False) -> bool:
+        """Say whether the kernel caches the file with this status, opened to append or not."""
+        if appends and self._direct_mmap:
+            return False
         # Some file systems say 0 of files that have content.
         if self._all or self._wanted is Cache.DIRECT or not 0 < status.st_size <= SMALL_BYTES:
             return self._all

@@ -52,7 +52,7 @@ class Begun:
 class Opening(Namespace):
     """Handlers that open and close files.
 
-    `cached` says whether the kernel caches what is read from a file with this status (else direct_io);
+    `cached` says whether the kernel caches a file with this status, opened to append or not (else direct_io);
     `most_cached` says the same by size, for all files from one byte on (None: it cannot be said so), `clock`
     is a monotonic clock in seconds.
     """
@@ -60,7 +60,7 @@ class Opening(Namespace):
     def __init__(
         self,
         *arguments: object,
-        cached: Callable[[os.stat_result], bool],
+        cached: Callable[[os.stat_result, bool], bool],
         most_cached: Callable[[], int] | None = None,
         policy: Policy = DEFAULT,
         clock: Callable[[], float] = time.monotonic,
@@ -255,7 +255,7 @@ class Opening(Namespace):
             state = self.state_of(inode)
             if status is None:
                 status = os.fstat(descriptor)
-            cached = self._cached(status)
+            cached = self._cached(status, bool(flags & os.O_APPEND))
             if unchanged is None:
                 unchanged = self.coherence.validate(state, status, descriptor)
             if (

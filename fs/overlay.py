@@ -155,7 +155,7 @@ def build(
     precache: Precache,
     *,
     timeout_seconds: float | None = None,
-    cached: Callable[[os.stat_result], bool] = lambda status: False,
+    cached: Callable[[os.stat_result, bool], bool] = lambda status, appends: False,
     most_cached: Callable[[], int] | None = None,
     waiting: Waiting = contextlib.nullcontext,
     pause: Pause = no_pause,

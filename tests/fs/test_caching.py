@@ -41,6 +41,7 @@ def test_which_files(wanted: Cache, direct_mmap: bool, is_plenty: bool, small: b
     rule.settle(direct_mmap)
     assert [rule(status(size)) for size in (1, SMALL_BYTES)] == [small, small]
     assert [rule(status(size)) for size in (0, SMALL_BYTES + 1)] == [large, large]
+    assert rule(status(1), appends=True) == (small and not direct_mmap)
 
 
 def test_memory_is_looked_at_now_and_then() -> None:

@@ -46,7 +46,7 @@ def test_what_a_program_sees(failure: OSError | TmemError | MemoryError, number:
     assert errno_seen(failure) == number
 
 
-def no_descriptors(status: os.stat_result) -> bool:
+def no_descriptors(status: os.stat_result, appends: bool) -> bool:
     raise OSError(errno.EMFILE, "no descriptor is left to find out")
 
 

@@ -3,6 +3,8 @@ long when somebody changes the lower directory."""
 
 import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ import pytest
 from tmem.types import PAGE_SIZE
 
 from . import underneath
-from .conftest import Mounter, Place
+from .conftest import Mounter, Place, in_plenty
 from .faulty import Faulty, ends
 from .hanging import CONTENT, program
 
@@ -273,3 +275,27 @@ def test_without_watching_the_usual_second(
     assert (place.point / "new").stat().st_size == 1  # absence was not kept
     (place.lower / "new").write_bytes(b"22")
     eventually(lambda: (place.point / "new").stat().st_size == 2)
+
+
+@pytest.mark.parametrize("cache", ["auto", "kernel"])
+def test_what_two_programs_append_stays_whole(
+    mounter: Mounter, segment: "_native.Segment", monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """One through the mount, one underneath, a small file, with lines that lie across the ends of pages."""
+    in_plenty(monkeypatch)
+    place = mounter(f"cache={cache}")
+    (place.lower / "log").write_bytes(b"first\n")
+    code = "import os, sys; log = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)\n"
+    code += "while True: os.write(log, b'other\\n')"
+    with subprocess.Popen([sys.executable, "-c", code, place.lower / "log"]) as other:
+        own = os.open(place.point / "log", os.O_WRONLY | os.O_APPEND)
+        lines = [b"%03d" % number * 300 + b"\n" for number in range(100)]
+        for line in lines:
+            os.write(own, line)
+        os.close(own)
+        other.kill()
+    content = (place.lower / "log").read_bytes()
+    assert [
+        line for line in content.splitlines(keepends=True) if line not in (b"first\n", b"other\n")
+    ] == lines
+    assert (place.point / "log").read_bytes() == content
