@@ -11,8 +11,8 @@
 
 enum {
     ENDS = 2,       /* helpers may take two requests of a stream in the wrong order */
-    /* Misses that the kernel did not have, one after the other: asking begins to read the page, by way of the cache, and costs
-     * 10 us. Fewer would often come in a row where it has every other page, which the lower would then be asked for. */
+    /* Misses that the kernel did not have, one after the other. Fewer would often come in a row where it has every other page, which
+     * the lower would then be asked for. */
     COLD_AFTER = 8,
     TRY_EVERY = 128, /* of those that follow: a file that the kernel has come to have costs 10 us more a miss until then */
     PAST_SHARE = 16, /* of the process' limit, for descriptors that are not needed: the rest is for what programs open */
@@ -33,7 +33,7 @@ struct file {
     bool local, unnoted;
     bool closes;   /* the descriptor is closed with the last reference */
     unsigned cold; /* misses that the kernel did not have, since the last that it had */
-    bool tried;    /* the kernel was asked for the last one */
+    bool tried;    /* the kernel was to read the last one if it had it */
     unsigned nends;
     uint64_t ends[ENDS]; /* of the last misses */
     struct gate *gate;
@@ -291,12 +291,14 @@ void files_noted(struct files *f, uint64_t fh)
 
 static bool is_cold(const struct file *one) { return one->cold >= COLD_AFTER && !one->tried; }
 
-bool files_had(struct files *f, uint64_t fh, bool had)
+bool files_had(struct files *f, uint64_t fh, bool tried, bool had)
 {
     pthread_mutex_lock(&f->lock);
     struct file *one = *place(f, fh);
-    if (one)
+    if (one) {
         one->cold = had ? 0 : one->cold + 1;
+        one->tried = tried;
+    }
     bool cold = one && is_cold(one);
     pthread_mutex_unlock(&f->lock);
     return cold;
@@ -451,10 +453,9 @@ bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bo
         struct gate *g = one->gate;
         may = !belongs(one, start, end, one->end) && (noted || !follows(one, start));
         out->tries = one->cold < COLD_AFTER || one->cold % TRY_EVERY == 0;
-        if (!noted) {
+        out->lacked = one->cold;
+        if (!noted)
             one->ends[one->nends++ % ENDS] = end;
-            one->tried = out->tries;
-        }
         out->cold = is_cold(one);
         may = tell(one, &out->target) && may && out->target.takes;
         out->gate = g;

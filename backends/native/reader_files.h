@@ -43,7 +43,8 @@ struct target {
 struct missed {
     struct target target;
     struct gate *gate; /* a reference */
-    bool tries;        /* it is worth to ask the kernel first whether it has the pages */
+    bool tries;        /* it is worth to have the kernel read the pages first, if it has them */
+    unsigned lacked;   /* misses just before it that it did not have */
     bool cold;         /* it was not, so the kernel was not: probably it does not have them */
 };
 
@@ -86,8 +87,8 @@ bool files_show(struct files *f, uint64_t fh, const struct stat *st);
 bool files_missed(struct files *f, uint64_t fh, uint64_t start, uint64_t end, bool noted, struct missed *out);
 /* The lower file was read, which notes the access. */
 void files_noted(struct files *f, uint64_t fh);
-/* Note whether the kernel had what was missed. Returns `missed.cold` of now. */
-bool files_had(struct files *f, uint64_t fh, bool had);
+/* Note whether the kernel had what was missed, and whether it was `tried`, which has it begin to read. Returns `missed.cold` of now. */
+bool files_had(struct files *f, uint64_t fh, bool tried, bool had);
 /* A descriptor of the same file whose reads go past the kernel's cache, and leave nothing there (O_DIRECT, in pages). It is
  * valid as long as the caller holds the file. Negative: there is none; they are few beside those that programs need. */
 int files_past_cache(struct files *f, uint64_t fh);

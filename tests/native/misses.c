@@ -305,15 +305,46 @@ static void not_at_once(struct world *w)
     expect(read_pages(w, AT, 1, false) == FOUND, "and is a hit from then on");
 }
 
+/* A page that the kernel does not have, in a row of such, is not begun to be read by who finds that out. */
+static void a_page_that_is_not_there(struct world *w)
+{
+    uint64_t range[2] = {(uint64_t)AT * TM_PAGE, TM_PAGE}, is[5]; /* cachestat: there, or coming */
+    if (fsync(w->file) || posix_fadvise(w->file, 0, 0, POSIX_FADV_DONTNEED))
+        exit(2);
+    files_had(&w->hits.files, FH, true, false);
+    bool told = !syscall(451, w->file, range, is, 0) && !is[0]; /* the kernel may keep some */
+    expect(read_pages(w, AT, 1, false) == FOUND_IF_WAITING, "the kernel has it");
+    expect(!told || (!syscall(451, w->file, range, is, 0) && !is[0]), "it is being read");
+    expect(read_pages(w, AT, 1, true) == FOUND && page_is(data, AT, w->version), "wrong bytes");
+}
+
+/* After some that were not there another descriptor is opened, for one that is known not to be. */
+static void not_there_once_more(struct world *w)
+{
+    uint64_t range[2] = {(uint64_t)AT * TM_PAGE, 100 * TM_PAGE}, is[5];
+    struct files *f = &w->hits.files;
+    if (fsync(w->file) || posix_fadvise(w->file, 0, 0, POSIX_FADV_DONTNEED))
+        exit(2);
+    files_remove(f, FH); /* nothing is known of it */
+    files_add(f, FH, w->lower, w->gate, true);
+    if (syscall(451, w->file, range, is, 0) || is[0])
+        return; /* the kernel does not tell, or keeps some */
+    for (uint32_t i = 0; i < 4; i++) {
+        expect(!f->npast, "opened for %u", i);
+        expect(read_pages(w, AT + 10 * i, 1, true) == FOUND && page_is(data, AT + 10 * i, w->version), "wrong bytes");
+    }
+    expect(f->npast == 1, "it was not read past the cache");
+}
+
 /* Whether the kernel has a page is not asked each time if it did not have the last ones. */
 static void a_cold_file(struct world *w)
 {
     for (int i = 0; i < 9; i++)
-        files_had(&w->hits.files, FH, false);
+        files_had(&w->hits.files, FH, false, false);
     expect(read_pages(w, AT, 1, false) == FOUND_IF_WAITING, "it was asked");
     expect(read_pages(w, AT, 1, true) == FOUND, "who waits asks nobody");
     for (int i = 0; i < 118; i++)
-        files_had(&w->hits.files, FH, false);
+        files_had(&w->hits.files, FH, false, false);
     expect(read_pages(w, AT + 10, 1, false) == FOUND, "it was never asked again");
     expect(read_pages(w, AT + 20, 1, false) == FOUND, "the kernel has them again");
 }
@@ -464,6 +495,8 @@ static const struct {
     {"what_is_for_whom", what_is_for_whom, AT_ONCE | WAITING},
     {"not_at_once", not_at_once, AT_ONCE | WAITING},
     {"a_cold_file", a_cold_file, AT_ONCE | WAITING},
+    {"a_page_that_is_not_there", a_page_that_is_not_there, AT_ONCE | WAITING},
+    {"not_there_once_more", not_there_once_more, HERE},
     {"past_the_cache", past_the_cache, COLD | HERE},
     {"asked_before_it_waits", asked_before_it_waits, HERE},
     {"few_past_the_cache", few_past_the_cache, COLD},
@@ -492,7 +525,7 @@ static void run(struct tm_segment *seg, const char *path, unsigned n, unsigned w
     w.lower = open(path, O_RDONLY);
     files_add(&w.hits.files, FH, w.lower, w.gate, true);
     for (int i = 0; w.cold && i < 10; i++)
-        files_had(&w.hits.files, FH, false);
+        files_had(&w.hits.files, FH, false, false);
     scenarios[n].run(&w);
     hits_free(&w.hits);
     gate_drop(w.gate);
