@@ -3,7 +3,9 @@
 The daemon is root and the kernel has checked what the caller may do (default_permissions). So only what
 follows from *who* it is must be done here: `acting_as` sets the file system user and group of the thread, as
 a new file's owner, quota and a lower file system with rules of its own (NFS, vfat, BSD groups) want them, and
-keeps the capabilities, which setfsuid takes; `lost_bits` says which set-id bits a change by the caller costs.
+keeps the capabilities, which setfsuid takes, but for the one to go beyond quotas and into blocks that are
+reserved. What takes room otherwise is done `within_limits` of who asks; `lost_bits` says which set-id bits a
+change by the caller costs.
 Threading: plain functions; these ids and capabilities are a thread's own. So is the umask of any but the
 main thread, if `threads_may_act`.
 """
@@ -57,6 +59,7 @@ class Caller:
 
 
 _KEEP_SET_IDS = 1 << 4  # CAP_FSETID
+_EXCEED_LIMITS = 1 << 24  # CAP_SYS_RESOURCE
 
 
 @contextlib.contextmanager
@@ -114,19 +117,44 @@ def acting_as(ctx: "RequestContext") -> Iterator[None]:
     try:
         if os.geteuid() != 0 or (ctx.uid == 0 and ctx.gid == 0):
             yield
-            return
-        capabilities = ctypes.create_string_buffer(24)
-        _libc.capget(_HEADER, capabilities)
-        _libc.setfsgid(ctx.gid)
-        _libc.setfsuid(ctx.uid)
-        try:
-            _libc.capset(_HEADER, capabilities)
-            yield
-        finally:
-            _libc.setfsuid(0)
-            _libc.setfsgid(0)
+        else:
+            with _file_system_ids(ctx.uid, ctx.gid):
+                yield
     finally:
         os.umask(old_umask)
+
+
+@contextlib.contextmanager
+def within_limits(caller: Caller | None) -> Iterator[None]:
+    """Take room as the caller may, for as long as this lasts; None is root, whom nothing limits."""
+    if caller is None or caller.uid == 0 or os.geteuid() != 0:
+        yield
+    else:
+        with _file_system_ids(caller.uid, 0):
+            yield
+
+
+@contextlib.contextmanager
+def _file_system_ids(uid: int, gid: int) -> Iterator[None]:
+    """Be these for the lower, with all capabilities, but the one of going beyond limits for root only."""
+    before = ctypes.create_string_buffer(24)
+    _libc.capget(_HEADER, before)
+    kept = before
+    if uid:
+        (effective,) = struct.unpack_from("=I", before)
+        kept = ctypes.create_string_buffer(before.raw, 24)
+        struct.pack_into("=I", kept, 0, effective & ~_EXCEED_LIMITS)
+    if gid:
+        _libc.setfsgid(gid)
+    _libc.setfsuid(uid)
+    try:
+        _libc.capset(_HEADER, kept)
+        yield
+    finally:
+        _libc.setfsuid(0)
+        if gid:
+            _libc.setfsgid(0)
+        _libc.capset(_HEADER, before)
 
 
 def lost_bits(status: os.stat_result, caller: Caller | None) -> int:

@@ -15,6 +15,7 @@ import pyfuse3
 import trio
 
 from tmem.errors import TmemError, errno_of
+from tmem.fs.acting import Caller
 from tmem.fs.coherence import Change, Coherence, FileState
 from tmem.fs.fanotify import is_local
 from tmem.fs.identity import object_id
@@ -179,6 +180,13 @@ class Handlers(pyfuse3.Operations):
     def is_here(self, inode: Inode) -> bool:
         """Say whether only this kernel answers for a file, and so does."""
         return self._is_local and inode.key[0] == self.table.device
+
+    def limits_of(self, inode: Inode, caller: Caller | None) -> Caller | None:
+        """Return as whom to take room (`acting.within_limits`), for a caller.
+
+        As root where others answer for the file: they would ask for the caller's groups, too.
+        """
+        return caller if self.is_here(inode) else None
 
     def attributes(
         self, inode: Inode, status: os.stat_result, rewrites: int | None = None, hidden: bool = True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 
 from tmem.fs import lower
-from tmem.fs.acting import drop_set_ids
+from tmem.fs.acting import drop_set_ids, within_limits
 from tmem.fs.base import FAILURES, errno_seen, errors
 from tmem.fs.buffers import Buffers
 from tmem.fs.loading import Loader
@@ -166,6 +166,7 @@ class Files(Opening):
         file = self._files[fh]
         descriptor = file.descriptor
         data = self._loader.buffers.payload(buf)
+        limits = self.limits_of(file.inode, file.caller)
         lost = False
 
         def work() -> int:
@@ -182,7 +183,8 @@ class Files(Opening):
                 change.flush(start, end)
                 self._pause("write:flushed")
                 try:
-                    written = lower.write_fully(descriptor, off, data)
+                    with within_limits(limits):
+                        written = lower.write_fully(descriptor, off, data)
                     self._pause("write:written")
                     return written
                 finally:

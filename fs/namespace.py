@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pyfuse3
 
 from tmem.fs import syscalls
-from tmem.fs.acting import Caller, acting_as, drop_set_ids, threads_may_act
+from tmem.fs.acting import Caller, acting_as, drop_set_ids, threads_may_act, within_limits
 from tmem.fs.base import Handlers, errors, status_if_any, tell_another_time
 from tmem.fs.coherence import Change
 from tmem.fs.inodes import Inode, look_at, proc_path
@@ -98,7 +98,8 @@ class Namespace(Handlers):
             if fields.update_size:
                 await self._truncate(node, attr.st_size, fh, caller)
             rewrites = self.rewrites
-            status = await self.change_at(node, _set_owner_mode_times, attr, fields, caller)
+            limits = self.limits_of(node, caller)
+            status = await self.change_at(node, _set_owner_mode_times, attr, fields, caller, limits)
             entry = self.attributes(node, status, rewrites)
             if node.opens and node.state is not None and (node.state.untold or node.state.version is None):
                 # By this reply the kernel takes the time of modification for that of the pages it has, which
@@ -107,6 +108,7 @@ class Namespace(Handlers):
             return entry
 
     async def _truncate(self, inode: Inode, size: int, fh: int | None, caller: Caller | None = None) -> None:
+        limits = self.limits_of(inode, caller)
         # A descriptor of our own: the inode's may be closed while the worker thread is at it.
         descriptor = os.dup(self.table.descriptor(inode))
         try:
@@ -117,7 +119,8 @@ class Namespace(Handlers):
                 def work() -> bool:
                     with change.seen(descriptor):
                         before = os.fstat(descriptor)
-                        self.resize(descriptor, size, fh)
+                        with within_limits(limits):
+                            self.resize(descriptor, size, fh)
                         return drop_set_ids(proc_path(descriptor), before, caller)
 
                 try:
@@ -184,7 +187,7 @@ class Namespace(Handlers):
         with errors():
             node, parent = self.table[inode], self.table[new_parent_inode]
             if self.is_here(node) and self.is_here(parent):
-                with self.table.kept(parent) as directory, self.change(node):
+                with self.table.kept(parent) as directory, self.change(node), within_limits(Caller.of(ctx)):
                     os.link(self.table.path(node), new_name, dst_dir_fd=directory, follow_symlinks=True)
                 return self.enter(parent, new_name)
             rewrites = self.rewrites
@@ -231,18 +234,21 @@ class Namespace(Handlers):
         with errors():
             old, new = self.table[parent_inode_old], self.table[parent_inode_new]
             makes = flags & _RENAME_WHITEOUT  # something in the old place
+            here = self.is_here(old) and self.is_here(new)
             with self.table.kept(old) as old_dir, self.table.kept(new) as new_dir:
 
                 def work() -> None:
                     if makes:
                         with acting_as(ctx):
                             syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
-                    elif flags:
-                        syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
-                    else:
-                        os.rename(name_old, name_new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
+                        return
+                    with within_limits(Caller.of(ctx) if here else None):
+                        if flags:
+                            syscalls.renameat2(old_dir, name_old, new_dir, name_new, flags)
+                        else:
+                            os.rename(name_old, name_new, src_dir_fd=old_dir, dst_dir_fd=new_dir)
 
-                if (self.is_here(old) and self.is_here(new)) or (makes and not threads_may_act()):
+                if here or (makes and not threads_may_act()):
                     with self._affected(old_dir, name_old), self._affected(new_dir, name_new):
                         work()
                 else:
@@ -303,7 +309,9 @@ class Namespace(Handlers):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: "RequestContext") -> None:
         """Set an extended attribute."""
         with errors():
-            await self.change_at(self.table[inode], _set_attribute, name, value, Caller.of(ctx))
+            node, caller = self.table[inode], Caller.of(ctx)
+            limits = self.limits_of(node, caller)
+            await self.change_at(node, _set_attribute, name, value, caller, limits)
 
     async def getxattr(self, inode: int, name: bytes, ctx: "RequestContext") -> bytes:
         """Return an extended attribute."""
@@ -340,7 +348,11 @@ def _attributes_at(descriptor: int) -> list[bytes]:
 
 
 def _set_owner_mode_times(
-    descriptor: int, attr: "EntryAttributes", fields: "SetattrFields", caller: Caller
+    descriptor: int,
+    attr: "EntryAttributes",
+    fields: "SetattrFields",
+    caller: Caller,
+    limits: Caller | None,
 ) -> os.stat_result:
     path = proc_path(descriptor)
     others = fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
@@ -349,7 +361,8 @@ def _set_owner_mode_times(
         uid = attr.st_uid if fields.update_uid else -1
         gid = attr.st_gid if fields.update_gid else -1
         before = os.fstat(descriptor)
-        os.chown(path, uid, gid)
+        with within_limits(limits):
+            os.chown(path, uid, gid)
         if caller.uid == before.st_uid:
             _lose_set_gid(descriptor, before, caller)
     if fields.update_mode:
@@ -361,9 +374,10 @@ def _set_owner_mode_times(
     return os.fstat(descriptor)
 
 
-def _set_attribute(descriptor: int, name: bytes, value: bytes, caller: Caller) -> None:
+def _set_attribute(descriptor: int, name: bytes, value: bytes, caller: Caller, limits: Caller | None) -> None:
     before = os.fstat(descriptor)
-    os.setxattr(proc_path(descriptor), name, value)
+    with within_limits(limits):
+        os.setxattr(proc_path(descriptor), name, value)
     if name == _ACCESS_LIST:
         _lose_set_gid(descriptor, before, caller)
 
