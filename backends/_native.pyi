@@ -668,6 +668,9 @@ class Nodes(Generic[_N]):
     def reported_by(self, descriptor: int, /) -> None:
         """Take what becomes readable when changes are reported; -1: there are no reports any longer."""
 
+    def catches_up(self, begins: bool, /) -> None:
+        """Say that all reports that are waiting now are going to be read and applied, or that they were."""
+
     def has_old(self, node: _N, mtime_ns: int, all: bool, /) -> bool:
         """Say that it is reported that bytes of a file have changed that was modified then.
 

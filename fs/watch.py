@@ -17,8 +17,8 @@ that what was over by then is not taken for something beside it. What the kernel
 The stamps of a write come before its bytes, and these before its report. If the kernel asks for attributes in
 between and reads after that, it has old bytes and the new time of modification, by which it would keep them.
 So of an open file of which it was told that time already it is told another one (`Nodes.has_old`), once. A
-close of who had it open for writing may mean no more than that, and so may any report if some were unread
-when the kernel was told: then no program shall see that time.
+close of who had it open for writing may mean no more than that, and so may those reports that were waiting or
+being applied when the kernel was told: then no program shall see that time.
 
 A file that the kernel has only just been told of is left alone for a moment. The kernel enters one without
 any rights, and takes the attributes of the reply only if no notice came in between; if another one overtakes
@@ -118,6 +118,13 @@ class Watch:
 
     def catch_up(self) -> None:
         """Apply every change that was over when this was called."""
+        self._table.nodes.catches_up(True)
+        try:
+            self._catch_up()
+        finally:
+            self._table.nodes.catches_up(False)
+
+    def _catch_up(self) -> None:
         names = lost = False
         for event in self._events.read():
             if event.pid == self._pid:

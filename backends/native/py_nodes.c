@@ -407,6 +407,15 @@ static PyObject *reported_by(NodesObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *catches_up(NodesObject *self, PyObject *args)
+{
+    int begins;
+    if (!PyArg_ParseTuple(args, "p:catches_up", &begins))
+        return NULL;
+    nodes_catch_up(self->nodes, begins);
+    Py_RETURN_NONE;
+}
+
 static PyObject *has_old(NodesObject *self, PyObject *args)
 {
     PyObject *view;
@@ -468,6 +477,7 @@ PyTypeObject *make_nodes_type(void)
                                     {"handle", (PyCFunction)handle_of_node, METH_O, NULL},
                                     {"store_to", (PyCFunction)store_to, METH_VARARGS, NULL},
                                     {"reported_by", (PyCFunction)reported_by, METH_VARARGS, NULL},
+                                    {"catches_up", (PyCFunction)catches_up, METH_VARARGS, NULL},
                                     {"has_old", (PyCFunction)has_old, METH_VARARGS, NULL},
                                     {"tells", (PyCFunction)tells, METH_VARARGS, NULL},
                                     {NULL, NULL, 0, NULL}};

@@ -423,6 +423,14 @@ void nodes_reports(struct nodes *n, int fd)
     pthread_mutex_unlock(&n->lock);
 }
 
+void nodes_catch_up(struct nodes *n, bool begins)
+{
+    pthread_mutex_lock(&n->lock);
+    n->rounds += begins;
+    n->catches_up = begins;
+    pthread_mutex_unlock(&n->lock);
+}
+
 /* With the lock. */
 static bool reports_wait(const struct nodes *n)
 {
@@ -436,7 +444,8 @@ static bool tells_another(const struct nodes *n, struct node *one, int64_t mtime
     bool another = one->has_old == TELL_ALL || (one->has_old == TELL_KERNEL && hidden);
     if (one->told_ns != mtime_ns) {
         one->told_ns = mtime_ns;
-        one->told_late = reports_wait(n);
+        one->told_late = n->catches_up || reports_wait(n);
+        one->told_round = n->rounds;
     }
     *doubted = one->has_old != HAS_NONE;
     if (another)
@@ -458,7 +467,8 @@ bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old
 {
     pthread_mutex_lock(&n->lock);
     bool told = one->told_ns == mtime_ns;
-    if (one->told_late && old == TELL_ALL)
+    /* What waited then was read in that round, or is in the next one. */
+    if (one->told_late && n->rounds - one->told_round <= 1 && old == TELL_ALL)
         old = TELL_KERNEL;
     if (told && one->has_old < old)
         one->has_old = old;

@@ -39,7 +39,8 @@ struct node {
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
     int64_t told_ns;              /* the time of modification that the kernel was told last, modulo 2^64, under the table's lock */
-    bool told_late;               /* then reports were waiting: of bytes from before, it may be */
+    bool told_late;               /* then reports were waiting, or being applied: of bytes from before, it may be */
+    uint64_t told_round;          /* then so many rounds of reports had begun */
     int64_t lookups;              /* that the kernel has not taken back */
     int64_t until_ns;             /* what a listing has told is believed, monotonic */
     uint32_t doubts;              /* of the table, when it was told */
@@ -113,6 +114,8 @@ void nodes_lifetimes(struct nodes *n, struct lifetimes *out);
 void nodes_store_to(struct nodes *n, struct node *one, bool stored_to);
 /* The descriptor of reports of changes, as long as it is open; -1: there are none any longer. */
 void nodes_reports(struct nodes *n, int fd);
+/* A round begins, or ends: all reports that wait when it begins are read and applied in it. */
+void nodes_catch_up(struct nodes *n, bool begins);
 /* It is reported that bytes of a regular file have changed; it was modified at `mtime_ns`. If the kernel was told so before, it may have
  * taken old bytes since, and by this time it would keep them. If the report may be the older of the two, no program sees another time,
  * whatever `old`. False: it was not told. */

@@ -19,6 +19,8 @@ struct nodes {
     pthread_mutex_t lock; /* of the rest, against those who ask for attributes */
     struct lifetimes lifetimes;
     int reports; /* readable: there are reports of changes that nobody has read; -1: there are none at all */
+    uint64_t rounds; /* of reports that have begun */
+    bool catches_up; /* within one */
     struct node **by_id, **by_key;
     size_t nbuckets, count;       /* of each, a power of two; nodes */
     struct node *oldest, *newest; /* of those that are open */

@@ -47,26 +47,39 @@ def test_an_inode_lives_until_its_last_lookup_is_forgotten(table: InodeTable, tm
     assert (len(table), table.open_descriptors) == (1, 0)
 
 
-@pytest.mark.parametrize("unread", [False, True])
+@pytest.mark.parametrize(
+    ("told", "certain"),
+    [("without reports", True), ("unread", False), ("applied", False), ("before others", True)],
+)
 def test_another_time_is_told_if_the_kernel_knew_this_one_before_the_bytes(
-    table: InodeTable, tmp_path: Path, unread: bool
+    table: InodeTable, tmp_path: Path, told: str, certain: bool
 ) -> None:
-    """To programs only if it certainly did: not if the report may have waited for somebody to read it."""
+    """To programs only if it certainly did: not if the report may have waited when it was told."""
     (tmp_path / "a").touch()
     inode, _ = table.lookup(table[pyfuse3.ROOT_INODE], b"a")
+    nodes = table.nodes
     reports, reporter = os.pipe()
     try:
-        table.nodes.reported_by(reports)
-        assert not table.nodes.has_old(inode, 5, True)  # it was never told
-        if unread:
+        nodes.reported_by(reports)
+        assert not nodes.has_old(inode, 5, True)  # it was never told
+        if told == "applied":
+            nodes.catches_up(True)  # and has read it
+        elif told != "without reports":
             os.write(reporter, b"r")
-        assert table.nodes.tells(inode, 5, False) == (False, False)
-        assert table.nodes.has_old(inode, 5, True)
-        assert table.nodes.tells(inode, 5, False) == (not unread, True)
-        assert table.nodes.tells(inode, 5, True) == (unread, unread)
-        assert table.nodes.tells(inode, 5, True) == (False, False)
+        assert nodes.tells(inode, 5, False) == (False, False)
+        if told == "before others":
+            nodes.catches_up(True)
+            os.read(reports, 1)
+            nodes.catches_up(False)
+        if told != "applied":
+            nodes.catches_up(True)
+        assert nodes.has_old(inode, 5, True)
+        nodes.catches_up(False)
+        assert nodes.tells(inode, 5, False) == (certain, True)
+        assert nodes.tells(inode, 5, True) == (not certain, not certain)
+        assert nodes.tells(inode, 5, True) == (False, False)
     finally:
-        table.nodes.reported_by(-1)
+        nodes.reported_by(-1)
         os.close(reports)
         os.close(reporter)
 
