@@ -1,5 +1,6 @@
 """Names that the kernel does not have at hand: nobody waits for another's, and all that is told is right."""
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -8,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +63,17 @@ def lists_names(pid: int) -> bool:
     return Path(f"/proc/{pid}/syscall").read_text().startswith("217 ")  # getdents64
 
 
+def opened_below(pid: int, name: str) -> list[str]:
+    """Return the descriptors by which a daemon can read files of this name."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            fields = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().split()
+            if not int(fields[3], 8) & os.O_PATH and f"/{name}" in str(link.readlink()):
+                found.append(link.name)
+    return found
+
+
 def test_a_name_that_hangs_holds_up_nobody_else(
     place: Place, faulty: Faulty, eventually: Callable[..., None]
 ) -> None:
@@ -102,6 +115,7 @@ def test_an_open_that_hangs_holds_up_nobody_else(
         (place.point / "slow").unlink()
         faulty.heal()
     assert (place.point / "other").read_bytes() == CONTENT
+    eventually(lambda: not opened_below(place.pid, "slow"))
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
 
@@ -127,6 +141,32 @@ for _ in range({MANY_OPENS}): threading.Thread(target=os.open, args=[sys.argv[1]
             assert faulty.waiting() == ["open"] * THREADS
             faulty.heal()
             assert many.wait(60) == 0
+    assert (place.point / "slow").read_bytes() == CONTENT
+    place.umount()
+    assert os.waitpid(place.pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("place", ["loop=native"], indirect=True)
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_restart_waits_for_an_open_that_a_thread_makes(
+    place: Place, faulty: Faulty, eventually: Callable[..., None], killed: bool
+) -> None:
+    """Also if nobody waits for it any more: else its descriptor would be nobody's."""
+    faulty.fail("open", hangs=True, name="slow")
+    with running(READ, place.point / "slow") as one:
+        eventually(lambda: faulty.waiting() == ["open"])
+        if killed:
+            one.kill()
+            assert one.wait(10) == -signal.SIGKILL
+        restarted: list[int] = []
+        restart = threading.Thread(target=lambda: restarted.append(place.restart().count))
+        restart.start()
+        restart.join(0.3)
+        assert restart.is_alive()
+        faulty.heal()
+        restart.join()
+        assert restarted == [1]
+        assert one.wait(10) == (-signal.SIGKILL if killed else 0)
     assert (place.point / "slow").read_bytes() == CONTENT
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0
