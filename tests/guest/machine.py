@@ -249,7 +249,7 @@ class Guest(Machine):
         kernel = kernels.fetch(options.kernel)
         parameters = (
             f"console=ttyS0 quiet loglevel=4 panic=-1 guest.name={self.name} mitigations=off nokaslr "
-            f"random.trust_cpu=on no_timer_check tsc=reliable {options.parameters}"
+            f"random.trust_cpu=on no_timer_check tsc=reliable cryptomgr.notests {options.parameters}"
         )
         forwards = "".join(f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in options.forwards)
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
