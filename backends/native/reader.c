@@ -311,7 +311,8 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
             bool next = leads && ahead_expects(&r->ahead, read_in);
             if (next)
                 ahead_begin(&r->ahead, &r->hits, read_in, !has_one_cpu(r));
-            reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
+            if (!leads || !piped_reply(&r->piped, in->unique, answer.bytes, answer.length))
+                reply_bytes(&r->passing, NULL, in->unique, answer.bytes, answer.length);
             hits_put(&r->hits, &answer);
             /* Where the client has a CPU of its own, it works meanwhile, and it may have one though we have but one; where it has not,
              * this is only done sooner. */

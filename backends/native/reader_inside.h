@@ -9,6 +9,7 @@
 #include "reader_listing.h"
 #include "reader_listings.h"
 #include "reader_opens.h"
+#include "reader_piped.h"
 #include "reader_rings.h"
 #include "reader_onlookers.h"
 #include "reader_sentry.h"
@@ -48,6 +49,7 @@ struct reader {
     struct ends ends;
     struct desk desk; /* of who calls reader_serve */
     struct ahead ahead;
+    struct piped piped; /* of who calls reader_serve */
     struct sentry sentry;
     struct eager eager_hits, eager_python; /* by who has answered last */
     struct rings *rings; /* NULL: all requests come by the device */

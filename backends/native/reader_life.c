@@ -31,6 +31,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     waiting_init(&r->waiting, &r->hits, &r->passing, quick_us);
     waiting_init(&r->asking, &r->hits, &r->passing, quick_us);
     ahead_init(&r->ahead, &r->hits);
+    piped_init(&r->piped, device, largest);
     ends_init(&r->ends);
     onlookers_init(&r->onlookers, &r->shortcut);
     onlookers_init(&r->openers, &r->shortcut);
@@ -82,6 +83,7 @@ void reader_free(struct reader *r)
     if (r->has_standin)
         pthread_join(r->standin.thread, NULL);
     ahead_free(&r->ahead);
+    piped_free(&r->piped);
     waiting_end(&r->waiting);
     waiting_end(&r->asking);
     onlookers_end(&r->onlookers);
@@ -235,6 +237,7 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->lookups = atomic_load(&r->lookups);
     out->woken = atomic_load(&r->woken);
     out->found_awake = atomic_load(&r->found_awake) + (r->rings ? rings_found_awake(r->rings) : 0);
+    out->piped_replies = atomic_load(&r->piped.replies);
     out->read_sleeps = atomic_load(&r->sentry.posts);
     out->opens = atomic_load(&r->nopens);
     out->closes = atomic_load(&r->ncloses);
