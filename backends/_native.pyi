@@ -679,6 +679,12 @@ class Nodes(Generic[_N]):
         unread when it was told.
         """
 
+    def still_has_old(self, node: _N, mtime_ns: int, /) -> None:
+        """Say it again some time later, when the kernel may not have heard of it.
+
+        Programs are told another time then, too, if they were spared that only for a report that was unread.
+        """
+
     def tells(self, node: _N, mtime_ns: int, hidden: bool, /) -> tuple[bool, bool]:
         """Say that the kernel is being told that it was modified then, and programs too unless `hidden`.
 

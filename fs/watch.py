@@ -18,7 +18,8 @@ The stamps of a write come before its bytes, and these before its report. If the
 between and reads after that, it has old bytes and the new time of modification, by which it would keep them.
 So of an open file of which it was told that time already it is told another one (`Nodes.has_old`), once. A
 close of who had it open for writing may mean no more than that, and so may those reports that were waiting or
-being applied when the kernel was told: then no program shall see that time.
+being applied when the kernel was told: then no program shall see that time, but a second later, if the file
+is open still and nothing else has made the kernel ask.
 
 A file that the kernel has only just been told of is left alone for a moment. The kernel enters one without
 any rights, and takes the attributes of the reply only if no notice came in between; if another one overtakes
@@ -31,6 +32,7 @@ Threading: the event loop's thread.
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable, Iterable
 
 import trio
@@ -97,9 +99,10 @@ class Watch:
         self._pid = os.getpid()
         self._keys: dict[bytes, tuple[int, int]] = {}  # lower identities by handle
         self._held_back = _Later(TAKEN_IN_SECONDS, self._tell_all)
-        self._repeated = _Later(REPEAT_SECONDS, self._tell_all)  # None stands for names
+        self._repeated = _Later(REPEAT_SECONDS, self._tell_all_again)  # None stands for names
         table.nodes.reported_by(events.descriptor)
-        self._with_old: set[Inode] = set()  # the kernel may have old pages of these, and not have heard so
+        # The kernel may have old pages of these, and not have heard so; since when (monotonic).
+        self._with_old: dict[Inode, float] = {}
 
     @property
     def descriptor(self) -> int:
@@ -173,11 +176,26 @@ class Watch:
                 self._kernel.forget_names()
             elif self._table.find(inode.key) is inode:  # else its number may be another's
                 if inode in self._with_old:
-                    self._with_old.discard(inode)
                     self._drop_old(inode, certain=False)
                 self._kernel.forget_attributes(inode.nodeid)
             else:
-                self._with_old.discard(inode)
+                self._with_old.pop(inode, None)
+
+    def _tell_all_again(self, inodes: Iterable[Inode | None]) -> None:
+        early = time.monotonic() - REPEAT_SECONDS
+        for inode in inodes:
+            since = self._with_old.get(inode) if inode is not None else None
+            if inode is None or since is None:
+                continue
+            if since > early:  # what was added first decides when
+                self._repeated.add(inode)
+                continue
+            del self._with_old[inode]
+            if inode.opens:
+                self._drop_old_still(inode)
+            else:
+                self._drop_old(inode, certain=False)
+        self._tell_all(inodes)
 
     def tell_the_rest(self) -> None:
         """Tell now what is held back: other code will go on (`restart`)."""
@@ -190,7 +208,7 @@ class Watch:
                 self._coherence.reported(inode.state, self._table.descriptor(inode))
                 # Of what it passes through the kernel keeps nothing, and there own writes are reported, too.
                 if inode.opens and not inode.backing and self._drop_old(inode, certain):
-                    self._with_old.add(inode)
+                    self._with_old[inode] = time.monotonic()
 
     def _drop_old(self, inode: Inode, certain: bool) -> bool:
         """Have the kernel drop its pages with the next reply that has attributes, if it may not otherwise."""
@@ -199,6 +217,12 @@ class Watch:
         except OSError:  # it is gone
             return False
         return self._table.nodes.has_old(inode, status.st_mtime_ns, certain)
+
+    def _drop_old_still(self, inode: Inode) -> None:
+        """The same once more. Who has it mapped has it open, and may ask for nothing that no program sees."""
+        with contextlib.suppress(OSError):  # it is gone
+            status = os.fstat(self._table.descriptor(inode))
+            self._table.nodes.still_has_old(inode, status.st_mtime_ns)
 
     def _find(self, handle: bytes) -> Inode | None:
         """Return the inode with this handle, if the kernel knows it. OSError if that cannot be told."""

@@ -429,6 +429,19 @@ static PyObject *has_old(NodesObject *self, PyObject *args)
     return PyBool_FromLong(nodes_has_old(self->nodes, one, (int64_t)mtime_ns, all ? TELL_ALL : TELL_KERNEL));
 }
 
+static PyObject *still_has_old(NodesObject *self, PyObject *args)
+{
+    PyObject *view;
+    unsigned long long mtime_ns;
+    if (!PyArg_ParseTuple(args, "O!K:still_has_old", NodeType, &view, &mtime_ns))
+        return NULL;
+    struct node *one = node_of(view);
+    if (!one)
+        return NULL;
+    nodes_still_has_old(self->nodes, one, (int64_t)mtime_ns);
+    Py_RETURN_NONE;
+}
+
 static PyObject *tells(NodesObject *self, PyObject *args)
 {
     PyObject *view;
@@ -478,6 +491,7 @@ PyTypeObject *make_nodes_type(void)
                                     {"store_to", (PyCFunction)store_to, METH_VARARGS, NULL},
                                     {"reported_by", (PyCFunction)reported_by, METH_VARARGS, NULL},
                                     {"catches_up", (PyCFunction)catches_up, METH_VARARGS, NULL},
+                                    {"still_has_old", (PyCFunction)still_has_old, METH_VARARGS, NULL},
                                     {"has_old", (PyCFunction)has_old, METH_VARARGS, NULL},
                                     {"tells", (PyCFunction)tells, METH_VARARGS, NULL},
                                     {NULL, NULL, 0, NULL}};

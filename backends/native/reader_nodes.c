@@ -448,8 +448,10 @@ static bool tells_another(const struct nodes *n, struct node *one, int64_t mtime
         one->told_round = n->rounds;
     }
     *doubted = one->has_old != HAS_NONE;
-    if (another)
+    if (another) {
         one->has_old = HAS_NONE;
+        one->spared = false;
+    }
     return another;
 }
 
@@ -468,12 +470,22 @@ bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old
     pthread_mutex_lock(&n->lock);
     bool told = one->told_ns == mtime_ns;
     /* What waited then was read in that round, or is in the next one. */
-    if (one->told_late && n->rounds - one->told_round <= 1 && old == TELL_ALL)
+    if (one->told_late && n->rounds - one->told_round <= 1 && old == TELL_ALL) {
         old = TELL_KERNEL;
+        one->spared = told;
+    }
     if (told && one->has_old < old)
         one->has_old = old;
     pthread_mutex_unlock(&n->lock);
     return told;
+}
+
+void nodes_still_has_old(struct nodes *n, struct node *one, int64_t mtime_ns)
+{
+    pthread_mutex_lock(&n->lock);
+    if (one->told_ns == mtime_ns && one->has_old != TELL_ALL)
+        one->has_old = one->spared ? TELL_ALL : TELL_KERNEL;
+    pthread_mutex_unlock(&n->lock);
 }
 
 bool nodes_tells(struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)

@@ -53,6 +53,7 @@ struct node {
     bool beside;                  /* found by its key and handle: another one is `by_key` */
     bool stored_to;               /* its attributes are not to be believed */
     enum old has_old;             /* whether the kernel may have older pages than it was told; under the table's lock */
+    bool spared;                  /* programs are told nothing of that, for the report may be older than what was told */
 };
 
 struct nodes;
@@ -120,6 +121,8 @@ void nodes_catch_up(struct nodes *n, bool begins);
  * taken old bytes since, and by this time it would keep them. If the report may be the older of the two, no program sees another time,
  * whatever `old`. False: it was not told. */
 bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old old);
+/* The same some time later, when the kernel may not have heard of it: no program is spared any longer. */
+void nodes_still_has_old(struct nodes *n, struct node *one, int64_t mtime_ns);
 /* The kernel is being told that it was modified at `mtime_ns`, and a program too unless this is `hidden`: whether it is to be another
  * time. `*doubted`: neither is to be believed. */
 bool nodes_tells(struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted);
