@@ -161,7 +161,7 @@ def outcome(descriptor: int, size: int, start: int) -> bytes | int:
 
 
 def test_bytes_before_an_error_without_a_pool(faulty: Faulty, mounter: Mounter) -> None:
-    place = mounter("timeout=0,cache=direct", lower=faulty.point)
+    place = mounter("timeout=0,cache=direct,loop=native", lower=faulty.point)  # others give the errno alone
     faulty.fail("read", errno=errno.EIO, begin=3 * PAGE_SIZE)
     with (place.point / "file").open("rb", buffering=0) as file:
         assert os.pread(file.fileno(), 10 * PAGE_SIZE, 5) == CONTENT[5 : 3 * PAGE_SIZE]
