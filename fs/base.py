@@ -7,6 +7,7 @@ with descriptors that cannot be closed meanwhile.
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 """Brackets a handler's wait for a worker thread, so that the loop can have another task read requests."""
 
@@ -42,19 +45,26 @@ _READ_THREADS, _CHANGE_THREADS, _NAME_THREADS = 64, 40, 40
 _THREADS_OF_A_FILE = 16
 """As many READs of a file keep any disk busy, and four files may hang before other misses wait."""
 
-FAILURES = (OSError, TmemError, MemoryError)
-"""What a handler may fail with before `errors` has made a reply of it. Anything else ends the mount."""
+Failure = OSError | TmemError | MemoryError | OverflowError | ValueError
+FAILURES = (OSError, TmemError, MemoryError, OverflowError, ValueError)
+"""What a handler may fail with before `errors` has made a reply of it. Anything else ends the mount.
+
+The last two are of values that nobody has thought of, which are some file's, so they are that file's error.
+"""
 
 _MOST_ERROR = 511
 """From the next one on (ERESTARTSYS) the kernel refuses the reply, and who waits for it waits for ever."""
 
 
-def errno_seen(failure: OSError | TmemError | MemoryError) -> int:
+def errno_seen(failure: Failure) -> int:
     """Return the errno that a program sees of a failure."""
     if isinstance(failure, TmemError):
         return errno_of(failure)
     if isinstance(failure, MemoryError):
         return errno.ENOMEM
+    if not isinstance(failure, OSError):
+        log.error("a request failed by an error of tmem's own, and was answered with EIO", exc_info=failure)
+        return errno.EIO
     number = failure.errno or errno.EIO
     return number if 0 < number <= _MOST_ERROR else errno.EIO
 

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING
 import pyfuse3
 
 from tmem.fs.acting import Caller
-from tmem.fs.base import FAILURES, errno_seen
+from tmem.fs.base import FAILURES, Failure, errno_seen
 from tmem.fs.opening import KEPT_FLAGS, Begun
 
 if TYPE_CHECKING:
     from tmem.backends._native import Reader
-    from tmem.errors import TmemError
     from tmem.fs.overlay import Overlay
 
 _LOOKUP, _FORGET, _OPEN, _RELEASE = 1, 2, 14, 18
@@ -172,7 +171,7 @@ class Shortcuts:
         else:
             self._reader.reply(unique, 0)
 
-    def _refuse(self, unique: int, failure: "OSError | TmemError | MemoryError | pyfuse3.FUSEError") -> None:
+    def _refuse(self, unique: int, failure: Failure | pyfuse3.FUSEError) -> None:
         """Reply to a request whose handler has failed."""
         error = failure.errno if isinstance(failure, pyfuse3.FUSEError) else errno_seen(failure)
         self._reader.reply(unique, error)

@@ -7,15 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pyfuse3
 import pytest
 import trio
 
 from tmem.backends.paths import SegmentPaths
-from tmem.errors import NoSpaceError, TmemError
-from tmem.fs.base import errno_seen
+from tmem.errors import NoSpaceError
+from tmem.fs.base import Failure, errno_seen
 from tmem.fs.buffers import Buffers
 from tmem.fs.caching import SMALL_BYTES, CacheRule
 from tmem.fs.options import Cache
@@ -40,10 +40,31 @@ CONTENT = b"content"
         (OSError(), errno.EIO),
         (NoSpaceError(), errno.ENOSPC),
         (MemoryError(), errno.ENOMEM),
+        (OverflowError("a time beyond 64 bits, say"), errno.EIO),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a name that nobody has thought of"), errno.EIO),
     ],
 )
-def test_what_a_program_sees(failure: OSError | TmemError | MemoryError, number: int) -> None:
+def test_what_a_program_sees(failure: Failure, number: int) -> None:
     assert errno_seen(failure) == number
+
+
+def test_what_nobody_has_thought_of_is_one_request_s_error_and_logged(
+    overlay: Overlay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        entry = await overlay.lookup(pyfuse3.ROOT_INODE, b"file", CONTEXT)
+        with monkeypatch.context() as patched:
+            patched.setattr(overlay, "attributes", fails)
+            with pytest.raises(pyfuse3.FUSEError) as failure:
+                await overlay.getattr(entry.st_ino, CONTEXT)
+        assert failure.value.errno == errno.EIO
+        assert (await overlay.getattr(entry.st_ino, CONTEXT)).st_size == len(CONTENT)
+
+    def fails(*arguments: object, **keywords: object) -> NoReturn:
+        raise OverflowError("int too big to convert")
+
+    trio.run(main)
+    assert "int too big to convert" in caplog.text
 
 
 def no_descriptors(status: os.stat_result, appends: bool) -> bool:
