@@ -1,6 +1,9 @@
 /* Replies by way of a pipe (reader_piped.h), to programs that read from a mount of the test's own; root mounts.
  *
- *     piped DIRECTORY */
+ *     piped DIRECTORY
+ *
+ * Not among those that `run` runs: one that serves its own mount may wait for itself for ever when it is ended, until somebody
+ * unmounts by force. */
 #include "reader_piped.h"
 #include "expect.h"
 #include "tm.h"
