@@ -51,6 +51,10 @@ REPEAT_SECONDS = 1.0
 """After this, the kernel is told again: a reply that it had not taken in yet the first time may have
 introduced a file with attributes from before the change."""
 
+REPEATS_OF_OLD = 3
+"""As often, if the kernel may have old pages: it ignores a reply to what it asked before it was told, which
+may be the one that would have had it drop them."""
+
 TAKEN_IN_SECONDS = 0.02
 """After this, a reply that introduces a file has been taken in, if its process got a CPU."""
 
@@ -101,8 +105,9 @@ class Watch:
         self._held_back = _Later(TAKEN_IN_SECONDS, self._tell_all)
         self._repeated = _Later(REPEAT_SECONDS, self._tell_all_again)  # None stands for names
         table.nodes.reported_by(events.descriptor)
-        # The kernel may have old pages of these, and not have heard so; since when (monotonic).
-        self._with_old: dict[Inode, float] = {}
+        # The kernel may have old pages of these, and not have heard so; since when, or when it was told again
+        # (monotonic), and how often it will be.
+        self._with_old: dict[Inode, tuple[float, int]] = {}
 
     @property
     def descriptor(self) -> int:
@@ -182,19 +187,22 @@ class Watch:
                 self._with_old.pop(inode, None)
 
     def _tell_all_again(self, inodes: Iterable[Inode | None]) -> None:
-        early = time.monotonic() - REPEAT_SECONDS
+        now = time.monotonic()
         for inode in inodes:
-            since = self._with_old.get(inode) if inode is not None else None
-            if inode is None or since is None:
+            known = self._with_old.pop(inode, None) if inode is not None else None
+            if inode is None or known is None:
                 continue
-            if since > early:  # what was added first decides when
+            since, repeats = known
+            if since > now - REPEAT_SECONDS:  # what was added first decides when
+                self._with_old[inode] = known
                 self._repeated.add(inode)
-                continue
-            del self._with_old[inode]
-            if inode.opens:
-                self._drop_old_still(inode)
-            else:
+            elif not inode.opens:
                 self._drop_old(inode, certain=False)
+            else:
+                self._drop_old_still(inode)
+                if repeats > 1:
+                    self._with_old[inode] = (now, repeats - 1)
+                    self._repeated.add(inode)
         self._tell_all(inodes)
 
     def tell_the_rest(self) -> None:
@@ -208,7 +216,7 @@ class Watch:
                 self._coherence.reported(inode.state, self._table.descriptor(inode))
                 # Of what it passes through the kernel keeps nothing, and there own writes are reported, too.
                 if inode.opens and not inode.backing and self._drop_old(inode, certain):
-                    self._with_old[inode] = time.monotonic()
+                    self._with_old[inode] = (time.monotonic(), REPEATS_OF_OLD)
 
     def _drop_old(self, inode: Inode, certain: bool) -> bool:
         """Have the kernel drop its pages with the next reply that has attributes, if it may not otherwise."""

@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -457,6 +458,36 @@ def test_a_file_that_the_kernel_is_only_just_told_of_is_left_alone_for_a_moment(
             await trio.sleep(watch.TAKEN_IN_SECONDS * 1.5)
             assert told(overlay).attributes == [*before, young]
             nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_the_kernel_is_told_more_than_once_that_it_may_have_old_pages(
+    overlay: Overlay, underneath: Underneath, lower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ignores replies to what it asked before it was told, and so one of them may do nothing."""
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=trio.current_time))
+
+    async def other_times_told() -> int:
+        """Have the kernel look the name up twice. How often it was told another time than the file's."""
+        times = [(await overlay.lookup(pyfuse3.ROOT_INODE, b"file", CONTEXT)).st_mtime_ns for _ in range(2)]
+        return sum(time != (lower / "file").stat().st_mtime_ns for time in times)
+
+    async def main() -> None:
+        assert overlay.watch is not None
+        entry = await overlay.lookup(pyfuse3.ROOT_INODE, b"file", CONTEXT)
+        fh = await opened(overlay)
+        async with trio.open_nursery() as nursery:
+            underneath(other.write, lower / "file", 0, NEW)
+            assert (await overlay.getattr(entry.st_ino, CONTEXT)).st_mtime_ns
+            overlay.watch.catch_up()
+            nursery.start_soon(overlay.watch.run)
+            for _ in range(1 + watch.REPEATS_OF_OLD):
+                assert await other_times_told() == 1
+                await trio.sleep(watch.REPEAT_SECONDS * 1.1)
+            assert await other_times_told() == 0
+            nursery.cancel_scope.cancel()
+        await overlay.release(fh)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
