@@ -438,11 +438,14 @@ static bool reports_wait(const struct nodes *n)
     return reports.fd >= 0 && poll(&reports, 1, 0) > 0;
 }
 
+static bool was_told(const struct node *one, int64_t mtime_ns) { return one->told && one->told_ns == mtime_ns; }
+
 /* With the lock. */
 static bool tells_another(const struct nodes *n, struct node *one, int64_t mtime_ns, bool hidden, bool *doubted)
 {
     bool another = one->has_old == TELL_ALL || (one->has_old == TELL_KERNEL && hidden);
-    if (one->told_ns != mtime_ns) {
+    if (!was_told(one, mtime_ns)) {
+        one->told = true;
         one->told_ns = mtime_ns;
         one->told_late = n->catches_up || reports_wait(n);
         one->told_round = n->rounds;
@@ -468,7 +471,7 @@ static void tell_time(const struct nodes *n, struct node *one, bool hidden, stru
 bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old old)
 {
     pthread_mutex_lock(&n->lock);
-    bool told = one->told_ns == mtime_ns;
+    bool told = was_told(one, mtime_ns);
     /* What waited then was read in that round, or is in the next one. */
     if (one->told_late && n->rounds - one->told_round <= 1 && old == TELL_ALL) {
         old = TELL_KERNEL;
@@ -483,7 +486,7 @@ bool nodes_has_old(struct nodes *n, struct node *one, int64_t mtime_ns, enum old
 void nodes_still_has_old(struct nodes *n, struct node *one, int64_t mtime_ns)
 {
     pthread_mutex_lock(&n->lock);
-    if (one->told_ns == mtime_ns && one->has_old != TELL_ALL)
+    if (was_told(one, mtime_ns) && one->has_old != TELL_ALL)
         one->has_old = one->spared ? TELL_ALL : TELL_KERNEL;
     pthread_mutex_unlock(&n->lock);
 }

@@ -39,6 +39,7 @@ struct node {
     void *view;                   /* Python's object; NULL: none */
     double known_since;           /* monotonic seconds: when the kernel was first told of it */
     int64_t told_ns;              /* the time of modification that the kernel was told last, modulo 2^64, under the table's lock */
+    bool told;                    /* it was told any */
     bool told_late;               /* then reports were waiting, or being applied: of bytes from before, it may be */
     uint64_t told_round;          /* then so many rounds of reports had begun */
     int64_t lookups;              /* that the kernel has not taken back */
