@@ -1,9 +1,9 @@
-/* Replies by way of a pipe (reader_piped.h), to programs that read from a mount of the test's own; root mounts.
+/* Replies by way of a pipe (reader_piped.h), to a program that reads from a mount of the test's own; root mounts.
  *
  *     piped DIRECTORY
  *
- * Not among those that `run` runs: one that serves its own mount may wait for itself for ever when it is ended, until somebody
- * unmounts by force. */
+ * The program is another process, as whoever is ended amid a read of its own mount waits for itself. The mount is in a namespace
+ * of the test's, so it ends with it, however that ends. */
 #include "reader_piped.h"
 #include "expect.h"
 #include "tm.h"
@@ -12,9 +12,11 @@
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -25,9 +27,16 @@ void kill_point(int n) { (void)n; }
 
 enum { MOST = 1 << 20, SIZE = 3 * MOST + 777, NODE = 2, ROOM = MOST + 2 * TM_PAGE };
 
+struct wish {
+    size_t offset, size;
+};
+
 static struct {
-    int device, file;
+    int device;
     const char *point;
+    int wishes, results; /* to and from the program */
+    pid_t program;
+    uint8_t *got; /* what it has read, shared with it */
     uint8_t *content;
     uint8_t *window; /* what replies are sent from */
     struct piped piped;
@@ -132,16 +141,61 @@ static uint64_t sent_so_far(void)
     return replies;
 }
 
+static int open_file(void)
+{
+    char name[4096];
+    snprintf(name, sizeof name, "%s/file", world.point);
+    return open(name, O_RDONLY | O_CLOEXEC);
+}
+
+/* The program: it has nothing of the server's, and ends with it. */
+static void read_what_is_wished(int wishes, int results)
+{
+    struct wish wish;
+    close(world.device);
+    int file = open_file();
+    while (read(wishes, &wish, sizeof wish) == sizeof wish) {
+        ssize_t n = pread(file, world.got, wish.size, (off_t)wish.offset);
+        if (write(results, &n, sizeof n) != sizeof n)
+            break;
+    }
+    _exit(0);
+}
+
+static void start_program(void)
+{
+    int there[2], back[2];
+    if (pipe2(there, O_CLOEXEC) || pipe2(back, O_CLOEXEC) || (world.program = fork()) < 0)
+        exit(2);
+    if (!world.program) {
+        close(there[1]);
+        close(back[0]);
+        read_what_is_wished(there[0], back[1]);
+    }
+    close(there[0]);
+    close(back[1]);
+    world.wishes = there[1];
+    world.results = back[0];
+}
+
+/* Have the program read; whether it gets what the file has there. */
+static bool reads_right(size_t offset, size_t size)
+{
+    struct wish wish = {offset, size};
+    size_t there = SIZE - offset < size ? SIZE - offset : size;
+    ssize_t n = -1;
+    memset(world.got, 0, there);
+    if (write(world.wishes, &wish, sizeof wish) != sizeof wish || read(world.results, &n, sizeof n) != sizeof n)
+        return false;
+    return n == (ssize_t)there && !memcmp(world.got, world.content + offset, there);
+}
+
 static void read_some(unsigned times, size_t least)
 {
-    static uint8_t got[MOST];
     for (unsigned i = 0; i < times; i++) {
         size_t offset = (size_t)random() % SIZE, size = least + (size_t)random() % (MOST - least + 1);
         offset -= i % 2 ? 0 : offset % TM_PAGE;
-        size_t there = SIZE - offset < size ? SIZE - offset : size;
-        memset(got, 0, there);
-        ssize_t n = pread(world.file, got, size, (off_t)offset);
-        expect(n == (ssize_t)there && !memcmp(got, world.content + offset, there), "wrong bytes");
+        expect(reads_right(offset, size), "wrong bytes");
     }
 }
 
@@ -192,11 +246,7 @@ static void failures_between(void)
         expect(!piped_reply(&world.piped, 1 << 30, world.window, 200 << 10), "it was sent to nobody");
         world.piped.device = world.device;
         pthread_mutex_unlock(&world.lock);
-        size_t offset = (size_t)i * TM_PAGE;
-        uint8_t *got = malloc(256 << 10);
-        expect(pread(world.file, got, 256 << 10, (off_t)offset) == 256 << 10 && !memcmp(got, world.content + offset, 256 << 10),
-               "wrong bytes after a failure");
-        free(got);
+        expect(reads_right((size_t)i * TM_PAGE, 256 << 10), "wrong bytes after a failure");
     }
     expect(sent_so_far() == 40 && !world.by_writev, "a failure between others has ended it");
     world.piped.device = no_fuse;
@@ -228,8 +278,12 @@ static void programs_that_are_killed(void)
         pid_t child = fork();
         if (!child) {
             static uint8_t got[MOST];
-            for (off_t from = 0;; from = (from + MOST / 2) % (2 * MOST))
-                (void)!pread(world.file, got, MOST / 2, from);
+            close(world.device);
+            int file = open_file();
+            off_t from = 0;
+            while (pread(file, got, MOST / 2, from) > 0)
+                from = (from + MOST / 2) % (2 * MOST);
+            _exit(1);
         }
         uint64_t before = sent_so_far();
         for (unsigned tries = 0; tries < 20000 && sent_so_far() < before + i; tries++)
@@ -255,8 +309,12 @@ static const struct {
 
 static void begin(const char *point)
 {
-    char options[128], name[4096];
+    char options[128];
     world.point = point;
+    if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL)) {
+        perror("a mount namespace");
+        exit(2);
+    }
     world.device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
     snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=0,group_id=0", world.device);
     mkdir(point, 0700);
@@ -270,11 +328,11 @@ static void begin(const char *point)
     for (size_t i = 0; i < SIZE; i++)
         world.content[i] = (uint8_t)(random() >> 7);
     piped_init(&world.piped, world.device, MOST);
-    if (pthread_create(&world.thread, NULL, serve, NULL))
+    world.got = mmap(NULL, MOST, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (world.got == MAP_FAILED)
         exit(2);
-    snprintf(name, sizeof name, "%s/file", point);
-    world.file = open(name, O_RDONLY | O_CLOEXEC);
-    if (world.file < 0)
+    start_program(); /* before there is a thread */
+    if (pthread_create(&world.thread, NULL, serve, NULL))
         exit(2);
 }
 
@@ -283,7 +341,6 @@ static void give_up(int signal)
     static const char why[] = "FAIL: an answer never came\n";
     (void)signal;
     (void)!write(2, why, sizeof why - 1);
-    (void)umount2(world.point, MNT_FORCE | MNT_DETACH);
     _exit(1);
 }
 
@@ -301,7 +358,10 @@ int main(int argc, char **argv)
         use(world.device, MOST);
         scenarios[n].run();
     }
-    close(world.file);
+    close(world.wishes);
+    close(world.results);
+    waitpid(world.program, NULL, 0);
+    munmap(world.got, MOST);
     if (umount2(world.point, MNT_DETACH))
         perror(world.point);
     pthread_join(world.thread, NULL); /* the connection has ended with the mount */
