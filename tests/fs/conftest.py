@@ -59,6 +59,19 @@ class Place:
         assert counted.put_pages == pages
         return counted
 
+    def read_reports(self) -> None:
+        """Wait until the mount has heard of all that has changed underneath so far, if it is told at all.
+
+        Else a report may come when a file has been opened, and cost it the pages that were put by then.
+        """
+        if not self.statistics().watching:
+            return
+        (self.lower / "reported").touch()
+        (self.point / "reported").stat()
+        before = self.statistics().noticed_changes
+        (self.lower / "reported").chmod(0o600)
+        wait_until(lambda: self.statistics().noticed_changes > before, what="a change is reported")
+
     def umount(self) -> None:
         mounts.umount(str(self.point))
 

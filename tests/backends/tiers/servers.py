@@ -198,12 +198,18 @@ class Cluster:
         return [s for s in there if s.info("replication")["master_port"] == primary.port]
 
     def settled(self) -> bool:
-        """Whether every slot is served, by primaries with a replica each at least; nobody is left over."""
+        """Whether every slot is served, by primaries with a replica each at least; nobody is left over.
+
+        All of them say so: after a failover some do not know of it yet.
+        """
         with contextlib.suppress(redis.RedisError, OSError):
             running = [server for server in self.servers if server.process is not None]
             counts = [_replicas_of(server) for server in running]
             served = [count for count in counts if count is not None]
-            return min(served) > 0 and sum(served) == len(counts) - len(served)
+            if min(served) <= 0 or sum(served) != len(counts) - len(served):
+                return False
+            ports = {server.port for server in self.primaries()}
+            return all(_primaries_known_to(server) == ports for server in running)
         return False
 
     def owner(self, slot: int) -> Server:
@@ -347,6 +353,11 @@ def _replicas_of(server: Server) -> int | None:
     count = int(str(replication["connected_slaves"]))
     online = all(replication[f"slave{n}"]["state"] == "online" for n in range(count))  # type: ignore[index]
     return count if online else -1
+
+
+def _primaries_known_to(server: Server) -> set[int]:
+    """Return the ports of those that have slots, as far as it knows."""
+    return {port for _, _, (_, port, *_), *_ in server.ask("CLUSTER", "SLOTS")}  # type: ignore[attr-defined]
 
 
 class Move:
