@@ -51,8 +51,9 @@ class Sizes:
     small_files: int = 300
     memory: int = 128 << 20
     """For page cache and pool together."""
-    rest: int = 16 << 20
-    """What the page cache gets of that when there is a pool."""
+    rest: int = 20 << 20
+    """What the page cache and the daemon get of that when there is a pool: 13 MiB the daemon, which is killed
+    without them."""
     turns: int = 3
 
 

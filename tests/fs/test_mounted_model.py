@@ -215,7 +215,7 @@ class Mounts:
             return path.stat()
         device = self.lower.stat().st_dev
         for link in Path(f"/proc/{self.places[side].pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed meanwhile, or another test's, of a mount that has ended
+            with contextlib.suppress(OSError):  # closed meanwhile, or of a mount that has ended
                 status = link.stat()
                 if (status.st_dev, status.st_ino) == (device, number):
                     return status
