@@ -2,7 +2,7 @@
 # Sourced by bash with the project as working directory. Never asks anything; quiet unless something is done.
 
 export DEBIAN_FRONTEND=noninteractive PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-unset PYTHONDONTWRITEBYTECODE # or every command and server would compile all its modules anew: half of its start
+unset PYTHONDONTWRITEBYTECODE # or every command and server would compile all its modules anew, up to a third of its start
 venv=$PWD/.venv
 python=/usr/bin/python3 # Debian's own: the version that nbdkit embeds
 

@@ -484,7 +484,6 @@ static PyObject *counters(ReaderObject *self, PyObject *unused)
                {"ends", c.ends},
                {"woken", c.woken},
                {"found_awake", c.found_awake},
-               {"piped_replies", c.piped_replies},
                {"read_sleeps", c.read_sleeps},
                {"opens", c.opens},
                {"closes", c.closes}};

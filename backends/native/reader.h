@@ -5,8 +5,8 @@
  * Its parts: `reader_files` (open files and gates), `reader_passing` (requests and replies through the socket, with
  * `reader_flights` for those under way, `reader_amend` for what replies say more, `reader_buffers` for what does not go
  * through it), `reader_shortcut` (requests for Python that do not go there), `reader_nodes` and
- * `reader_lookup` (names), `reader_listings` and `reader_directory` (directories), `reader_hits`, `reader_ahead` (streams of hits), `reader_piped` (large replies) and, for misses that wait for the
- * lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
+ * `reader_lookup` (names), `reader_listings` and `reader_directory` (directories), `reader_hits`, `reader_ahead` (streams of
+ * hits), `reader_piped` (large replies) and, for misses that wait for the lower, `reader_waiting`; `reader` itself is who serves, and `reader_life` the rest.
  *
  * A hit takes three system calls: poll, read, writev; two where the next request comes soon (`reader_eager`), or where hits
  * follow each other and a thread waits for all else meanwhile (`reader_sentry`). Most other requests go on through the socket, and libfuse's
@@ -59,7 +59,6 @@ struct reader_counters {
     uint64_t attributes, ends;                /* GETATTRs, and ends of listings, answered */
     uint64_t lookups;                         /* LOOKUPs answered by the event loop's thread as it read them */
     uint64_t woken;                           /* times that a helper was woken */
-    uint64_t piped_replies;                   /* that went to the device by way of a pipe */
     uint64_t read_sleeps;                     /* times that it began to sleep in read instead of poll */
     uint64_t found_awake;                     /* requests that were looked for, and came, before anybody slept */
     uint64_t opens, closes;                   /* OPENs and RELEASEs answered */

@@ -1,8 +1,9 @@
 /* The reader's table of open files, and gates. Locks are held for a few instructions. */
 #include "reader_files.h"
 
+#include "reader_look.h"
+
 #include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -309,7 +310,6 @@ bool files_had(struct files *f, uint64_t fh, bool tried, bool had)
 static int open_past_cache(int fd)
 {
 #ifdef STATX_DIOALIGN
-    char name[32];
     struct statx st;
     int flags = fcntl(fd, F_GETFL);
     if (flags < 0 || ((flags & O_ACCMODE) != O_RDONLY && !MUTANT(44))
@@ -320,8 +320,7 @@ static int open_past_cache(int fd)
         return NONE;
     if (TM_PAGE % st.stx_dio_mem_align || TM_PAGE % st.stx_dio_offset_align)
         return NONE;
-    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
-    int past = open(name, O_RDONLY | O_DIRECT | O_CLOEXEC | O_NONBLOCK | (flags & O_NOATIME));
+    int past = open_again(fd, O_RDONLY | O_DIRECT | O_NONBLOCK | (flags & O_NOATIME));
     return past < 0 ? NONE : past;
 #else
     (void)fd;

@@ -237,7 +237,6 @@ void reader_counters(struct reader *r, struct reader_counters *out)
     out->lookups = atomic_load(&r->lookups);
     out->woken = atomic_load(&r->woken);
     out->found_awake = atomic_load(&r->found_awake) + (r->rings ? rings_found_awake(r->rings) : 0);
-    out->piped_replies = atomic_load(&r->piped.replies);
     out->read_sleeps = atomic_load(&r->sentry.posts);
     out->opens = atomic_load(&r->nopens);
     out->closes = atomic_load(&r->ncloses);

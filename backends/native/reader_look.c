@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
+#include <stdio.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -85,6 +86,13 @@ int look_at_open(int fd, struct stat *st)
     close(fd);
     errno = error;
     return -1;
+}
+
+int open_again(int fd, int flags)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, flags | O_CLOEXEC);
 }
 
 int look_up_name(struct patience *p, int directory, const char *name, bool may_wait, struct stat *st)

@@ -31,6 +31,8 @@ bool patience_missed_lately(struct patience *p);
 bool look_is_at_hand(int directory, const char *name);
 /* `fd`, and what stat says of it; -1: errno, and it is closed, if it was open at all. */
 int look_at_open(int fd, struct stat *st);
+/* Open the file that `fd` has open, maybe O_PATH, once more, as `flags` say. -1: errno. */
+int open_again(int fd, int flags);
 /* An O_PATH descriptor of what has this name, and what stat says of it; -1: errno. EAGAIN: the lower would have to be asked, and
  * the caller may not wait for it. */
 int look_up_name(struct patience *p, int directory, const char *name, bool may_wait, struct stat *st);

@@ -71,7 +71,7 @@ struct names *names_read(int fd, bool again, uint64_t from)
     if (!c || (!from && (add(c, ".", 1, 0, DT_DIR, 0) || add(c, "..", 2, 0, DT_DIR, 0))))
         goto failed;
     c->from = from;
-    ssize_t n = again || from ? lseek(fd, (off_t)from, SEEK_SET) < 0 ? -1 : 0 : 0;
+    ssize_t n = (again || from) && lseek(fd, (off_t)from, SEEK_SET) < 0 ? -1 : 0;
     while (n >= 0) {
         n = getdents64(fd, piece, sizeof piece);
         if (n > 0 && add_piece(c, piece, (size_t)n))

@@ -7,7 +7,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -87,11 +86,9 @@ static void open_directory(struct job *j)
 static void open_file(struct job *j)
 {
     struct asked *a = j->asked;
-    char path[32];
     int fd;
-    snprintf(path, sizeof path, "/proc/self/fd/%d", j->directory);
     do
-        fd = open(path, a->flags | O_CLOEXEC);
+        fd = open_again(j->directory, a->flags);
     while (fd < 0 && errno == EINTR);
     a->fd = look_at_open(fd, &a->st);
     a->error = a->fd < 0 ? errno : 0;

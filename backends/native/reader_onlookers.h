@@ -38,8 +38,8 @@ enum work {
     READ_DIRECTORY, /* what it says of itself: the same */
     OPEN_FILE,      /* the same; with `asked->flags` */
 };
-/* Have this done with `n` names in the directory open at `directory`, or with itself (the file itself, by an O_PATH descriptor), and `asked`, which is not the caller's any
- * more, asked once more then. False: there is no memory, descriptor or thread for it. */
+/* Have this done with `n` names in the directory open at `directory`, or with itself (or the file itself, by an O_PATH
+ * descriptor), and `asked`, which is not the caller's any more, asked once more then. False: there is no memory, descriptor or thread for it. */
 bool onlookers_start(struct onlookers *o, struct nodes *nodes, enum work work, int directory, const char *const *names,
                      unsigned n, struct asked *asked);
 

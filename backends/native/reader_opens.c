@@ -1,12 +1,12 @@
 #include "reader_opens.h"
 
 #include "reader_hits.h"
+#include "reader_look.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -319,12 +319,10 @@ static bool was_accessed(const struct stat *st)
 bool opens_open(struct opens *o, struct hits *hits, const struct fuse_in_header *in, int node, struct fuse_open_out *out,
                 bool *doubt)
 {
-    char path[32];
     struct stat st;
     bool unchanged;
-    snprintf(path, sizeof path, "/proc/self/fd/%d", node);
     /* Who holds a lease that this would break is waited for in Python. */
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int fd = open_again(node, O_RDONLY | O_NONBLOCK);
     if (fd < 0)
         return false;
     struct gate *gate = gate_for(o, hits, in->nodeid, fd, &st, &unchanged);

@@ -65,7 +65,6 @@ bool piped_reply(struct piped *p, uint64_t unique, const uint8_t *data, size_t l
     bool gone = !sent && n == (ssize_t)out.len && errno == ENOENT; /* nobody waits for it any more */
     if (sent) {
         p->failures = 0;
-        atomic_fetch_add_explicit(&p->replies, 1, memory_order_relaxed);
         return true;
     }
     p->failures += !gone;

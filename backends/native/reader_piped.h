@@ -12,7 +12,6 @@
 #ifndef READER_PIPED_H
 #define READER_PIPED_H
 
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -23,7 +22,6 @@ struct piped {
     size_t largest; /* bytes of a reply */
     size_t places;
     unsigned failures;
-    _Atomic uint64_t replies; /* sent so far */
 };
 
 enum {

@@ -41,7 +41,7 @@ static struct {
     uint8_t *window; /* what replies are sent from */
     struct piped piped;
     pthread_mutex_t lock; /* of the two below, and of `piped` */
-    uint64_t due, by_writev; /* READs that a pipe has room for; those that were answered without one */
+    uint64_t due, by_pipe, by_writev; /* READs that a pipe has room for; those that were answered by one, and without */
     pthread_t thread;
 } world;
 
@@ -69,6 +69,7 @@ static void reply_to_read(const struct fuse_in_header *in, const struct fuse_rea
     bool sent = piped_reply(&world.piped, in->unique, bytes, length);
     size_t pages = (wanted->offset % TM_PAGE + length + TM_PAGE - 1) / TM_PAGE;
     world.due += length >= PIPED_LEAST && pages < world.piped.places;
+    world.by_pipe += sent;
     if (!sent) {
         world.by_writev++;
         send_plainly(in->unique, 0, bytes, length);
@@ -136,9 +137,9 @@ static void *serve(void *unused)
 static uint64_t sent_so_far(void)
 {
     pthread_mutex_lock(&world.lock);
-    uint64_t replies = world.piped.replies;
+    uint64_t sent = world.by_pipe;
     pthread_mutex_unlock(&world.lock);
-    return replies;
+    return sent;
 }
 
 static int open_file(void)
@@ -205,7 +206,7 @@ static void use(int device, size_t largest)
     piped_free(&world.piped);
     world.piped = (struct piped){0};
     piped_init(&world.piped, device, largest);
-    world.due = world.by_writev = 0;
+    world.due = world.by_pipe = world.by_writev = 0;
     pthread_mutex_unlock(&world.lock);
 }
 

@@ -208,15 +208,15 @@ class Cluster:
             served = [count for count in counts if count is not None]
             if min(served) <= 0 or sum(served) != len(counts) - len(served):
                 return False
-            ports = {server.port for server in self.primaries()}
-            return all(_primaries_known_to(server) == ports for server in running)
+            ports = {server.port for server, count in zip(running, counts, strict=True) if count is not None}
+            return all({port for _, _, port in _slots_known_to(server)} == ports for server in running)
         return False
 
     def owner(self, slot: int) -> Server:
         """The primary that has the slot."""
         primaries = self.primaries()
         for server in primaries:
-            for start, end, (_, port, *_), *_ in server.ask("CLUSTER", "SLOTS"):  # type: ignore[attr-defined]
+            for start, end, port in _slots_known_to(server):
                 if start <= slot <= end:
                     return next(one for one in primaries if one.port == port)
         raise AssertionError(f"nobody has slot {slot}")
@@ -355,9 +355,10 @@ def _replicas_of(server: Server) -> int | None:
     return count if online else -1
 
 
-def _primaries_known_to(server: Server) -> set[int]:
-    """Return the ports of those that have slots, as far as it knows."""
-    return {port for _, _, (_, port, *_), *_ in server.ask("CLUSTER", "SLOTS")}  # type: ignore[attr-defined]
+def _slots_known_to(server: Server) -> list[tuple[int, int, int]]:
+    """Return the first and the last of each run of slots, and its primary's port, as far as it knows."""
+    said = server.ask("CLUSTER", "SLOTS")
+    return [(start, end, port) for start, end, (_, port, *_), *_ in said]  # type: ignore[attr-defined]
 
 
 class Move:
