@@ -116,10 +116,7 @@ static void put_and_destroy(struct world *w)
     at_point(0);
     pid_t b = start(1, destroy_pool, 60, 0);
     at_point(1);
-    atomic_store(&actors[1].go, 1);
-    for (int i = 0; i < 50; i++)
-        nap();
-    expect(!atomic_load(&actors[1].finished), "the destroyer did not wait");
+    expect(!goes_on(1), "the destroyer did not wait");
     finish(0, a);
     finish(1, b);
     expect(!holds(&w->pool, 1, 2), "the pool still answers");
@@ -229,7 +226,20 @@ static void export_and_flush(struct world *w)
     check(w);
 }
 
-/* The same with a put: the copy must have the new page. */
+/* A page is flushed after it was read for the copy and that was noted: the next pass must say so. */
+static void flush_after_export(struct world *w)
+{
+    put(&w->pool, 1, 1);
+    put(&w->pool, 2, 1);
+    pid_t copier = start(0, copy_all, 80, 1); /* at the other page */
+    at_point(0);
+    tm_flush(&w->pool, oid, 1, 1);
+    finish(0, copier);
+    expect(actors[0].result == 0, "the copy says %lld of a page that was flushed later", (long long)actors[0].result);
+    check(w);
+}
+
+/* A page is put after it was read for the copy and before that is noted: the copy must have the new page. */
 static void export_and_put(struct world *w)
 {
     put(&w->pool, 1, 1);
@@ -278,8 +288,7 @@ static void use_noted_while_copied(struct world *w)
     pid_t withdrawer = start(2, withdraw_tier, 105, 0);
     at_point(2);
     pid_t copier = start(1, copy_all, 80, 0);
-    for (int i = 0; i < 1000 && !atomic_load(&actors[1].reached); i++)
-        nap(); /* it should wait for the put */
+    gets_to(1, &actors[1].reached); /* it should wait for the put */
     finish(0, putter);
     at_point(1);
     finish(1, copier);
@@ -444,6 +453,7 @@ static const struct scenario scenarios[] = {
     {"put_and_dead_reaper", put_and_dead_reaper}, {"reap_and_put", reap_and_put},
     {"use_noted_while_copied", use_noted_while_copied},
     {"reader_and_punch", reader_and_punch},       {"export_and_flush", export_and_flush},
+    {"flush_after_export", flush_after_export},
     {"export_and_put", export_and_put},           {"put_and_freeze", put_and_freeze},
     {"death_beside_recount", death_beside_recount}, {"death_in_recount", death_in_recount},
     {"recount_beside_recount", recount_beside_recount}, {"two_recounts", two_recounts},

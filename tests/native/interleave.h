@@ -19,6 +19,7 @@ struct actor {
     _Atomic uint32_t next;        /* 0, or where to stop once it goes on from `point` */
     _Atomic int64_t result;
     _Atomic uint32_t finished;
+    pid_t pid;                    /* for the driver */
     uint8_t page[TM_PAGE];
 };
 static struct actor *actors;
@@ -84,7 +85,7 @@ static pid_t start(int i, operation op, uint32_t point, uint32_t skip)
     a->skip = skip;
     pid_t pid = fork();
     if (pid)
-        return pid;
+        return a->pid = pid;
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a mutant may crash whoever would let it go on */
     struct world w = {0};
     if (tm_attach(path, &w.seg))
@@ -109,6 +110,30 @@ static bool wait_for(_Atomic uint32_t *flag)
 }
 
 static void at_point(int i) { expect(wait_for(&actors[i].reached), "actor %d never came to point %u", i, actors[i].point); }
+
+/* Whether a process sleeps, rather than waits for a CPU as it may for long on a busy machine. */
+static inline bool sleeps(pid_t pid)
+{
+    char name[32], text[512];
+    snprintf(name, sizeof name, "/proc/%d/stat", (int)pid);
+    FILE *file = fopen(name, "re");
+    size_t n = file ? fread(text, 1, sizeof text - 1, file) : 0;
+    if (file)
+        fclose(file);
+    text[n] = 0;
+    const char *end = strrchr(text, ')'); /* the name before it may contain anything */
+    return end && end[1] == ' ' && end[2] == 'S';
+}
+
+/* Does actor `i`, who may have to wait for another one, get to setting `flag`? Not if it only sleeps. */
+static inline bool gets_to(int i, _Atomic uint32_t *flag)
+{
+    for (int n = 0, slept = 0; n < 25000 && slept < 250 && !atomic_load(flag); n++) {
+        nap();
+        slept += sleeps(actors[i].pid);
+    }
+    return atomic_load(flag);
+}
 
 static inline void die(pid_t pid)
 {

@@ -28,9 +28,7 @@ static inline void go_on(int i)
 static inline bool goes_on(int i)
 {
     atomic_store(&actors[i].go, 1);
-    for (int n = 0; n < 250 && !atomic_load(&actors[i].finished); n++)
-        nap();
-    return atomic_load(&actors[i].finished);
+    return gets_to(i, &actors[i].finished);
 }
 
 /* Let the second of two actors go on, which may have to wait for the first one, and then that one. */

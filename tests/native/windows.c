@@ -306,6 +306,38 @@ static void stale_commit(struct world *w)
     check(w);
 }
 
+static struct tm_handle shared_pool; /* of the client "test" */
+
+static int64_t leave_shared(struct world *w, struct actor *a)
+{
+    (void)a;
+    return pool_destroy(ctx_get(w->seg), shared_pool.pool, shared_pool.serial);
+}
+
+/* Who owns a shared pool dies when it has left, before another member owns it: the next holder of the lock sees to that. */
+static void dead_owner(struct world *w)
+{
+    static const uint8_t uuid[TM_UUID] = {1, 2, 3};
+    struct tm_ctx *ctx = ctx_get(w->seg);
+    struct pool_wish wish = {.uuid = uuid, .id = -1};
+    struct tm_handle kept = {.seg = w->seg};
+    uint32_t id, serial;
+    client_open(ctx, "test", false, &id, &serial);
+    client_authorise(ctx, id, serial, uuid);
+    expect(pool_new(ctx, id, serial, &wish, &shared_pool.pool, &shared_pool.serial) == TM_OK, "no shared pool");
+    client_open(ctx, "other", true, &id, &serial);
+    client_authorise(ctx, id, serial, uuid);
+    expect(pool_new(ctx, id, serial, &wish, &kept.pool, &kept.serial) == TM_OK, "no member");
+    expect(put(&kept, 1, 1) == 1 && holds(&kept, 1, 1), "it does not keep a page");
+    pid_t leaver = start(0, leave_shared, 61, 0);
+    at_point(0);
+    die(leaver);
+    check(w);
+    uint32_t owner = atomic_load(&w->seg->pools[w->seg->pools[kept.pool].link].owner);
+    expect(owner == id, "client %u owns the pool, not %u", owner, id);
+    expect(holds(&kept, 1, 1), "the page is lost");
+}
+
 static int64_t begin_and_end_handoff(struct world *w, struct actor *a)
 {
     uint32_t id, serial;
@@ -399,7 +431,7 @@ static const struct scenario scenarios[] = {
     {"mode_and_destroy", mode_and_destroy},     {"phase_and_destroy", phase_and_destroy},
     {"sweep_and_evict", sweep_and_evict},       {"dead_committer", dead_committer},
     {"stale_commit", stale_commit},             {"dead_copier", dead_copier},
-    {"dead_releaser", dead_releaser},
+    {"dead_releaser", dead_releaser},           {"dead_owner", dead_owner},
 };
 
 int main(int argc, char **argv)

@@ -53,11 +53,7 @@ static void withdrawal_waits(struct world *w)
     at_point(0);
     pid_t b = start(1, withdraw, 105, 0);
     at_point(1);
-    atomic_store(&actors[1].go, 1);
-    for (unsigned i = 0; i < 200; i++) { /* what it would do if it did not wait takes far less than this */
-        expect(!atomic_load(&actors[1].finished), "the withdrawal did not wait");
-        nap();
-    }
+    expect(!goes_on(1), "the withdrawal did not wait");
     finish(0, a);
     finish(1, b);
     expect(actors[1].result == 0, "%lld pages stayed in the tier", (long long)actors[1].result);
