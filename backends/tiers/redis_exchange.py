@@ -191,8 +191,9 @@ class Exchange:
             self._failed(error)
 
     def expire(self) -> None:
-        """It has been silent for too long."""
-        self._failed(RedisTimeoutError("Timeout reading from socket"))
+        """It has been silent for too long, if it is not over."""
+        if self._wire is not None:
+            self._failed(RedisTimeoutError("Timeout reading from socket"))
 
     def lose(self) -> None:
         """Its connection was closed by somebody else."""
@@ -343,15 +344,16 @@ class Traffic:
         self._send()
 
     def finish(self, exchanges: Sequence[Exchange]) -> None:
-        """Go on with all until these are over."""
+        """Go on with all until these are over.
+
+        Silent is who has sent nothing by a look after its time was up: while its answer came we may have had
+        no CPU, or been busy with those of others.
+        """
         for exchange in self._of.values():
             exchange.be_patient()  # nobody has looked at it meanwhile
         while any(exchange.wire is not None for exchange in exchanges):
             self._send()
-            now = time.monotonic()
             for number, exchange in list(self._of.items()):
-                if exchange.wire is not None and now >= exchange.until_s:
-                    exchange.expire()
                 if exchange.wire is None:
                     self._forget(number)
                     continue
@@ -359,13 +361,19 @@ class Traffic:
                 if self._asked.get(number) != wanted:
                     self._poll.register(number, wanted)
                     self._asked[number] = wanted
-            if self._of:
-                until_s = min(exchange.until_s for exchange in self._of.values())
-                for number, event in self._poll.poll(max(until_s - now, 0) * 1000 + 1):
-                    if event & ~select.POLLOUT:
-                        self._of[number].receive()
-                        if self._of[number].wire is None:
-                            self._forget(number)
+            if not self._of:
+                continue
+            now = time.monotonic()
+            until_s = min(exchange.until_s for exchange in self._of.values())
+            ready = dict(self._poll.poll(max(until_s - now, 0) * 1000 + 1))
+            for number, exchange in list(self._of.items()):
+                event = ready.get(number, 0)
+                if event & ~select.POLLOUT:
+                    exchange.receive()
+                elif now >= exchange.until_s and not (event and exchange.send()):
+                    exchange.expire()
+                if exchange.wire is None:
+                    self._forget(number)
 
     def abandon(self, exchanges: Sequence[Exchange]) -> None:
         """Close the connections of those that are not over."""

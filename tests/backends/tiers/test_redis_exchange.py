@@ -265,7 +265,7 @@ def test_a_connection_whose_number_another_one_gets() -> None:
         assert len(others) < 50
     thread = threading.Thread(target=traffic.finish, args=([*others, first],), daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive(), "it is waited for, and nobody looks at it"
     assert [len(one.left) for one in (first, *others)] == [1] * (1 + len(others))
     assert "closed" in first.trouble
@@ -288,6 +288,32 @@ def test_who_has_answered_need_not_wait_for_another_to_connect(scripted: Make) -
     exchange_all([quick, slow], replies)
     assert replies == [b"v", None]
     assert (quick.left, len(slow.left)) == ([], 1)
+
+
+def test_who_has_answered_while_another_was_read_is_not_silent(scripted: Make) -> None:
+    """What is done with answers may take long, as where we are paged out: the other's lie there meanwhile."""
+    reads = threading.Event()
+
+    def answer(_connection: int, words: list[bytes]) -> bytes:
+        assert words[1] == b"k0" or reads.wait(60)
+        return b"$1\r\nv\r\n"
+
+    server = scripted(answer)
+    other = Exchange("other", server.pool(), [Open(1, GETS[1])], None, 60)
+
+    class Slow(Exchange):
+        def receive(self) -> None:
+            """Read what is there when the other's answer has come, and its time is up."""
+            reads.set()
+            assert other.wire is not None
+            assert select.select([other.wire], [], [], 60)[0]
+            other.until_s = time.monotonic()
+            super().receive()
+
+    replies: list[object] = [None, None]
+    exchange_all([Slow("slow", server.pool(), [Open(0, GETS[0])], None, 60), other], replies)
+    assert replies == [b"v", b"v"]
+    assert other.left == []
 
 
 def test_nodes_that_cannot_be_connected_to_take_the_time_of_one(scripted: Make) -> None:
