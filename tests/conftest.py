@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from .groups import Groups
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from .backends.tiers.servers import Cluster, Server
 
 SEGMENT_BYTES = 64 << 20
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+hypothesis.settings.register_profile(
+    "whatever else the machine does", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("whatever else the machine does")
 
 # Shells have what they start in the background ignore these, and so would every program that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

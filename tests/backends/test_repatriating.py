@@ -87,7 +87,7 @@ def test_a_pass_is_due_only_after_memory_was_in_plenty_all_the_time(
             assert objection(seen, seen) == ""
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(15, 40), st.floats(0.26, 1.0), st.booleans())
 def test_it_does_not_take_turns_with_the_kernel(look_s: int, regret: float, stopped: bool) -> None:
     """A machine that swaps out again what came back, or has each pass stop: passes become rare."""

@@ -199,7 +199,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @example(steps=[(0, 0.0, 9), (21_718_868_714, 0.0, 1)])  # taken at once, as the least is to grow
 @given(steps=steps)
 def test_whatever_others_do(world: World, steps: list[tuple[int, float, int]]) -> None:
@@ -220,7 +220,7 @@ def test_whatever_others_do(world: World, steps: list[tuple[int, float, int]]) -
         assert turns(machine.limits) <= changes
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(noise=st.lists(st.floats(-1, 1), min_size=50, max_size=200))
 def test_no_oscillation_by_noise(world: World, noise: list[float]) -> None:
     """Others that come and go by less than the dead band move nothing."""
