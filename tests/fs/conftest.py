@@ -87,9 +87,10 @@ class Place:
         """Return what a child of the daemon would inherit beyond the standard streams."""
         found = []
         for info in Path(f"/proc/{self.pid}/fdinfo").iterdir():
-            flags = dict(line.split(":", 1) for line in info.read_text().splitlines())["flags"]
-            if int(info.name) > 2 and not int(flags, 8) & os.O_CLOEXEC:
-                found.append(str(Path(f"/proc/{self.pid}/fd/{info.name}").readlink()))
+            with contextlib.suppress(FileNotFoundError):  # it is closed meanwhile
+                flags = dict(line.split(":", 1) for line in info.read_text().splitlines())["flags"]
+                if int(info.name) > 2 and not int(flags, 8) & os.O_CLOEXEC:
+                    found.append(str(Path(f"/proc/{self.pid}/fd/{info.name}").readlink()))
         return found
 
     def read_by_daemon(self) -> int:

@@ -307,7 +307,7 @@ def test_a_change_whose_outcome_cannot_be_asked(
             eventually(lambda: faulty.waiting() == ["write"])
             faulty.fail("getattr", errno=errno.EIO)
             faulty.fail("write")
-            assert writing.result(20) == 3
+            assert writing.result(60) == 3
         faulty.heal()
         assert os.pread(file.fileno(), 3, 0) == b"new"
     expected = b"new" + CONTENT[3:]

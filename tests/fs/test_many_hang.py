@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.tasks import of_threads
 
 from .conftest import Mounter, Place
 from .faulty import Faulty
@@ -28,7 +29,7 @@ def place(
 
 def reading(pid: int) -> int:
     """Return how many threads of a process are in a pread."""
-    calls = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/syscall")]
+    calls = of_threads(pid, "syscall")
     return sum(call.startswith("17 ") for call in calls)
 
 
@@ -47,10 +48,10 @@ for file in [os.open(sys.argv[1], os.O_RDONLY) for _ in range({MANY})]:  # else 
         whole = "import sys; f = open(sys.argv[1], 'rb', 0)\nwhile f.read(4096): pass"
         for reads in (READ, whole):
             with program(reads, place.point / "other") as other:
-                assert other.wait(10) == 0
+                assert other.wait(60) == 0
         assert set(faulty.waiting()) == {"read"}
         faulty.heal()
-        assert many.wait(10) == 0
+        assert many.wait(60) == 0
     assert (place.point / "slow").read_bytes() == CONTENT
     place.umount()
     assert os.waitpid(place.pid, 0)[1] == 0

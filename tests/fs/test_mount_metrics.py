@@ -15,6 +15,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.tasks import of_threads
 from tests.waiting import wait_until
 from tmem.backends import exporter
 from tmem.backends.paths import SegmentPaths
@@ -171,8 +172,7 @@ def test_who_can_be_killed_does_not_wait_on(mounter: Mounter, collector: MountCo
 
 
 def stopped(pid: int) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
+    return all(text.rpartition(")")[2].split()[0] == "T" for text in of_threads(pid, "stat"))
 
 
 def command(pid: int) -> bytes:

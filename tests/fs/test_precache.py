@@ -7,8 +7,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +22,6 @@ if TYPE_CHECKING:
     from tmem.backends import _native
 
 MIB = 1 << 20
-
-
-def poll_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until `condition()` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
 
 
 def pools(segment: "_native.Segment", client: str) -> list["_native.Pool"]:
@@ -226,7 +216,7 @@ def test_removed_files_leave_no_pages(place: Place, segment: "_native.Segment") 
         (place.point / "unlinked").unlink()
         assert file.read() == b"x" * 10 * PAGE_SIZE  # puts again
     (place.point / "other").rename(place.point / "replaced")
-    poll_until(lambda: pool_pages(segment) == 10)
+    wait_until(lambda: pool_pages(segment) == 10)
 
 
 def pool_pages(segment: "_native.Segment") -> int:
@@ -273,7 +263,7 @@ def test_a_segment_that_appears_is_used_and_one_that_ends_is_not_missed(
             assert read(place.point / "file") == content
             assert not place.statistics().pool_active
             segment = _native.create(str(runtime_dir / "default"), 64 << 20)
-            poll_until(lambda: place.statistics().pool_active)
+            wait_until(lambda: place.statistics().pool_active)
             before = place.statistics()
             assert read(place.point / "file") == content == read(place.point / "file")
             assert os.pread(held.fileno(), MIB, 0) == content
@@ -291,7 +281,7 @@ def test_a_client_destroyed_by_the_administrator_comes_back_empty(
     read(place.point / "file")
     segment.client("web", create=False).destroy()
     assert read(place.point / "file") == b"x" * 5000
-    poll_until(lambda: place.statistics().pool_active)
+    wait_until(lambda: place.statistics().pool_active)
     assert read(place.point / "file") == read(place.point / "file") == b"x" * 5000
 
 

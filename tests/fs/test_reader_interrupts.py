@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tasks import of_threads
 from tmem.backends import _native
 from tmem.fs.inodes import InodeTable
 from tmem.fs.reading import NOTHING, REQUEST
@@ -294,8 +295,7 @@ def test_it_is_not_quiet_before_the_last_answer_has_left(
     reader.open(FH, file, gate)  # not local: where it ends may have to be waited for
 
     def answering() -> bool:
-        tasks = Path("/proc/self/task").iterdir()
-        return any((task / "syscall").read_text().split()[0] == str(WRITEV) for task in tasks)
+        return any(call.split()[0] == str(WRITEV) for call in of_threads(os.getpid(), "syscall"))
 
     with kernel, device, ours, libfuse:
         with contextlib.suppress(BlockingIOError):

@@ -182,9 +182,11 @@ def asleep(mounter: Mounter, segment: "_native.Segment") -> Iterator[Place]:
 
 
 def is_asleep(place: Place) -> bool:
-    devices = [
-        int(one.name) for one in Path(f"/proc/{place.pid}/fd").iterdir() if str(one.readlink()) == "/dev/fuse"
-    ]
+    devices = []
+    for one in Path(f"/proc/{place.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # it is closed meanwhile
+            if str(one.readlink()) == "/dev/fuse":
+                devices.append(int(one.name))
     return any(sleeps_in_read(place.pid, place.pid, device) for device in devices)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.tasks import of_threads
 from tmem.bench.mounts import pin
 from tmem.errors import AttachError, TmemError
 from tmem.fs import mounts, uring
@@ -102,8 +103,7 @@ def test_hits_misses_and_ends_of_files_on_every_cpu(place: Place, segment: "_nat
 
 def sleeps(pid: int) -> int:
     """Return how often threads of a process have gone to sleep so far."""
-    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    fields = (line.split(":") for text in texts for line in text.splitlines())
+    fields = (line.split(":") for text in of_threads(pid, "status") for line in text.splitlines())
     return sum(int(value[0]) for name, *value in fields if name == "voluntary_ctxt_switches")
 
 

@@ -163,7 +163,7 @@ def test_a_put_that_asks_the_lower_holds_up_nobody_meanwhile(
         putting.start()
         try:
             assert asked.wait(60)
-            assert file.state.lock.acquire(timeout=10)
+            assert file.state.lock.acquire(timeout=60)
             file.state.lock.release()
         finally:
             answers.set()

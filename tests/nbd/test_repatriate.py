@@ -287,8 +287,8 @@ def test_removing_a_device_waits_for_a_pass(tmem: Tmem, device: str, paths: Segm
     holder = threading.Thread(target=hold)
     holder.start()
     assert holds.wait(60)
+    began = time.monotonic()  # before that, or the two may be closer
     threading.Timer(0.5, over.set).start()
-    began = time.monotonic()
     removed = tmem("swap", "remove", "local")
     holder.join()
     assert removed.returncode == 0, removed.stderr
