@@ -20,6 +20,7 @@ from tmem.backends import procfiles
 
 _MCL_FUTURE, _MCL_ONFAULT = 2, 4
 MLOCK_ONFAULT = 1
+_MADV_POPULATE_READ = 22  # Linux 5.14
 _UNUSED_BSS_BYTES = 64 << 20
 """A zero-filled region of the executable above this size is nbdkit's table of buffers (201 MB in 1.32)."""
 
@@ -83,12 +84,17 @@ def to_lock(
 
 
 def lock_process(
-    segment: Path | None, lock_segment: bool = False, future_on_fault: bool = False
+    segment: Path | None,
+    lock_segment: bool = False,
+    future_on_fault: bool = False,
+    anonymous_on_fault: bool = False,
 ) -> LockReport:
     """Lock this process's memory, the mapping of the segment (None: there is none yet) only if told to.
 
     What is mapped from now on is faulted in at once, or, with `future_on_fault`, locked page by page as it is
-    touched: for who maps a segment later, all of which would be backed otherwise.
+    touched: for who maps a segment later, all of which would be backed otherwise. With `anonymous_on_fault`
+    so is what is mapped now and no file's (stacks, heaps), as far as nothing was ever written there. Before
+    Linux 5.14 that is faulted in all the same.
     Never raises for what the kernel refuses: the report says it. OSError if there is no file `segment`.
     """
     libc = ctypes.CDLL(None, use_errno=True)
@@ -104,9 +110,19 @@ def lock_process(
         refused.append(f"{mapping.name or 'anonymous'} {mapping.size_bytes >> 10} kB: {reason}")
         return 0
 
+    def lock_used(mapping: Mapping) -> int:
+        address, size = ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size_bytes)
+        locked = libc.mlock2(address, size, ctypes.c_uint(MLOCK_ONFAULT)) == 0
+        # What is swapped out by now comes back; where there is nothing yet, zeros are shared.
+        there = locked and libc.madvise(address, size, _MADV_POPULATE_READ) == 0
+        return mapping.size_bytes if there else lock(mapping, 0)
+
     executable = str(Path("/proc/self/exe").readlink())
     file = _file(segment) if segment is not None else None
-    locked_bytes = sum(lock(mapping, 0) for mapping in to_lock(mappings, executable, file))
+    locked_bytes = 0
+    for mapping in to_lock(mappings, executable, file):
+        by_page = anonymous_on_fault and not mapping.file[2]
+        locked_bytes += lock_used(mapping) if by_page else lock(mapping, 0)
     if lock_segment:
         locked_bytes += sum(lock(mapping, MLOCK_ONFAULT) for mapping in mappings if mapping.file == file)
     if refused:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,32 @@ def kilobytes(place: Place, field: str) -> int:
     """Return a value of the daemon's status."""
     text = Path(f"/proc/{place.pid}/status").read_text()
     return int(dict(line.split(":", 1) for line in text.splitlines())[field].split()[0])
+
+
+@dataclass
+class Mapping:
+    """A mapping of the daemon, as its smaps have it."""
+
+    permissions: str
+    name: str
+    size_kb: int = 0
+    resident_kb: int = 0
+    locked: bool = False
+
+
+def mappings(place: Place) -> list[Mapping]:
+    found: list[Mapping] = []
+    for line in Path(f"/proc/{place.pid}/smaps").read_text().splitlines():
+        key, *words = line.split(maxsplit=5)
+        if not key.endswith(":"):
+            found.append(Mapping(words[0], words[4] if len(words) > 4 else ""))
+        elif key == "Size:":
+            found[-1].size_kb = int(words[0])
+        elif key == "Rss:":
+            found[-1].resident_kb = int(words[0])
+        elif key == "VmFlags:":
+            found[-1].locked = "lo" in " ".join(words).split()
+    return found
 
 
 @pytest.fixture
@@ -64,6 +90,20 @@ def test_a_segment_that_appears_is_not_filled_by_locking_it(
     eventually(lambda: (locked.point / "file").read_bytes() and locked.statistics().hit_pages > 0)
     assert (path.stat().st_blocks - before) * 512 < 4 << 20
     assert kilobytes(locked, "VmRSS") < 100_000
+
+
+def test_what_was_never_used_takes_no_memory_but_files_are_there(locked: Place) -> None:
+    stacks = code = 0
+    for mapping in mappings(locked):
+        if mapping.name.endswith("_native.abi3.so") and "x" in mapping.permissions:
+            code += 1
+            assert mapping.resident_kb == mapping.size_kb
+        if not mapping.name and mapping.size_kb == 512:
+            stacks += 1
+            assert mapping.locked
+            assert mapping.resident_kb < 256
+    assert stacks
+    assert code
 
 
 def test_threads_have_small_stacks(locked: Place) -> None:
