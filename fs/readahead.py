@@ -220,6 +220,8 @@ class Stream:
                     end = self._end
                     self._ranges.extend(await self._source.prepare(self._prepared, end))
                     self._prepared = end
+                    if self._ended:  # meanwhile, and nothing else may come that wakes who waits below
+                        break
                 if self._ranges and len(self._loading) < LOADS:
                     nursery.start_soon(self._load, *self._take())
                 elif self._loading:

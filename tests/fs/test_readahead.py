@@ -372,3 +372,46 @@ def test_only_so_many_at_a_time() -> None:
         assert made[-1].running
 
     play(act)
+
+
+def test_a_load_that_fails_while_the_next_window_is_prepared_ends_the_stream() -> None:
+    """Nothing of that window is missing, so no other load would wake it: a reader waited for ever."""
+
+    class Slow(Source):
+        def __init__(self) -> None:
+            super().__init__()
+            self.may_prepare = trio.Event()
+
+        async def prepare(self, first: int, last: int) -> list[tuple[int, int]]:
+            if first > 64:
+                await self.may_prepare.wait()
+            return await super().prepare(first, last)
+
+        async def load(self, first: int, last: int) -> bool:
+            await super().load(first, last)
+            return first == 64
+
+    async def main() -> None:
+        source = Slow()
+        source.permits = trio.Semaphore(0)
+        source.present = {80, *range(64 + FIRST_PAGES, 1000)}
+        async with trio.open_nursery() as nursery:
+            stream = Stream(source, Streams(), 64, 8, LIMIT)
+
+            @nursery.start_soon
+            async def begin() -> None:
+                stream.extend(64)
+                await trio.testing.wait_all_tasks_blocked()
+                read(stream, source.marker)
+                source.permits.release()  # to one of two loads, after which the next window is prepared
+                await trio.testing.wait_all_tasks_blocked()
+                source.permits.release()
+                await trio.testing.wait_all_tasks_blocked()
+                source.may_prepare.set()
+                with trio.fail_after(60):
+                    await stream.wait(81, 90)
+                await settled(stream)
+
+        assert source.loaded == [(64, 80), (81, 64 + FIRST_PAGES)]
+
+    trio.run(main)
