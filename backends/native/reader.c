@@ -327,8 +327,12 @@ static enum taken take(struct reader *r, struct desk *d, bool leads, struct toge
     }
     struct fuse_attr_out at_hand;
     size_t size;
+    uint64_t changes = passing_changes(&r->passing);
     if (find_at_hand(r, in, in + 1, length, &at_hand, &size)) {
-        reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&at_hand, size);
+        if (leads || !size) /* who leads answers changes, too, so none meanwhile */
+            reply_bytes(&r->passing, NULL, in->unique, (const uint8_t *)&at_hand, size);
+        else
+            passing_tell_since(&r->passing, in->unique, changes, &at_hand);
         return TAKEN_ANSWERED;
     }
     if (ask_lower(r, in, length, NULL))

@@ -484,14 +484,28 @@ bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry)
     return wanted;
 }
 
+uint64_t passing_changes(const struct passing *p) { return atomic_load(&p->changes); }
+
+static void doubt_if_overtaken(const struct passing *p, uint64_t changes, struct fuse_attr_out *out)
+{
+    if (changes != passing_changes(p))
+        out->attr_valid = out->attr_valid_nsec = 0;
+}
+
+void passing_tell_since(struct passing *p, uint64_t unique, uint64_t changes, struct fuse_attr_out *out)
+{
+    pthread_mutex_lock(&p->lock);
+    doubt_if_overtaken(p, changes, out);
+    reply_bytes(p, NULL, unique, (const uint8_t *)out, sizeof *out);
+    pthread_mutex_unlock(&p->lock);
+}
+
 void passing_tell(struct passing *p, uint64_t unique, int error, struct fuse_attr_out *out)
 {
     struct entry *entry;
     bool interrupted;
     pthread_mutex_lock(&p->lock);
-    bool overtaken = flights_find(&p->flights, unique)->changes != p->changes;
-    if (overtaken)
-        out->attr_valid = out->attr_valid_nsec = 0;
+    doubt_if_overtaken(p, flights_find(&p->flights, unique)->changes, out);
     if (!take_held(p, unique, &interrupted, &entry))
         ; /* nobody hears it */
     else if (error) /* with the lock: before the reply to a change that comes now */

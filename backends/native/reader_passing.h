@@ -63,7 +63,7 @@ struct passing {
     unsigned abandoned;             /* of those, that libfuse or a thread has still in hand */
     int64_t checked_ms;             /* when `passing_recheck` looked last */
     uint64_t own;                   /* numbers of requests that the kernel does not know of */
-    uint64_t changes;               /* of names and attributes through the mount that are answered, or about to be */
+    _Atomic uint64_t changes;       /* of names and attributes through the mount that are answered, or about to be */
 };
 
 enum {
@@ -110,6 +110,9 @@ bool passing_end_held(struct passing *p, uint64_t unique, struct entry **entry);
  * takes if names or attributes were changed through the mount since it came: it may be older, and the kernel does not see that
  * of a directory. For any thread. */
 void passing_tell(struct passing *p, uint64_t unique, int error, struct fuse_attr_out *out);
+/* The same of one that is not held, when there were so many `passing_changes` before the lower was asked. */
+void passing_tell_since(struct passing *p, uint64_t unique, uint64_t changes, struct fuse_attr_out *out);
+uint64_t passing_changes(const struct passing *p);
 /* Whether it is not given up yet; else it is held no longer. */
 bool passing_wants_held(struct passing *p, uint64_t unique);
 void passing_pass_held(struct passing *p, struct buffer **request, size_t length); /* pass it on after all */

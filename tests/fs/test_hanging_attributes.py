@@ -108,10 +108,16 @@ def desk(tmp_path: Path, faulty: Faulty, table: InodeTable) -> Iterator[Desk]:
             faulty.heal()  # else its end waits for who hangs
 
 
-def ask(desk: Desk, node: int) -> int:
-    """Send a GETATTR of a node."""
+def send(desk: Desk, node: int) -> int:
+    """Send a GETATTR of a node, for whoever reads it."""
     unique = next(desk.uniques)
     desk.kernel.send(struct.pack("=IIQQIIII4x", 56, GETATTR, unique, node, 0, 0, 0, 0) + bytes(12))
+    return unique
+
+
+def ask(desk: Desk, node: int) -> int:
+    """Send a GETATTR of a node, and serve it."""
+    unique = send(desk, node)
     desk.serve()
     return unique
 
@@ -149,6 +155,31 @@ def test_attributes_that_a_change_has_overtaken_are_not_kept(
         if not overtaken:
             desk.reply(change)
             assert desk.answer() == (change, 0, b"")
+
+
+def test_attributes_from_another_thread_that_a_change_has_overtaken_are_not_kept(
+    tmp_path: Path, table: InodeTable, faulty: Faulty, eventually: Callable[..., None]
+) -> None:
+    """Of a local lower threads ask at once, as they have read that: here who stands in for the loop's."""
+    node = table.lookup(table[pyfuse3.ROOT_INODE], b"slow")[0].nodeid
+    for desk in make(tmp_path, away_ms=1):
+        desk.reader.set_nodes(table.nodes, True)
+        try:
+            for overtaken in (True, False):
+                faulty.fail("getattr", hangs=True, name="slow")
+                asked = send(desk, node)
+                eventually(lambda: faulty.waiting() == ["getattr"])
+                if overtaken:
+                    change = desk.request(MKDIR, bytes(8) + b"name\0")
+                    desk.serve()
+                    assert desk.forwarded() == (MKDIR, change)
+                    desk.reply(change)
+                    assert desk.answer() == (change, 0, b"")
+                faulty.heal()
+                number, error, body = desk.answer()
+                assert (number, error, believed(body)) == (asked, 0, 0 if overtaken else 7.5)
+        finally:
+            faulty.heal()  # else its end waits for who hangs
 
 
 def test_attributes_from_python_that_a_change_has_overtaken_are_not_kept(desk: Desk) -> None:
