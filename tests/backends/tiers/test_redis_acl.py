@@ -1,5 +1,6 @@
 """Users with no more rights than docs/redis.md lists, and with fewer; passwords that change."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tmem.backends.tiers.redis_tier import RedisTier
 from tmem.backends.tiers.redis_url import RedisAddress
 from tmem.errors import TierDownError, TierError
 
+from ...waiting import wait_until
 from .contract import IDENTITY, check, record, records
 from .servers import Cluster, Move
 
@@ -47,6 +49,22 @@ def opened(cluster: Cluster, password: str = "sesame", timeout_s: float = 2) -> 
     return RedisTier(RedisAddress.parse(url), IDENTITY, True)
 
 
+@contextlib.contextmanager
+def no_elections(cluster: Cluster) -> Iterator[None]:
+    """Have replicas stay what they are: one that is elected, after a second or two, is asked as a primary."""
+
+    def say(word: str) -> None:
+        for server in cluster.servers:
+            for option in ("cluster-replica-no-failover", "cluster-allow-reads-when-down"):
+                server.ask("CONFIG", "SET", option, word)
+
+    say("yes")
+    try:
+        yield
+    finally:
+        say("no")
+
+
 def use(cluster: Cluster) -> None:
     """Do everything that a tier does."""
     tier = opened(cluster)
@@ -61,8 +79,9 @@ def use(cluster: Cluster) -> None:
     again.retain(list(kept))
     check(again, list(kept), list(kept.values()))
     # A replica is asked for what is there: of a primary that hangs, and in a slot that moves, whoever has it.
-    with cluster.primaries()[0].stopped():
+    with no_elections(cluster), cluster.primaries()[0].stopped():
         check(again, list(kept), list(kept.values()))
+    wait_until(cluster.settled)
     slot = key_slot(values.key(values.prefix(IDENTITY), locations[0] >> values.PLACE_BITS))
     target = next(one for one in cluster.primaries() if one is not cluster.owner(slot))
     moving = Move(cluster, slot, target)
