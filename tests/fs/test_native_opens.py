@@ -369,7 +369,8 @@ def test_what_is_asked_between_two_requests_is_pythons(mount: Mount, node: int) 
         nonlocal answered
         if mount.reading.serve(-1, 0) == ASKED:
             answered += mount.reading.answer(lambda *arguments: pytest.fail("it waits"))
-        return answered == len(opens)
+        # Where Python takes 2 ms for one, what is left is looked at by the reader, and told to Python, first.
+        return answered + mount.reading.reader.counters()["opens"] == len(opens)
 
     wait_until(all_answered)
     assert sorted(mount.files()) == [1, 2, 3]
