@@ -26,7 +26,7 @@ struct piped {
 
 enum {
     PIPED_LEAST = 128 << 10, /* bytes: 64 KiB gain nothing by two calls instead of one */
-    PIPED_FAILURES = 16,    /* after which there is no pipe any more: somebody forbids one of the calls, or there is no memory */
+    PIPED_FAILURES = 16,    /* after which there is no pipe any more: somebody forbids one of the calls that send, or there is no memory */
 };
 
 void piped_init(struct piped *p, int device, size_t largest);

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -260,6 +261,23 @@ static void failures_between(void)
     close(no_fuse);
 }
 
+/* For a while there is no descriptor for a pipe, which says nothing about later. */
+static void descriptors_run_out(void)
+{
+    struct rlimit before, none;
+    getrlimit(RLIMIT_NOFILE, &before);
+    none = (struct rlimit){0, before.rlim_max};
+    pthread_mutex_lock(&world.lock);
+    setrlimit(RLIMIT_NOFILE, &none);
+    for (unsigned i = 0; i < 2 * PIPED_FAILURES; i++)
+        expect(!piped_reply(&world.piped, 1 << 30, world.window, 256 << 10), "there was a pipe");
+    setrlimit(RLIMIT_NOFILE, &before);
+    pthread_mutex_unlock(&world.lock);
+    read_some(20, PIPED_LEAST);
+    uint64_t sent = sent_so_far();
+    expect(sent && sent == world.due, "there is no pipe any more");
+}
+
 static void not_by_a_socket(void)
 {
     int ends[2];
@@ -304,6 +322,7 @@ static const struct {
     {"what_has_no_room", what_has_no_room},
     {"nobody_waits", nobody_waits},
     {"failures_between", failures_between},
+    {"descriptors_run_out", descriptors_run_out},
     {"not_by_a_socket", not_by_a_socket},
     {"programs_that_are_killed", programs_that_are_killed},
 };
