@@ -19,6 +19,7 @@ enum {
     BURST = 64,             /* requests of a call that may not wait */
     FULL_MS = 10,           /* between two looks for room where no event tells */
     QUICK_NAME_NS = 200000, /* in which a name is looked up that does not wait for a disk; after others the event loop has a turn */
+    REST_MS = 1000,         /* after which memory that was not used goes back: to get it again costs some 0.2 ms */
     POLL_MS = 50,           /* of the stand-in: so long it may take to notice that it is not needed any more */
     TOGETHER = 4,           /* hits that are answered together at most */
     SLEEPS_AFTER = 32,      /* requests in a row that were answered here: then it sleeps in read */
@@ -473,7 +474,7 @@ static bool sleeps_in_read(struct reader *r, int64_t until_ms)
 
 static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
 {
-    int64_t until = timeout_ms > 0 ? now_ms() + timeout_ms : INT64_MAX;
+    int64_t now = timeout_ms > 0 ? now_ms() : 0, until = timeout_ms > 0 ? now + timeout_ms : INT64_MAX;
     enum reader_event event = READER_NOTHING;
     unsigned served = 0, looked = 0, in_a_row = 0;
     bool flows = false; /* there is probably another request: do not wait for it */
@@ -481,6 +482,10 @@ static enum reader_event serve(struct reader *r, int wake, int timeout_ms)
     eager_end(e);
     if (timeout_ms && r->python_last)
         eager_answered(e, timing_now());
+    if (now - r->rested_ms >= REST_MS) {
+        reader_rest(r, false);
+        r->rested_ms = now;
+    }
     if (wake != r->wake)
         set_wake(r, wake);
     if (passing_expects(&r->passing))
@@ -548,10 +553,12 @@ static bool is_away(uint32_t turns) { return turns % 2 == 0; }
 
 unsigned reader_serve(struct reader *r, int wake, int timeout_ms)
 {
-    reader_return(r);
+    reader_return(r); /* the stand-in ends what it does for who leads */
+    pthread_mutex_lock(&r->leads);
     sentry_meet(&r->sentry);
     enum reader_event event = serve(r, wake, timeout_ms);
     sentry_relieve(&r->sentry);
+    pthread_mutex_unlock(&r->leads);
     reader_leave(r);
     return event | (r->opens && opens_news(r->opens) ? (unsigned)READER_NEWS : 0);
 }
@@ -610,13 +617,27 @@ static void doubt(struct reader *r, uint32_t turns)
         atomic_store(&r->hits.doubts, false);
 }
 
+/* Nothing came for a while. Who leads is elsewhere, or waits in reader_serve for the lower, and then has its memory in use. */
+static void rest_instead(struct reader *r, struct desk *d)
+{
+    desk_clear(d);
+    if (pthread_mutex_trylock(&r->leads))
+        return;
+    reader_rest(r, true);
+    pthread_mutex_unlock(&r->leads);
+}
+
 static void serve_instead(struct reader *r, struct desk *d, uint32_t turns)
 {
     struct pollfd p = {.fd = r->device, .events = POLLIN};
+    unsigned quiet = 0; /* times that it found nothing, one after the other */
     while (!atomic_load(&r->paused) && atomic_load(&r->turns) == turns && !passing_full(&r->passing)) {
         int n = poll(&p, 1, POLL_MS);
         if (n < 0 || (n > 0 && take(r, d, false, NULL) == TAKEN_GONE))
             return;
+        quiet = n ? 0 : quiet + 1;
+        if (quiet == REST_MS / POLL_MS)
+            rest_instead(r, d);
         passing_recheck(&r->passing);
     }
 }

@@ -7,11 +7,17 @@
 #include "reader_judge.h"
 #include "reader_window.h"
 
+/* Of two windows: while one is sent, the second thread fills the other. */
+struct room {
+    uint8_t *memory; /* NULL: none now */
+    size_t bytes;
+    bool lately;     /* a window was begun in it since it was asked the last time */
+};
+
 struct ahead {
     struct window window;
-    uint8_t *memory;           /* of two windows: while one is sent, the second thread fills the other. NULL: none yet */
-    size_t memory_bytes;
-    unsigned used;             /* which of them was filled last */
+    struct room small, large;  /* by what is read at a time */
+    unsigned used;             /* which window was filled last */
     size_t length;             /* of what is in it or will be, 0 nothing */
     uint64_t fh, offset;       /* where that is from */
     uint64_t last_fh, last_end; /* of the last READ that was answered */
@@ -21,6 +27,8 @@ struct ahead {
 
 void ahead_init(struct ahead *a, struct hits *h);
 void ahead_free(struct ahead *a);
+/* Give memory back that no window was begun in since the last time; `all`: what it can. */
+void ahead_rest(struct ahead *a, bool all);
 /* Whether the READ asks for what was fetched, and it still holds. */
 bool ahead_has(struct ahead *a, struct hits *h, const struct fuse_read_in *read_in, struct answer *out);
 /* A READ will be answered from the pool: whether the next one of its stream is worth fetching. */

@@ -100,6 +100,18 @@ struct buffer *buffer_take(struct buffers *all, size_t least)
     return b;
 }
 
+void buffers_rest(struct buffers *all)
+{
+    pthread_mutex_lock(&all->lock);
+    struct buffer *kept = MUTANT(94) ? NULL : all->free;
+    if (kept) {
+        all->free = NULL;
+        all->nfree = 0;
+    }
+    pthread_mutex_unlock(&all->lock);
+    unmap_list(kept);
+}
+
 void buffer_hold(struct buffer *b)
 {
     pthread_mutex_lock(&b->home->lock);

@@ -25,6 +25,7 @@ struct buffer {
 struct buffers *buffers_new(size_t size); /* NULL: no memory */
 void buffers_free(struct buffers *all);   /* its memory goes with the last buffer that is held */
 struct buffer *buffer_take(struct buffers *all, size_t least); /* one reference; NULL: no memory */
+void buffers_rest(struct buffers *all); /* give back what is kept */
 void buffer_hold(struct buffer *b);
 void buffer_drop(struct buffer *b);
 

@@ -54,6 +54,8 @@ struct reader {
     struct eager eager_hits, eager_python; /* by who has answered last */
     struct rings *rings; /* NULL: all requests come by the device */
     struct desk *ring_desks;
+    pthread_mutex_t leads;  /* held by who is in reader_serve, or does there what `reader_rest` says */
+    int64_t rested_ms;      /* when that was done last there */
     _Atomic uint32_t turns; /* raised when it is entered and when it is left: odd within */
 
     pthread_mutex_t sleep_lock;
@@ -78,6 +80,8 @@ struct reader {
 
 bool desk_fill(struct reader *r, struct desk *d);
 void desk_clear(struct desk *d);
+/* Give memory back that was not used lately (since the last time); `all`: what can be. With `leads`. */
+void reader_rest(struct reader *r, bool all);
 int reader_watch(int epoll, int fd); /* -1: errno */
 bool reader_take_from_ring(void *with, unsigned ring, struct entry *e);
 /* The event loop's thread goes to where it may have to wait, and comes back; the stand-in comes if that takes long. */

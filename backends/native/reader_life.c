@@ -22,6 +22,7 @@ struct reader *reader_new(int device, int ours, int theirs, unsigned helpers, si
     r->theirs = theirs;
     r->wake = -1;
     pthread_mutex_init(&r->sleep_lock, NULL);
+    pthread_mutex_init(&r->leads, NULL);
     pthread_cond_init(&r->awake, NULL);
     clocked_cond_init(&r->needed);
     r->others = epoll_create1(EPOLL_CLOEXEC);
@@ -114,9 +115,18 @@ void reader_free(struct reader *r)
     desk_clear(&r->desk);
     buffers_free(r->buffers);
     pthread_mutex_destroy(&r->sleep_lock);
+    pthread_mutex_destroy(&r->leads);
     pthread_cond_destroy(&r->awake);
     pthread_cond_destroy(&r->needed);
     free(r);
+}
+
+void reader_rest(struct reader *r, bool all)
+{
+    ahead_rest(&r->ahead, all);
+    piped_rest(&r->piped, all);
+    desk_clear(&r->desk);
+    buffers_rest(r->buffers);
 }
 
 /* ---- What Python tells and asks --------------------------------------------------------------------------- */

@@ -30,6 +30,13 @@ static void close_pipe(struct piped *p)
 
 void piped_free(struct piped *p) { close_pipe(p); }
 
+void piped_rest(struct piped *p, bool all)
+{
+    if (!p->lately || all)
+        close_pipe(p);
+    p->lately = false;
+}
+
 /* Pages that so many bytes lie in. */
 static size_t pages_of(const uint8_t *data, size_t length)
 {
@@ -61,6 +68,7 @@ bool piped_reply(struct piped *p, uint64_t unique, const uint8_t *data, size_t l
         return false;
     /* Were there not as much room as it seems, a pipe that has O_NONBLOCK alone would be waited for. */
     ssize_t n = vmsplice(p->ends[1], parts, 2, SPLICE_F_NONBLOCK);
+    p->lately = true;
     bool sent = n == (ssize_t)out.len && splice(p->ends[0], NULL, p->device, NULL, out.len, SPLICE_F_NONBLOCK) == n;
     bool gone = !sent && n == (ssize_t)out.len && errno == ENOENT; /* nobody waits for it any more */
     if (sent) {

@@ -22,6 +22,7 @@ struct piped {
     size_t largest; /* bytes of a reply */
     size_t places;
     unsigned failures;
+    bool lately; /* it was used since it was asked the last time */
 };
 
 enum {
@@ -31,6 +32,8 @@ enum {
 
 void piped_init(struct piped *p, int device, size_t largest);
 void piped_free(struct piped *p);
+/* Close a pipe that was not used since the last time; `all`: in any case. */
+void piped_rest(struct piped *p, bool all);
 /* Reply to a request, like `reply_bytes`. False: it was not sent, so that it has to be in another way. */
 bool piped_reply(struct piped *p, uint64_t unique, const uint8_t *data, size_t length);
 

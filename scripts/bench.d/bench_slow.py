@@ -52,8 +52,8 @@ class Sizes:
     memory: int = 128 << 20
     """For page cache and pool together."""
     rest: int = 20 << 20
-    """What the page cache and the daemon get of that when there is a pool: 13 MiB the daemon, which is killed
-    without them."""
+    """What the page cache and the daemon get of that when there is a pool: up to 11 MiB of them cannot be
+    taken back, and the daemon is killed without them."""
     turns: int = 3
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,3 +67,42 @@ def test_a_daemon_with_other_code_has_a_pipe_of_its_own(place: Place) -> None:
     assert goes_by_pipe(place)
     assert not place.restart().failure
     assert goes_by_pipe(place)
+
+
+def has_huge_page(place: Place) -> bool:
+    """Say whether the daemon has memory for windows of a stream, which is in huge pages (`hg`)."""
+    flags = [
+        line.split()
+        for line in Path(f"/proc/{place.pid}/smaps").read_text().splitlines()
+        if line.startswith("VmFlags:")
+    ]
+    return any("hg" in words for words in flags)
+
+
+def pipes(place: Place) -> int:
+    links = [link.readlink() for link in Path(f"/proc/{place.pid}/fd").iterdir() if link.is_symlink()]
+    return sum(str(link).startswith("pipe:") for link in links)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs huge pages")
+@pytest.mark.parametrize("goes_on", [False, True], ids=["quiet", "small reads go on"])
+def test_what_a_stream_took_goes_back_when_it_is_over(
+    place: Place, eventually: Callable[..., None], goes_on: bool
+) -> None:
+    before = pipes(place)
+    assert goes_by_pipe(place)
+    assert has_huge_page(place)
+    assert pipes(place) > before
+    descriptor = os.open(place.point / "file", os.O_RDONLY)
+    try:
+
+        def is_given_back() -> bool:
+            if goes_on:
+                assert os.pread(descriptor, 4096, 8192) == CONTENT[8192:12288]
+            return not has_huge_page(place) and pipes(place) == before
+
+        eventually(is_given_back)
+    finally:
+        os.close(descriptor)
+    assert goes_by_pipe(place)
+    assert has_huge_page(place)

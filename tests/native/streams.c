@@ -1,13 +1,15 @@
 /* Windows of streams that two threads fetch, by interleavings (the second one stops within a piece) and beside changes of the file;
- * and when there are two, with a clock of the test's own.
+ * when there are two, with a clock of the test's own; and what becomes of their memory, and of requests'.
  *
  *     streams SEGMENT */
 #include "reader_ahead.h"
+#include "reader_buffers.h"
 #include "expect.h"
 #include "witness.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -236,13 +238,122 @@ static void huge_pages_are_asked_for(struct world *w)
 {
     enum { HUGE_BYTES = 2 << 20 };
     struct fuse_read_in read_in = {.fh = FH, .size = WINDOW * TM_PAGE};
-    expect(!w->ahead.memory, "memory for no stream");
+    struct room *room = &w->ahead.large;
+    expect(!room->memory, "memory for no stream");
     ahead_begin(&w->ahead, &w->hits, &read_in, false);
-    expect(w->ahead.memory_bytes == HUGE_BYTES, "not one of them for two windows");
-    expect((uintptr_t)w->ahead.memory % HUGE_BYTES == 0, "it begins within one");
+    expect(room->bytes == HUGE_BYTES, "not one of them for two windows");
+    expect((uintptr_t)room->memory % HUGE_BYTES == 0, "it begins within one");
     if (!access("/sys/kernel/mm/transparent_hugepage", F_OK))
-        expect(has_flag(w->ahead.memory, " hg"), "they are not asked for");
-    memset(w->ahead.memory, 1, w->ahead.memory_bytes);
+        expect(has_flag(room->memory, " hg"), "they are not asked for");
+    memset(room->memory, 1, room->bytes);
+}
+
+static bool is_mapped(const void *page)
+{
+    unsigned char there;
+    return !mincore((void *)page, TM_PAGE, &there);
+}
+
+/* The window of `npages` that follows a READ before page `first` is fetched. */
+static void fetch_after(struct world *w, uint32_t first, uint32_t npages)
+{
+    struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)(first - npages) * TM_PAGE, .size = npages * TM_PAGE};
+    ahead_begin(&w->ahead, &w->hits, &read_in, false);
+    ahead_fetch(&w->ahead, false);
+}
+
+static bool is_there(struct world *w, uint32_t first, uint32_t npages, uint64_t version)
+{
+    struct fuse_read_in read_in = {.fh = FH, .offset = (uint64_t)first * TM_PAGE, .size = npages * TM_PAGE};
+    struct answer answer;
+    if (!ahead_has(&w->ahead, &w->hits, &read_in, &answer))
+        return false;
+    for (uint32_t i = 0; i < npages; i++)
+        expect(page_is(answer.bytes + (size_t)i * TM_PAGE, first + i, version), "wrong bytes");
+    return true;
+}
+
+static void small_windows_take_little(struct world *w)
+{
+    enum { NPAGES = 16 };
+    fetch_after(w, NPAGES, NPAGES);
+    expect(!w->ahead.large.memory, "a huge page for windows of 64 KiB");
+    expect(w->ahead.small.bytes == 2 * NPAGES * TM_PAGE && !has_flag(w->ahead.small.memory, " hg"), "as large, or as huge");
+    expect(is_there(w, NPAGES, NPAGES, 1), "it is not there");
+    fetch_after(w, WINDOW, WINDOW);
+    expect(w->ahead.large.memory && is_there(w, WINDOW, WINDOW, 1), "the next one is larger");
+    fetch_after(w, 3 * NPAGES, NPAGES);
+    expect(is_there(w, 3 * NPAGES, NPAGES, 1), "and the next one smaller again");
+}
+
+static void memory_goes_back(struct world *w)
+{
+    struct ahead *a = &w->ahead;
+    for (unsigned i = 0; i < 2; i++) {
+        fetch_after(w, WINDOW, WINDOW);
+        const uint8_t *memory = a->large.memory;
+        ahead_rest(a, false);
+        expect(a->large.memory == memory && is_there(w, WINDOW, WINDOW, 1), "what was begun since the last time is gone");
+        fetch_after(w, 16, 16); /* a stream of small windows goes on */
+        ahead_rest(a, false);
+        expect(!a->large.memory && !is_mapped(memory), "what was not used is kept");
+        expect(is_there(w, 16, 16, 1), "so is the other stream");
+    }
+    fetch_after(w, WINDOW, WINDOW);
+    const uint8_t *memory = a->large.memory, *small = a->small.memory;
+    ahead_rest(a, true);
+    expect(!is_mapped(memory) && !is_mapped(small), "not all is given back");
+    expect(!is_there(w, WINDOW, WINDOW, 1), "a window without memory");
+    fetch_after(w, WINDOW, WINDOW);
+    expect(is_there(w, WINDOW, WINDOW, 1), "there is no memory any more");
+}
+
+static void memory_stays_while_the_second_fetches(struct world *w)
+{
+    struct ahead *a = &w->ahead;
+    struct fuse_read_in read_in = {.fh = FH, .size = WINDOW * TM_PAGE};
+    ahead_begin(a, &w->hits, &read_in, false);
+    const uint8_t *memory = a->large.memory;
+    atomic_store(&reached, false);
+    atomic_store(&go, false);
+    atomic_store(&stops, true);
+    window_lend(&a->window);
+    for (int i = 0; i < 25000 && !atomic_load(&reached); i++)
+        nap();
+    expect(atomic_load(&reached), "the second one fetched nothing");
+    ahead_rest(a, true);
+    bool stays = is_mapped(memory);
+    expect(stays, "it would write where nothing is");
+    if (!stays)
+        exit(1);
+    expect(ends_at_last(w), "it does not end");
+    ahead_rest(a, true);
+    expect(!is_mapped(memory), "it is kept for ever");
+}
+
+static void buffers_go_back(struct world *w)
+{
+    enum { SIZE = 1 << 20, COUNT = 3 };
+    struct buffers *all = buffers_new(SIZE);
+    struct buffer *taken[COUNT];
+    const uint8_t *memory[COUNT];
+    (void)w;
+    for (unsigned i = 0; i < COUNT; i++) {
+        taken[i] = buffer_take(all, 0);
+        memset(taken[i]->data, 1, SIZE);
+        memory[i] = taken[i]->data;
+    }
+    buffer_drop(taken[0]);
+    buffer_drop(taken[1]);
+    expect(is_mapped(memory[0]) && is_mapped(memory[1]), "none is kept");
+    buffers_rest(all);
+    expect(!is_mapped(memory[0]) && !is_mapped(memory[1]), "what nobody has is kept");
+    expect(is_mapped(memory[2]) && taken[2]->data[SIZE - 1] == 1, "what somebody has is gone");
+    buffer_drop(taken[2]);
+    taken[0] = buffer_take(all, 0);
+    expect(taken[0]->data == memory[2], "none is kept any more");
+    buffer_drop(taken[0]);
+    buffers_free(all);
 }
 
 /* As many windows, each of which takes so long, by one and by two. How many were fetched by two. */
@@ -295,6 +406,10 @@ static const struct {
     {"a_page_is_missing", a_page_is_missing},
     {"beside_changes", beside_changes},
     {"huge_pages_are_asked_for", huge_pages_are_asked_for},
+    {"small_windows_take_little", small_windows_take_little},
+    {"memory_goes_back", memory_goes_back},
+    {"memory_stays_while_the_second_fetches", memory_stays_while_the_second_fetches},
+    {"buffers_go_back", buffers_go_back},
     {"what_is_quicker", what_is_quicker},
 };
 
