@@ -381,6 +381,7 @@ def test_a_load_that_fails_while_the_next_window_is_prepared_ends_the_stream() -
         def __init__(self) -> None:
             super().__init__()
             self.may_prepare = trio.Event()
+            self.may_load = {64: trio.Event(), 81: trio.Event()}
 
         async def prepare(self, first: int, last: int) -> list[tuple[int, int]]:
             if first > 64:
@@ -388,12 +389,12 @@ def test_a_load_that_fails_while_the_next_window_is_prepared_ends_the_stream() -
             return await super().prepare(first, last)
 
         async def load(self, first: int, last: int) -> bool:
+            await self.may_load[first].wait()
             await super().load(first, last)
             return first == 64
 
     async def main() -> None:
         source = Slow()
-        source.permits = trio.Semaphore(0)
         source.present = {80, *range(64 + FIRST_PAGES, 1000)}
         async with trio.open_nursery() as nursery:
             stream = Stream(source, Streams(), 64, 8, LIMIT)
@@ -403,9 +404,9 @@ def test_a_load_that_fails_while_the_next_window_is_prepared_ends_the_stream() -
                 stream.extend(64)
                 await trio.testing.wait_all_tasks_blocked()
                 read(stream, source.marker)
-                source.permits.release()  # to one of two loads, after which the next window is prepared
+                source.may_load[64].set()  # after which the next window is prepared
                 await trio.testing.wait_all_tasks_blocked()
-                source.permits.release()
+                source.may_load[81].set()
                 await trio.testing.wait_all_tasks_blocked()
                 source.may_prepare.set()
                 with trio.fail_after(60):
