@@ -19,9 +19,9 @@ from tmem.fs import lower
 from tmem.fs.acting import drop_set_ids, within_limits
 from tmem.fs.base import FAILURES, errno_seen, errors
 from tmem.fs.buffers import Buffers
+from tmem.fs.extents import Extents
 from tmem.fs.loading import Loader
 from tmem.fs.openfile import OpenFile, Pause, no_pause
-from tmem.fs.opening import Opening
 from tmem.fs.policy import DEFAULT, Policy
 from tmem.fs.reading import Reading
 from tmem.types import MAX_INDEX, PAGE_SIZE
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _PAGE_MASK = PAGE_SIZE - 1
 
 
-class Files(Opening):
+class Files(Extents):
     """Handlers of open files."""
 
     def __init__(

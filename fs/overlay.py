@@ -1,8 +1,8 @@
 """The overlay file system: all handlers together, and what the mount says about itself.
 
 `build` makes one from a lower directory; `Overlay.close` gives back what it holds. What pyfuse3 does not
-offer fails or falls back as the kernel decides: fallocate (EOPNOTSUPP), unnamed files (O_TMPFILE), SEEK_DATA;
-locks are the mount's own. Threading: see `base`.
+offer fails or falls back as the kernel decides, such as unnamed files (O_TMPFILE), unless it comes past
+libfuse (`shortcuts`); locks are the mount's own. Threading: see `base`.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Requests that are answered past libfuse, but in Python: looking up, opening and closing of files.
 
-They are what programs make most of beside reading, and the way through the socket, libfuse, pyfuse3 and a
-turn of trio's scheduler costs more than most of them take (backends/native/reader_shortcut.h). Everything is
-done by the handlers that pyfuse3 calls; here is only what it does around them: arguments, errors, replies.
-Threading: the event loop's thread.
+And what pyfuse3 does not know (`extents`). The others are what programs make most of beside reading, and the
+way through the socket, libfuse, pyfuse3 and a turn of trio's scheduler costs more than most of them take
+(backends/native/reader_shortcut.h). Everything is done by the handlers that pyfuse3 calls; here is only what
+it does around them: arguments, errors, replies. Threading: the event loop's thread.
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tmem.backends._native import Reader
     from tmem.fs.overlay import Overlay
 
-_LOOKUP, _FORGET, _OPEN, _RELEASE = 1, 2, 14, 18
+_LOOKUP, _FORGET, _OPEN, _RELEASE, _FALLOCATE, _LSEEK = 1, 2, 14, 18, 43, 46
 _MOST_AT_A_TIME = 32
 _LONGEST_SECONDS = 0.002
 _SECOND_NS = 1_000_000_000
@@ -34,6 +34,9 @@ _FORGET_IN = struct.Struct("=Q")
 _OPEN_IN = struct.Struct("=I")
 _HANDLE_IN = struct.Struct("=Q")
 _OPEN_OUT = struct.Struct("=QIi")
+_FALLOCATE_IN = struct.Struct("=QqqI")
+_LSEEK_IN = struct.Struct("=QqI")
+_LSEEK_OUT = struct.Struct("=Q")
 
 _REFUSALS = (*FAILURES, pyfuse3.FUSEError)
 
@@ -89,6 +92,11 @@ class Shortcuts:
                     self._end_open(unique, node, flags, Caller(uid, gid, pid), start_soon)
                 else:
                     self._open(unique, node, flags, Caller(uid, gid, pid), start_soon)
+            elif opcode == _LSEEK:
+                start_soon(partial(self._seek_later, *_LSEEK_IN.unpack_from(body)), unique, node)
+            elif opcode == _FALLOCATE:
+                number, offset, length, mode = _FALLOCATE_IN.unpack_from(body)
+                start_soon(partial(self._allocate_later, number, mode, offset, length), unique, node)
             else:
                 assert opcode == _RELEASE, "the reader answers the rest"
                 (number,) = _HANDLE_IN.unpack_from(body)
@@ -166,6 +174,24 @@ class Shortcuts:
     async def _close_later(self, unique: int, number: int) -> None:
         try:
             await self._overlay.release(number)
+        except _REFUSALS as failure:
+            self._refuse(unique, failure)
+        else:
+            self._reader.reply(unique, 0)
+
+    async def _seek_later(self, number: int, offset: int, whence: int, unique: int, _: int) -> None:
+        try:
+            found = await self._overlay.seek(number, offset, whence)
+        except _REFUSALS as failure:
+            self._refuse(unique, failure)
+        else:
+            self._reader.reply(unique, 0, _LSEEK_OUT.pack(found))
+
+    async def _allocate_later(
+        self, number: int, mode: int, offset: int, length: int, unique: int, _: int
+    ) -> None:
+        try:
+            await self._overlay.allocate(number, mode, offset, length)
         except _REFUSALS as failure:
             self._refuse(unique, failure)
         else:

@@ -1,4 +1,4 @@
-"""System calls that Python's `os` lacks: renameat2, file handles, mount and umount, fanotify.
+"""System calls that Python's `os` lacks: renameat2, fallocate, file handles, mount and umount, fanotify.
 
 Each raises OSError like its neighbours in `os`. Paths are bytes or str; file descriptors may be O_PATH ones
 unless said otherwise. Threading: plain functions, callable from any thread; errno is per thread (ctypes).
@@ -33,6 +33,11 @@ def _check(result: int, *names: str | bytes) -> int:
 def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
     """Rename `old_name` to `new_name`; `flags` are RENAME_NOREPLACE and RENAME_EXCHANGE of rename(2)."""
     _check(_libc.renameat2(old_dir, old_name, new_dir, new_name, ctypes.c_uint(flags)), old_name)
+
+
+def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    """Allocate, punch or zero `length` bytes from `offset` on; `mode` is FALLOC_FL_ flags of fallocate(2)."""
+    _check(_libc.fallocate(descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
 
 
 def utimens(path: str, atime_ns: int | None, mtime_ns: int | None) -> None:

@@ -27,6 +27,7 @@ bool may_be_given_up(const struct fuse_in_header *in, size_t length)
     case FUSE_LOOKUP:
     case FUSE_READDIRPLUS:
     case FUSE_OPENDIR:
+    case FUSE_LSEEK:
         return true;
     case FUSE_OPEN:
         if (length < sizeof *in + sizeof open)

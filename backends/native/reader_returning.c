@@ -100,6 +100,7 @@ static bool is_change(const struct flight *f)
     case FUSE_SETXATTR:
     case FUSE_REMOVEXATTR:
     case FUSE_CREATE:
+    case FUSE_FALLOCATE:
         return true;
     default:
         return f->opcode == FUSE_OPEN && !f->reads_only; /* it may have truncated the file */

@@ -35,7 +35,7 @@ void shortcut_free(struct shortcut *s)
 
 void shortcut_open(struct shortcut *s) { atomic_store_explicit(&s->open, true, memory_order_release); }
 
-/* What has its whole argument, and is answered without waiting for a worker thread. */
+/* What has its whole argument, and is answered without waiting for a worker thread; or is nothing that libfuse's bindings know of. */
 static bool is_short(const struct fuse_in_header *in, size_t length)
 {
     const uint8_t *body = (const uint8_t *)(in + 1);
@@ -53,6 +53,10 @@ static bool is_short(const struct fuse_in_header *in, size_t length)
     case FUSE_RELEASE:
     case FUSE_RELEASEDIR:
         return argument >= sizeof(struct fuse_release_in);
+    case FUSE_FALLOCATE:
+        return argument >= sizeof(struct fuse_fallocate_in);
+    case FUSE_LSEEK:
+        return argument >= sizeof(struct fuse_lseek_in);
     case FUSE_OPEN:
         if (argument < sizeof open)
             return false;

@@ -3,7 +3,7 @@
  * The way through the socket, libfuse, pyfuse3 and a turn of trio's scheduler costs more than most of these take. Whoever
  * reads one puts it here, and the event loop's thread takes it (`Reader.asked`), does what is asked, and replies with
  * `passing_reply`. What it reads itself of LOOKUP and FORGET it answers at once (`reader_lookup`). Each is a flight until then, so it can be given up as others. Requests that may have to wait in Python are
- * not taken. For any thread. */
+ * not taken, but for those of which pyfuse3 knows nothing (LSEEK, FALLOCATE). For any thread. */
 #ifndef READER_SHORTCUT_H
 #define READER_SHORTCUT_H
 

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from tmem.backends import _native
 
 SIDES = [0, 1]
+KEEP_SIZE, PUNCH, ZERO = 1, 3, 16
+"""Modes of fallocate(2)."""
 EITHER = [False, True]
 NAMES = ["a", "b", "c"]
 HANDLES = [*range(6)]
@@ -82,6 +84,8 @@ class Mounts:
     watching: bool
     reported_to_reads: bool
     """Whether each read that comes to the daemon has it look for reports first."""
+    allocates: bool
+    """Whether fallocate(2) works."""
     folders = itertools.count(1)
 
     def __init__(self) -> None:
@@ -317,12 +321,24 @@ class Mounts:
         if handle is not None:
             os.posix_fadvise(handle.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    @step(number=HANDLES, mode=[0, 1, 3, 16])
-    def fallocate(self, number: int, mode: int) -> None:
-        """It is refused, and changes nothing."""
+    @step(number=HANDLES, mode=[0, KEEP_SIZE, PUNCH, ZERO], page=PLACES, beside=EITHER)
+    def fallocate(self, number: int, mode: int, page: int, beside: bool) -> None:
         handle = self.handle(number, writes=True)
-        if handle is not None:
-            assert other.fallocate(handle.descriptor, mode, 0, PAGE_SIZE) == errno.EOPNOTSUPP
+        if handle is None:
+            return
+        start, end = page * PAGE_SIZE, (page + 1) * PAGE_SIZE
+        if not self.allocates:
+            assert other.fallocate(handle.descriptor, mode, start, PAGE_SIZE) == errno.EOPNOTSUPP
+            return
+        before = handle.file.contents[-1]
+        content = before if mode & KEEP_SIZE else before.ljust(end, b"\0")
+        if mode in (PUNCH, ZERO):
+            content = content[:start] + bytes(len(content[start:end])) + content[end:]
+        resizes = handle.side if len(content) != len(before) else None
+        with self.changing(handle.file, content, beside, resizes=resizes):
+            assert other.fallocate(handle.descriptor, mode, start, PAGE_SIZE) == 0
+        if mode in (PUNCH, ZERO):
+            handle.file.promise(handle.side, page)
 
     @step(number=HANDLES, call=[chmod, touch], beside=EITHER)
     def change_attributes(self, number: int, call: Callable[[int, int], None], beside: bool) -> None:
@@ -640,6 +656,7 @@ def test_what_is_promised_in_any_order(
     if not Mounts.watching and "watch=off" not in options:
         pytest.skip("the kernel reports no changes of this file system")
     Mounts.reported_to_reads = "loop=plain" in options
+    Mounts.allocates = "loop=native" in options
     Mounts.clients = [segment.client(name, create=False) for name in ("web0", "web1")]
     seeds = SEEDS or [random.randrange(1 << 32) for _ in range(EXAMPLES)]
     for seed in seeds:

@@ -111,6 +111,8 @@ class Twins:
     point: Path
     contents_only: bool = False
     """Whether operations on names and attributes need not be tried."""
+    native: bool = True
+    """Whether requests that pyfuse3 does not know are answered."""
     cases: int = 0
 
     def stage(self, build: Callable[[Path], object]) -> str:

@@ -74,7 +74,8 @@ def mounted(base: Path, options: str) -> Iterator[Twins]:
     """Mount with a segment of its own, for all users."""
     directory = Path(tempfile.mkdtemp(prefix="mount-", dir=base))
     directory.chmod(0o755)
-    place = Twins(directory / "plain", directory / "lower", directory / "point", options not in WHOLE)
+    roots = (directory / "plain", directory / "lower", directory / "point")
+    place = Twins(*roots, options not in WHOLE, "loop=native" in options)
     for path in (place.plain, place.lower, place.point):
         path.mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -23,14 +23,18 @@ KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE = 1, 2, 8, 16
 AT_FDCWD, STATX_BTIME = -100, 0x800
 
 Limit = Callable[[Path], object]
-LIMITS: dict[str, tuple[Limit, object, object]] = {}
+LIMITS: dict[str, tuple[Limit, object, object, object]] = {}
+_SAME = object()
 
 
-def limit(lower: object, mount: object) -> Callable[[Limit], Limit]:
-    """Register an operation, what it gives in the lower directory, and through the mount."""
+def limit(lower: object, mount: object, others: object = _SAME) -> Callable[[Limit], Limit]:
+    """Register an operation, what it gives in the lower directory, and through the mount.
+
+    `others` is what it gives with other loops than the native one.
+    """
 
     def register(do: Limit) -> Limit:
-        LIMITS[do.__name__] = (do, lower, mount)
+        LIMITS[do.__name__] = (do, lower, mount, mount if others is _SAME else others)
         return do
 
     return register
@@ -53,21 +57,21 @@ def stage(case: Path) -> None:
     os.mkfifo(case / "p")
 
 
-@limit(None, "EOPNOTSUPP")
+@limit(None, None, others="EOPNOTSUPP")
 def allocate(case: Path) -> object:
     with opened(case / "x") as descriptor:
         fallocate(descriptor, 0, 0, MIB)
     return None
 
 
-@limit(None, "EOPNOTSUPP")
+@limit(None, None, others="EOPNOTSUPP")
 def punch_a_hole(case: Path) -> object:
     with opened(case / "x") as descriptor:
         fallocate(descriptor, PUNCH_HOLE | KEEP_SIZE, 0, PAGE)
     return None
 
 
-@limit(None, "EOPNOTSUPP")
+@limit(None, None, others="EOPNOTSUPP")
 def zero_a_range(case: Path) -> object:
     with opened(case / "x") as descriptor:
         fallocate(descriptor, ZERO_RANGE, 0, PAGE)
@@ -76,10 +80,17 @@ def zero_a_range(case: Path) -> object:
 
 @limit(MIB, MIB)
 def posix_fallocate(case: Path) -> object:
-    """The C library writes instead where fallocate is not offered."""
+    """The C library writes where fallocate is not offered."""
     with opened(case / "x") as descriptor:
         os.posix_fallocate(descriptor, 0, MIB)
         return os.fstat(descriptor).st_size
+
+
+@limit((MIB - PAGE, MIB), (MIB - PAGE, MIB), others=(0, MIB))
+def find_data_where_nobody_writes(case: Path) -> object:
+    with opened(case / "sparse", os.O_RDONLY) as descriptor:
+        data = os.lseek(descriptor, 0, os.SEEK_DATA)
+        return data, os.lseek(descriptor, data, os.SEEK_HOLE)
 
 
 @limit((MIB - PAGE, MIB), (0, MIB))
@@ -93,6 +104,15 @@ def find_data_and_then_a_hole(case: Path) -> object:
 def find_data_beyond_the_end(case: Path) -> object:
     with opened(case / "x") as descriptor:
         return os.lseek(descriptor, 6000, os.SEEK_DATA)
+
+
+@limit(2000, "EOPNOTSUPP")
+def collapse_a_range(case: Path) -> object:
+    """No request of FUSE has it."""
+    with opened(case / "x") as descriptor:
+        os.truncate(descriptor, PAGE + 2000)
+        fallocate(descriptor, COLLAPSE, 0, PAGE)
+        return os.fstat(descriptor).st_size
 
 
 @limit(True, "EOPNOTSUPP")
