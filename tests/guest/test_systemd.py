@@ -116,6 +116,7 @@ def test_files_can_be_read_through_both_kinds_of_mount(guest: SystemdGuest) -> N
 def test_a_mount_of_the_unit_comes_back(guest: SystemdGuest) -> None:
     (pid,) = show(guest, "tmem-mount@unit", "MainPID")
     assert pid != "0"
+    assert guest.run(f"cat /proc/{pid}/oom_score_adj").stdout.strip() == "-500"
     guest.run(["kill", "-KILL", pid])
     until(lambda: guest.run("cat /mnt/unit/file", check=False).stdout == "content\n")
     assert show(guest, "tmem-mount@unit", "NRestarts") == ["1"]
