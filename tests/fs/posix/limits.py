@@ -7,6 +7,8 @@ page written, `p` a pipe, `s` a bound socket whose server listens.
 import ctypes
 import fcntl
 import os
+import shutil
+import signal
 import socket
 import stat
 import struct
@@ -251,3 +253,23 @@ def sockets(here: Path, below: Path) -> object:
         server.listen()
         client.connect(str(here / "s"))
     return True
+
+
+@meeting("ETXTBSY", None)
+def writing_below_to_a_program_that_runs_here(here: Path, below: Path) -> object:
+    shutil.copy("/bin/sleep", below / "program")
+    pid = os.posix_spawn(here / "program", ["program", "60"], {})
+    try:
+        with opened(below / "program", os.O_WRONLY):
+            return None
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@meeting("ETXTBSY", None)
+def running_here_what_is_written_below(here: Path, below: Path) -> object:
+    shutil.copy("/bin/sleep", below / "program")
+    with opened(below / "program", os.O_WRONLY):
+        os.waitpid(os.posix_spawn(here / "program", ["program", "0"], {}), 0)
+    return None
