@@ -285,8 +285,9 @@ class Opening(Namespace):
         self._files[number] = file
         inode.opens += 1
         keep = cached and unchanged and not state.untold
-        if cached and not keep:
-            self.kernel.forget_attributes(inode.nodeid)  # an old size must not cut reads
+        if not keep and (cached or (inode.opens > 1 and not unchanged)):
+            # An old size must not cut reads, nor those of somebody who has it open and cached.
+            self.kernel.forget_attributes(inode.nodeid)
         if not keep:
             state.told(dropped=True)
         return pyfuse3.FileInfo(fh=number, direct_io=not cached, keep_cache=keep)

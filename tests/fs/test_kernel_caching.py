@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tmem.fs.caching import SMALL_BYTES
 from tmem.types import PAGE_SIZE
 
 from . import underneath
@@ -275,6 +276,23 @@ def test_without_watching_the_usual_second(
     assert (place.point / "new").stat().st_size == 1  # absence was not kept
     (place.lower / "new").write_bytes(b"22")
     eventually(lambda: (place.point / "new").stat().st_size == 2)
+
+
+def test_who_has_a_file_cached_sees_it_grow_when_it_is_opened(
+    mounter: Mounter, segment: "_native.Segment", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it has grown too large for the kernel to keep a copy of it, so that others read past that."""
+    in_plenty(monkeypatch)
+    place = mounter("client=web,cache=auto,watch=off,timeout=60")
+    lower, point = place.lower / "file", place.point / "file"
+    lower.write_bytes(b"o" * PAGE_SIZE)
+    with point.open("rb", buffering=0) as cached:
+        assert os.pread(cached.fileno(), 2 * PAGE_SIZE, 0) == b"o" * PAGE_SIZE
+        assert os.fstat(cached.fileno()).st_size == PAGE_SIZE
+        underneath.write(lower, 0, b"n" * (SMALL_BYTES + PAGE_SIZE))
+        with point.open("r+b"):
+            for page in 0, 1, SMALL_BYTES // PAGE_SIZE:
+                assert os.pread(cached.fileno(), PAGE_SIZE, page * PAGE_SIZE) == b"n" * PAGE_SIZE
 
 
 @pytest.mark.parametrize("cache", ["auto", "kernel"])
